@@ -1,0 +1,99 @@
+#include "bindings/arguments.h"
+
+#include <algorithm>
+
+namespace tpext::bindings {
+
+namespace {
+constexpr const char* kUnread = "dltensor";
+constexpr const char* kRead = "used_dltensor";
+}  // namespace
+
+std::string dtype_name(dlpack::DataType dtype) {
+  static const char* const codes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  const std::string code = dtype.code < 7 ? codes[dtype.code] : "code " + std::to_string(dtype.code) + ", ";
+  return code + (dtype.code == 6 ? "" : std::to_string(dtype.bits)) +
+         (dtype.lanes == 1 ? "" : "x" + std::to_string(dtype.lanes));
+}
+
+Argument::Argument(const char* op, const char* name, const py::object& value) : op_(op), name_(name) {
+  if (value.is_none()) return;
+  py::object capsule = value;
+  if (!PyCapsule_CheckExact(capsule.ptr())) {
+    if (!py::hasattr(value, "__dlpack__"))
+      throw py::type_error(label() + " must be a DLPack capsule or an object with __dlpack__, got " +
+                           std::string(py::str(py::type::handle_of(value).attr("__name__"))));
+    capsule = value.attr("__dlpack__")();
+  }
+  if (PyCapsule_IsValid(capsule.ptr(), kRead))
+    throw py::value_error(label() + " must be a fresh DLPack capsule, got one that was consumed before");
+  if (!PyCapsule_IsValid(capsule.ptr(), kUnread))
+    throw py::type_error(label() + " must be a DLPack capsule named \"dltensor\", got another capsule");
+  managed_ = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), kUnread));
+  // From here on the tensor is ours to delete, and the capsule must say so.
+  PyCapsule_SetName(capsule.ptr(), kRead);
+  capsule_ = std::move(capsule);
+}
+
+Argument::~Argument() {
+  if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
+}
+
+std::string Argument::shape_text() const {
+  std::string text = "[";
+  for (int64_t i = 0; i < rank(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(size(i));
+  return text + "]";
+}
+
+void Argument::require() const {
+  if (!given()) throw py::type_error(label() + " must be a tensor, got None");
+}
+
+void Argument::require_rank(const std::vector<const char*>& symbols) const {
+  require();
+  if (rank() == static_cast<int64_t>(symbols.size())) return;
+  std::string expected = "[";
+  for (size_t i = 0; i < symbols.size(); ++i) expected += std::string(i == 0 ? "" : ", ") + symbols[i];
+  throw py::value_error(label() + " must be " + expected + "], got " + shape_text());
+}
+
+void Argument::require_shape(const std::vector<Dim>& dims) const {
+  require();
+  bool right = rank() == static_cast<int64_t>(dims.size());
+  for (size_t i = 0; right && i < dims.size(); ++i) right = size(static_cast<int64_t>(i)) == dims[i].size;
+  if (right) return;
+  std::string expected = "[";
+  for (size_t i = 0; i < dims.size(); ++i)
+    expected += std::string(i == 0 ? "" : ", ") + dims[i].symbol + "=" + std::to_string(dims[i].size);
+  throw py::value_error(label() + " must be " + expected + "], got " + shape_text());
+}
+
+void Argument::require_dense(dlpack::DataType dtype) const {
+  require();
+  if (tensor().device.type != dlpack::kCpu)
+    throw py::value_error(label() + " must be on the CPU (DLPack device type 1), got device type " +
+                          std::to_string(tensor().device.type));
+  const dlpack::DataType got = tensor().dtype;
+  if (got.code != dtype.code || got.bits != dtype.bits || got.lanes != dtype.lanes)
+    throw py::value_error(label() + " must be " + dtype_name(dtype) + ", got " + dtype_name(got));
+  if (tensor().strides == nullptr) return;
+  const bool empty = std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n == 0; });
+  int64_t expected = 1;
+  for (int64_t i = rank() - 1; i >= 0 && !empty; --i) {
+    if (size(i) != 1 && tensor().strides[i] != expected)
+      throw py::value_error(label() + " must be contiguous, got strides that skip or repeat elements at axis " +
+                            std::to_string(i) + " of " + shape_text());
+    expected *= size(i);
+  }
+}
+
+int choose(const char* op, const char* name, const std::string& value, const std::vector<const char*>& choices) {
+  std::string expected;
+  for (size_t i = 0; i < choices.size(); ++i) {
+    if (value == choices[i]) return static_cast<int>(i);
+    expected += std::string(i == 0 ? "'" : ", '") + choices[i] + "'";
+  }
+  throw py::value_error(std::string(op) + ": " + name + " must be one of " + expected + ", got '" + value + "'");
+}
+
+}  // namespace tpext::bindings

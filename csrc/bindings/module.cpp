@@ -1,0 +1,219 @@
+// The module `_C`: one entry a kernel. Tensors come as DLPack, outputs are allocated by the caller, the GIL is released
+// while a kernel runs. Types are documented in tpext/_C.pyi, semantics in tpext/ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "core/rnn.h"
+#include "cpu/kernels.h"
+
+#ifndef TPEXT_VERSION
+#error "TPEXT_VERSION comes from CMakeLists.txt"
+#endif
+
+namespace {
+
+using tpext::bindings::Argument;
+using tpext::bindings::choose;
+using tpext::bindings::Dim;
+namespace dlpack = tpext::dlpack;
+namespace py = pybind11;
+
+constexpr dlpack::DataType kFloat32{dlpack::kFloat, 32, 1}, kFloat64{dlpack::kFloat, 64, 1}, kInt64{dlpack::kInt, 64, 1};
+
+const std::vector<const char*> kNonlinearities = {"tanh", "relu", "identity"};
+const std::vector<const char*> kCorrections = {"linearized", "difference", "none"};
+const std::vector<const char*> kCredits = {"local", "through_time"};
+
+// The sizes of a recurrent call, taken from its leading [S, T, B, H] argument, and the checks that follow from them.
+class Call {
+ public:
+  Call(const char* op, const Argument& leading, const Argument& lengths, const std::vector<bool>& reverse, int threads)
+      : op_(op), reverse_(reverse.begin(), reverse.end()), threads_(threads) {
+    leading.require_rank({"S", "T", "B", "H"});
+    S_ = {"S", leading.size(0)}, T_ = {"T", leading.size(1)}, B_ = {"B", leading.size(2)}, H_ = {"H", leading.size(3)};
+    const dlpack::DataType dtype = leading.dtype();
+    double_ = dtype.code == dlpack::kFloat && dtype.bits == 64;
+    leading.require_dense(double_ ? kFloat64 : kFloat32);
+    if (static_cast<int64_t>(reverse.size()) != S_.size)
+      throw py::value_error(std::string(op) + ": reverse must have S=" + std::to_string(S_.size) + " values, got " +
+                            std::to_string(reverse.size()));
+    if (threads < 1)
+      throw py::value_error(std::string(op) + ": num_threads must be at least 1, got " + std::to_string(threads));
+    if (lengths.given()) {
+      lengths.require_shape({B_});
+      lengths.require_dense(kInt64);
+    }
+    sizes_ = {S_.size, T_.size, B_.size, H_.size, lengths.data<const int64_t>(), reverse_.data()};
+  }
+
+  void sequence(const Argument& argument) const { check(argument, {S_, T_, B_, H_}); }
+  void initial(const Argument& argument) const { check(argument, {S_, B_, H_}); }
+  void weight(const Argument& argument) const { check(argument, {S_, H_, H_}); }
+  void rows(const Argument& argument) const { check(argument, {S_, T_, B_}); }
+
+  const tpext::RnnSizes& sizes() const { return sizes_; }
+  bool is_double() const { return double_; }
+
+  template <class Args>
+  void run(const Args& args) const {
+    const py::gil_scoped_release release;
+    tpext::cpu::kernels()(args, threads_);
+  }
+
+ private:
+  void check(const Argument& argument, const std::vector<Dim>& dims) const {
+    argument.require_shape(dims);
+    argument.require_dense(double_ ? kFloat64 : kFloat32);
+  }
+
+  const char* op_;
+  std::vector<uint8_t> reverse_;
+  int threads_;
+  Dim S_{}, T_{}, B_{}, H_{};
+  bool double_ = false;
+  tpext::RnnSizes sizes_{};
+};
+
+tpext::Nonlinearity nonlinearity_of(const char* op, const std::string& value) {
+  return static_cast<tpext::Nonlinearity>(choose(op, "nonlinearity", value, kNonlinearities));
+}
+
+void rnn_scan(const py::object& x_proj_, const py::object& h0_, const py::object& weight_hh_, const py::object& lengths_,
+              const std::vector<bool>& reverse, const std::string& nonlinearity, const py::object& states_, int threads) {
+  constexpr const char* op = "rnn_scan";
+  const Argument x_proj(op, "x_proj", x_proj_), h0(op, "h0", h0_), weight_hh(op, "weight_hh", weight_hh_),
+      lengths(op, "lengths", lengths_), states(op, "states", states_);
+  const Call call(op, x_proj, lengths, reverse, threads);
+  call.initial(h0);
+  call.weight(weight_hh);
+  call.sequence(states);
+  const tpext::Nonlinearity a = nonlinearity_of(op, nonlinearity);
+  const auto run = [&]<class T>(T) {
+    call.run(tpext::RnnScan<T>{call.sizes(), a, x_proj.data<const T>(), h0.data<const T>(), weight_hh.data<const T>(),
+                               states.data<T>()});
+  };
+  call.is_double() ? run(double()) : run(float());
+}
+
+void rnn_scan_backward(const py::object& grad_states_, const py::object& states_, const py::object& weight_hh_,
+                       const py::object& lengths_, const std::vector<bool>& reverse, const std::string& nonlinearity,
+                       const py::object& grad_x_proj_, const py::object& grad_h0_, int threads) {
+  constexpr const char* op = "rnn_scan_backward";
+  const Argument grad_states(op, "grad_states", grad_states_), states(op, "states", states_),
+      weight_hh(op, "weight_hh", weight_hh_), lengths(op, "lengths", lengths_),
+      grad_x_proj(op, "grad_x_proj", grad_x_proj_), grad_h0(op, "grad_h0", grad_h0_);
+  const Call call(op, grad_states, lengths, reverse, threads);
+  call.sequence(states);
+  call.weight(weight_hh);
+  call.sequence(grad_x_proj);
+  call.initial(grad_h0);
+  const tpext::Nonlinearity a = nonlinearity_of(op, nonlinearity);
+  const auto run = [&]<class T>(T) {
+    call.run(tpext::RnnScanBackward<T>{call.sizes(), a, grad_states.data<const T>(), states.data<const T>(),
+                                       weight_hh.data<const T>(), grad_x_proj.data<T>(), grad_h0.data<T>()});
+  };
+  call.is_double() ? run(double()) : run(float());
+}
+
+void rnn_target_scan(const py::object& grad_states_, const py::object& states_, const py::object& h0_,
+                     const py::object& weight_hh_, const py::object& inverse_, const py::object& x_proj_,
+                     const py::object& lengths_, const std::vector<bool>& reverse, const std::string& nonlinearity,
+                     const std::string& correction, const std::string& credit, double target_step, double clip,
+                     const py::object& delta_, const py::object& disp_h0_, const py::object& norms_,
+                     const py::object& displacement_, int threads) {
+  constexpr const char* op = "rnn_target_scan";
+  const Argument grad_states(op, "grad_states", grad_states_), states(op, "states", states_), h0(op, "h0", h0_),
+      weight_hh(op, "weight_hh", weight_hh_), inverse(op, "inverse", inverse_), x_proj(op, "x_proj", x_proj_),
+      lengths(op, "lengths", lengths_), delta(op, "delta", delta_), disp_h0(op, "disp_h0", disp_h0_),
+      norms(op, "norms", norms_), displacement(op, "displacement", displacement_);
+  const Call call(op, grad_states, lengths, reverse, threads);
+  const tpext::Nonlinearity a = nonlinearity_of(op, nonlinearity);
+  const auto c = static_cast<tpext::Correction>(choose(op, "correction", correction, kCorrections));
+  const bool through_time = choose(op, "credit", credit, kCredits) == 1;
+  call.sequence(states);
+  call.initial(h0);
+  call.weight(weight_hh);
+  call.weight(inverse);
+  if (c == tpext::Correction::none) call.sequence(x_proj);
+  call.sequence(delta);
+  call.initial(disp_h0);
+  if (norms.given()) call.rows(norms);
+  if (displacement.given()) call.sequence(displacement);
+  const auto run = [&]<class T>(T) {
+    call.run(tpext::RnnTargetScan<T>{call.sizes(), a, c, through_time, static_cast<T>(target_step), static_cast<T>(clip),
+                                     grad_states.data<const T>(), states.data<const T>(), h0.data<const T>(),
+                                     weight_hh.data<const T>(), inverse.data<const T>(), x_proj.data<const T>(), nullptr,
+                                     delta.data<T>(), disp_h0.data<T>(), norms.data<T>(), displacement.data<T>()});
+  };
+  call.is_double() ? run(double()) : run(float());
+}
+
+void rnn_learned_target_scan(const py::object& grad_states_, const py::object& states_, const py::object& weight_hh_,
+                             const py::object& reverse_weight_, const py::object& reverse_pre_, const py::object& lengths_,
+                             const std::vector<bool>& reverse, const std::string& nonlinearity, const std::string& credit,
+                             double target_step, const py::object& delta_, const py::object& disp_h0_,
+                             const py::object& norms_, int threads) {
+  constexpr const char* op = "rnn_learned_target_scan";
+  const Argument grad_states(op, "grad_states", grad_states_), states(op, "states", states_),
+      weight_hh(op, "weight_hh", weight_hh_), reverse_weight(op, "reverse_weight", reverse_weight_),
+      reverse_pre(op, "reverse_pre", reverse_pre_), lengths(op, "lengths", lengths_), delta(op, "delta", delta_),
+      disp_h0(op, "disp_h0", disp_h0_), norms(op, "norms", norms_);
+  const Call call(op, grad_states, lengths, reverse, threads);
+  const tpext::Nonlinearity a = nonlinearity_of(op, nonlinearity);
+  const bool through_time = choose(op, "credit", credit, kCredits) == 1;
+  call.sequence(states);
+  call.weight(weight_hh);
+  call.weight(reverse_weight);
+  call.sequence(reverse_pre);
+  call.sequence(delta);
+  call.initial(disp_h0);
+  if (norms.given()) call.rows(norms);
+  const auto run = [&]<class T>(T) {
+    call.run(tpext::RnnTargetScan<T>{call.sizes(), a, tpext::Correction::learned, through_time,
+                                     static_cast<T>(target_step), T(0), grad_states.data<const T>(),
+                                     states.data<const T>(), nullptr, weight_hh.data<const T>(),
+                                     reverse_weight.data<const T>(), nullptr, reverse_pre.data<const T>(),
+                                     delta.data<T>(), disp_h0.data<T>(), norms.data<T>(), nullptr});
+  };
+  call.is_double() ? run(double()) : run(float());
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = TPEXT_VERSION;
+  info["commit"] = TPEXT_COMMIT;
+  info["compiler"] = TPEXT_COMPILER;
+  py::list capabilities;
+  for (const char* const* name = tpext::cpu::compiled_capabilities(); *name != nullptr; ++name) capabilities.append(*name);
+  info["cpu_capabilities"] = capabilities;
+  info["cuda_architectures"] = py::list();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Kernels of tpext. Use torch.ops.tpext or tpext.nn: these entries take DLPack capsules and write into outputs.";
+  // An override that cannot be followed fails here, at import, rather than at the first kernel.
+  tpext::cpu::kernels();
+  m.def("build_info", &build_info);
+  m.def("cpu_capability", [] { return tpext::cpu::kernels().capability; });
+  m.def("rnn_scan", &rnn_scan, py::arg("x_proj"), py::arg("h0"), py::arg("weight_hh"), py::arg("lengths"),
+        py::arg("reverse"), py::arg("nonlinearity"), py::arg("states"), py::arg("num_threads"));
+  m.def("rnn_scan_backward", &rnn_scan_backward, py::arg("grad_states"), py::arg("states"), py::arg("weight_hh"),
+        py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"), py::arg("grad_x_proj"), py::arg("grad_h0"),
+        py::arg("num_threads"));
+  m.def("rnn_target_scan", &rnn_target_scan, py::arg("grad_states"), py::arg("states"), py::arg("h0"),
+        py::arg("weight_hh"), py::arg("inverse"), py::arg("x_proj"), py::arg("lengths"), py::arg("reverse"),
+        py::arg("nonlinearity"), py::arg("correction"), py::arg("credit"), py::arg("target_step"), py::arg("clip"),
+        py::arg("delta"), py::arg("disp_h0"), py::arg("norms"), py::arg("displacement"), py::arg("num_threads"));
+  m.def("rnn_learned_target_scan", &rnn_learned_target_scan, py::arg("grad_states"), py::arg("states"),
+        py::arg("weight_hh"), py::arg("reverse_weight"), py::arg("reverse_pre"), py::arg("lengths"), py::arg("reverse"),
+        py::arg("nonlinearity"), py::arg("credit"), py::arg("target_step"), py::arg("delta"), py::arg("disp_h0"),
+        py::arg("norms"), py::arg("num_threads"));
+}

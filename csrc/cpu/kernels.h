@@ -1,0 +1,32 @@
+// The kernels of one instruction set as a table of functions, and the choice of the table when the module is loaded.
+#pragma once
+
+#include "core/rnn.h"
+
+namespace tpext::cpu {
+
+struct Kernels {
+  const char* capability;
+  void (*rnn_scan_float)(const RnnScan<float>&, int threads);
+  void (*rnn_scan_double)(const RnnScan<double>&, int threads);
+  void (*rnn_scan_backward_float)(const RnnScanBackward<float>&, int threads);
+  void (*rnn_scan_backward_double)(const RnnScanBackward<double>&, int threads);
+  void (*rnn_target_scan_float)(const RnnTargetScan<float>&, int threads);
+  void (*rnn_target_scan_double)(const RnnTargetScan<double>&, int threads);
+
+  void operator()(const RnnScan<float>& args, int threads) const { rnn_scan_float(args, threads); }
+  void operator()(const RnnScan<double>& args, int threads) const { rnn_scan_double(args, threads); }
+  void operator()(const RnnScanBackward<float>& args, int threads) const { rnn_scan_backward_float(args, threads); }
+  void operator()(const RnnScanBackward<double>& args, int threads) const { rnn_scan_backward_double(args, threads); }
+  void operator()(const RnnTargetScan<float>& args, int threads) const { rnn_target_scan_float(args, threads); }
+  void operator()(const RnnTargetScan<double>& args, int threads) const { rnn_target_scan_double(args, threads); }
+};
+
+// The best compiled instruction set that this processor runs, or the one that the environment variable
+// TPEXT_CPU_CAPABILITY names. Throws std::runtime_error where that one is unknown, not compiled or not supported here.
+const Kernels& kernels();
+
+// Names of the compiled instruction sets, least first, with a null at the end.
+const char* const* compiled_capabilities();
+
+}  // namespace tpext::cpu

@@ -1,0 +1,201 @@
+// Vectors of one instruction set, and the functions on them that the recurrent kernels need.
+//
+// Every file that includes this one is compiled once for each instruction set, with flags of its own and two macros:
+// TPEXT_CAPABILITY names the set and the namespace, TPEXT_VECTOR_BYTES is the width of a register. Vectors are those of
+// GCC's and Clang's language extension, so the source has no intrinsics and the baseline builds on any architecture.
+// Everything but the kernels' entry points stands in an unnamed namespace, and no inline function of the standard library
+// is used: the linker could otherwise keep the AVX-512 copy of a shared symbol and call it on a machine without.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace tpext::cpu::TPEXT_CAPABILITY {
+namespace {
+
+template <class T>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  typedef float Vec __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
+  typedef int32_t Bits __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
+};
+
+template <>
+struct Lanes<double> {
+  typedef double Vec __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
+  typedef int64_t Bits __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
+};
+
+template <class T>
+using Vec = typename Lanes<T>::Vec;
+
+template <class T>
+using Bits = typename Lanes<T>::Bits;
+
+template <class T>
+constexpr int kLanes = TPEXT_VECTOR_BYTES / static_cast<int>(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* from) {
+  Vec<T> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* to, Vec<T> v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+// The first `count` lanes; the others are zero.
+template <class T>
+inline Vec<T> load_part(const T* from, int64_t count) {
+  if (count >= kLanes<T>) return load(from);
+  Vec<T> v = {};
+  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
+  return v;
+}
+
+template <class T>
+inline void store_part(T* to, Vec<T> v, int64_t count) {
+  if (count >= kLanes<T>) return store(to, v);
+  std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+}
+
+template <class T>
+inline bool any(Bits<T> mask) {
+  typename std::remove_reference<decltype(mask[0])>::type bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= mask[i];
+  return bits != 0;
+}
+
+template <class T>
+struct Constants;
+
+// Polynomials are minimax fits: `expm1` of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, relative error of e^r - 1 below 1.4e-8
+// (float) and 1.8e-17 (double); `atanh` of (atanh(s) - s) / s^3 in s^2 on |s| <= 3 - 2 sqrt(2), below 1e-9 and 1e-20.
+// `round` is 1.5 * 2^(mantissa bits): adding it rounds to an integer that then stands in the low bits.
+template <>
+struct Constants<float> {
+  static constexpr float round = 12582912.0f;
+  static constexpr int mantissa = 23;
+  static constexpr int32_t one = 0x3f800000;
+  static constexpr int32_t half_sqrt = 0x3f3504f3;  // sqrt(1/2)
+  static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.428606765330187e-06f;
+  static constexpr float largest = 3.40282347e+38f;
+  static constexpr float tanh_is_one = 10.0f;
+  static constexpr float expm1[] = {0.5000000062094943f, 0.16666542744505265f, 0.0416662813046362f,
+                                    0.008366610565732947f, 0.0013946504293418573f};
+  static constexpr float atanh[] = {0.3333338852690188f, 0.1998872472787031f, 0.14937210508628772f};
+};
+
+template <>
+struct Constants<double> {
+  static constexpr double round = 6755399441055744.0;
+  static constexpr int mantissa = 52;
+  static constexpr int64_t one = 0x3ff0000000000000;
+  static constexpr int64_t half_sqrt = 0x3fe6a09e667f3bcd;
+  static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double largest = 1.7976931348623157e308;
+  static constexpr double tanh_is_one = 20.0;
+  static constexpr double expm1[] = {0.50000000000000055723, 0.1666666666666668607,    0.04166666666657332677,
+                                     0.0083333333333145326823, 0.001388888893248325011, 0.00019841269903185362138,
+                                     0.000024801504313320734711, 2.7557227793672741707e-6, 2.7626381764352125578e-7,
+                                     2.5114529986079869588e-8};
+  static constexpr double atanh[] = {0.33333333333333330443, 0.20000000000003166103, 0.14285714284529229498,
+                                     0.11111111325472163135, 0.09090887666127991362, 0.076935526945762098976,
+                                     0.06624893425171774322, 0.066271769668793569937};
+};
+
+template <class T, int N>
+inline Vec<T> horner(Vec<T> x, const T (&coefficients)[N]) {
+  Vec<T> sum = Vec<T>{} + coefficients[N - 1];
+  for (int i = N - 2; i >= 0; --i) sum = sum * x + coefficients[i];
+  return sum;
+}
+
+// tanh(x) = m / (m + 2), m = e^(2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1), with the sign of x. One division, no branch, no
+// cancellation; within 2 ulp, odd, exact at zero and infinity, and NaN stays NaN (comparisons are written to let it pass).
+template <class T>
+inline Vec<T> tanh(Vec<T> x) {
+  using C = Constants<T>;
+  const Bits<T> sign = (Bits<T>)x & (Bits<T>)(-Vec<T>{});
+  Vec<T> y = (Vec<T>)((Bits<T>)x & ~sign);
+  y = y > C::tanh_is_one ? Vec<T>{} + C::tanh_is_one : y;
+  y = y + y;
+  const Vec<T> shifted = y * T(1.4426950408889634) + C::round;
+  const Vec<T> n = shifted - C::round;
+  const Vec<T> r = (y - n * C::ln2_high) - n * C::ln2_low;
+  const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
+  const Vec<T> scale = (Vec<T>)(((Bits<T>)shifted << C::mantissa) + C::one);
+  const Vec<T> m = p * scale + (scale - T(1));
+  const Vec<T> t = m / (m + T(2));
+  return (Vec<T>)((Bits<T>)t | sign);
+}
+
+// 1/2 log(p / q) for positive p, q, given p - q to its own full precision: with p / q = 2^n s', s' in [sqrt(1/2), sqrt(2)],
+// it is n ln(2)/2 + atanh((p - 2^n q) / (p + 2^n q)). For n = 0 the numerator is the given difference, so nothing is lost
+// when p and q are close.
+template <class T>
+inline Vec<T> half_log_ratio(Vec<T> p, Vec<T> q, Vec<T> p_minus_q) {
+  using C = Constants<T>;
+  const Bits<T> n = ((Bits<T>)(p / q) - C::half_sqrt) >> C::mantissa;
+  const Vec<T> scale = (Vec<T>)((n << C::mantissa) + C::one);
+  const Vec<T> exponent = (Vec<T>)(n + (Bits<T>)(Vec<T>{} + C::round)) - C::round;
+  const Vec<T> numerator = n == 0 ? p_minus_q : p - scale * q;
+  const Vec<T> s = numerator / (scale * q + p);
+  const Vec<T> w = s * s;
+  const Vec<T> series = (w * horner(w, C::atanh)) * s + s;
+  return exponent * T(0.34657359027997264) + series;
+}
+
+// atanh(a) - atanh(b) for |a|, |b| < 1, given a - b: no cancellation however small the difference.
+template <class T>
+inline Vec<T> atanh_difference(Vec<T> a, Vec<T> b, Vec<T> a_minus_b) {
+  return half_log_ratio<T>((T(1) + a) * (T(1) - b), (T(1) - a) * (T(1) + b), a_minus_b + a_minus_b);
+}
+
+template <class T>
+inline Vec<T> atanh(Vec<T> a) {
+  return half_log_ratio<T>(T(1) + a, T(1) - a, a + a);
+}
+
+// tanh(q + a) - tanh(q) = tanh(a) (1 - tanh(q) tanh(q + a)), which keeps the precision of a small a.
+template <class T>
+inline Vec<T> tanh_difference(Vec<T> q, Vec<T> a) {
+  return tanh<T>(a) * (T(1) - tanh<T>(q) * tanh<T>(q + a));
+}
+
+// Subnormal operands cost some processors a hundred cycles each, and a displacement that shrinks geometrically spends
+// hundreds of steps among them before it is zero. While this lives, the thread takes them for zero; then its control word
+// is restored.
+class FlushSubnormals {
+ public:
+#if defined(__SSE__)
+  FlushSubnormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040u); }
+  ~FlushSubnormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#elif defined(__aarch64__)
+  FlushSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved_));
+    asm volatile("msr fpcr, %0" : : "r"(saved_ | (uint64_t{1} << 24)));
+  }
+  ~FlushSubnormals() { asm volatile("msr fpcr, %0" : : "r"(saved_)); }
+
+ private:
+  uint64_t saved_;
+#else
+  FlushSubnormals() {}
+  ~FlushSubnormals() {}
+#endif
+  FlushSubnormals(const FlushSubnormals&) = delete;
+  FlushSubnormals& operator=(const FlushSubnormals&) = delete;
+};
+
+}  // namespace
+}  // namespace tpext::cpu::TPEXT_CAPABILITY

@@ -1,0 +1,39 @@
+"""tpext: target propagation for PyTorch on fused CPU and CUDA kernels.
+
+Swap ``torch.nn.RNN`` for :class:`tpext.nn.RNN` and ``loss.backward()`` is target propagation; ``rule=`` says which kind.
+"""
+
+from __future__ import annotations
+
+# torch first: the kernels use the OpenMP runtime that it has loaded.
+import torch as _torch  # noqa: F401
+
+from tpext import _C, nn
+from tpext.ops import SingularError
+from tpext.rules import Backprop, LearnedInverse, RegularizedInverse
+
+__version__: str = _C.build_info()["version"]
+
+
+def build_info() -> _C.BuildInfo:
+    """How the native part of this installation was built.
+
+    Returns:
+        A dict with ``version`` and ``commit`` of the source, ``compiler``, ``cpu_capabilities`` (the compiled instruction sets,
+        least first) and ``cuda_architectures`` (such as ``["sm_80", "sm_90", "compute_90"]``, empty without CUDA).
+
+    >>> sorted(tpext.build_info())
+    ['commit', 'compiler', 'cpu_capabilities', 'cuda_architectures', 'version']
+    """
+    return _C.build_info()
+
+
+__all__ = [
+    "Backprop",
+    "LearnedInverse",
+    "RegularizedInverse",
+    "SingularError",
+    "__version__",
+    "build_info",
+    "nn",
+]

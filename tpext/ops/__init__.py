@@ -1,0 +1,11 @@
+"""The ops ``torch.ops.tpext.*``: importing this package registers them.
+
+One module an op family. Each op has a schema, a CPU implementation, a fake one (for ``torch.compile`` and meta tensors), an
+autocast rule and an autograd formula, or an error that says why it has none.
+"""
+
+from tpext.ops.regularized_inverse import SingularError
+from tpext.ops.rnn_scan import input_projection
+from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
+
+__all__ = ["SingularError", "input_projection", "learned_target_rnn", "target_rnn"]

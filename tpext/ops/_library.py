@@ -1,0 +1,123 @@
+"""What every op family needs: the library that they register in, argument checks, autocast, the way to the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import to_dlpack
+
+LIBRARY = torch.library.Library("tpext", "DEF")
+
+NONLINEARITIES = ("tanh", "relu", "identity")
+CREDITS = ("local", "through_time")
+
+
+def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_outputs: bool) -> None:
+    """Register an op: ``schema`` with its CPU and fake implementations and its autocast rule.
+
+    Under autocast the low-precision floating-point arguments become float32, and with ``cast_outputs`` the outputs get the
+    autocast dtype. Float64 arguments stay as they are.
+    """
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, cpu, "CPU")
+    torch.library.register_fake(f"tpext::{name}", fake, lib=LIBRARY)
+
+    def autocast(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            outputs = getattr(torch.ops.tpext, name)(*(to_float32(arg) for arg in args))
+        return autocast_outputs(outputs, "cpu") if cast_outputs else outputs
+
+    LIBRARY.impl(name, autocast, "AutocastCPU")
+
+
+def to_float32(value: Any) -> Any:
+    """``value``, or its float32 copy if it is a float16 or bfloat16 tensor."""
+    low = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if low else value
+
+
+def autocast_outputs(outputs: Any, device: str) -> Any:
+    """Float32 outputs in the dtype of the surrounding autocast of this type of device."""
+    if isinstance(outputs, Tensor):
+        return outputs.to(torch.get_autocast_dtype(device)) if outputs.dtype == torch.float32 else outputs
+    return tuple(autocast_outputs(output, device) for output in outputs)
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` dense and row-major; None stays None."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def capsule(tensor: Tensor | None) -> object:
+    """A DLPack capsule of a dense tensor for the kernels; None stays None."""
+    return None if tensor is None else to_dlpack(tensor)
+
+
+def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_scan(
+    op: str,
+    leading: str,
+    tensors: Mapping[str, tuple[Tensor, str]],
+    lengths: Tensor | None,
+    reverse: Sequence[bool],
+    nonlinearity: str,
+) -> None:
+    """Check the arguments of a recurrent op: one dtype, one device, sizes that fit.
+
+    Args:
+        op: name in error messages.
+        leading: the argument of ``tensors`` that defines S, T, B and H.
+        tensors: each tensor with its dimensions as symbols, such as ``{"x_proj": (x_proj, "STBH")}``.
+        lengths: ``[B]`` int64 on the same device, or None. On the CPU its values are checked to lie in 0..T; kernels on other
+            devices clamp them.
+        reverse: S flags.
+        nonlinearity: one of ``NONLINEARITIES``.
+
+    Raises:
+        ValueError: naming the argument, what was expected and what came.
+    """
+    first, symbols = tensors[leading]
+    if first.dim() != len(symbols):
+        raise ValueError(f"{op}: {leading} must be [{', '.join(symbols)}], got {list(first.shape)}")
+    sizes = dict(zip(symbols, first.shape, strict=True))
+    if first.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{op}: {leading} must be float32 or float64, got {_dtype(first)}; for lower precision use torch.autocast"
+        )
+    for name, (tensor, dims) in tensors.items():
+        if tensor.shape != torch.Size([sizes[d] for d in dims]):
+            expected = ", ".join(f"{d}={sizes[d]}" for d in dims)
+            raise ValueError(f"{op}: {name} must be [{expected}], got {list(tensor.shape)}")
+        if tensor.dtype != first.dtype:
+            raise ValueError(f"{op}: {name} must be {_dtype(first)} as {leading} is, got {_dtype(tensor)}")
+        if tensor.device != first.device:
+            raise ValueError(f"{op}: {name} must be on {first.device} as {leading} is, got {tensor.device}")
+    if lengths is not None:
+        if lengths.dtype != torch.int64:
+            raise ValueError(f"{op}: lengths must be int64, got {_dtype(lengths)}")
+        if lengths.shape != (sizes["B"],):
+            raise ValueError(f"{op}: lengths must be [B={sizes['B']}], got {list(lengths.shape)}")
+        if lengths.device != first.device:
+            raise ValueError(f"{op}: lengths must be on {first.device} as {leading} is, got {lengths.device}")
+    if len(reverse) != sizes["S"]:
+        raise ValueError(f"{op}: reverse must have S={sizes['S']} values, got {len(reverse)}")
+    check_choice(op, "nonlinearity", nonlinearity, NONLINEARITIES)
+
+
+def check_lengths(op: str, lengths: Tensor | None, time: int) -> None:
+    """Raise ValueError unless all of the CPU tensor ``lengths`` lie in 0..T."""
+    if lengths is not None and lengths.numel() and not bool(((lengths >= 0) & (lengths <= time)).all()):
+        raise ValueError(f"{op}: lengths must lie in 0..T={time}, got {lengths.tolist()}")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,108 @@
+"""``regularized_inverse``: ridge inverses of a batch of matrices.
+
+``torch.ops.tpext.regularized_inverse(weight, reg)`` maps ``W [..., M, N]`` to
+``R = (W'W + reg I)^-1 W' = W'(WW' + reg I)^-1  [..., N, M]``, the map ``y -> argmin_x ||W x - y||^2 + reg ||x||^2``, by a
+Cholesky factorisation of the smaller Gram matrix. Float32 or float64; low precision is computed in float32 under autocast.
+Exact: it has first and second derivatives. Cost: about ``min(M, N)^2 (M + N) + min(M, N)^3 / 3`` multiply-adds a matrix; the
+Gram matrix squares the condition number, so without regularisation use float64.
+
+Raises:
+    ValueError: ``weight`` has NaN or infinite elements (the message says which matrix), a wrong rank or dtype; ``reg`` < 0.
+    SingularError: a Gram matrix plus ``reg`` is not positive definite to working precision (the message says which).
+
+Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion" (2021), section 3: the inverse of the linear part
+of a recurrent layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tpext.ops._library import LIBRARY, define
+
+
+class SingularError(torch.linalg.LinAlgError):
+    """A matrix whose inverse was asked for is singular to working precision; the message says which of the batch."""
+
+
+def _gram(weight: Tensor, reg: float) -> Tensor:
+    """``W'W + reg I`` or ``WW' + reg I``, whichever is smaller."""
+    rows, columns = weight.shape[-2:]
+    gram = weight.mT @ weight if columns <= rows else weight @ weight.mT
+    if reg:
+        gram.diagonal(dim1=-2, dim2=-1).add_(reg)
+    return gram
+
+
+def _check(weight: Tensor, reg: float) -> None:
+    if weight.dim() < 2:
+        raise ValueError(f"regularized_inverse: weight must be [..., M, N], got {list(weight.shape)}")
+    if weight.dtype not in (torch.float32, torch.float64):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(f"regularized_inverse: weight must be float32 or float64, got {dtype}")
+    if not (0 <= reg < math.inf):
+        raise ValueError(f"regularized_inverse: reg must be a finite number >= 0, got {reg}")
+
+
+def _first(failed: Tensor) -> str:
+    """The first failing matrix of a batch, for an error message."""
+    if failed.dim() == 0:
+        return "weight"
+    index = failed.nonzero()[0].tolist()
+    return f"weight{index}" if len(index) > 1 else f"weight[{index[0]}]"
+
+
+def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
+    _check(weight, reg)
+    rows, columns = weight.shape[-2:]
+    output = weight.new_empty(*weight.shape[:-2], columns, rows)
+    if output.numel() == 0:
+        return output
+    factor, info = torch.linalg.cholesky_ex(_gram(weight, reg))
+    # A NaN or infinity of the weight stands on the Gram matrix's diagonal, so it shows here too.
+    if info.any() or not factor.diagonal(dim1=-2, dim2=-1).isfinite().all():
+        unusable = ~weight.isfinite().flatten(-2).all(-1)
+        if unusable.any():
+            raise ValueError(f"regularized_inverse: {_first(unusable)} has NaN or infinite elements")
+        failed = (info != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
+        raise SingularError(
+            f"regularized_inverse: the Gram matrix of {_first(failed)} plus reg={reg} is not positive definite in "
+            f"{str(weight.dtype).removeprefix('torch.')}; use a larger reg"
+        )
+    if columns <= rows:
+        return output.copy_(torch.cholesky_solve(weight.mT, factor))
+    return output.copy_(torch.cholesky_solve(weight, factor).mT)
+
+
+def _fake(weight: Tensor, reg: float) -> Tensor:
+    _check(weight, reg)
+    return weight.new_empty(*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    weight, ctx.reg = inputs
+    ctx.save_for_backward(weight, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    # Differentiable torch operations, so that the second derivative comes by itself. With G = dL/dR:
+    #   R = A^-1 W', A = W'W + rI, K = A^-1 G:  dL/dW = K' - W R K' - W K R'
+    #   R = W' B^-1, B = WW' + rI, K = G B^-1:  dL/dW = K' - R' K W - K' R W
+    weight, inverse = ctx.saved_tensors
+    rows, columns = weight.shape[-2:]
+    identity = torch.eye(min(rows, columns), dtype=weight.dtype, device=weight.device)
+    if columns <= rows:
+        factor = torch.linalg.cholesky(weight.mT @ weight + ctx.reg * identity)
+        k = torch.cholesky_solve(grad, factor)
+        return k.mT - weight @ (inverse @ k.mT + k @ inverse.mT), None
+    factor = torch.linalg.cholesky(weight @ weight.mT + ctx.reg * identity)
+    k_transposed = torch.cholesky_solve(grad.mT, factor)
+    return k_transposed - (inverse.mT @ k_transposed.mT + k_transposed @ inverse) @ weight, None
+
+
+define("regularized_inverse(Tensor weight, float reg) -> Tensor", _regularized_inverse, _fake, cast_outputs=False)
+torch.library.register_autograd("tpext::regularized_inverse", _backward, setup_context=_setup_context, lib=LIBRARY)
