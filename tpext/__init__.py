@@ -1,6 +1,7 @@
 """tpext: target propagation for PyTorch on fused CPU and CUDA kernels.
 
-Swap ``torch.nn.RNN`` for :class:`tpext.nn.RNN` and ``loss.backward()`` is target propagation; ``rule=`` says which kind.
+Swap ``torch.nn.RNN`` for :class:`tpext.nn.RNN` and ``loss.backward()`` is target propagation; ``rule=`` says which
+kind.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ def build_info() -> _C.BuildInfo:
     """How the native part of this installation was built.
 
     Returns:
-        A dict with ``version`` and ``commit`` of the source, ``compiler``, ``cpu_capabilities`` (the compiled instruction sets,
-        least first) and ``cuda_architectures`` (such as ``["sm_80", "sm_90", "compute_90"]``, empty without CUDA).
+        A dict with ``version`` and ``commit`` of the source, ``compiler``, ``cpu_capabilities`` (the compiled
+        instruction sets, least first) and ``cuda_architectures`` (such as ``["sm_80", "sm_90", "compute_90"]``, empty
+        without CUDA).
 
     >>> sorted(tpext.build_info())
     ['commit', 'compiler', 'cpu_capabilities', 'cuda_architectures', 'version']

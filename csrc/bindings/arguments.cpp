@@ -23,7 +23,12 @@ Argument::Argument(const char* op, const char* name, const py::object& value) : 
     if (!py::hasattr(value, "__dlpack__"))
       throw py::type_error(label() + " must be a DLPack capsule or an object with __dlpack__, got " +
                            std::string(py::str(py::type::handle_of(value).attr("__name__"))));
-    capsule = value.attr("__dlpack__")();
+    try {
+      capsule = value.attr("__dlpack__")();
+    } catch (py::error_already_set& error) {
+      py::raise_from(error, PyExc_ValueError, (label() + " must be a tensor that DLPack can export").c_str());
+      throw py::error_already_set();
+    }
   }
   if (PyCapsule_IsValid(capsule.ptr(), kRead))
     throw py::value_error(label() + " must be a fresh DLPack capsule, got one that was consumed before");

@@ -1,5 +1,5 @@
-// From Python arguments to validated pointers: every entry of `_C` reads its tensors through this, so that nothing but a
-// readable error can come of a wrong dtype, device, size or stride.
+// From Python arguments to validated pointers: every entry of `_C` reads its tensors through this, so that nothing but
+// a readable error can come of a wrong dtype, device, size or stride.
 #pragma once
 
 #include <pybind11/pybind11.h>

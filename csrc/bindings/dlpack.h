@@ -1,4 +1,5 @@
-// The binary interface of DLPack 0.x/1.x ("dltensor" capsules, https://dmlc.github.io/dlpack): what is needed to read one.
+// The binary interface of DLPack 0.x/1.x ("dltensor" capsules, https://dmlc.github.io/dlpack): what is needed to read
+// one.
 #pragma once
 
 #include <cstdint>

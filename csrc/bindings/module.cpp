@@ -23,7 +23,8 @@ using tpext::bindings::Dim;
 namespace dlpack = tpext::dlpack;
 namespace py = pybind11;
 
-constexpr dlpack::DataType kFloat32{dlpack::kFloat, 32, 1}, kFloat64{dlpack::kFloat, 64, 1}, kInt64{dlpack::kInt, 64, 1};
+constexpr dlpack::DataType kFloat32{dlpack::kFloat, 32, 1}, kFloat64{dlpack::kFloat, 64, 1},
+    kInt64{dlpack::kInt, 64, 1};
 
 const std::vector<const char*> kNonlinearities = {"tanh", "relu", "identity"};
 const std::vector<const char*> kCorrections = {"linearized", "difference", "none"};
@@ -83,8 +84,9 @@ tpext::Nonlinearity nonlinearity_of(const char* op, const std::string& value) {
   return static_cast<tpext::Nonlinearity>(choose(op, "nonlinearity", value, kNonlinearities));
 }
 
-void rnn_scan(const py::object& x_proj_, const py::object& h0_, const py::object& weight_hh_, const py::object& lengths_,
-              const std::vector<bool>& reverse, const std::string& nonlinearity, const py::object& states_, int threads) {
+void rnn_scan(const py::object& x_proj_, const py::object& h0_, const py::object& weight_hh_,
+              const py::object& lengths_, const std::vector<bool>& reverse, const std::string& nonlinearity,
+              const py::object& states_, int threads) {
   constexpr const char* op = "rnn_scan";
   const Argument x_proj(op, "x_proj", x_proj_), h0(op, "h0", h0_), weight_hh(op, "weight_hh", weight_hh_),
       lengths(op, "lengths", lengths_), states(op, "states", states_);
@@ -145,19 +147,21 @@ void rnn_target_scan(const py::object& grad_states_, const py::object& states_, 
   if (norms.given()) call.rows(norms);
   if (displacement.given()) call.sequence(displacement);
   const auto run = [&]<class T>(T) {
-    call.run(tpext::RnnTargetScan<T>{call.sizes(), a, c, through_time, static_cast<T>(target_step), static_cast<T>(clip),
-                                     grad_states.data<const T>(), states.data<const T>(), h0.data<const T>(),
-                                     weight_hh.data<const T>(), inverse.data<const T>(), x_proj.data<const T>(), nullptr,
-                                     delta.data<T>(), disp_h0.data<T>(), norms.data<T>(), displacement.data<T>()});
+    call.run(tpext::RnnTargetScan<T>{call.sizes(), a, c, through_time, static_cast<T>(target_step),
+                                     static_cast<T>(clip), grad_states.data<const T>(), states.data<const T>(),
+                                     h0.data<const T>(), weight_hh.data<const T>(), inverse.data<const T>(),
+                                     x_proj.data<const T>(), nullptr, delta.data<T>(), disp_h0.data<T>(),
+                                     norms.data<T>(), displacement.data<T>()});
   };
   call.is_double() ? run(double()) : run(float());
 }
 
 void rnn_learned_target_scan(const py::object& grad_states_, const py::object& states_, const py::object& weight_hh_,
-                             const py::object& reverse_weight_, const py::object& reverse_pre_, const py::object& lengths_,
-                             const std::vector<bool>& reverse, const std::string& nonlinearity, const std::string& credit,
-                             double target_step, const py::object& delta_, const py::object& disp_h0_,
-                             const py::object& norms_, int threads) {
+                             const py::object& reverse_weight_, const py::object& reverse_pre_,
+                             const py::object& lengths_, const std::vector<bool>& reverse,
+                             const std::string& nonlinearity, const std::string& credit, double target_step,
+                             const py::object& delta_, const py::object& disp_h0_, const py::object& norms_,
+                             int threads) {
   constexpr const char* op = "rnn_learned_target_scan";
   const Argument grad_states(op, "grad_states", grad_states_), states(op, "states", states_),
       weight_hh(op, "weight_hh", weight_hh_), reverse_weight(op, "reverse_weight", reverse_weight_),
@@ -189,7 +193,8 @@ py::dict build_info() {
   info["commit"] = TPEXT_COMMIT;
   info["compiler"] = TPEXT_COMPILER;
   py::list capabilities;
-  for (const char* const* name = tpext::cpu::compiled_capabilities(); *name != nullptr; ++name) capabilities.append(*name);
+  for (const char* const* name = tpext::cpu::compiled_capabilities(); *name != nullptr; ++name)
+    capabilities.append(*name);
   info["cpu_capabilities"] = capabilities;
   info["cuda_architectures"] = py::list();
   return info;
@@ -198,7 +203,8 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Kernels of tpext. Use torch.ops.tpext or tpext.nn: these entries take DLPack capsules and write into outputs.";
+  m.doc() =
+      "Kernels of tpext. Use torch.ops.tpext or tpext.nn: these entries take DLPack capsules and write into outputs.";
   // An override that cannot be followed fails here, at import, rather than at the first kernel.
   tpext::cpu::kernels();
   m.def("build_info", &build_info);

@@ -1,8 +1,8 @@
 // What a recurrent kernel needs to know: plain structures of sizes and pointers, shared by every backend.
 //
-// Notation, used throughout csrc: S stack (independent members: directions, ensembles), T time, B batch, H hidden. Arrays
-// are dense and row-major, with the leading dimensions given beside each pointer. W is torch's weight_hh: row vectors
-// step as h_t = a(x_proj_t + h_{t-1} W^T).
+// Notation, used throughout csrc: S stack (independent members: directions, ensembles), T time, B batch, H hidden.
+// Arrays are dense and row-major, with the leading dimensions given beside each pointer. W is torch's weight_hh: row
+// vectors step as h_t = a(x_proj_t + h_{t-1} W^T).
 #pragma once
 
 #include <cstdint>
@@ -49,20 +49,20 @@ struct RnnTargetScan {
   RnnSizes sizes;
   Nonlinearity nonlinearity;
   Correction correction;
-  bool through_time;      // credit: the sum of local losses through the whole unrolled network, else each step alone
+  bool through_time;  // credit: the sum of local losses through the whole unrolled network, else each step alone
   T target_step;
   T clip;
-  const T* grad_states;   // [S, T, B, H]
-  const T* states;        // [S, T, B, H]
-  const T* h0;            // [S, B, H]; correction none only
-  const T* weight_hh;     // [S, H, H]; through_time only
-  const T* inverse;       // [S, H, H] regularised inverse R of W; for correction learned the reverse weight V
-  const T* x_proj;        // [S, T, B, H]; correction none only
-  const T* reverse_pre;   // [S, T, B, H] pre-activations of the reverse layer; correction learned only
-  T* delta;               // [S, T, B, H]
-  T* disp_h0;             // [S, B, H]
-  T* norms;               // [S, T, B] or null
-  T* displacement;        // [S, T, B, H] displacement of the pre-activation, or null
+  const T* grad_states;  // [S, T, B, H]
+  const T* states;       // [S, T, B, H]
+  const T* h0;           // [S, B, H]; correction none only
+  const T* weight_hh;    // [S, H, H]; through_time only
+  const T* inverse;      // [S, H, H] regularised inverse R of W; for correction learned the reverse weight V
+  const T* x_proj;       // [S, T, B, H]; correction none only
+  const T* reverse_pre;  // [S, T, B, H] pre-activations of the reverse layer; correction learned only
+  T* delta;              // [S, T, B, H]
+  T* disp_h0;            // [S, B, H]
+  T* norms;              // [S, T, B] or null
+  T* displacement;       // [S, T, B, H] displacement of the pre-activation, or null
 };
 
 }  // namespace tpext

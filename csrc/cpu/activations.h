@@ -48,7 +48,8 @@ inline Vec<T> inverse_activate(Vec<T> v, T bound) {
   if constexpr (A == Nonlinearity::identity) return v;
 }
 
-// a^-1(h + d) - a^-1(h). Where no bound is touched the displacement itself enters, not the rounded difference of the two.
+// a^-1(h + d) - a^-1(h). Where no bound is touched the displacement itself enters, not the rounded difference of the
+// two.
 template <Nonlinearity A, class T>
 inline Vec<T> inverse_difference(Vec<T> h, Vec<T> d, T bound) {
   const Vec<T> v = h + d;

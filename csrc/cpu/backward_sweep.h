@@ -90,8 +90,8 @@ void backward_tile(const RnnSizes& sizes, const Tile& tile, const PackedStack<T>
       const int64_t row = tile.row + r;
       const bool before_first = reverse ? j == steps[r] : j == sizes.time;
       const bool valid = j < sizes.time && t < steps[r];
-      at[r].place = before_first ? (steps[r] == 0 ? Place::none : Place::initial)
-                    : !valid     ? Place::padding
+      at[r].place = before_first                             ? (steps[r] == 0 ? Place::none : Place::initial)
+                    : !valid                                 ? Place::padding
                     : (reverse ? t == 0 : t == steps[r] - 1) ? Place::last
                                                              : Place::inner;
       at[r].current = ((tile.member * sizes.time + t) * sizes.batch + row) * H;
@@ -114,7 +114,8 @@ void backward_tile(const RnnSizes& sizes, const Tile& tile, const PackedStack<T>
           find_product<T>(rows, panels)(H, z_rows + row, inverse.panel(tile.member, panel), inverse.panel_stride(),
                                         displaced);
         if (use_weight)
-          find_product<T>(rows, panels)(H, e_rows + row, weight.panel(tile.member, panel), weight.panel_stride(), credit);
+          find_product<T>(rows, panels)(H, e_rows + row, weight.panel(tile.member, panel), weight.panel_stride(),
+                                        credit);
         for (int64_t r = row; r < row + rows; ++r) {
           for (int p = 0; p < panels; ++p) {
             const int64_t column = (panel + p) * kLanes<T>, count = H - column;
@@ -125,7 +126,8 @@ void backward_tile(const RnnSizes& sizes, const Tile& tile, const PackedStack<T>
             if (at[r].place == Place::last || at[r].place == Place::inner)
               stepped = step(at[r], column, count, moved, owed);
             else if (at[r].place == Place::initial)
-              store_part(outputs.initial + at[r].initial + column, step.initial(at[r], column, count, moved, owed), count);
+              store_part(outputs.initial + at[r].initial + column, step.initial(at[r], column, count, moved, owed),
+                         count);
             else if (at[r].place == Place::none)
               store_part(outputs.initial + at[r].initial + column, Vec<T>{}, count);
             if (j == sizes.time) continue;
@@ -135,7 +137,8 @@ void backward_tile(const RnnSizes& sizes, const Tile& tile, const PackedStack<T>
               store(z_new + r * stride + column, stepped.carried);
               z_bits[block] |= (Bits<T>)(stepped.carried != 0);
               if (outputs.carried != nullptr)
-                store_part(outputs.carried + at[r].current + column, step.handed_down(at[r], column, count, stepped), count);
+                store_part(outputs.carried + at[r].current + column, step.handed_down(at[r], column, count, stepped),
+                           count);
               if (outputs.norms != nullptr) store(d_rows + r * stride + column, stepped.displacement);
             }
           }
@@ -144,7 +147,8 @@ void backward_tile(const RnnSizes& sizes, const Tile& tile, const PackedStack<T>
     }
     if (j == sizes.time) break;
     if (Step::displaces && outputs.norms != nullptr)
-      for (int64_t r = 0; r < tile.rows; ++r) outputs.norms[at[r].current / H] = row_norm(d_rows + r * stride, H);
+      for (int64_t r = 0; r < tile.rows; ++r)
+        outputs.norms[(tile.member * sizes.time + t) * sizes.batch + tile.row + r] = row_norm(d_rows + r * stride, H);
     for (int64_t block = 0; block < tile.blocks; ++block) {
       z_alive[block] = any<T>(z_bits[block]);
       e_alive[block] = any<T>(e_bits[block]);

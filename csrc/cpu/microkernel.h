@@ -4,7 +4,8 @@
 // (L lanes) of all H rows one after another, the last one padded with zeros. A product of `rows` row vectors a_r with
 // `panels` neighbouring panels keeps its rows x panels accumulators in registers through the whole depth:
 //     c[r][p] = sum_k a_r[k] * M[k][p]        (k ascending, one accumulator an element)
-// The order of the sum does not depend on how rows and panels are grouped, so neither threads nor batch size change a bit.
+// The order of the sum does not depend on how rows and panels are grouped, so neither threads nor batch size change a
+// bit.
 #pragma once
 
 #include <cstdlib>
@@ -63,7 +64,9 @@ inline bool pack_panel(const T* weight, bool transposed, int64_t hidden, int64_t
   T check = 0;
   for (int64_t k = 0; k < hidden; ++k, packed += kLanes<T>) {
     for (int64_t c = 0; c < kLanes<T>; ++c) {
-      const T value = c >= columns ? T(0) : transposed ? weight[(first + c) * hidden + k] : weight[k * hidden + first + c];
+      const T value = c >= columns ? T(0)
+                      : transposed ? weight[(first + c) * hidden + k]
+                                   : weight[k * hidden + first + c];
       packed[c] = value;
       check += value * T(0);  // NaN for NaN and infinity
     }
@@ -99,10 +102,9 @@ template <class T, int Rows>
 constexpr Product<T> product_of(int panels) {
   static_assert(kMaxPanels == 4);
   constexpr int most = max_panels(Rows);
-  return panels == 1                ? product<T, Rows, 1>
-         : panels == 2 && most >= 2 ? product<T, Rows, most >= 2 ? 2 : 1>
-         : panels == 3 && most >= 3 ? product<T, Rows, most >= 3 ? 3 : 1>
-                                    : product<T, Rows, most>;
+  return panels == 1 ? product<T, Rows, 1> : panels == 2 && most >= 2 ? product < T, Rows,
+         most >= 2 ? 2 : 1 > : panels == 3 && most >= 3 ? product < T, Rows,
+         most >= 3 ? 3 : 1 >                            : product<T, Rows, most>;
 }
 
 template <class T>

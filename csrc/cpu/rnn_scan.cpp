@@ -1,10 +1,10 @@
 // rnn_scan:           h_t = a(x_proj_t + h_{t-1} W')
 // rnn_scan_backward:  e_t = (g_t + e_{t+1} W) * a'(h_t),  grad_h0 = e_1 W
 //
-// Layouts stand in core/rnn.h, the split of the work in sweep.h. Both are one sweep over time per row tile; a step is one
-// product of the tile's rows with the packed weights (2 H^2 operations a row) whose epilogue reads x_proj (or g and h)
-// once and writes the state (or e) once. Memory: the packed weights, S * H * ceil(H) numbers. Deterministic: an element is
-// one sum over k in ascending order, on whichever thread.
+// Layouts stand in core/rnn.h, the split of the work in sweep.h. Both are one sweep over time per row tile; a step is
+// one product of the tile's rows with the packed weights (2 H^2 operations a row) whose epilogue reads x_proj (or g and
+// h) once and writes the state (or e) once. Memory: the packed weights, S * H * ceil(H) numbers. Deterministic: an
+// element is one sum over k in ascending order, on whichever thread.
 #include "cpu/activations.h"
 #include "cpu/backward_sweep.h"
 #include "cpu/sweep.h"
@@ -110,8 +110,8 @@ void scan_backward(const RnnScanBackward<T>& args, int max_threads) {
           return backward_tile(args.sizes, tile, inverse, weight, GradientStep<T, Nonlinearity::relu>{args}, outputs,
                                static_cast<T*>(nullptr));
         case Nonlinearity::identity:
-          return backward_tile(args.sizes, tile, inverse, weight, GradientStep<T, Nonlinearity::identity>{args}, outputs,
-                               static_cast<T*>(nullptr));
+          return backward_tile(args.sizes, tile, inverse, weight, GradientStep<T, Nonlinearity::identity>{args},
+                               outputs, static_cast<T*>(nullptr));
       }
     });
   }

@@ -6,9 +6,9 @@
 //     d_{t-1} = -s g_{t-1} + tanh(q_t + d_t V') - tanh(q_t)                       learned (P holds V')
 //     e_t = (-d_t + [through_time] e_{t+1} W) * a'(h_t)
 //
-// Layouts stand in core/rnn.h, the split of the work in sweep.h and backward_sweep.h. A step is one product of the tile's
-// rows (local credit) or two (through time), with all elementwise work in the epilogue: h and g are read once, e is
-// written once. Memory: the packed matrices and two or three row tiles a thread. Deterministic, as sweep.h says.
+// Layouts stand in core/rnn.h, the split of the work in sweep.h and backward_sweep.h. A step is one product of the
+// tile's rows (local credit) or two (through time), with all elementwise work in the epilogue: h and g are read once, e
+// is written once. Memory: the packed matrices and two or three row tiles a thread. Deterministic, as sweep.h says.
 #include "cpu/activations.h"
 #include "cpu/backward_sweep.h"
 #include "cpu/sweep.h"
@@ -65,13 +65,17 @@ void target_tile(const RnnTargetScan<T>& args, const Tile& tile, const PackedSta
                  const PackedStack<T>& weight, const BackwardOutputs<T>& outputs, T* scratch) {
   switch (args.correction) {
     case Correction::linearized:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::linearized>{args}, outputs, scratch);
+      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::linearized>{args}, outputs,
+                           scratch);
     case Correction::difference:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::difference>{args}, outputs, scratch);
+      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::difference>{args}, outputs,
+                           scratch);
     case Correction::none:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::none>{args}, outputs, scratch);
+      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::none>{args}, outputs,
+                           scratch);
     case Correction::learned:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::learned>{args}, outputs, scratch);
+      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::learned>{args}, outputs,
+                           scratch);
   }
 }
 
@@ -93,7 +97,8 @@ void target_scan(const RnnTargetScan<T>& args, int max_threads) {
       switch (args.nonlinearity) {
         case Nonlinearity::tanh: return target_tile<T, Nonlinearity::tanh>(args, tile, inverse, weight, outputs, own);
         case Nonlinearity::relu: return target_tile<T, Nonlinearity::relu>(args, tile, inverse, weight, outputs, own);
-        case Nonlinearity::identity: return target_tile<T, Nonlinearity::identity>(args, tile, inverse, weight, outputs, own);
+        case Nonlinearity::identity:
+          return target_tile<T, Nonlinearity::identity>(args, tile, inverse, weight, outputs, own);
       }
     });
   }

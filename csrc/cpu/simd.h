@@ -3,8 +3,9 @@
 // Every file that includes this one is compiled once for each instruction set, with flags of its own and two macros:
 // TPEXT_CAPABILITY names the set and the namespace, TPEXT_VECTOR_BYTES is the width of a register. Vectors are those of
 // GCC's and Clang's language extension, so the source has no intrinsics and the baseline builds on any architecture.
-// Everything but the kernels' entry points stands in an unnamed namespace, and no inline function of the standard library
-// is used: the linker could otherwise keep the AVX-512 copy of a shared symbol and call it on a machine without.
+// Everything but the kernels' entry points stands in an unnamed namespace, and no inline function of the standard
+// library is used: the linker could otherwise keep the AVX-512 copy of a shared symbol and call it on a machine
+// without.
 #pragma once
 
 #include <cstdint>
@@ -75,9 +76,9 @@ inline bool any(Bits<T> mask) {
 template <class T>
 struct Constants;
 
-// Polynomials are minimax fits: `expm1` of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, relative error of e^r - 1 below 1.4e-8
-// (float) and 1.8e-17 (double); `atanh` of (atanh(s) - s) / s^3 in s^2 on |s| <= 3 - 2 sqrt(2), below 1e-9 and 1e-20.
-// `round` is 1.5 * 2^(mantissa bits): adding it rounds to an integer that then stands in the low bits.
+// Polynomials are minimax fits: `expm1` of (e^r - 1 - r) / r^2 on |r| <= ln(2)/2, relative error of e^r - 1
+// below 1.4e-8 (float) and 1.8e-17 (double); `atanh` of (atanh(s) - s) / s^3 in s^2 on |s| <= 3 - 2 sqrt(2), below 1e-9
+// and 1e-20. `round` is 1.5 * 2^(mantissa bits): adding it rounds to an integer that then stands in the low bits.
 template <>
 struct Constants<float> {
   static constexpr float round = 12582912.0f;
@@ -101,8 +102,8 @@ struct Constants<double> {
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
   static constexpr double largest = 1.7976931348623157e308;
   static constexpr double tanh_is_one = 20.0;
-  static constexpr double expm1[] = {0.50000000000000055723, 0.1666666666666668607,    0.04166666666657332677,
-                                     0.0083333333333145326823, 0.001388888893248325011, 0.00019841269903185362138,
+  static constexpr double expm1[] = {0.50000000000000055723,     0.1666666666666668607,    0.04166666666657332677,
+                                     0.0083333333333145326823,   0.001388888893248325011,  0.00019841269903185362138,
                                      0.000024801504313320734711, 2.7557227793672741707e-6, 2.7626381764352125578e-7,
                                      2.5114529986079869588e-8};
   static constexpr double atanh[] = {0.33333333333333330443, 0.20000000000003166103, 0.14285714284529229498,
@@ -118,7 +119,8 @@ inline Vec<T> horner(Vec<T> x, const T (&coefficients)[N]) {
 }
 
 // tanh(x) = m / (m + 2), m = e^(2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1), with the sign of x. One division, no branch, no
-// cancellation; within 2 ulp, odd, exact at zero and infinity, and NaN stays NaN (comparisons are written to let it pass).
+// cancellation; within 2 ulp, odd, exact at zero and infinity, and NaN stays NaN (comparisons are written to let it
+// pass).
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   using C = Constants<T>;
@@ -132,13 +134,18 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
   const Vec<T> scale = (Vec<T>)(((Bits<T>)shifted << C::mantissa) + C::one);
   const Vec<T> m = p * scale + (scale - T(1));
-  const Vec<T> t = m / (m + T(2));
-  return (Vec<T>)((Bits<T>)t | sign);
+  const Vec<T> q = m + T(2);
+  const Vec<T> t = m / q;
+  // One Newton step on t q = m with q's own rounding error counted in, and 1 / q = (1 - t) / 2; where t is close to 1 the
+  // latter is lost to rounding, and the step is not needed.
+  const Vec<T> residual = (m - t * q) - t * (m - (q - T(2)));
+  const Vec<T> refined = m > T(32) ? t : residual * (T(0.5) - T(0.5) * t) + t;
+  return (Vec<T>)((Bits<T>)refined | sign);
 }
 
-// 1/2 log(p / q) for positive p, q, given p - q to its own full precision: with p / q = 2^n s', s' in [sqrt(1/2), sqrt(2)],
-// it is n ln(2)/2 + atanh((p - 2^n q) / (p + 2^n q)). For n = 0 the numerator is the given difference, so nothing is lost
-// when p and q are close.
+// 1/2 log(p / q) for positive p, q, given p - q to its own full precision: with p / q = 2^n s', s' in [sqrt(1/2),
+// sqrt(2)], it is n ln(2)/2 + atanh((p - 2^n q) / (p + 2^n q)). For n = 0 the numerator is the given difference, so
+// nothing is lost when p and q are close.
 template <class T>
 inline Vec<T> half_log_ratio(Vec<T> p, Vec<T> q, Vec<T> p_minus_q) {
   using C = Constants<T>;
@@ -170,8 +177,8 @@ inline Vec<T> tanh_difference(Vec<T> q, Vec<T> a) {
 }
 
 // Subnormal operands cost some processors a hundred cycles each, and a displacement that shrinks geometrically spends
-// hundreds of steps among them before it is zero. While this lives, the thread takes them for zero; then its control word
-// is restored.
+// hundreds of steps among them before it is zero. While this lives, the thread takes them for zero; then its control
+// word is restored.
 class FlushSubnormals {
  public:
 #if defined(__SSE__)

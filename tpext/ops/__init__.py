@@ -1,7 +1,7 @@
 """The ops ``torch.ops.tpext.*``: importing this package registers them.
 
-One module an op family. Each op has a schema, a CPU implementation, a fake one (for ``torch.compile`` and meta tensors), an
-autocast rule and an autograd formula, or an error that says why it has none.
+One module an op family. Each op has a schema, a CPU implementation, a fake one (for ``torch.compile`` and meta
+tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
 from tpext.ops.regularized_inverse import SingularError

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
 
-LIBRARY = torch.library.Library("tpext", "DEF")
+LIBRARY = torch.library.Library("tpext", "DEF")  # type: ignore[no-untyped-call]
 
 NONLINEARITIES = ("tanh", "relu", "identity")
 CREDITS = ("local", "through_time")
@@ -18,12 +18,12 @@ CREDITS = ("local", "through_time")
 def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_outputs: bool) -> None:
     """Register an op: ``schema`` with its CPU and fake implementations and its autocast rule.
 
-    Under autocast the low-precision floating-point arguments become float32, and with ``cast_outputs`` the outputs get the
-    autocast dtype. Float64 arguments stay as they are.
+    Under autocast the low-precision floating-point arguments become float32, and with ``cast_outputs`` the outputs
+    get the autocast dtype. Float64 arguments stay as they are.
     """
     name = schema.split("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tpext::{name}", fake, lib=LIBRARY)
 
     def autocast(*args: Any) -> Any:
@@ -31,7 +31,7 @@ def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_
             outputs = getattr(torch.ops.tpext, name)(*(to_float32(arg) for arg in args))
         return autocast_outputs(outputs, "cpu") if cast_outputs else outputs
 
-    LIBRARY.impl(name, autocast, "AutocastCPU")
+    LIBRARY.impl(name, autocast, "AutocastCPU")  # type: ignore[no-untyped-call]
 
 
 def to_float32(value: Any) -> Any:
@@ -47,14 +47,9 @@ def autocast_outputs(outputs: Any, device: str) -> Any:
     return tuple(autocast_outputs(output, device) for output in outputs)
 
 
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """``tensor`` dense and row-major; None stays None."""
-    return None if tensor is None else tensor.contiguous()
-
-
-def capsule(tensor: Tensor | None) -> object:
-    """A DLPack capsule of a dense tensor for the kernels; None stays None."""
-    return None if tensor is None else to_dlpack(tensor)
+def dense(tensor: Tensor | None) -> object:
+    """A DLPack capsule of ``tensor``, made row-major if it is not, for the kernels; None stays None."""
+    return None if tensor is None else torch.utils.dlpack.to_dlpack(tensor.contiguous())  # type: ignore[attr-defined]
 
 
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
@@ -77,8 +72,7 @@ def check_scan(
         op: name in error messages.
         leading: the argument of ``tensors`` that defines S, T, B and H.
         tensors: each tensor with its dimensions as symbols, such as ``{"x_proj": (x_proj, "STBH")}``.
-        lengths: ``[B]`` int64 on the same device, or None. On the CPU its values are checked to lie in 0..T; kernels on other
-            devices clamp them.
+        lengths: ``[B]`` int64 on the same device, or None.
         reverse: S flags.
         nonlinearity: one of ``NONLINEARITIES``.
 

@@ -1,17 +1,18 @@
 """``regularized_inverse``: ridge inverses of a batch of matrices.
 
-``torch.ops.tpext.regularized_inverse(weight, reg)`` maps ``W [..., M, N]`` to
-``R = (W'W + reg I)^-1 W' = W'(WW' + reg I)^-1  [..., N, M]``, the map ``y -> argmin_x ||W x - y||^2 + reg ||x||^2``, by a
-Cholesky factorisation of the smaller Gram matrix. Float32 or float64; low precision is computed in float32 under autocast.
-Exact: it has first and second derivatives. Cost: about ``min(M, N)^2 (M + N) + min(M, N)^3 / 3`` multiply-adds a matrix; the
-Gram matrix squares the condition number, so without regularisation use float64.
+``torch.ops.tpext.regularized_inverse(weight, reg)`` maps ``W [..., M, N]`` to ``R = (W'W + reg I)^-1 W' = W'(WW' +
+reg I)^-1  [..., N, M]``, the map ``y -> argmin_x ||W x - y||^2 + reg ||x||^2``, by a Cholesky factorisation of the
+smaller Gram matrix. Float32 or float64; low precision is computed in float32 under autocast. Exact: it has first and
+second derivatives. Cost: about ``min(M, N)^2 (M + N) + min(M, N)^3 / 3`` multiply-adds a matrix; the Gram matrix
+squares the condition number, so without regularisation use float64.
 
 Raises:
-    ValueError: ``weight`` has NaN or infinite elements (the message says which matrix), a wrong rank or dtype; ``reg`` < 0.
-    SingularError: a Gram matrix plus ``reg`` is not positive definite to working precision (the message says which).
+    ValueError: ``weight`` has NaN or infinite elements (the message says which matrix), a wrong rank or dtype;
+    ``reg`` < 0. SingularError: a Gram matrix plus ``reg`` is not positive definite to working precision (the message
+    says which).
 
-Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion" (2021), section 3: the inverse of the linear part
-of a recurrent layer.
+Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion" (2021), section 3: the inverse of the
+linear part of a recurrent layer.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from tpext.ops._library import LIBRARY, define
 
 
-class SingularError(torch.linalg.LinAlgError):
+class SingularError(torch.linalg.LinAlgError):  # type: ignore[name-defined,misc]
     """A matrix whose inverse was asked for is singular to working precision; the message says which of the batch."""
 
 

@@ -8,17 +8,19 @@
 
     e_t = (g_t + e_{t+1} W) * a'(h_t)       -> e = dL/dx_proj [S, T, B, H],   dL/dh0 = e_1 W [S, B, H]
 
-``S`` members with weights of their own run side by side (directions, ensembles); where ``reverse[s]`` is set, a member runs
-from its last valid step to its first, and ``states[s, t]`` belongs to input step ``t`` all the same. ``nonlinearity`` is
-"tanh", "relu" or "identity". ``lengths [B]`` (int64, None: all T) are the valid steps of each row: beyond them states and
-gradients are zero, and incoming gradients are ignored. Float32 and float64; under CPU autocast computed in float32, output in
-the autocast dtype.
+``S`` members with weights of their own run side by side (directions, ensembles); where ``reverse[s]`` is set, a
+member runs from its last valid step to its first, and ``states[s, t]`` belongs to input step ``t`` all the same.
+``nonlinearity`` is "tanh", "relu" or "identity". ``lengths [B]`` (int64, None: all T) are the valid steps of each
+row: beyond them states and gradients are zero, and incoming gradients are ignored. Float32 and float64; under CPU
+autocast computed in float32, output in the autocast dtype.
 
-Both are exact and have derivatives of every order (from the second on by plain torch operations). ``2 S T B H^2`` operations
-each; the result is bitwise the same on any number of threads. Numbers below the smallest normal one count as zero.
+Both are exact and have derivatives of every order (from the second on by plain torch operations). ``2 S T B H^2``
+operations each; the result is bitwise the same on any number of threads. Numbers below the smallest normal one count
+as zero.
 
 Raises:
-    ValueError: a wrong size, dtype or device, lengths outside 0..T, an unknown nonlinearity; the message names the argument.
+    ValueError: a wrong size, dtype or device, lengths outside 0..T, an unknown nonlinearity; the message names the
+    argument.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tpext import _C
-from tpext.ops._library import LIBRARY, capsule, check_lengths, check_scan, contiguous, define
+from tpext.ops._library import LIBRARY, check_lengths, check_scan, define, dense
 
 
 def _check_scan(
@@ -45,9 +47,17 @@ def _rnn_scan(
 ) -> Tensor:
     _check_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
     check_lengths("rnn_scan", lengths, x_proj.shape[1])
-    tensors = [capsule(contiguous(tensor)) for tensor in (x_proj, h0, weight_hh, lengths)]
     states = x_proj.new_empty(x_proj.shape)
-    _C.rnn_scan(*tensors, list(reverse), nonlinearity, capsule(states), torch.get_num_threads())
+    _C.rnn_scan(
+        dense(x_proj),
+        dense(h0),
+        dense(weight_hh),
+        dense(lengths),
+        list(reverse),
+        nonlinearity,
+        dense(states),
+        torch.get_num_threads(),
+    )
     return states
 
 
@@ -86,10 +96,19 @@ def _rnn_scan_backward(
 ) -> tuple[Tensor, Tensor]:
     _check_scan_backward(grad_states, states, weight_hh, lengths, reverse, nonlinearity)
     check_lengths("rnn_scan_backward", lengths, states.shape[1])
-    tensors = [capsule(contiguous(tensor)) for tensor in (grad_states, states, weight_hh, lengths)]
-    outputs = states.new_empty(states.shape), _initial_like(states)
-    _C.rnn_scan_backward(*tensors, list(reverse), nonlinearity, *map(capsule, outputs), torch.get_num_threads())
-    return outputs
+    grad_x_proj, grad_h0 = states.new_empty(states.shape), _initial_like(states)
+    _C.rnn_scan_backward(
+        dense(grad_states),
+        dense(states),
+        dense(weight_hh),
+        dense(lengths),
+        list(reverse),
+        nonlinearity,
+        dense(grad_x_proj),
+        dense(grad_h0),
+        torch.get_num_threads(),
+    )
+    return grad_x_proj, grad_h0
 
 
 def _rnn_scan_backward_fake(
@@ -118,10 +137,8 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
     time, batch, _ = input.shape
     stack, hidden, _ = weight_ih.shape
     rows = input.flatten(0, 1).expand(stack, -1, -1)
-    if bias is None:
-        projected = torch.bmm(rows, weight_ih.mT)
-    else:
-        projected = torch.baddbmm(bias.unsqueeze(1), rows, weight_ih.mT)
+    weight = weight_ih.mT
+    projected = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
     return projected.view(stack, time, batch, hidden)
 
 
@@ -179,9 +196,9 @@ def _backward_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
 def _backward_gradient(ctx: Any, u: Tensor, u0: Tensor) -> tuple[Tensor | None, ...]:
     """Derivative of ``rnn_scan_backward``, in torch operations: its adjoint runs forward in time.
 
-    With ``m_t = g_t + e_{t+1} W`` and cotangents ``u`` of ``e`` and ``u0`` of ``e_1 W``:
-    ``p_t = u_t + s_{t-1} W', s_t = p_t * a'(h_t), s_0 = u0``; then ``dg_t = s_t``, ``dh_t = p_t * m_t * a''(h_t)`` (as a
-    function of ``h``) and ``dW = sum_t e_t' s_{t-1}``.
+    With ``m_t = g_t + e_{t+1} W`` and cotangents ``u`` of ``e`` and ``u0`` of ``e_1 W``: ``p_t = u_t + s_{t-1} W',
+    s_t = p_t * a'(h_t), s_0 = u0``; then ``dg_t = s_t``, ``dh_t = p_t * m_t * a''(h_t)`` (as a function of ``h``) and
+    ``dW = sum_t e_t' s_{t-1}``.
     """
     grad_states, states, weight_hh, lengths, e = ctx.saved_tensors
     grads: list[list[Tensor]] = [[], [], []]

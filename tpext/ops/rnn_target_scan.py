@@ -1,39 +1,45 @@
 """``rnn_target_scan``, ``rnn_learned_target_scan``: target propagation through a simple RNN, and the layers made of it.
 
 ``torch.ops.tpext.rnn_target_scan(grad_states, states, h0, weight_hh, inverse, x_proj, lengths, reverse, nonlinearity,
-correction, credit, target_step, clip, return_norms, return_displacement) -> (delta, disp_h0, norms, displacement)`` goes once
-from the last step to the first. With ``g`` the gradient of the loss with respect to each state, ``s = target_step``,
-``R = inverse = regularized_inverse(W, reg) [S, H, H]``, ``P = R'`` and ``clip(v)`` = ``v`` kept within ``+-(1 - clip)``::
+correction, credit, target_step, clip, return_norms, return_displacement) -> (delta, disp_h0, norms, displacement)``
+goes once from the last step to the first. With ``g`` the gradient of the loss with respect to each state, ``s =
+target_step``, ``R = inverse = regularized_inverse(W, reg) [S, H, H]``, ``P = R'`` and ``clip(v)`` = ``v`` kept within
+``+-(1 - clip)``::
 
-    "linearized"  d_{t-1} = -s g_{t-1} + z_t P               z_t = d_t / a'(u_t), from clip(h_t) for tanh; 0 where relu is off
-    "difference"  d_{t-1} = -s g_{t-1} + z_t P               z_t = a^-1(h_t + d_t) - a^-1(h_t)
-    "none"        d_{t-1} = -s g_{t-1} + z_t P - h_{t-1}     z_t = a^-1(h_t + d_t) - x_proj_t
-    a^-1: atanh(clip(v)), max(v, 0), v for tanh, relu, identity; d_T = -s g_T, and the target of step t is h_t + d_t
+    "linearized"  d_{t-1} = -s g_{t-1} + z_t P             z_t = d_t / a'(u_t), a' of clip(h_t) for tanh
+    "difference"  d_{t-1} = -s g_{t-1} + z_t P             z_t = a^-1(h_t + d_t) - a^-1(h_t)
+    "none"        d_{t-1} = -s g_{t-1} + z_t P - h_{t-1}   z_t = a^-1(h_t + d_t) - x_proj_t
 
-``torch.ops.tpext.rnn_learned_target_scan(grad_states, states, weight_hh, reverse_weight, reverse_pre, lengths, reverse,
-nonlinearity, credit, target_step, return_norms) -> (delta, disp_h0, norms)`` takes a learned reverse layer ``G`` instead, with
-``q_t = h_t V' + c + x_t U'`` (``reverse_pre [S, T, B, H]``) and ``V = reverse_weight [S, H, H]``::
+from ``d_T = -s g_T``; the target of step ``t`` is ``h_t + d_t``. ``a^-1(v)`` is ``atanh(clip(v))``, ``max(v, 0)`` or
+``v`` for tanh, relu and identity; an inactive relu unit passes nothing in "linearized".
+
+``torch.ops.tpext.rnn_learned_target_scan(grad_states, states, weight_hh, reverse_weight, reverse_pre, lengths,
+reverse, nonlinearity, credit, target_step, return_norms) -> (delta, disp_h0, norms)`` takes a learned reverse layer
+``G`` instead, with ``q_t = h_t V' + c + x_t U'`` (``reverse_pre [S, T, B, H]``) and ``V = reverse_weight [S, H,
+H]``::
 
     d_{t-1} = -s g_{t-1} + G(x_t, h_t + d_t) - G(x_t, h_t) = -s g_{t-1} + tanh(q_t + d_t V') - tanh(q_t)
 
-Both return ``delta [S, T, B, H]``, the gradient of the local losses ``1/2 ||h_t - (h_t + d_t)||^2`` (targets held constant)
-with respect to the pre-activations, ``disp_h0 = d_0 [S, B, H]``, ``norms [S, T, B]`` of each row of ``d_t`` if asked for and
-``displacement [S, T, B, H]`` = ``z_t`` if asked for (with "none" the ``z_t`` of "difference"), else empty tensors::
+Both return ``delta [S, T, B, H]``, the gradient of the local losses ``1/2 ||h_t - (h_t + d_t)||^2`` (targets held
+constant) with respect to the pre-activations, ``disp_h0 = d_0 [S, B, H]``, ``norms [S, T, B]`` of each row of ``d_t``
+if asked for and ``displacement [S, T, B, H]`` = ``z_t`` if asked for (with "none" the ``z_t`` of "difference"), else
+empty tensors::
 
-    credit "local"         delta_t = -d_t * a'(h_t)                          each step's own loss alone
-    credit "through_time"  delta_t = (-d_t + delta_{t+1} W) * a'(h_t)        the sum of the losses through the unrolled layer
+    credit "local"         delta_t = -d_t * a'(h_t)                      each step's own loss alone
+    credit "through_time"  delta_t = (-d_t + delta_{t+1} W) * a'(h_t)    their sum through the unrolled layer
 
-Stack, ``reverse``, ``lengths``, dtypes, determinism and errors are those of ``rnn_scan``; under autocast they compute and
-return float32. These are no derivatives of anything: differentiating through them raises RuntimeError. Cost: ``2 S T B H^2``
-operations, twice that through time.
+Stack, ``reverse``, ``lengths``, dtypes, determinism and errors are those of ``rnn_scan``; under autocast they compute
+and return float32. These are no derivatives of anything: differentiating through them raises RuntimeError. Cost:
+``2 S T B H^2`` operations, twice that through time.
 
-Sources: Roulet and Harchaoui (2021), "Target Propagation via Regularized Inversion": section 3 (the inverse, "difference" and
-"linearized"); Manchev and Spratling (JMLR 21(7), 2020), "Target Propagation in Recurrent Neural Networks": the learned inverse;
-Lee, Zhang, Fischer and Bengio (2015), "Difference Target Propagation".
+Sources: Roulet and Harchaoui (2021), "Target Propagation via Regularized Inversion": section 3 (the inverse,
+"difference" and "linearized"); Manchev and Spratling (JMLR 21(7), 2020), "Target Propagation in Recurrent Neural
+Networks": the learned inverse; Lee, Zhang, Fischer and Bengio (2015), "Difference Target Propagation".
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,12 +51,11 @@ from tpext.ops._library import (
     CREDITS,
     LIBRARY,
     autocast_outputs,
-    capsule,
     check_choice,
     check_lengths,
     check_scan,
-    contiguous,
     define,
+    dense,
     to_float32,
 )
 from tpext.ops.rnn_scan import input_projection, recurrent_weight_gradient
@@ -78,8 +83,9 @@ def _outputs(grad_states: Tensor, return_norms: bool) -> tuple[Tensor, Tensor, T
     )
 
 
-def _wanted(output: Tensor, wanted: bool) -> object:
-    return capsule(output) if wanted else None
+def _check_step(op: str, target_step: float) -> None:
+    if not 0 < target_step < math.inf:
+        raise ValueError(f"{op}: target_step must be a finite number > 0, got {target_step}")
 
 
 def _prepare_target(
@@ -117,6 +123,7 @@ def _prepare_target(
         raise ValueError(f"{op}: x_proj must be given for correction 'none', got None")
     if not 0 < clip < 1:
         raise ValueError(f"{op}: clip must lie between 0 and 1, got {clip}")
+    _check_step(op, target_step)
     displacement = _empty(grad_states, return_displacement, *grad_states.shape)
     return *_outputs(grad_states, return_norms), displacement
 
@@ -138,21 +145,45 @@ def _rnn_target_scan(
     return_norms: bool,
     return_displacement: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tensors = (grad_states, states, h0, weight_hh, inverse, x_proj, lengths)
-    options = (list(reverse), nonlinearity, correction, credit, target_step, clip)
-    outputs = _prepare_target(*tensors, *options, return_norms, return_displacement)  # type: ignore[arg-type]
+    delta, disp_h0, norms, displacement = _prepare_target(
+        grad_states,
+        states,
+        h0,
+        weight_hh,
+        inverse,
+        x_proj,
+        lengths,
+        reverse,
+        nonlinearity,
+        correction,
+        credit,
+        target_step,
+        clip,
+        return_norms,
+        return_displacement,
+    )
     check_lengths("rnn_target_scan", lengths, states.shape[1])
-    delta, disp_h0, norms, displacement = outputs
     _C.rnn_target_scan(
-        *(capsule(contiguous(tensor)) for tensor in tensors),
-        *options,
-        capsule(delta),
-        capsule(disp_h0),
-        _wanted(norms, return_norms),
-        _wanted(displacement, return_displacement),
+        dense(grad_states),
+        dense(states),
+        dense(h0),
+        dense(weight_hh),
+        dense(inverse),
+        dense(x_proj),
+        dense(lengths),
+        list(reverse),
+        nonlinearity,
+        correction,
+        credit,
+        target_step,
+        clip,
+        dense(delta),
+        dense(disp_h0),
+        dense(norms) if return_norms else None,
+        dense(displacement) if return_displacement else None,
         torch.get_num_threads(),
     )
-    return outputs
+    return delta, disp_h0, norms, displacement
 
 
 def _prepare_learned(
@@ -179,6 +210,7 @@ def _prepare_learned(
     }
     check_scan(op, "grad_states", tensors, lengths, reverse, nonlinearity)
     check_choice(op, "credit", credit, CREDITS)
+    _check_step(op, target_step)
     return _outputs(grad_states, return_norms)
 
 
@@ -195,20 +227,37 @@ def _rnn_learned_target_scan(
     target_step: float,
     return_norms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (grad_states, states, weight_hh, reverse_weight, reverse_pre, lengths)
-    options = (list(reverse), nonlinearity, credit, target_step)
-    outputs = _prepare_learned(*tensors, *options, return_norms)  # type: ignore[arg-type]
+    delta, disp_h0, norms = _prepare_learned(
+        grad_states,
+        states,
+        weight_hh,
+        reverse_weight,
+        reverse_pre,
+        lengths,
+        reverse,
+        nonlinearity,
+        credit,
+        target_step,
+        return_norms,
+    )
     check_lengths("rnn_learned_target_scan", lengths, states.shape[1])
-    delta, disp_h0, norms = outputs
     _C.rnn_learned_target_scan(
-        *(capsule(contiguous(tensor)) for tensor in tensors),
-        *options,
-        capsule(delta),
-        capsule(disp_h0),
-        _wanted(norms, return_norms),
+        dense(grad_states),
+        dense(states),
+        dense(weight_hh),
+        dense(reverse_weight),
+        dense(reverse_pre),
+        dense(lengths),
+        list(reverse),
+        nonlinearity,
+        credit,
+        target_step,
+        dense(delta),
+        dense(disp_h0),
+        dense(norms) if return_norms else None,
         torch.get_num_threads(),
     )
-    return outputs
+    return delta, disp_h0, norms
 
 
 def _refuse(ctx: Any, *grads: Tensor) -> None:
@@ -260,8 +309,9 @@ class _TargetLayer(torch.autograd.Function):
     ) -> list[Tensor | None]:
         """Gradients of input, h0, weight_ih, weight_hh and bias.
 
-        Parameters get the local gradient, divided by ``target_step`` if it is to be normalised. The layer below and ``h0``
-        always get gradient units: minus what they are to move by, ``below() [T * B, I]`` and ``disp_h0``, over the step.
+        Parameters get the local gradient, divided by ``target_step`` if it is to be normalised. The layer below and
+        ``h0`` always get gradient units: minus what they are to move by, ``below() [T * B, I]`` and ``disp_h0``, over
+        the step.
         """
         scale = 1 / ctx.target_step if ctx.normalize else 1.0
         grads: list[Tensor | None] = [None] * 5
@@ -299,7 +349,8 @@ class _RegularizedTargetLayer(_TargetLayer):
         *settings: Any,
     ) -> Tensor:
         x_proj = input_projection(input, weight_ih, bias)
-        return torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
+        states: Tensor = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
+        return states
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -357,7 +408,8 @@ class _LearnedTargetLayer(_TargetLayer):
         *settings: Any,
     ) -> Tensor:
         x_proj = input_projection(input, weight_ih, bias)
-        return torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
+        states: Tensor = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
+        return states
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -424,8 +476,9 @@ def target_rnn(
     ``h_t = a(x_t U' + b + h_{t-1} W')``; backward, with ``delta``, ``z`` and ``d`` of ``rnn_target_scan`` and
     ``P_U = U (U'U + reg I)^-1``::
 
-        dU = c sum_t delta_t' x_t,  dW = c sum_t delta_t' h_{t-1},  db = c sum_t delta_t,   c = 1/target_step if normalize else 1
-        dx_t = delta_t U / target_step (input_rule "gradient")  or  -z_t P_U / target_step ("target");   dh0 = -d_0 / target_step
+        dU = c sum_t delta_t' x_t,  dW = c sum_t delta_t' h_{t-1},  db = c sum_t delta_t,   dh0 = -d_0 / target_step
+        dx_t = delta_t U / target_step (input_rule "gradient")  or  -z_t P_U / target_step ("target")
+        c = 1 / target_step if normalize else 1
 
     Args:
         input: ``[T, B, I]``, float32 or float64.

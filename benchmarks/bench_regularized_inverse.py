@@ -1,0 +1,25 @@
+"""Ridge inverses against what torch.linalg offers for them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("size", [16, 100, 256, 512])
+def test_inverse(against, threads, size, batch):
+    if size * batch > 6400:
+        pytest.skip("more than a quarter of a second a call")
+    torch.manual_seed(0)
+    weight = torch.randn(batch, size, size)
+    identity = torch.eye(size)
+
+    def ours():
+        return torch.ops.tpext.regularized_inverse(weight, 1.0)
+
+    def peer():
+        return torch.linalg.solve(weight.mT @ weight + identity, weight.mT, left=True)
+
+    assert torch.allclose(ours(), peer(), atol=1e-3)
+    against(ours, peer, peer="torch.linalg.solve", n=size, batch=batch)

@@ -1,0 +1,476 @@
+"""Wrong input to kernels and ops: an error that names op and argument, or a result; never a crash."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparison import Scan, scan
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
+
+import tpext
+from tpext import _C
+
+Arguments = dict[str, Any]
+
+SIZES = {"S": 2, "T": 3, "B": 4, "H": 5}
+CAPABILITIES = ["baseline", "avx2", "avx512"]
+
+
+def inputs_of(**sizes: int) -> Scan:
+    return scan(**SIZES | sizes, dtype=torch.float32, ragged=True, direction="mixed")
+
+
+def op_arguments(op: str, **sizes: int) -> Arguments:
+    """Arguments that ``torch.ops.tpext.<op>`` accepts, by name."""
+    inputs = inputs_of(**sizes)
+    run = {"lengths": inputs.lengths, "reverse": inputs.reverse, "nonlinearity": "tanh"}
+    backward = {"grad_states": inputs.grad_states, "states": inputs.states}
+    return {
+        "rnn_scan": {"x_proj": inputs.x_proj, "h0": inputs.h0, "weight_hh": inputs.weight_hh, **run},
+        "rnn_scan_backward": {**backward, "weight_hh": inputs.weight_hh, **run},
+        "rnn_target_scan": {
+            **backward,
+            "h0": inputs.h0,
+            "weight_hh": inputs.weight_hh,
+            "inverse": inputs.weight_hh.clone(),
+            "x_proj": inputs.x_proj,
+            **run,
+            "correction": "none",
+            "credit": "through_time",
+            "target_step": 0.5,
+            "clip": 0.01,
+        },
+        "rnn_learned_target_scan": {
+            **backward,
+            "weight_hh": inputs.weight_hh,
+            "reverse_weight": inputs.weight_hh.clone(),
+            "reverse_pre": inputs.x_proj,
+            **run,
+            "credit": "through_time",
+            "target_step": 0.5,
+        },
+    }[op]
+
+
+OPTIONAL_OUTPUTS = {
+    "rnn_target_scan": {"return_norms": True, "return_displacement": True},
+    "rnn_learned_target_scan": {"return_norms": True},
+}
+# Each family, and the argument that gives sizes and precision: where it is changed, another is found not to fit it.
+LEADING = {
+    "rnn_scan": "x_proj",
+    "rnn_scan_backward": "grad_states",
+    "rnn_target_scan": "grad_states",
+    "rnn_learned_target_scan": "grad_states",
+}
+OPS = list(LEADING)
+
+
+def entry_arguments(op: str, **sizes: int) -> Arguments:
+    """Arguments that ``_C.<op>`` accepts: those of the op, outputs to write into, and a thread count."""
+    arguments = op_arguments(op, **sizes)
+    outputs = {
+        "rnn_scan": {"states": "sequence"},
+        "rnn_scan_backward": {"grad_x_proj": "sequence", "grad_h0": "initial"},
+        "rnn_target_scan": {"delta": "sequence", "disp_h0": "initial", "norms": "rows", "displacement": "sequence"},
+        "rnn_learned_target_scan": {"delta": "sequence", "disp_h0": "initial", "norms": "rows"},
+    }[op]
+    S, T, B, H = ((SIZES | sizes)[symbol] for symbol in "STBH")
+    shapes = {"sequence": (S, T, B, H), "initial": (S, B, H), "rows": (S, T, B)}
+    written = {output: torch.full(shapes[kind], torch.nan) for output, kind in outputs.items()}
+    return arguments | written | {"num_threads": 2}
+
+
+class Unexported:
+    """Marks what is to reach an entry as it is."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+
+def call_entry(op: str, arguments: Arguments) -> None:
+    def exported(value: Any) -> Any:
+        return (
+            to_dlpack(value) if isinstance(value, Tensor) else value.value if isinstance(value, Unexported) else value
+        )
+
+    getattr(_C, op)(**{key: exported(value) for key, value in arguments.items()})
+
+
+def call_op(op: str, arguments: Arguments) -> Any:
+    return getattr(torch.ops.tpext, op)(**arguments, **OPTIONAL_OUTPUTS.get(op, {}))
+
+
+def tensors_of(arguments: Arguments) -> list[str]:
+    return [key for key, value in arguments.items() if isinstance(value, Tensor)]
+
+
+def error_of(call: Callable[[str, Arguments], Any], op: str, arguments: Arguments) -> str:
+    """The text of the ValueError or TypeError that a call ends with. Another error, and a crash, end the test."""
+    try:
+        call(op, arguments)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return "no error"
+
+
+def assert_refused(
+    call: Callable[[str, Arguments], Any], op: str, arguments: Arguments, argument: str, values: Arguments, pattern: str
+) -> None:
+    """Each of the values, by the name of its kind, gives an error whose text begins as the pattern says."""
+    errors = {kind: error_of(call, op, arguments | {argument: value}) for kind, value in values.items()}
+    others = {kind: error for kind, error in errors.items() if not re.match(pattern, error, re.DOTALL)}
+    assert not others, f"expected {pattern!r}"
+
+
+each_entry = pytest.mark.parametrize("op", OPS)
+each_tensor_of_an_entry = pytest.mark.parametrize(
+    ("op", "argument"), [(op, argument) for op in OPS for argument in tensors_of(entry_arguments(op))]
+)
+each_tensor_of_an_op = pytest.mark.parametrize(
+    ("op", "argument"), [(op, argument) for op in OPS for argument in tensors_of(op_arguments(op))]
+)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same numbers, with a gap after each along the last axis."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+WRONG_TENSORS = {
+    "integer": lambda tensor: tensor.to(torch.int32),
+    "other precision": lambda tensor: tensor.to(torch.float64 if tensor.is_floating_point() else torch.int16),
+    "half precision": lambda tensor: tensor.to(torch.bfloat16),
+    "complex": lambda tensor: tensor.to(torch.complex64),
+    "no dimension": lambda tensor: tensor.flatten()[0].clone(),
+    "rank too low": lambda tensor: tensor[0].clone(),
+    "rank too high": lambda tensor: tensor[None].clone(),
+    "another size": lambda tensor: torch.cat([tensor, tensor], dim=-1),
+    "size zero": lambda tensor: tensor[..., :0].clone(),
+    "gaps": spread,
+    "repeated elements": lambda tensor: tensor[..., :1].expand(tensor.shape),
+}
+
+
+# The entries of `_C`.
+
+
+@each_entry
+def test_entry_gives_what_the_op_gives(op: str) -> None:
+    arguments = entry_arguments(op)
+    call_entry(op, arguments)
+    written = [value for key, value in arguments.items() if key not in op_arguments(op) and isinstance(value, Tensor)]
+    expected = call_op(op, op_arguments(op))
+    for a, b in zip(written, [expected] if isinstance(expected, Tensor) else expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_entry
+def test_entry_takes_arrays(op: str) -> None:
+    arguments = entry_arguments(op)
+    call_entry(op, {key: value.numpy() if isinstance(value, Tensor) else value for key, value in arguments.items()})
+
+
+@each_tensor_of_an_entry
+def test_entry_refuses_a_wrong_tensor(op: str, argument: str) -> None:
+    arguments = entry_arguments(op)
+    values = {kind: make(arguments[argument]) for kind, make in WRONG_TENSORS.items()}
+    named = r"\w+" if argument == LEADING[op] else argument
+    assert_refused(call_entry, op, arguments, argument, values, f"{op}: {named} must be ")
+
+
+class Exporter:
+    """Something with ``__dlpack__`` that returns what it was given."""
+
+    def __init__(self, capsule: object) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **_: object) -> object:
+        return self.capsule
+
+
+def foreign_capsule(pointer: int, capsule_name: bytes) -> object:
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(pointer, capsule_name, None)
+
+
+def consumed_capsule(tensor: Tensor) -> object:
+    capsule = to_dlpack(tensor)
+    from_dlpack(capsule)
+    return capsule
+
+
+NOT_TENSORS = {
+    "number": lambda tensor: 5,
+    "text": lambda tensor: "x",
+    "list": lambda tensor: tensor.tolist(),
+    "exporter of a number": lambda tensor: Exporter(5),
+    "exporter of None": lambda tensor: Exporter(None),
+    "capsule of another name": lambda tensor: foreign_capsule(1, b"not a tensor"),
+    "versioned capsule": lambda tensor: foreign_capsule(1, b"dltensor_versioned"),
+    "consumed capsule": consumed_capsule,
+}
+
+
+@each_tensor_of_an_entry
+def test_entry_refuses_what_is_no_tensor(op: str, argument: str) -> None:
+    arguments = entry_arguments(op)
+    values = {kind: make(arguments[argument]) for kind, make in NOT_TENSORS.items()}
+    assert_refused(call_entry, op, arguments, argument, values, f"{op}: {argument} must be ")
+
+
+@each_tensor_of_an_entry
+def test_entry_refuses_none_unless_optional(op: str, argument: str) -> None:
+    arguments = entry_arguments(op) | {argument: None}
+    if argument in ("lengths", "norms", "displacement"):
+        call_entry(op, arguments)
+    else:
+        with pytest.raises(TypeError, match=rf"^{op}: {argument} must be "):
+            call_entry(op, arguments)
+
+
+class DLTensor(ctypes.Structure):
+    """The C structure of DLPack's tensor, to make one that torch would not."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+@each_tensor_of_an_entry
+def test_entry_refuses_another_device(op: str, argument: str) -> None:
+    arguments = entry_arguments(op)
+    tensor = arguments[argument]
+    code, bits = (0, 64) if argument == "lengths" else (2, 32)
+    shape = (ctypes.c_int64 * tensor.dim())(*tensor.shape)
+    cuda = DLTensor(0, 2, 0, tensor.dim(), code, bits, 1, shape, None, 0, None, None)
+    value = foreign_capsule(ctypes.addressof(cuda), b"dltensor")
+    with pytest.raises(ValueError, match=rf"^{op}: {argument} must be on the CPU"):
+        call_entry(op, arguments | {argument: value})
+
+
+UNEXPORTABLE = {
+    "on the meta device": lambda tensor: tensor.to("meta"),
+    "requiring a gradient": lambda tensor: tensor.float().requires_grad_(),
+    "conjugate": lambda tensor: tensor.to(torch.complex64).conj(),
+    "a class": lambda tensor: Tensor,
+}
+
+
+@each_tensor_of_an_entry
+def test_entry_refuses_what_cannot_be_exported(op: str, argument: str) -> None:
+    """The error that ``__dlpack__`` itself raises is the cause, and is told with op and argument."""
+    arguments = entry_arguments(op)
+    values = {kind: Unexported(make(arguments[argument])) for kind, make in UNEXPORTABLE.items()}
+    assert_refused(call_entry, op, arguments, argument, values, f"{op}: {argument} ")
+
+
+WRONG_OPTIONS = {
+    "nonlinearity": ["sigmoid", "", None, 3],
+    "correction": ["quadratic", None],
+    "credit": ["global", None],
+    "reverse": [[True], [True] * 3, "ab", None],
+    "num_threads": [0, -1, 2**40, "two"],
+    "target_step": ["large", None],
+    "clip": ["small", None],
+}
+
+
+@each_entry
+def test_entry_refuses_wrong_options(op: str) -> None:
+    arguments = entry_arguments(op)
+    for argument in WRONG_OPTIONS.keys() & arguments.keys():
+        values = {repr(value): value for value in WRONG_OPTIONS[argument]}
+        assert_refused(call_entry, op, arguments, argument, values, f"{op}.*{argument}")
+
+
+@each_entry
+def test_entry_with_more_threads_than_work(op: str) -> None:
+    call_entry(op, entry_arguments(op) | {"num_threads": 2**20})
+
+
+@each_entry
+@pytest.mark.parametrize("lengths", [[-5, 0, 1, 100], [2**62, -(2**62), 3, 3]])
+def test_entry_bounds_lengths_out_of_range(op: str, lengths: list[int]) -> None:
+    """The ops refuse them; the kernels still read and write inside their arrays."""
+    wild, bounded = entry_arguments(op), entry_arguments(op)
+    wild["lengths"] = torch.tensor(lengths)
+    bounded["lengths"] = wild["lengths"].clamp(0, SIZES["T"])
+    for arguments in (wild, bounded):
+        call_entry(op, arguments)
+    for key in tensors_of(wild):
+        if key != "lengths":
+            assert torch.equal(wild[key].nan_to_num(), bounded[key].nan_to_num())
+
+
+@each_entry
+@pytest.mark.parametrize("empty", [("T",), ("B",), ("H",), ("S",), ("S", "T", "B", "H")], ids="".join)
+def test_entry_takes_empty_sizes(op: str, empty: tuple[str, ...]) -> None:
+    arguments = entry_arguments(op, **dict.fromkeys(empty, 0))
+    call_entry(op, arguments)
+
+
+@each_tensor_of_an_entry
+def test_entry_takes_numbers_that_are_not_finite(op: str, argument: str) -> None:
+    arguments = entry_arguments(op)
+    if arguments[argument].is_floating_point():
+        for value in (torch.nan, torch.inf):
+            call_entry(op, arguments | {argument: torch.full_like(arguments[argument], value)})
+
+
+def test_nan_in_the_weights_reaches_the_outputs() -> None:
+    for op in OPS:
+        arguments = op_arguments(op)
+        arguments["lengths"] = None
+        arguments["weight_hh"][:] = torch.nan
+        outputs = call_op(op, {key: v.nan_to_num() if key == "x_proj" else v for key, v in arguments.items()})
+        first = outputs if isinstance(outputs, Tensor) else outputs[0]
+        assert first.isnan().any(), op
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_entry_refuses_missing_and_unknown_arguments(op: str) -> None:
+    arguments = entry_arguments(op)
+    with pytest.raises(TypeError, match=op):
+        call_entry(op, arguments | {"dropout": 0.5})
+    arguments.popitem()
+    with pytest.raises(TypeError, match=op):
+        call_entry(op, arguments)
+
+
+# torch.ops.tpext.
+
+
+@each_tensor_of_an_op
+def test_op_refuses_a_wrong_tensor(op: str, argument: str) -> None:
+    arguments = op_arguments(op)
+    values = {kind: make(arguments[argument]) for kind, make in WRONG_TENSORS.items()}
+    # The ops make their inputs dense themselves.
+    del values["gaps"], values["repeated elements"]
+    values["on another device"] = arguments[argument].to("meta")
+    named = r"\w+" if argument == LEADING[op] else argument
+    assert_refused(call_op, op, arguments, argument, values, f"{op}: {named} must ")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_refuses_lengths_out_of_range(op: str) -> None:
+    values = {repr(lengths): torch.tensor(lengths) for lengths in ([0, 1, 2, 4], [-1, 1, 2, 3])}
+    assert_refused(call_op, op, op_arguments(op), "lengths", values, rf"{op}: lengths must lie in 0\.\.T=3, got ")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_op_refuses_options_out_of_range(op: str) -> None:
+    arguments = op_arguments(op)
+    wrong = {
+        "nonlinearity": ["sigmoid", ""],
+        "correction": ["quadratic"],
+        "credit": ["global"],
+        "reverse": [[True], [True] * 3],
+        "target_step": [0.0, -1.0, float("nan"), float("inf")],
+        "clip": [0.0, 1.0, -0.5, float("nan")],
+    }
+    for argument in wrong.keys() & arguments.keys():
+        values = {repr(value): value for value in wrong[argument]}
+        assert_refused(call_op, op, arguments, argument, values, f"{op}: {argument} must ")
+
+
+def test_no_correction_needs_the_projection() -> None:
+    with pytest.raises(ValueError, match="rnn_target_scan: x_proj must "):
+        call_op("rnn_target_scan", op_arguments("rnn_target_scan") | {"x_proj": None})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_do_not_write_into_their_inputs(op: str) -> None:
+    arguments = op_arguments(op)
+    call_op(op, arguments)
+    for key, value in op_arguments(op).items():
+        if isinstance(value, Tensor):
+            torch.testing.assert_close(arguments[key], value, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_ops_take_tensors_at_any_offset(op: str) -> None:
+    """A view may begin at an address that no vector load is aligned to."""
+
+    def shifted(tensor: Tensor) -> Tensor:
+        moved = torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+        assert moved.storage_offset() == 1
+        return moved
+
+    arguments = op_arguments(op)
+    actual = call_op(op, {key: shifted(v) if isinstance(v, Tensor) else v for key, v in arguments.items()})
+    expected = call_op(op, arguments)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+# The processor.
+
+
+def test_kernels_leave_the_treatment_of_subnormals_alone() -> None:
+    """On the calling thread and on the threads of the pool, which torch uses as well."""
+    torch.set_num_threads(2)
+    inputs = scan(33, 64, 64, 1, torch.float32)
+    torch.ops.tpext.rnn_scan(inputs.x_proj, inputs.h0, inputs.weight_hh, None, [False], "tanh")
+    below_normal = torch.full((2**20,), 1e-40)
+    assert (below_normal * 1.0).min() > 0
+    assert np.float32(1e-40) * np.float32(1) > 0
+
+
+def supported(capability: str) -> bool:
+    """Whether this processor has the instruction set, by torch's account."""
+    levels = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}
+    return CAPABILITIES.index(capability) <= levels.get(torch.backends.cpu.get_cpu_capability(), 0)
+
+
+def run_with(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TPEXT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
+    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
+    if capability not in tpext.build_info()["cpu_capabilities"]:
+        pytest.skip(f"{capability} kernels are not in this build")
+    if not supported(capability):
+        finished = run_with(capability, "-c", "import tpext")
+        assert finished.returncode != 0
+        assert f"TPEXT_CPU_CAPABILITY={capability}" in finished.stderr
+        pytest.skip(f"this processor has no {capability}: refused with a clear error")
+    active = run_with(capability, "-c", "import tpext; print(tpext._C.cpu_capability())")
+    assert active.stdout.strip() == capability, active.stderr
+    tests = Path(__file__).parent
+    files = [str(tests / file) for file in ("test_rnn_scan.py", "test_rnn_target_scan.py")]
+    selected = (
+        "random_sizes or every_combination or keep_their_digits or tiny or units_in_the_last_place or batch_split"
+    )
+    finished = run_with(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *files)
+    assert finished.returncode == 0, finished.stdout[-4000:]
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    finished = run_with("sse9", "-c", "import tpext")
+    assert finished.returncode != 0
+    assert "TPEXT_CPU_CAPABILITY must be one of baseline" in finished.stderr

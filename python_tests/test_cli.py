@@ -1,0 +1,179 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+
+import tpext
+from tpext.experiments.cli import main
+from tpext.experiments.commands import Train
+from tpext.experiments.config import RULE_OPTIONS, Config
+from tpext.tasks import TASKS
+
+SMALL = "--length 10 --hidden-size 8 --batch-size 5 --test-size 40 --iterations 20 --eval-interval 10 --threads 1"
+
+
+def call(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = main(line.split())
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call("--help", capsys)
+    assert status == 0
+    for command in ("train", "compare", "tasks", "info"):
+        assert command in out
+    status, out, _ = call("train --help", capsys)
+    assert status == 0
+    for field in fields(Train):
+        assert field.name == "task" or f"--{field.name.replace('_', '-')}" in out
+    for name in TASKS:
+        assert name in out
+
+
+def test_options_are_those_of_the_configuration() -> None:
+    rule_options = {option for names in RULE_OPTIONS.values() for option in names}
+    expected = {field.name for field in fields(Config)} | rule_options | {"out", "resume"}
+    assert {field.name for field in fields(Train)} == expected
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call("info", capsys)
+    assert status == 0
+    build = tpext.build_info()
+    for value in (build["version"], build["compiler"], *build["cpu_capabilities"], torch.__version__, "cpu"):
+        assert str(value) in out
+
+
+def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call("tasks", capsys)
+    assert status == 0
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert set(TASKS) <= set(lines)
+    assert "60 steps of 6" in lines["temporal-order"]
+    assert "|error| < 0.04" in lines["adding"]
+    assert lines["permuted-mnist"].endswith("regularized, backprop")
+
+
+def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    status, out, err = call(
+        f"train adding {SMALL} --out {folder} --lr 0.01 --credit local --normalize True --tensorboard", capsys
+    )
+    assert (status, err) == (0, "")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "metrics.csv", "result.json", "curve.png", "checkpoint.pt", "tensorboard"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rule"] == {
+        "name": "regularized", "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local",
+        "clip": 1e-3, "normalize": True, "input_rule": "gradient",
+    }  # fmt: skip
+    assert f"curve: {folder / 'curve.png'}" in out
+    assert "20 iterations" in out
+
+
+def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(f"train temporal-order --rule backprop --seed 7 {SMALL}", capsys)[0] == 0
+    assert (tmp_path / "runs" / "temporal-order-backprop-7" / "result.json").exists()
+
+
+def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train temporal-order {SMALL} --rule learned --out {tmp_path / 'run'}"
+    assert call(line, capsys)[0] == 0
+    status, _, err = call(line, capsys)
+    assert status == 1
+    assert "already holds a run" in err
+    status, out, _ = call(f"train temporal-order --resume --out {tmp_path / 'run'}", capsys)
+    assert status == 0
+    assert "complete already" in out
+    status, _, err = call(f"{line} --resume --hidden-size 9 --noise 0.5", capsys)
+    assert status == 1
+    assert "hidden_size is 8 there, 9 was asked for" in err
+    assert "noise is 0.0 there, 0.5 was asked for" in err
+
+
+def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train adding {SMALL} --rule backprop --nonlinearity relu --lr 1e30 --out {tmp_path / 'run'}"
+    status, _, err = call(line, capsys)
+    assert status == 3
+    assert "tpext: diverged at iteration" in err
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rule in ("regularized", "backprop"):
+        assert call(f"train adding {SMALL} --rule {rule} --out {tmp_path / rule}", capsys)[0] == 0
+    picture = tmp_path / "both.png"
+    line = f"compare TP={tmp_path / 'regularized'} {tmp_path / 'backprop'} --out {picture}"
+    assert call(line, capsys)[0] == 0
+    assert picture.exists()
+    status, _, err = call(f"compare {tmp_path}", capsys)
+    assert status == 1
+    assert "holds no run" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ("", 2, "train"),
+        ("train", 2, "required"),
+        ("train sorting", 2, "sorting"),
+        ("train adding --rule magic", 2, "magic"),
+        ("train adding --lr fast", 2, "fast"),
+        ("train adding --speed 3", 2, "--speed"),
+        ("train adding --rule backprop --reg 1", 1, "tpext: reg does not belong to rule=backprop"),
+        ("train adding --length 3", 1, "length must be >= 10"),
+        ("train mnist --chunk 5", 1, "chunk must divide 784"),
+        ("train mnist --data-dir nowhere", 1, "--data-dir DIR"),
+        ("train random-permutation --preset published", 1, "no settings were published"),
+    ],
+)
+def test_bad_options(
+    line: str,
+    status: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    got, out, err = call(line, capsys)
+    assert got == status
+    assert message in out + err
+    assert "Traceback" not in out + err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["tyro", "rich", "matplotlib", "pandas"])
+def test_a_missing_extra_is_one_line(
+    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("commands", "train", "figures", "progress"):
+        monkeypatch.delitem(sys.modules, f"tpext.experiments.{name}", raising=False)
+        monkeypatch.delattr(f"tpext.experiments.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, module, None)
+    status, out, err = call("tasks", capsys)
+    assert (status, out) == (1, "")
+    assert err == f'tpext: {module} is not installed; the command line needs: pip install "tpext[experiments]"\n'
+
+
+def test_python_m_tpext(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(tpext.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", "tpext", "train", "adding", "--length", "3"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr == "tpext: Adding: length must be >= 10, got 3\n"

@@ -1,0 +1,493 @@
+"""``tpext.nn.RNN`` inside the tools that people train with."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
+
+import tpext
+from tpext import Backprop, LearnedInverse, RegularizedInverse
+
+T, B, I, H = 5, 4, 3, 6  # noqa: E741
+LENGTHS = [3, 5, 1, 4]
+RULES = [
+    Backprop(),
+    RegularizedInverse(),
+    RegularizedInverse(correction="difference", credit="local"),
+    RegularizedInverse(correction="none", target_step=0.1, input_rule="target"),
+    LearnedInverse(),
+]
+TARGET_RULES = RULES[1:]
+
+
+class Classifier(nn.Module):
+    """A recurrent layer, and a head on its last state."""
+
+    def __init__(self, rule=None, **options):
+        super().__init__()
+        self.rnn = tpext.nn.RNN(I, H, rule=rule, **options)
+        self.head = nn.Linear(H, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[1][-1])
+
+
+def task() -> tuple[Tensor, Tensor]:
+    """Which of two marks came first: a few sequences to fit."""
+    generator = torch.Generator().manual_seed(4)
+    x = 0.1 * torch.randn(T, 32, I, generator=generator)
+    label = torch.randint(0, 2, (32,), generator=generator)
+    x[0, :, 0] += 2.0 * label - 1
+    return x, label
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+# Optimizers
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SGD",
+        "Adam",
+        "AdamW",
+        "NAdam",
+        "RAdam",
+        "Adamax",
+        "Adagrad",
+        "Adadelta",
+        "RMSprop",
+        "Rprop",
+        "ASGD",
+        "LBFGS",
+        "Muon",
+    ],
+)
+def test_any_torch_optimizer(name):
+    if not hasattr(torch.optim, name):
+        pytest.skip(f"this torch has no optimizer {name}")
+    model = Classifier()
+    x, label = task()
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    rate = {"SGD": 1.0, "ASGD": 1.0, "Adadelta": 3.0, "LBFGS": 0.1, "RAdam": 0.1, "Adagrad": 0.03, "Muon": 0.05}.get(
+        name, 0.02
+    )
+    optimizer = getattr(torch.optim, name)(matrices if name == "Muon" else model.parameters(), lr=rate)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), label)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(40)]
+    assert min(losses) < 0.5 * losses[0]
+
+
+def test_gradient_clipping():
+    model = Classifier()
+    x, label = task()
+    (1e3 * nn.functional.cross_entropy(model(x), label)).backward()
+    total = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert total > 0.5
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients(model).values()]))
+    torch.testing.assert_close(norm, torch.tensor(0.5))
+    nn.utils.clip_grad_value_(model.parameters(), 0.01)
+    assert max(g.abs().max() for g in gradients(model).values()) <= 0.01
+
+
+def test_accumulated_micro_batches_and_scaled_losses():
+    """The linearised correction is linear in the gradient, so both are exact for it, as for back-propagation."""
+    for rule in RULES[:2]:
+        model = Classifier(rule).double()
+        x, label = task()
+        x = x.double()
+        nn.functional.cross_entropy(model(x), label, reduction="sum").backward()
+        whole = gradients(model)
+        model.zero_grad()
+        for part, part_label in zip(x.split(8, dim=1), label.split(8), strict=True):
+            loss = nn.functional.cross_entropy(model(part), part_label, reduction="sum")
+            (2.0**16 * loss).backward()
+        for name, gradient in gradients(model).items():
+            torch.testing.assert_close(gradient / 2.0**16, whole[name], rtol=1e-10, atol=1e-12)
+
+
+def test_grad_scaler_steps():
+    model, x, label = Classifier(), *task()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    reference = copy.deepcopy(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    scaler.scale(nn.functional.cross_entropy(model(x), label)).backward()
+    scaler.step(optimizer)
+    nn.functional.cross_entropy(reference(x), label).backward()
+    torch.optim.SGD(reference.parameters(), 0.1).step()
+    for ours, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+# torch.compile and friends
+
+
+def run(rnn, module: tpext.nn.RNN, lengths: Tensor | None) -> dict[str, Tensor]:
+    """Outputs and gradients of ``rnn`` (which may be ``module`` compiled)."""
+    module.zero_grad()
+    torch.manual_seed(1)
+    x = torch.randn(T, B, I, requires_grad=True)
+    hx = torch.randn(module.num_layers * (1 + module.bidirectional), B, H, requires_grad=True)
+    output, h_n = rnn(x, hx, lengths)
+    ((output * torch.randn_like(output)).sum() + (h_n * torch.randn_like(h_n)).sum()).backward()
+    return {"output": output, "h_n": h_n, "x": x.grad, "hx": hx.grad} | gradients(module)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_whole(rule):
+    rnn = tpext.nn.RNN(I, H, 2, bidirectional=True, rule=rule)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    for lengths in (None, torch.tensor(LENGTHS)):
+        assert_same(run(compiled, rnn, lengths), run(rnn, rnn, lengths))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_with_the_default_backend():
+    rnn = tpext.nn.RNN(I, H, batch_first=False)
+    compiled = torch.compile(rnn, fullgraph=True)
+    lengths = torch.tensor(LENGTHS)
+    assert_same(run(compiled, rnn, lengths), run(rnn, rnn, lengths))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiled_module_follows_its_rule():
+    rnn = tpext.nn.RNN(I, H)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    for rule in (RegularizedInverse(), RegularizedInverse(reg=5.0), Backprop(), RegularizedInverse(credit="local")):
+        rnn.rule = rule
+        assert_same(run(compiled, rnn, None), run(rnn, rnn, None))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_with_changing_sizes():
+    rnn = tpext.nn.RNN(I, H, batch_first=True)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in [(2, 7, I), (3, 9, I), (5, 4, I)]:
+        x = torch.randn(size)
+        torch.testing.assert_close(compiled(x), rnn(x))
+        compiled(x)[0].sum().backward()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_reconstruction_loss_compiles():
+    rnn = tpext.nn.RNN(I, H, bidirectional=True, rule=LearnedInverse())
+    x, lengths = torch.randn(T, B, I), torch.tensor(LENGTHS)
+    compiled = torch.compile(rnn.reconstruction_loss, fullgraph=True, backend="aot_eager")
+    found = []
+    for loss in (compiled(x, None, lengths), rnn.reconstruction_loss(x, None, lengths)):
+        rnn.zero_grad()
+        loss.backward()
+        found.append({"loss": loss.detach()} | gradients(rnn))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("rule", RULES[:2], ids=repr)
+def test_export(rule):
+    rnn = tpext.nn.RNN(I, H, 2, rule=rule)
+    x = torch.randn(T, B, I)
+    exported = torch.export.export(rnn, (x,)).module()
+    torch.testing.assert_close(exported(x), rnn(x))
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=repr)
+def test_autocast_bfloat16(rule, options):
+    theirs = nn.RNN(I, H, **options)
+    ours = tpext.nn.RNN(I, H, rule=rule, **options)
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    stack = ours.num_layers * (1 + ours.bidirectional)
+    x, hx = torch.randn(T, B, I, requires_grad=True), torch.randn(stack, B, H)
+    packed = pack_padded_sequence(x, torch.tensor([5, 4, 3, 1]))
+    exact = ours(x, hx)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for arguments in [(x,), (x, hx), (x.bfloat16(), hx), (x, hx.bfloat16()), (packed, hx)]:
+            found, expected = ours(*arguments), theirs(*arguments)
+            assert found[0].data.dtype == expected[0].data.dtype == torch.bfloat16
+            assert found[1].dtype == expected[1].dtype == torch.bfloat16
+        output, h_n = ours(x, hx, torch.tensor(LENGTHS))
+        assert output.dtype == h_n.dtype == torch.bfloat16
+        output, h_n = ours(x, hx)
+        loss = output.float().square().mean()
+    # float32 inside: one rounding of the output a layer, none a step
+    torch.testing.assert_close(output.float(), exact[0], rtol=2**-6, atol=2**-7)
+    ours.zero_grad()
+    loss.backward()
+    assert x.grad.dtype == torch.float32
+    assert x.grad.isfinite().all()
+    found = gradients(ours)
+    ours.zero_grad()
+    ours(x, hx)[0].square().mean().backward()
+    for name, expected in gradients(ours).items():
+        assert found[name].dtype == torch.float32
+        assert (found[name] - expected).norm() <= 0.05 * expected.norm(), name
+
+
+def test_autocast_leaves_float64_alone():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = torch.randn(T, B, I, dtype=torch.float64)
+        assert {t.dtype for t in nn.RNN(I, H, dtype=torch.float64)(x)} == {torch.float64}
+        for rule in RULES:
+            assert {t.dtype for t in tpext.nn.RNN(I, H, dtype=torch.float64, rule=rule)(x)} == {torch.float64}
+
+
+def test_reconstruction_loss_ignores_autocast():
+    rnn = tpext.nn.RNN(I, H, 2, rule=LearnedInverse())
+    x = torch.randn(T, B, I)
+    expected = rnn.reconstruction_loss(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rnn.reconstruction_loss(x), expected)
+        rnn.reconstruction_loss(x).backward()
+
+
+# DistributedDataParallel
+
+
+def ddp_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    torch.manual_seed(rank)
+    model = Classifier(num_layers=2).double()
+    model.load_state_dict(torch.load(f"{folder}/model.pt"))
+    parallel = DistributedDataParallel(model)
+    x, label = task()
+    half = slice(16 * rank, 16 * (rank + 1))
+    nn.functional.cross_entropy(parallel(x[:, half].double()), label[half]).backward()
+    torch.save(gradients(model), f"{folder}/gradients{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+def test_distributed_data_parallel_equals_one_process(tmp_path):
+    model = Classifier(num_layers=2).double()
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path),), nprocs=2)
+    x, label = task()
+    nn.functional.cross_entropy(model(x.double()), label).backward()
+    expected = gradients(model)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"gradients{rank}.pt")
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13)
+
+
+# Lightning
+
+
+def test_lightning_trainer(tmp_path):
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Lit(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = Classifier()
+            self.losses = []
+
+        def training_step(self, batch, _):
+            x, label = batch
+            loss = nn.functional.cross_entropy(self.model(x.transpose(0, 1)), label)
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 0.02)
+
+    x, label = task()
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x.transpose(0, 1), label), batch_size=16)
+    lit = Lit()
+    trainer = lightning.Trainer(
+        max_epochs=20,
+        accelerator="cpu",
+        devices=1,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(lit, data)
+    assert len(lit.losses) == 40
+    assert lit.losses[-1] < 0.5 * lit.losses[0]
+
+
+# Checkpoints
+
+
+def test_checkpoints_cross_between_torch_and_ours(tmp_path: Path):
+    x = torch.randn(T, B, I)
+    for layers, bidirectional, bias in itertools.product([1, 2], [False, True], [True, False]):
+        options = {"num_layers": layers, "bidirectional": bidirectional, "bias": bias}
+        for source, target in [(nn.RNN, tpext.nn.RNN), (tpext.nn.RNN, nn.RNN)]:
+            saved, loaded = source(I, H, **options), target(I, H, **options)
+            torch.save(saved.state_dict(), tmp_path / "state.pt")
+            loaded.load_state_dict(torch.load(tmp_path / "state.pt"))
+            torch.testing.assert_close(loaded(x), saved(x))
+    rnn = tpext.nn.RNN(I, H, rule=LearnedInverse(noise=0.5))
+    torch.save(rnn, tmp_path / "module.pt")
+    whole = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert whole.rule == rnn.rule
+    assert torch.equal(whole(x)[0], rnn(x)[0])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(rule, use_reentrant):
+    rnn = tpext.nn.RNN(I, H, 2, bidirectional=True, rule=rule)
+
+    def recomputed(*arguments):
+        return checkpoint(rnn, *arguments, use_reentrant=use_reentrant)
+
+    for lengths in (None, torch.tensor(LENGTHS)):
+        assert_same(run(recomputed, rnn, lengths), run(rnn, rnn, lengths))
+
+
+# Second derivatives and function transforms
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "identity"])
+def test_double_backward_under_backprop(nonlinearity):
+    rnn = tpext.nn.RNN(2, 3, 2, nonlinearity, bidirectional=True, dtype=torch.float64, rule=Backprop())
+    names = [name for name, _ in rnn.named_parameters()]
+
+    def function(x, hx, *parameters):
+        return torch.func.functional_call(rnn, dict(zip(names, parameters, strict=True)), (x, hx))
+
+    inputs = [torch.randn(3, 2, 2, dtype=torch.float64), torch.randn(4, 2, 3, dtype=torch.float64)]
+    inputs += [parameter.detach().clone() for parameter in rnn.parameters()]
+    for tensor in inputs:
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_double_backward_with_lengths_and_relu_equals_torch():
+    """A gradient penalty, through the packed batch and its padded equivalent."""
+    theirs = nn.RNN(I, H, nonlinearity="relu", dtype=torch.float64)
+    ours = tpext.nn.RNN(I, H, nonlinearity="relu", dtype=torch.float64, rule=Backprop())
+    ours.load_state_dict(theirs.state_dict())
+    found = []
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor(LENGTHS)
+    for module in (theirs, ours):
+        padded = module is ours
+        _, h_n = module(x, None, lengths) if padded else module(pack_padded_sequence(x, lengths, enforce_sorted=False))
+        (gradient,) = torch.autograd.grad(h_n.square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        found.append(gradients(module))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-10, atol=1e-12)
+
+
+NAMES_BACKPROP = r"rule=tpext\.Backprop\(\)"
+
+
+@pytest.mark.parametrize("rule", TARGET_RULES, ids=repr)
+def test_double_backward_through_a_target_rule_is_refused(rule):
+    rnn = tpext.nn.RNN(I, H, rule=rule)
+    x = torch.randn(T, B, I, requires_grad=True)
+    for inputs in (x, rnn.weight_hh_l0):
+        with pytest.raises(RuntimeError, match=NAMES_BACKPROP):
+            torch.autograd.grad(rnn(x)[0].square().sum(), inputs, create_graph=True)
+    # also when the incoming gradient needs none itself
+    with pytest.raises(RuntimeError, match=NAMES_BACKPROP):
+        torch.autograd.grad(rnn(x)[0].sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("rule", TARGET_RULES, ids=repr)
+def test_function_transforms_of_a_target_rule_are_refused(rule):
+    rnn = tpext.nn.RNN(I, H, rule=rule)
+    x = torch.randn(T, B, I)
+    with pytest.raises(RuntimeError, match=NAMES_BACKPROP):
+        torch.func.grad(lambda x: rnn(x)[0].sum())(x)
+    with pytest.raises(RuntimeError, match=NAMES_BACKPROP):
+        torch.func.vmap(lambda x: rnn(x)[0])(torch.randn(2, T, B, I))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_forward_mode_is_refused(rule):
+    """Rather than a zero tangent, which torch's fallback for ops without the formula gives."""
+    rnn = tpext.nn.RNN(I, H, rule=rule)
+    x = torch.randn(T, B, I)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_functional_call(rule):
+    rnn, other = tpext.nn.RNN(I, H, rule=rule), tpext.nn.RNN(I, H, rule=rule)
+    x = torch.randn(T, B, I)
+    parameters = {name: p.detach().clone().requires_grad_() for name, p in other.named_parameters()}
+    output, h_n = torch.func.functional_call(rnn, parameters, (x,))
+    torch.testing.assert_close((output, h_n), other(x))
+    output.square().sum().backward()
+    other(x)[0].square().sum().backward()
+    for name, gradient in gradients(other).items():
+        torch.testing.assert_close(parameters[name].grad, gradient)
+    assert not gradients(rnn)
+
+
+def test_parametrized_weights():
+    rnn = tpext.nn.RNN(I, H)
+    nn.utils.parametrizations.orthogonal(rnn, "weight_hh_l0")
+    torch.testing.assert_close(rnn.weight_hh_l0 @ rnn.weight_hh_l0.T, torch.eye(H), atol=1e-5, rtol=0)
+    rnn(torch.randn(T, B, I))[0].sum().backward()
+    assert rnn.parametrizations.weight_hh_l0.original.grad.abs().sum() > 0
+
+
+def test_frozen_parameters_and_inputs():
+    for rule in RULES:
+        rnn = tpext.nn.RNN(I, H, rule=rule)
+        rnn.weight_hh_l0.requires_grad_(False)
+        rnn.bias_ih_l0.requires_grad_(False)
+        rnn(torch.randn(T, B, I))[0].sum().backward()
+        assert set(gradients(rnn)) == {"weight_ih_l0", "bias_hh_l0"}
+        rnn.requires_grad_(False)
+        assert not rnn(torch.randn(T, B, I))[0].requires_grad
+        with torch.inference_mode():
+            assert rnn(torch.randn(T, B, I))[0].is_inference()

@@ -1,0 +1,234 @@
+"""``convert()`` and ``to_torch()``: the same parameters under another module."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import tpext
+from tpext import Backprop, LearnedInverse, RegularizedInverse
+from tpext.nn import convert
+
+I, H = 3, 5  # noqa: E741
+
+
+class Classifier(nn.Module):
+    """Two recurrent layers at different depths, one of them used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.RNN(I, I, batch_first=True)
+        self.inner = nn.ModuleDict({"rnn": nn.RNN(I, H, 2, "relu", False, True, 0.1, True)})
+        self.stack = nn.Sequential(nn.Linear(I, I), self.first)
+        self.again = self.first
+
+    def forward(self, x):
+        x, _ = self.first(x)
+        x, _ = self.stack(x)
+        return self.inner["rnn"](x)[0]
+
+
+@pytest.mark.parametrize("rule", [None, Backprop(), RegularizedInverse(reg=3.0)])
+def test_replaces_every_rnn_and_shares_parameters(rule):
+    model = Classifier().eval()
+    state, parameters = model.state_dict(keep_vars=True), list(model.parameters())
+    x = torch.randn(2, 7, I)
+    expected = model(x)
+    inner = model.inner["rnn"]
+    assert convert(model, rule) is model
+    assert type(model.first) is tpext.nn.RNN
+    assert type(model.inner["rnn"]) is tpext.nn.RNN
+    assert model.first is model.again is model.stack[1]
+    assert model.first.rule == model.inner["rnn"].rule == (rule or RegularizedInverse())
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        assert parameter is state[name]
+    assert list(state) == list(model.state_dict())
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    for name in [
+        "mode",
+        "input_size",
+        "hidden_size",
+        "num_layers",
+        "nonlinearity",
+        "bias",
+        "batch_first",
+        "dropout",
+        "bidirectional",
+    ]:
+        assert getattr(model.inner["rnn"], name) == getattr(inner, name)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_bare_module():
+    rnn = nn.RNN(I, H).eval()
+    ours = convert(rnn, Backprop())
+    assert type(ours) is tpext.nn.RNN
+    assert ours.rule == Backprop()
+    assert not ours.training
+    assert ours.weight_hh_l0 is rnn.weight_hh_l0
+    assert convert(ours, RegularizedInverse()) is ours
+    assert ours.rule == RegularizedInverse()
+
+
+def test_each_module_keeps_its_training_flag_and_frozen_parameters():
+    model = nn.ModuleList([nn.RNN(I, H).eval(), nn.RNN(I, H).requires_grad_(False)])
+    convert(model)
+    assert [m.training for m in model] == [False, True]
+    assert [m.weight_hh_l0.requires_grad for m in model] == [True, False]
+
+
+def test_tied_parameters_stay_tied():
+    model = nn.ModuleList([nn.RNN(I, I), nn.RNN(I, I)])
+    model[1].weight_hh_l0 = model[0].weight_hh_l0
+    convert(model)
+    assert model[1].weight_hh_l0 is model[0].weight_hh_l0
+
+
+def test_an_optimizer_made_before_still_steps():
+    model = nn.Sequential(nn.RNN(I, H))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    convert(model)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.randn(7, 2, I))[0].sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_no_random_draws_and_no_second_warning():
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rnn = nn.RNN(I, H, dropout=0.5)
+        state = torch.get_rng_state()
+        back = convert(rnn).to_torch()
+    assert len(caught) == 1
+    assert back.dropout == 0.5
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_changes_the_rule_of_our_own_modules_in_place():
+    model = nn.Sequential(tpext.nn.RNN(I, H), nn.RNN(H, H))
+    ours = model[0]
+    calls = []
+    ours.register_forward_hook(lambda *_: calls.append(1))
+    convert(model, LearnedInverse(noise=0.25))
+    assert model[0] is ours
+    assert all(m.rule == LearnedInverse(noise=0.25) for m in model)
+    for module in model:
+        weight = module.reverse_weight_hh_l0
+        torch.testing.assert_close(weight @ weight.T, torch.eye(H), atol=1e-5, rtol=0)
+    reverse = ours.reverse_weight_hh_l0
+    convert(model, LearnedInverse())
+    assert ours.reverse_weight_hh_l0 is reverse, "reverse parameters are kept between learned rules"
+    convert(model, Backprop())
+    assert [name for name, _ in model.named_parameters() if "reverse_" in name] == []
+    ours(torch.randn(4, 2, I))
+    assert calls == [1]
+
+
+def test_meta_device():
+    model = convert(nn.Sequential(nn.RNN(I, H, device="meta")), LearnedInverse())
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+    output, h_n = model[0](torch.empty(7, 2, I, device="meta"))
+    assert output.shape == (7, 2, H)
+    assert h_n.shape == (1, 2, H)
+    assert output.device.type == "meta"
+
+
+class Subclass(nn.RNN):
+    """A user's own extension."""
+
+
+def hooked(register: str) -> nn.RNN:
+    rnn = nn.RNN(I, H)
+    getattr(rnn, register)(lambda *arguments: None)
+    return rnn
+
+
+def with_buffer() -> nn.RNN:
+    rnn = nn.RNN(I, H)
+    rnn.register_buffer("steps", torch.zeros(()))
+    return rnn
+
+
+NOT_REPLACEABLE = {
+    "forward hook": lambda: hooked("register_forward_hook"),
+    "forward pre-hook": lambda: hooked("register_forward_pre_hook"),
+    "backward hook": lambda: hooked("register_full_backward_hook"),
+    "backward pre-hook": lambda: hooked("register_full_backward_pre_hook"),
+    "state_dict hook": lambda: hooked("register_state_dict_post_hook"),
+    "state_dict pre-hook": lambda: hooked("register_state_dict_pre_hook"),
+    "load_state_dict pre-hook": lambda: hooked("register_load_state_dict_pre_hook"),
+    "load_state_dict post-hook": lambda: hooked("register_load_state_dict_post_hook"),
+    "parametrization": lambda: parametrizations.orthogonal(nn.RNN(I, H), "weight_hh_l0"),
+    "pruning": lambda: prune.l1_unstructured(nn.RNN(I, H), "weight_hh_l0", 0.5),
+    "buffer": with_buffer,
+}
+
+
+@pytest.mark.parametrize("case", NOT_REPLACEABLE)
+def test_refuses_to_lose_anything(case):
+    model = nn.Sequential(nn.RNN(I, I), NOT_REPLACEABLE[case]())
+    before = list(model)
+    with pytest.raises(ValueError, match=r"convert: module '1' has .* which a replacement would lose"):
+        convert(model)
+    assert list(model) == before, "a refused conversion leaves the model alone"
+    with pytest.raises(ValueError, match="convert: the module has"):
+        convert(model[1])
+
+
+def test_subclasses_are_left_alone():
+    model = nn.Sequential(Subclass(I, H), nn.GRU(H, H), nn.LSTM(H, H))
+    before = list(model)
+    assert list(convert(model)) == before
+
+
+def test_a_rule_that_does_not_fit_leaves_the_model_alone():
+    for second in (nn.RNN(I, H, nonlinearity="relu"), tpext.nn.RNN(I, H, nonlinearity="relu")):
+        model = nn.Sequential(nn.RNN(I, I), tpext.nn.RNN(I, I), second)
+        before = list(model)
+        with pytest.raises(ValueError, match="LearnedInverse needs nonlinearity='tanh'"):
+            convert(model, LearnedInverse())
+        assert list(model) == before
+        assert model[1].rule == RegularizedInverse()
+    with pytest.raises(TypeError, match="rule must be"):
+        convert(nn.Sequential(nn.RNN(I, H)), "backprop")
+
+
+# to_torch
+
+
+@pytest.mark.parametrize("rule", [Backprop(), RegularizedInverse(), LearnedInverse()])
+def test_to_torch_gives_the_plain_module_back(rule):
+    for layers, nonlinearity, bias, batch_first, bidirectional in itertools.product(
+        [1, 2], ["tanh", "relu"], [True, False], [True, False], [True, False]
+    ):
+        if isinstance(rule, LearnedInverse) and nonlinearity == "relu":
+            continue
+        ours = tpext.nn.RNN(I, H, layers, nonlinearity, bias, batch_first, 0.0, bidirectional, rule=rule)
+        plain = ours.to_torch()
+        assert type(plain) is nn.RNN
+        assert plain.training
+        x = torch.randn(4, 7, I)
+        torch.testing.assert_close(plain(x), ours(x))
+        assert [name for name in ours.state_dict() if not name.startswith("reverse_")] == list(plain.state_dict())
+        for row, theirs in zip(ours.all_weights, plain.all_weights, strict=True):
+            assert all(a is b for a, b in zip(row, theirs, strict=True))
+    # the plain module is whole: it reads changed weights, copies, moves and converts back
+    with torch.no_grad():
+        ours.weight_hh_l0.mul_(0.5)
+    torch.testing.assert_close(plain(x), ours(x))
+    torch.testing.assert_close(copy.deepcopy(plain)(x), ours(x))
+    assert convert(plain).weight_hh_l0 is ours.weight_hh_l0
+    torch.testing.assert_close(plain.double()(x.double()), ours(x.double()))
+
+
+def test_to_torch_keeps_mode_and_refuses_identity():
+    assert not tpext.nn.RNN(I, H).eval().to_torch().training
+    with pytest.raises(ValueError, match="no nonlinearity 'identity'"):
+        tpext.nn.RNN(I, H, nonlinearity="identity").to_torch()

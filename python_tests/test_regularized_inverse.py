@@ -1,0 +1,156 @@
+"""regularized_inverse: equal to the oracle, differentiable twice, clear when it cannot invert."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from comparison import DTYPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tpext
+from tpext import reference
+
+regularized_inverse = torch.ops.tpext.regularized_inverse
+
+SHAPES = [(1, 1), (2, 2), (5, 3), (3, 5), (32, 32), (100, 64), (31, 257), (4, 6, 6), (3, 17, 9), (2, 3, 4, 5)]
+
+
+def check(weight: Tensor, reg: float) -> None:
+    """Equality with the oracle, up to the error of a solve with the Gram matrix ``W'W + reg I``.
+
+    That is ``8 * eps * root of the size * condition``, relative to the greatest element of the inverse.
+    """
+    expected = reference.regularized_inverse(weight.double().numpy(), reg)
+    singular_values = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+    condition = (singular_values.max(-1) ** 2 + reg) / (singular_values.min(-1) ** 2 + reg)
+    greatest = np.abs(expected).max((-1, -2))
+    allowed = 8 * torch.finfo(weight.dtype).eps * max(weight.shape[-2:]) ** 0.5 * condition * greatest
+    actual = regularized_inverse(weight, reg)
+    assert actual.dtype == weight.dtype
+    assert actual.shape == expected.shape
+    error = np.abs(actual.double().numpy() - expected).max((-1, -2))
+    assert (error <= allowed).all(), f"error {error}, allowed {allowed}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("reg", [1e-3, 1.0, 10.0, 1e6])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_oracle(shape: tuple[int, ...], reg: float, dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, dtype=torch.float64).to(dtype)
+    check(weight, reg)
+    check(weight.mT.contiguous().mT, reg)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=2),
+    M=st.integers(1, 40),
+    N=st.integers(1, 40),
+    reg=st.floats(1e-2, 1e3),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_oracle_at_random_sizes(
+    batch: list[int], M: int, N: int, reg: float, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    check(torch.randn(*batch, M, N, dtype=torch.float64, generator=generator).to(dtype), reg)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (6, 3), (3, 6), (2, 4, 7)], ids=str)
+def test_without_ridge_it_is_the_pseudo_inverse(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(regularized_inverse(weight, 0.0), torch.linalg.pinv(weight), rtol=1e-10, atol=1e-10)
+
+
+def test_with_a_great_ridge_it_is_the_transpose_over_the_ridge() -> None:
+    weight = torch.randn(3, 7, 5, dtype=torch.float64)
+    torch.testing.assert_close(1e12 * regularized_inverse(weight, 1e12), weight.mT, rtol=1e-10, atol=1e-10)
+
+
+def test_batch_equals_its_matrices_alone() -> None:
+    weight = torch.randn(4, 9, 9)
+    alone = torch.stack([regularized_inverse(matrix, 1.0) for matrix in weight])
+    torch.testing.assert_close(regularized_inverse(weight, 1.0), alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0, 3, 4), (2, 0, 4), (2, 4, 0)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_matrices_have_empty_inverses(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    inverse = regularized_inverse(torch.zeros(shape, dtype=dtype), 1.0)
+    assert inverse.shape == (*shape[:-2], shape[-1], shape[-2])
+    assert inverse.dtype == dtype
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (3, 4), (2, 3, 3)], ids=str)
+def test_true_first_and_second_derivatives(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: regularized_inverse(w, 0.5), weight)
+    assert torch.autograd.gradgradcheck(lambda w: regularized_inverse(w, 0.5), weight)
+
+
+@pytest.mark.parametrize(
+    ("requires_grad", "dtype", "shape"),
+    [
+        (False, torch.float32, (4, 3)),
+        (True, torch.float64, (4, 3)),
+        (True, torch.float32, (3, 4)),
+        (True, torch.float64, (2, 3, 3)),
+        (False, torch.float64, (0, 3, 4)),
+    ],
+    ids=str,
+)
+def test_opcheck(requires_grad: bool, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, dtype=dtype, requires_grad=requires_grad)
+    torch.library.opcheck(regularized_inverse.default, (weight, 1.0))
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_in_float32(weight_dtype: torch.dtype) -> None:
+    weight = torch.randn(2, 6, 6).to(weight_dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inverse = regularized_inverse(weight, 1.0)
+    torch.testing.assert_close(inverse.float(), regularized_inverse(weight.float(), 1.0), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_singular_matrix_is_named(dtype: torch.dtype) -> None:
+    weight = torch.eye(3, dtype=dtype).repeat(4, 1, 1)
+    weight[2, :, 1] = 0
+    with pytest.raises(tpext.SingularError, match=r"regularized_inverse.*\b2\b"):
+        regularized_inverse(weight, 0.0)
+    assert issubclass(tpext.SingularError, torch.linalg.LinAlgError)
+
+
+def test_a_singular_matrix_without_a_batch() -> None:
+    with pytest.raises(tpext.SingularError, match="regularized_inverse"):
+        regularized_inverse(torch.zeros(3, 3), 0.0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    weight = torch.eye(3).repeat(4, 1, 1)
+    weight[1, 0, 2] = value
+    with pytest.raises(ValueError, match=r"regularized_inverse: weight.*\b1\b"):
+        regularized_inverse(weight, 1.0)
+
+
+@pytest.mark.parametrize("reg", [-1.0, -1e-30, float("nan"), float("inf"), -float("inf")])
+def test_a_ridge_out_of_range_is_refused(reg: float) -> None:
+    with pytest.raises(ValueError, match="regularized_inverse: reg"):
+        regularized_inverse(torch.eye(3), reg)
+
+
+@pytest.mark.parametrize("weight", [torch.tensor(1.0), torch.ones(3)], ids=["no dimension", "one dimension"])
+def test_a_weight_of_too_few_dimensions_is_refused(weight: Tensor) -> None:
+    with pytest.raises((ValueError, RuntimeError), match="regularized_inverse: weight"):
+        regularized_inverse(weight, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float16])
+def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="regularized_inverse: weight"):
+        regularized_inverse(torch.eye(3).to(dtype), 1.0)

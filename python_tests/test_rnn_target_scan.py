@@ -1,0 +1,677 @@
+"""The target passes: equal to the published code's numbers, to the float64 oracle, and to what theory says of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparison import (
+    DTYPES,
+    LAYOUTS,
+    NONLINEARITIES,
+    SIZES,
+    SameBits,
+    Scan,
+    assert_close_to_oracle,
+    name,
+    pairwise,
+    scan,
+)
+from conftest import SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tpext import reference
+from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
+from tpext.reference import RNNGradients
+
+rnn_target_scan = torch.ops.tpext.rnn_target_scan
+rnn_learned_target_scan = torch.ops.tpext.rnn_learned_target_scan
+
+CORRECTIONS = ["linearized", "difference", "none"]
+CREDITS = ["local", "through_time"]
+RULES = list(itertools.product(CORRECTIONS, CREDITS))
+# What the plain differences in the oracle can lose next to states of order one, in longdouble.
+ORACLE_ERROR = 64 * float(np.finfo(np.longdouble).eps)
+# Steps and clips that float32 holds exactly: the oracle then sees the same numbers.
+STEP, CLIP = 0.125, 2.0**-10
+
+
+def inverse(weight_hh: Tensor, reg: float = 1.0) -> Tensor:
+    return torch.from_numpy(reference.regularized_inverse(weight_hh.numpy(), reg)).to(weight_hh.dtype)
+
+
+def target_arguments(
+    inputs: Scan,
+    correction: str,
+    credit: str,
+    return_norms: bool = True,
+    return_displacement: bool = True,
+    *,
+    target_step: float = STEP,
+    clip: float = CLIP,
+) -> tuple[Any, ...]:
+    return (
+        inputs.grad_states,
+        inputs.states,
+        inputs.h0,
+        inputs.weight_hh,
+        inverse(inputs.weight_hh),
+        inputs.x_proj if correction == "none" else None,
+        inputs.lengths,
+        inputs.reverse,
+        inputs.nonlinearity,
+        correction,
+        credit,
+        target_step,
+        clip,
+        return_norms,
+        return_displacement,
+    )
+
+
+def learned_arguments(inputs: Scan, credit: str, return_norms: bool = True) -> tuple[Any, ...]:
+    """The reverse layer's weight and pre-activation are taken from tensors at hand: any will do."""
+    return (
+        inputs.grad_states,
+        inputs.states,
+        inputs.weight_hh,
+        inputs.weight_hh.mT,
+        inputs.x_proj,
+        inputs.lengths,
+        inputs.reverse,
+        inputs.nonlinearity,
+        credit,
+        STEP,
+        return_norms,
+    )
+
+
+def every_output(inputs: Scan) -> list[Tensor]:
+    """All outputs by all rules, ``disp_h0`` as ``[S, 1, B, H]``."""
+    results = [rnn_target_scan(*target_arguments(inputs, *rule)) for rule in RULES]
+    results += [rnn_learned_target_scan(*learned_arguments(inputs, credit)) for credit in CREDITS]
+    return [output for delta, disp_h0, *rest in results for output in (delta, disp_h0.unsqueeze(1), *rest)]
+
+
+class TestSameBits(SameBits):
+    run = staticmethod(every_output)
+
+
+# A whole layer, by the oracle and by the ops.
+
+Layer = dict[str, Any]
+
+
+def layer(nonlinearity: str = "tanh", ragged: bool = True) -> Layer:
+    """A random layer of two directions, with the gradient of its states, in float64."""
+    T, B, inputs, H, S = 7, 4, 3, 6, 2
+    lengths = torch.tensor([T, 0, 1, 5]) if ragged else None
+    return {
+        "grad_states": torch.randn(S, T, B, H).double(),
+        "input": torch.randn(T, B, inputs).double(),
+        "h0": torch.randn(S, B, H).double() / 2,
+        "weight_ih": torch.randn(S, H, inputs).double() / inputs**0.5,
+        "weight_hh": torch.randn(S, H, H).double() / H**0.5,
+        "bias": torch.randn(S, H).double() / 4,
+        "lengths": lengths,
+        "reverse": [s % 2 == 1 for s in range(S)],
+        "nonlinearity": nonlinearity,
+    }
+
+
+OPTIONS = {
+    "reg": 1.0,
+    "target_step": 0.1,
+    "correction": "linearized",
+    "credit": "local",
+    "clip": 1e-3,
+    "normalize": True,
+    "input_rule": "gradient",
+}
+
+
+def by_oracle(layer: Layer, **options: Any) -> RNNGradients:
+    arrays = {key: value.numpy() if isinstance(value, Tensor) else value for key, value in layer.items()}
+    return reference.target_rnn_gradients(**arrays, **OPTIONS | options)
+
+
+def by_ops(layer: Layer, **options: Any) -> RNNGradients:
+    return gradients(target_rnn, layer, **OPTIONS | options)
+
+
+def gradients(function: Callable[..., Tensor], layer: Layer, **options: Any) -> RNNGradients:
+    """What autograd hands to each input of a layer function."""
+    variables = {key: layer[key].clone().requires_grad_() for key in RNNGradients._fields}
+    rest = {key: layer[key] for key in ("lengths", "reverse", "nonlinearity")}
+    states = function(**variables, **rest, **options)
+    return RNNGradients(
+        *(g.numpy() for g in torch.autograd.grad(states, list(variables.values()), layer["grad_states"]))
+    )
+
+
+def by_learned_oracle(layer: Layer, **options: Any) -> RNNGradients:
+    arrays = {key: value.numpy() if isinstance(value, Tensor) else value for key, value in (layer | options).items()}
+    return reference.learned_target_rnn_gradients(**arrays)
+
+
+def by_learned_ops(layer: Layer, **options: Any) -> RNNGradients:
+    return gradients(learned_target_rnn, layer, **options)
+
+
+def backprop(layer: Layer) -> RNNGradients:
+    arrays = {key: value.numpy() if isinstance(value, Tensor) else value for key, value in layer.items()}
+    return reference.rnn_gradients(**arrays)
+
+
+def assert_equal_gradients(actual: RNNGradients, expected: RNNGradients, rtol: float) -> None:
+    """Each gradient within ``rtol`` of the other, relative to its greatest element."""
+    for field, a, b in zip(RNNGradients._fields, actual, expected, strict=True):
+        error, size = np.abs(a - b).max(), np.abs(b).max()
+        assert error <= rtol * size, f"{field}: relative error {error / size if size else error!r}"
+
+
+both_implementations = pytest.mark.parametrize("gradients_of", [by_oracle, by_ops], ids=["oracle", "ops"])
+
+
+# Against the published code.
+
+GOLDEN = sorted((Path(__file__).parent / "data").glob("R_tpri_*.npz")) + sorted(
+    path for path in (SHARED / "golden" / "mlp").glob("R_tpri_*.npz") if path.name != "R_tpri_small.npz"
+)
+
+
+@pytest.fixture(params=GOLDEN, ids=lambda path: path.stem)
+def golden(request: pytest.FixtureRequest) -> dict[str, Tensor]:
+    with np.load(request.param) as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def golden_layer(golden: dict[str, Tensor]) -> Layer:
+    """The layer of the file, and the gradient of the batch-mean cross-entropy of the last state's read-out."""
+    final = golden["h"][:, -1].requires_grad_()
+    loss = torch.nn.functional.cross_entropy(final @ golden["Wo"].T + golden["bo"], golden["labels"])
+    B, T, H = (size - extra for size, extra in zip(golden["h"].shape, (0, 1, 0), strict=True))
+    grad_states = torch.zeros(1, T, B, H, dtype=torch.float64)
+    grad_states[0, -1] = torch.autograd.grad(loss, final)[0]
+    return {
+        "grad_states": grad_states,
+        "input": golden["x"].transpose(0, 1),
+        "h0": golden["h"][None, :, 0].detach(),
+        "weight_ih": golden["Wi"][None],
+        "weight_hh": golden["Wh"][None],
+        "bias": golden["bh"][None],
+        "lengths": None,
+        "reverse": [False],
+        "nonlinearity": "tanh",
+    }
+
+
+@pytest.mark.parametrize(("gradients_of", "rtol"), [(by_oracle, 1e-12), (by_ops, 1e-10)], ids=["oracle", "ops"])
+@pytest.mark.parametrize(("credit", "suffix"), [("local", "local"), ("through_time", "bptt")])
+def test_gradients_equal_the_published_codes(
+    golden: dict[str, Tensor], gradients_of: Callable[..., RNNGradients], rtol: float, credit: str, suffix: str
+) -> None:
+    settings = {"reg": golden["r"].item(), "target_step": golden["lr_target"].item(), "clip": golden["clip"].item()}
+    actual = gradients_of(golden_layer(golden), credit=credit, normalize=False, **settings)
+    for gradient, key in [(actual.weight_hh, "gWh"), (actual.weight_ih, "gWi"), (actual.bias, "gb")]:
+        expected = golden[f"{key}_{suffix}"].numpy()
+        assert np.abs(gradient[0] - expected).max() <= rtol * np.abs(expected).max(), key
+
+
+@pytest.mark.parametrize("implementation", ["oracle", "ops"])
+def test_states_and_targets_equal_the_published_codes(golden: dict[str, Tensor], implementation: str) -> None:
+    layer = golden_layer(golden)
+    weights = layer["weight_hh"]
+    R = torch.ops.tpext.regularized_inverse(weights, golden["r"].item())
+    x_proj = torch.einsum("tbi,shi->stbh", layer["input"], layer["weight_ih"]) + layer["bias"][:, None, None]
+    options = (
+        None,
+        [False],
+        "tanh",
+        "linearized",
+        "local",
+        golden["lr_target"].item(),
+        golden["clip"].item(),
+        False,
+        False,
+    )
+    if implementation == "ops":
+        states = torch.ops.tpext.rnn_scan(x_proj, layer["h0"], weights, None, [False], "tanh")
+        delta, disp_h0, *_ = rnn_target_scan(layer["grad_states"], states, layer["h0"], weights, R, None, *options)
+        rtol = 1e-10
+    else:
+        states = torch.from_numpy(reference.rnn_scan(x_proj, layer["h0"], weights, None, [False], "tanh"))
+        result = reference.rnn_target_scan(layer["grad_states"], states, layer["h0"], weights, R, None, *options)
+        delta, disp_h0 = torch.from_numpy(result[0]), torch.from_numpy(result[1])
+        rtol = 1e-12
+    torch.testing.assert_close(states[0].transpose(0, 1), golden["h"][:, 1:].detach(), rtol=rtol, atol=rtol)
+    displacement = -delta / (1 - states**2)
+    targets = torch.cat([layer["h0"] + disp_h0, states[0] + displacement[0]]).transpose(0, 1)
+    torch.testing.assert_close(targets, golden["v"], rtol=rtol, atol=rtol)
+    published_displacement = golden["v"][:, 0] - golden["h"][:, 0].detach()
+    torch.testing.assert_close(disp_h0[0], published_displacement, rtol=1e-10, atol=4e-16)
+
+
+# Against the oracle.
+
+
+def check(arguments: tuple[Any, ...]) -> None:
+    error = 0.0 if arguments[9] == "linearized" else ORACLE_ERROR
+    assert_close_to_oracle(rnn_target_scan, reference.rnn_target_scan, arguments, oracle_error=error)
+
+
+def check_learned(arguments: tuple[Any, ...]) -> None:
+    reference_scan = reference.rnn_learned_target_scan
+    assert_close_to_oracle(rnn_learned_target_scan, reference_scan, arguments, oracle_error=ORACLE_ERROR)
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        **SIZES,
+        **LAYOUTS,
+        correction=CORRECTIONS,
+        credit=CREDITS,
+        last_step_only=[False, True],
+        return_norms=[False, True],
+        return_displacement=[False, True],
+    ),
+    ids=name,
+)
+def test_equals_the_oracle(case: dict[str, Any]) -> None:
+    torch.set_num_threads(case.pop("threads"))
+    options = [case.pop(key) for key in ("correction", "credit", "return_norms", "return_displacement")]
+    check(target_arguments(scan(**case), *options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize(("correction", "credit"), RULES)
+def test_every_combination_of_options(dtype: torch.dtype, nonlinearity: str, correction: str, credit: str) -> None:
+    inputs = scan(5, 7, 19, 2, dtype, nonlinearity, ragged=True, direction="mixed")
+    for norms, displacement in itertools.product([False, True], repeat=2):
+        arguments = target_arguments(inputs, correction, credit, norms, displacement)
+        check(arguments)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    T=st.integers(0, 12),
+    B=st.integers(0, 19),
+    H=st.integers(1, 50),
+    S=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    nonlinearity=st.sampled_from(NONLINEARITIES),
+    ragged=st.booleans(),
+    direction=st.sampled_from(LAYOUTS["direction"]),
+    rule=st.sampled_from(RULES),
+    target_step=st.sampled_from([2.0**-7, 0.5, 2.0]),
+    clip=st.sampled_from([2.0**-10, 2.0**-4, 0.5]),
+    seed=st.integers(0, 2**16),
+)
+def test_equals_the_oracle_at_random_sizes(rule: tuple[str, str], target_step: float, clip: float, **case: Any) -> None:
+    arguments = target_arguments(scan(**case), *rule, target_step=target_step, clip=clip)
+    check(arguments)
+
+
+@pytest.mark.parametrize("case", pairwise(**SIZES, **LAYOUTS, credit=CREDITS, return_norms=[False, True]), ids=name)
+def test_learned_pass_equals_the_oracle(case: dict[str, Any]) -> None:
+    torch.set_num_threads(case.pop("threads"))
+    options = [case.pop(key) for key in ("credit", "return_norms")]
+    arguments = learned_arguments(scan(**case), *options)
+    check_learned(arguments)
+
+
+@pytest.mark.parametrize("empty", ["T", "B", "H", "S"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_size_zero_gives_empty_or_zero_outputs(empty: str, ragged: bool) -> None:
+    inputs = scan(**{"T": 3, "B": 4, "H": 5, "S": 2} | {empty: 0}, ragged=ragged)
+    for correction, credit in RULES:
+        delta, disp_h0, norms, displacement = rnn_target_scan(*target_arguments(inputs, correction, credit))
+        assert delta.shape == displacement.shape == inputs.states.shape
+        assert norms.shape == inputs.states.shape[:3]
+        assert disp_h0.shape == inputs.h0.shape
+        assert not disp_h0.any()
+    delta, disp_h0, norms = rnn_learned_target_scan(*learned_arguments(inputs, "local"))
+    assert (delta.shape, disp_h0.shape, norms.shape) == (inputs.states.shape, inputs.h0.shape, inputs.states.shape[:3])
+    assert not disp_h0.any()
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("input_rule", ["gradient", "target"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("correction", "credit"), RULES)
+def test_layer_hands_down_what_the_oracle_does(
+    nonlinearity: str, input_rule: str, normalize: bool, correction: str, credit: str
+) -> None:
+    options = {"correction": correction, "credit": credit, "input_rule": input_rule, "normalize": normalize}
+    case = layer(nonlinearity=nonlinearity)
+    assert_equal_gradients(by_ops(case, **options), by_oracle(case, **options), 1e-10)
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("credit", CREDITS)
+def test_learned_layer_hands_down_what_the_oracle_does(nonlinearity: str, normalize: bool, credit: str) -> None:
+    case = layer(nonlinearity=nonlinearity)
+    reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double() / 2, "reverse_bias": torch.randn(2, 6).double()}
+    options = {**reverse_layer, "target_step": 0.1, "credit": credit, "normalize": normalize}
+    assert_equal_gradients(by_learned_ops(case, **options), by_learned_oracle(case, **options), 1e-10)
+
+
+@pytest.mark.parametrize("empty", ["T", "B"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_layer_without_steps_or_rows_has_zero_gradients(empty: str, ragged: bool) -> None:
+    case = layer()
+    case["grad_states"] = case["grad_states"][:, :0] if empty == "T" else case["grad_states"][:, :, :0]
+    case["input"] = case["input"][:0] if empty == "T" else case["input"][:, :0]
+    case["h0"] = case["h0"] if empty == "T" else case["h0"][:, :0]
+    case["lengths"] = torch.zeros(case["h0"].shape[1], dtype=torch.int64) if ragged else None
+    reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double(), "reverse_bias": torch.randn(2, 6).double()}
+    by_learned = gradients(learned_target_rnn, case, **reverse_layer, target_step=0.1, credit="local", normalize=True)
+    for actual in (by_ops(case, correction="none"), by_learned):
+        for key, gradient in actual._asdict().items():
+            assert gradient.shape == case[key].shape
+            assert not gradient.any()
+
+
+def test_layer_without_a_bias() -> None:
+    case = layer()
+    variables = {key: case[key].clone().requires_grad_() for key in ("input", "h0", "weight_ih", "weight_hh")}
+    rest = {key: case[key] for key in ("lengths", "reverse", "nonlinearity")}
+    states = target_rnn(**variables, bias=None, **rest, **OPTIONS)
+    actual = torch.autograd.grad(states, list(variables.values()), case["grad_states"])
+    expected = by_oracle(case | {"bias": torch.zeros(2, 6).double()})
+    for a, b in zip(actual, expected[:4], strict=True):
+        np.testing.assert_allclose(a.numpy(), b, rtol=1e-10, atol=1e-12)
+
+
+# What theory says.
+
+
+def local_losses(
+    layer: Layer, inverse: Callable[..., Tensor], corrected: bool, step: float, credit: str
+) -> list[Tensor]:
+    """Gradients of ``sum_t 1/2 ||h_t - v_t||^2`` by torch's autograd, and ``h0``'s displacement, for one direction.
+
+    Targets by definition: ``v_{t-1} = G(v_t) - step * g_{t-1}``, if corrected plus ``h_{t-1} - G(h_t)``, held fixed.
+    """
+    g, W, U, bias = (layer[key][0].clone() for key in ("grad_states", "weight_hh", "weight_ih", "bias"))
+    parameters = [parameter.requires_grad_() for parameter in (U, W, bias)]
+    states = [layer["h0"][0]]
+    for x in layer["input"]:
+        states.append(torch.tanh(x @ U.T + bias + (states[-1].detach() if credit == "local" else states[-1]) @ W.T))
+    with torch.no_grad():
+        targets = [states[-1] - step * g[-1]]
+        for t in range(len(g), 0, -1):
+            before = inverse(layer["input"][t - 1], targets[0])
+            if corrected:
+                before += states[t - 1] - inverse(layer["input"][t - 1], states[t])
+            targets.insert(0, before - step * g[t - 2] if t > 1 else before)
+    loss = sum((h - v).square().sum() / 2 for h, v in zip(states[1:], targets[1:], strict=True))
+    return [*torch.autograd.grad(loss, parameters), targets[0] - states[0]]
+
+
+def assert_gradients_of_local_losses(actual: RNNGradients, expected: list[Tensor], step: float) -> None:
+    for a, b in zip((actual.weight_ih, actual.weight_hh, actual.bias, -step * actual.h0), expected, strict=True):
+        np.testing.assert_allclose(a[0], b.numpy(), rtol=1e-10, atol=1e-12)
+
+
+def one_direction() -> Layer:
+    whole = layer(ragged=False)
+    return {key: value if key in ("input", "lengths", "nonlinearity") else value[:1] for key, value in whole.items()}
+
+
+@both_implementations
+@pytest.mark.parametrize("correction", ["difference", "none"])
+@pytest.mark.parametrize("credit", CREDITS)
+def test_gradients_are_those_of_the_local_losses(
+    gradients_of: Callable[..., RNNGradients], correction: str, credit: str
+) -> None:
+    case, step, clip = one_direction(), 0.1, 1e-3
+    R = torch.ops.tpext.regularized_inverse(case["weight_hh"][0], 1.0)
+
+    def inverse(x: Tensor, h: Tensor) -> Tensor:
+        return (h.clamp(clip - 1, 1 - clip).atanh() - x @ case["weight_ih"][0].T - case["bias"][0]) @ R.T
+
+    options = {"reg": 1.0, "target_step": step, "clip": clip, "normalize": False}
+    actual = gradients_of(case, correction=correction, credit=credit, **options)
+    expected = local_losses(case, inverse, correction == "difference", step, credit)
+    assert_gradients_of_local_losses(actual, expected, step)
+
+
+@pytest.mark.parametrize("gradients_of", [by_learned_oracle, by_learned_ops], ids=["oracle", "ops"])
+@pytest.mark.parametrize("credit", CREDITS)
+def test_learned_gradients_are_those_of_the_local_losses(
+    gradients_of: Callable[..., RNNGradients], credit: str
+) -> None:
+    case, step = one_direction(), 0.1
+    V, c = torch.randn(1, 6, 6).double() / 2, torch.randn(1, 6).double()
+
+    def inverse(x: Tensor, h: Tensor) -> Tensor:
+        return torch.tanh(h @ V[0].T + c[0] + x @ case["weight_ih"][0].T)
+
+    options = {"reverse_weight": V, "reverse_bias": c, "target_step": step, "credit": credit, "normalize": False}
+    expected = local_losses(case, inverse, True, step, credit)
+    assert_gradients_of_local_losses(gradients_of(case, **options), expected, step)
+
+
+@both_implementations
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("correction", ["linearized", "difference"])
+def test_a_great_ridge_through_time_is_backprop(
+    gradients_of: Callable[..., RNNGradients], nonlinearity: str, correction: str
+) -> None:
+    """Targets then reach no earlier step, and the local losses' gradients through time are the loss's."""
+    case = layer(nonlinearity=nonlinearity)
+    actual = gradients_of(case, reg=1e14, credit="through_time", correction=correction)
+    assert_equal_gradients(actual, backprop(case)._replace(h0=actual.h0), 1e-12)
+    assert np.abs(actual.h0).max() < 1e-12
+
+
+@both_implementations
+def test_orthogonal_weights_without_ridge_are_backprop(gradients_of: Callable[..., RNNGradients]) -> None:
+    """The inverse is then the transpose; with the identity and local credit nothing else differs."""
+    case = layer(nonlinearity="identity")
+    case["weight_hh"] = torch.linalg.qr(case["weight_hh"])[0]
+    for correction in ("linearized", "difference"):
+        assert_equal_gradients(gradients_of(case, reg=0.0, correction=correction), backprop(case), 1e-12)
+
+
+@both_implementations
+@pytest.mark.parametrize("credit", CREDITS)
+def test_without_ridge_no_correction_is_the_difference(gradients_of: Callable[..., RNNGradients], credit: str) -> None:
+    """An exact inverse needs no correction: it maps an undisplaced state to the state before."""
+    case = layer()
+    case["weight_hh"] = torch.linalg.qr(case["weight_hh"])[0] * 1.2
+    case["input"], case["grad_states"] = case["input"] / 4, case["grad_states"] / 4
+    options = {"reg": 0.0, "credit": credit, "input_rule": "target"}
+    plain, difference = (gradients_of(case, correction=correction, **options) for correction in ("none", "difference"))
+    assert_equal_gradients(plain, difference, 1e-10)
+
+
+@both_implementations
+@pytest.mark.parametrize("input_rule", ["gradient", "target"])
+@pytest.mark.parametrize("credit", CREDITS)
+def test_linearized_needs_no_target_step(
+    gradients_of: Callable[..., RNNGradients], input_rule: str, credit: str
+) -> None:
+    """With ``normalize`` it cancels; without, the parameters' gradients are proportional to it."""
+    case, options = layer(), {"input_rule": input_rule, "credit": credit}
+    one = gradients_of(case, target_step=1.0, **options)
+    assert_equal_gradients(gradients_of(case, target_step=0.01, **options), one, 1e-12)
+    scaled = gradients_of(case, target_step=0.01, normalize=False, **options)
+    weights = {key: 0.01 * getattr(one, key) for key in ("weight_ih", "weight_hh", "bias")}
+    assert_equal_gradients(scaled, one._replace(**weights), 1e-12)
+
+
+@both_implementations
+def test_corrections_agree_for_small_steps(gradients_of: Callable[..., RNNGradients]) -> None:
+    case = layer()
+    case["input"] = case["input"] / 4
+    small = gradients_of(case, correction="difference", target_step=1e-8)
+    assert_equal_gradients(small, gradients_of(case, correction="linearized"), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("credit", CREDITS)
+def test_linearized_scales_with_the_gradient(dtype: torch.dtype, credit: str) -> None:
+    """Exactly, for a power of two: so loss scaling and accumulation change nothing."""
+    inputs = scan(7, 5, 33, 2, dtype, ragged=True, direction="mixed")
+    scaled = inputs._replace(grad_states=inputs.grad_states * 1024)
+    for actual, expected in zip(
+        rnn_target_scan(*target_arguments(scaled, "linearized", credit)),
+        rnn_target_scan(*target_arguments(inputs, "linearized", credit)),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected * 1024)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_no_gradient_gives_exact_zeros(dtype: torch.dtype, nonlinearity: str) -> None:
+    """Saturated units included, where a difference of inverses could leave rounding noise."""
+    inputs = scan(7, 5, 33, 2, dtype, nonlinearity, ragged=True, direction="mixed")
+    inputs.states[:, :, :, :4] = torch.tensor([1.0, 1 - CLIP, 0.999, 0.0])
+    inputs = inputs._replace(grad_states=torch.zeros_like(inputs.grad_states))
+    for correction, credit in itertools.product(["linearized", "difference"], CREDITS):
+        outputs = rnn_target_scan(*target_arguments(inputs, correction, credit))
+        assert not any(output.any() for output in outputs)
+    for credit in CREDITS:
+        assert not any(output.any() for output in rnn_learned_target_scan(*learned_arguments(inputs, credit)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_saturated_states_stay_finite(dtype: torch.dtype, correction: str) -> None:
+    inputs = scan(3, 5, 9, 2, dtype)
+    inputs = inputs._replace(states=inputs.states.sign(), grad_states=inputs.grad_states * 100)
+    arguments = target_arguments(inputs, correction, "through_time")
+    assert all(output.isfinite().all() for output in rnn_target_scan(*arguments))
+    check(arguments)
+
+
+# Displacements far below the states' rounding.
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "identity"])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-20), (torch.float64, 1e-200)])
+def test_tiny_differences_are_the_linearisation(dtype: torch.dtype, size: float, nonlinearity: str) -> None:
+    """Next to displacements this small the second order is nothing, so the linearized oracle is the truth."""
+    inputs = scan(7, 5, 33, 2, dtype, nonlinearity, ragged=True, direction="mixed")
+    inputs = inputs._replace(grad_states=inputs.grad_states * size)
+
+    arguments = target_arguments(inputs, "linearized", "through_time")
+
+    def difference(*arguments: Any) -> tuple[Tensor, ...]:
+        return rnn_target_scan(*arguments[:9], "difference", *arguments[10:])
+
+    assert_close_to_oracle(difference, reference.rnn_target_scan, arguments)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-8])
+@pytest.mark.parametrize("credit", CREDITS)
+def test_small_differences_keep_their_digits(size: float, credit: str) -> None:
+    inputs = scan(7, 5, 33, 2, torch.float32, ragged=True, direction="mixed")
+    inputs = inputs._replace(grad_states=inputs.grad_states * size)
+    arguments = target_arguments(inputs, "difference", credit)
+    check(arguments)
+    arguments = learned_arguments(inputs, credit)
+    check_learned(arguments)
+
+
+# Not a derivative, and not to be differentiated.
+
+
+@pytest.mark.parametrize("variable", range(5))
+def test_differentiating_the_target_scan_raises(variable: int) -> None:
+    arguments = list(target_arguments(scan(3, 2, 4, 1), "linearized", "local"))
+    arguments[variable] = arguments[variable].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
+        torch.autograd.grad(rnn_target_scan(*arguments)[0].sum(), arguments[variable])
+
+
+@pytest.mark.parametrize("variable", range(5))
+def test_differentiating_the_learned_target_scan_raises(variable: int) -> None:
+    arguments = list(learned_arguments(scan(3, 2, 4, 1), "local"))
+    arguments[variable] = arguments[variable].requires_grad_()
+    with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
+        torch.autograd.grad(rnn_learned_target_scan(*arguments)[0].sum(), arguments[variable])
+
+
+@pytest.mark.parametrize("grad_of", ["weight_hh", "input", "bias"])
+def test_second_derivatives_of_a_layer_raise(grad_of: str) -> None:
+    case = layer()
+    case[grad_of].requires_grad_()
+    arguments = {key: value for key, value in case.items() if key != "grad_states"}
+    states = target_rnn(**arguments, **OPTIONS)
+    with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
+        torch.autograd.grad(states.sum(), case[grad_of], create_graph=True)
+
+
+def test_function_transforms_of_a_layer_raise() -> None:
+    case = layer()
+    arguments = {key: value for key, value in case.items() if key not in ("grad_states", "input")}
+    with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
+        torch.func.grad(lambda input: target_rnn(input, **arguments, **OPTIONS).sum())(case["input"])
+
+
+# Fakes, checkpointing, autocast.
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        dtype=DTYPES,
+        ragged=[False, True],
+        correction=CORRECTIONS,
+        credit=CREDITS,
+        norms=[False, True],
+        moved=[False, True],
+    ),
+    ids=name,
+)
+def test_opcheck(case: dict[str, Any]) -> None:
+    inputs = scan(3, 3, 4, 2, case["dtype"], direction="mixed")
+    inputs = inputs._replace(lengths=torch.tensor([3, 0, 2]) if case["ragged"] else None)
+    options = [case[key] for key in ("correction", "credit", "norms", "moved")]
+    torch.library.opcheck(rnn_target_scan.default, target_arguments(inputs, *options))
+    torch.library.opcheck(rnn_learned_target_scan.default, learned_arguments(inputs, case["credit"], case["norms"]))
+
+
+@pytest.mark.parametrize("empty", ["T", "B"])
+def test_opcheck_of_empty_inputs(empty: str) -> None:
+    inputs = scan(**{"T": 3, "B": 4, "H": 5, "S": 2} | {empty: 0})
+    torch.library.opcheck(rnn_target_scan.default, target_arguments(inputs, "none", "through_time"))
+    torch.library.opcheck(rnn_learned_target_scan.default, learned_arguments(inputs, "local"))
+
+
+def test_layer_under_checkpointing() -> None:
+    def checkpointed(**arguments: Any) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(target_rnn, use_reentrant=False, **arguments)
+
+    case = layer()
+    assert_equal_gradients(gradients(checkpointed, case, **OPTIONS), by_oracle(case), 1e-10)
+
+
+def test_layer_under_autocast_works_in_float32() -> None:
+    case = layer(ragged=False)
+    case = {key: value.float() if isinstance(value, Tensor) else value for key, value in case.items()}
+    grad_states = case.pop("grad_states")
+    variables = [case[key].requires_grad_() for key in RNNGradients._fields]
+    expected_states = target_rnn(**case, **OPTIONS)
+    expected = torch.autograd.grad(expected_states, variables, grad_states.bfloat16().float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = target_rnn(**case, **OPTIONS)
+    assert states.dtype == torch.bfloat16
+    torch.testing.assert_close(states.float(), expected_states, rtol=2e-2, atol=2e-2)
+    for a, b in zip(torch.autograd.grad(states, variables, grad_states.bfloat16()), expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)

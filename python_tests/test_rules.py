@@ -1,0 +1,96 @@
+"""The rules are small immutable values that refuse nonsense by name."""
+
+import copy
+import dataclasses
+import math
+import pickle
+import re
+
+import numpy as np
+import pytest
+
+from tpext.rules import Backprop, LearnedInverse, RegularizedInverse, Rule
+
+RULES = [Backprop(), RegularizedInverse(), LearnedInverse()]
+
+
+def test_defaults():
+    assert dataclasses.asdict(RegularizedInverse()) == {
+        "reg": 1.0,
+        "target_step": 1.0,
+        "correction": "linearized",
+        "credit": "through_time",
+        "clip": 1e-3,
+        "normalize": True,
+        "input_rule": "gradient",
+    }
+    assert dataclasses.asdict(LearnedInverse()) == {
+        "target_step": 1.0,
+        "credit": "through_time",
+        "normalize": True,
+        "noise": 0.0,
+    }
+    assert dataclasses.asdict(Backprop()) == {}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_is_an_immutable_value(rule):
+    assert isinstance(rule, Rule)
+    assert pickle.loads(pickle.dumps(rule)) == rule == copy.deepcopy(rule) == type(rule)()
+    assert hash(rule) == hash(type(rule)())
+    assert eval(repr(rule)) == rule
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        rule.reg = 2.0
+
+
+def test_options_tell_rules_apart():
+    assert RegularizedInverse(reg=2.0) != RegularizedInverse(reg=3.0)
+    assert Backprop() != RegularizedInverse()
+
+
+@pytest.mark.parametrize("value", [0, 3, 2.5, np.float32(0.5), np.int64(2)])
+def test_numbers_become_floats(value):
+    rule = RegularizedInverse(reg=value)
+    assert type(rule.reg) is float
+    assert rule.reg == value
+
+
+NUMBERS = [
+    (RegularizedInverse, "reg", "a finite number >= 0", [-1e-9, math.inf, math.nan, "1", None, True, 1j]),
+    (RegularizedInverse, "target_step", "a finite number > 0", [0, -1.0, math.inf, math.nan, None]),
+    (RegularizedInverse, "clip", "a finite number > 0 and < 1", [0, 1, -0.1, 1.5, math.nan, "a"]),
+    (LearnedInverse, "target_step", "a finite number > 0", [0, -1.0, math.inf, math.nan]),
+    (LearnedInverse, "noise", "a finite number >= 0", [-0.1, math.inf, math.nan, False]),
+    (RegularizedInverse, "normalize", "True or False", [1, None, "yes"]),
+    (LearnedInverse, "normalize", "True or False", [0]),
+    (RegularizedInverse, "correction", "'linearized' or 'difference' or 'none'", ["linear", None, 0]),
+    (RegularizedInverse, "credit", "'through_time' or 'local'", ["global", ["local"]]),
+    (LearnedInverse, "credit", "'through_time' or 'local'", [None]),
+    (RegularizedInverse, "input_rule", "'gradient' or 'target'", ["both"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "expected", "value"),
+    [(rule, name, expected, value) for rule, name, expected, values in NUMBERS for value in values],
+)
+def test_bad_argument_is_named(rule, name, expected, value):
+    text = f"{rule.__name__}: {name} must be {expected}, got {value!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        rule(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["correction", "credit", "input_rule"])
+def test_each_listed_choice_is_accepted(name):
+    choices = {
+        "correction": ["linearized", "difference", "none"],
+        "credit": ["through_time", "local"],
+        "input_rule": ["gradient", "target"],
+    }
+    for choice in choices[name]:
+        assert getattr(RegularizedInverse(**{name: choice}), name) == choice
+
+
+def test_edges_of_the_ranges_are_accepted():
+    RegularizedInverse(reg=0, clip=1e-12, target_step=1e-30)
+    LearnedInverse(noise=0)

@@ -1,0 +1,333 @@
+"""Tasks: encodings as published, data as a pure function of (seed, iteration), MNIST files."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pooch
+import pytest
+import torch
+
+from tpext.tasks import (
+    TASKS,
+    Adding,
+    MissingDataError,
+    RandomPermutation,
+    SequentialMnist,
+    TemporalOrder,
+    load_mnist,
+    make_task,
+)
+from tpext.tasks.mnist import FILES, read_idx
+
+PARTS = {"train": 25, "t10k": 7}
+
+
+def write_idx(path: Path, values: np.ndarray, *, compress: bool = False) -> None:
+    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+    data = header + values.astype(np.uint8).tobytes()
+    if compress:
+        path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
+    else:
+        path.write_bytes(data)
+
+
+def write_mnist(folder: Path) -> dict[str, np.ndarray]:
+    """Four small files, two of them compressed; returns what they hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    arrays = {}
+    for part, count in PARTS.items():
+        arrays[f"{part}-images-idx3-ubyte"] = random.integers(256, size=(count, 28, 28))
+        arrays[f"{part}-labels-idx1-ubyte"] = random.integers(10, size=count)
+    for stem, values in arrays.items():
+        write_idx(folder / stem, values, compress="train" in stem)
+    return arrays
+
+
+@pytest.fixture
+def mnist_folder(tmp_path: Path) -> Path:
+    write_mnist(tmp_path / "mnist")
+    return tmp_path / "mnist"
+
+
+# --- synthetic tasks -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "bits"), [(10, 1), (35, 1), (60, 1), (120, 1), (10, 3), (37, 3), (60, 3)])
+def test_temporal_order_encoding(length: int, bits: int) -> None:
+    input, target = TemporalOrder(length, bits=bits).batch(seed=3, iteration=5, batch_size=3000)
+    assert input.shape == (length, 3000, 6)
+    assert input.dtype == torch.float32
+    assert torch.equal(input.sum(2), torch.ones(length, 3000))
+    assert torch.equal(input.max(2).values, torch.ones(length, 3000))
+    symbols = input.argmax(2)
+    marked = symbols < 2
+    # The published ranges, as the published code computes them.
+    firsts = [int(length * 0.1), int(length * 0.5), int(length * 0.6)][: 2 if bits == 1 else 3]
+    assert torch.equal(marked.sum(0), torch.full((3000,), len(firsts)))
+    label = torch.zeros(3000, dtype=torch.int64)
+    for index, first in enumerate(firsts):
+        places = slice(first, first + int(length * 0.1))
+        assert torch.equal(marked[places].sum(0), torch.ones(3000, dtype=torch.int64))
+        assert marked[places].any(1).all(), "every place of the range must occur"
+        label += (symbols[places] * marked[places]).sum(0) << index
+    assert torch.equal(target, label)
+    assert target.unique().tolist() == list(range(4 if bits == 1 else 8))
+    assert symbols[~marked].unique().tolist() == [2, 3, 4, 5]
+    counts = symbols[~marked].bincount()[2:].double()
+    assert (counts / counts.mean() - 1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("length", [10, 30, 57])
+def test_adding_encoding(length: int) -> None:
+    input, target = Adding(length).batch(seed=1, iteration=0, batch_size=4000)
+    assert input.shape == (length, 4000, 2)
+    assert target.shape == (4000, 1)
+    mask, values = input[:, :, 0], input[:, :, 1]
+    assert mask.unique().tolist() == [0.0, 1.0]
+    first = int(length * 0.1)
+    end = first + int(length * 0.4)
+    assert torch.equal(mask[:first].sum(0), torch.ones(4000))
+    assert torch.equal(mask[first:end].sum(0), torch.ones(4000))
+    assert mask[end:].sum() == 0
+    assert mask[:end].any(1).all()
+    torch.testing.assert_close(target.squeeze(1), (mask * values).sum(0) / 2)
+    assert values.min() >= 0
+    assert values.max() < 1
+    assert abs(values.mean().item() - 0.5) < 0.01
+
+
+def test_random_permutation_encoding() -> None:
+    input, target = RandomPermutation(40).batch(seed=1, iteration=0, batch_size=2000)
+    assert input.shape == (40, 2000, 100)
+    assert torch.equal(input.sum(2), torch.ones(40, 2000))
+    symbols = input.argmax(2)
+    assert torch.equal(symbols[0], target)
+    assert target.unique().tolist() == [0, 1]
+    assert symbols[1:].unique().tolist() == list(range(2, 100))
+
+
+@pytest.mark.parametrize("name", ["temporal-order", "temporal-order-3bit", "adding", "random-permutation"])
+def test_batches_are_a_function_of_seed_and_iteration(name: str) -> None:
+    task = make_task(name)
+    first = task.batch(7, 3, 20)
+    task.batch(7, 4, 20)
+    again = make_task(name).batch(7, 3, 20)
+    assert torch.equal(first.input, again.input)
+    assert torch.equal(first.target, again.target)
+    others = [task.batch(7, 4, 20), task.batch(8, 3, 20), task.batch(7 + 2**32, 3, 20), task.test_set(7, 20)]
+    for other in others:
+        assert not torch.equal(first.input, other.input)
+    assert torch.equal(task.test_set(7, 20).input, make_task(name).test_set(7, 20).input)
+
+
+def test_batches_leave_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    make_task("adding").batch(1, 1, 4)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_loss_and_correctness() -> None:
+    adding = Adding(30)
+    output, target = torch.tensor([[0.5], [0.5], [0.5]]), torch.tensor([[0.53], [0.55], [0.465]])
+    assert adding.correct(output, target).tolist() == [True, False, True]
+    torch.testing.assert_close(adding.loss(output, target), ((output - target) ** 2).mean())
+    order = TemporalOrder()
+    logits = torch.tensor([[0.0, 3.0, 0.0, 1.0], [2.0, 0.0, 0.0, 0.0]])
+    assert order.correct(logits, torch.tensor([1, 3])).tolist() == [True, False]
+    expected = -logits.log_softmax(1)[[0, 1], [1, 3]].mean()
+    torch.testing.assert_close(order.loss(logits, torch.tensor([1, 3])), expected)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_sizes_agree_with_the_data(name: str, mnist_folder: Path) -> None:
+    task = make_task(name, data_dir=mnist_folder) if "mnist" in name else make_task(name)
+    for batch in (task.batch(1, 0, 5), task.test_set(1, 5)):
+        assert batch.input.shape == (task.length, 5, task.input_size)
+        assert batch.input.is_contiguous()
+        output = torch.zeros(5, task.output_size)
+        assert task.loss(output, batch.target).ndim == 0
+        assert task.correct(output, batch.target).shape == (5,)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "temporal"}, "task must be one of temporal-order"),
+        ({"name": "temporal-order", "length": 9}, "length must be >= 10, got 9"),
+        ({"name": "adding", "length": 9}, "length must be >= 10, got 9"),
+        ({"name": "random-permutation", "length": 0}, "length must be >= 1, got 0"),
+        ({"name": "mnist", "chunk": 5}, "chunk must divide 784"),
+        ({"name": "mnist", "chunk": 0}, "chunk must divide 784"),
+        ({"name": "mnist", "length": 784}, "length does not belong to mnist"),
+        ({"name": "adding", "chunk": 2}, "chunk does not belong to adding"),
+        ({"name": "adding", "data_dir": "x"}, "data_dir does not belong to adding"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_task(**arguments)
+
+
+def test_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="seed must be in 0"):
+        make_task("adding").batch(-1, 0, 4)
+    with pytest.raises(ValueError, match="bits must be 1 or 3"):
+        TemporalOrder(bits=2)
+
+
+# --- sequential MNIST ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [".", "MNIST/raw"])
+def test_mnist_files_compressed_and_plain(layout: str, tmp_path: Path) -> None:
+    arrays = write_mnist(tmp_path / layout)
+    data = load_mnist(tmp_path)
+    assert data.train_images.dtype == torch.uint8
+    assert data.train_labels.dtype == torch.int64
+    assert np.array_equal(data.train_images, arrays["train-images-idx3-ubyte"].reshape(-1, 784))
+    assert np.array_equal(data.train_labels, arrays["train-labels-idx1-ubyte"])
+    assert np.array_equal(data.test_images, arrays["t10k-images-idx3-ubyte"].reshape(-1, 784))
+    assert np.array_equal(data.test_labels, arrays["t10k-labels-idx1-ubyte"])
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 28, 196, 784])
+def test_chunks_read_the_image_in_order(chunk: int, mnist_folder: Path) -> None:
+    task = SequentialMnist(chunk=chunk, data_dir=mnist_folder)
+    assert task.length * chunk == 784
+    input, target = task.test_set(1, 7)
+    pixels = load_mnist(mnist_folder).test_images.float() / 255
+    assert torch.equal(input.transpose(0, 1).reshape(7, 784), pixels)
+    assert torch.equal(target, load_mnist(mnist_folder).test_labels)
+    if chunk == 28:
+        assert torch.equal(input[3], pixels.view(7, 28, 28)[:, 3])
+
+
+def test_permuted_pixels_follow_the_seed(mnist_folder: Path) -> None:
+    task = SequentialMnist(permuted=True, data_dir=mnist_folder)
+    pixels = load_mnist(mnist_folder).test_images.float() / 255
+    read = task.test_set(1, 7).input.squeeze(2).t()
+    # Which pixel each step reads: the 784 columns of 7 random values are all different.
+    order = [(pixels == column[:, None]).all(0).nonzero().item() for column in read.t()]
+    assert sorted(order) == list(range(784))
+    assert order != list(range(784))
+    batch, plain = task.batch(1, 0, 25).input, SequentialMnist(data_dir=mnist_folder).batch(1, 0, 25).input
+    assert torch.equal(batch, plain[order])
+    assert not torch.equal(task.test_set(2, 7).input, task.test_set(1, 7).input)
+
+
+def test_epochs_shuffle_without_repeats(mnist_folder: Path) -> None:
+    task = SequentialMnist(chunk=784, data_dir=mnist_folder)
+    images = load_mnist(mnist_folder).train_images.float() / 255
+
+    def epoch(number: int, seed: int = 1) -> list[int]:
+        batches = [task.batch(seed, number * 3 + index, 8).input[0] for index in range(3)]
+        return [int((images == row).all(1).nonzero().item()) for batch in batches for row in batch]
+
+    first, second = epoch(0), epoch(1)
+    assert len(set(first)) == len(set(second)) == 24, "25 images make 3 batches of 8; the last image waits"
+    assert first != second
+    assert first == epoch(0)
+    assert first != epoch(0, seed=2)
+
+
+def test_mnist_sizes_out_of_range(mnist_folder: Path) -> None:
+    task = SequentialMnist(data_dir=mnist_folder)
+    with pytest.raises(ValueError, match="batch_size must be at most 25"):
+        task.batch(1, 0, 26)
+    with pytest.raises(ValueError, match=r"test_size must be 1 \.\. 7"):
+        task.test_set(1, 8)
+
+
+def test_missing_files_say_how_to_get_them(mnist_folder: Path) -> None:
+    (mnist_folder / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(MissingDataError, match=r"lacks t10k-labels-idx1-ubyte\[.gz\].*--data-dir DIR"):
+        load_mnist(mnist_folder)
+
+
+def test_failed_download_says_how_to_get_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*arguments: object, **options: object) -> str:
+        raise ConnectionError("no network")
+
+    monkeypatch.setenv("TPEXT_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(pooch, "retrieve", offline)
+    with pytest.raises(MissingDataError, match=r"--data-dir DIR.*download failed.*ConnectionError"):
+        load_mnist()
+
+
+def test_download_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path / "origin")
+    asked = []
+
+    def fetch(url: str, known_hash: str, fname: str, path: Path) -> str:
+        asked.append((fname, known_hash))
+        if len(asked) == 1:
+            raise ValueError("wrong checksum from the first mirror")
+        stem = fname.removesuffix(".gz")
+        source = tmp_path / "origin" / stem
+        data = gzip.compress(source.read_bytes()) if source.exists() else (tmp_path / "origin" / fname).read_bytes()
+        path.mkdir(exist_ok=True)
+        (path / fname).write_bytes(data)
+        return str(path / fname)
+
+    monkeypatch.setenv("TPEXT_DATA", str(tmp_path / "cache"))
+    monkeypatch.setattr(pooch, "retrieve", fetch)
+    assert len(load_mnist().train_labels) == PARTS["train"]
+    assert asked[1:] == [(f"{stem}.gz", f"md5:{md5}") for stem, md5 in FILES.items()]
+    load_mnist()
+    assert len(asked) == 5, "what is there is not fetched again"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not an IDX file of unsigned bytes .it starts with nothing"),
+        (b"\x1f\x8b\x08\x00", "not an IDX file"),
+        (b"\0\0\x0d\1" + struct.pack(">I", 2) + bytes(8), "not an IDX file"),
+        (b"\0\0\x08\3" + struct.pack(">II", 2, 2), "not an IDX file"),
+        (b"\0\0\x08\1" + struct.pack(">I", 5) + bytes(4), r"announces \[5\] = 5 bytes, the file holds 4"),
+        (b"\0\0\x08\1" + struct.pack(">I", 3) + bytes(4), r"announces \[3\] = 3 bytes, the file holds 4"),
+    ],
+)
+def test_broken_idx_files_are_named(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "some-idx"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"some-idx: .*{message}"):
+        read_idx(path)
+
+
+def test_cut_gzip_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "some-idx.gz"
+    path.write_bytes(gzip.compress(b"\0\0\x08\1" + struct.pack(">I", 500) + bytes(500))[:-9])
+    with pytest.raises(ValueError, match=r"some-idx\.gz: broken gzip file"):
+        read_idx(path)
+    path.write_bytes(b"plain")
+    with pytest.raises(ValueError, match=r"some-idx\.gz: broken gzip file"):
+        read_idx(path)
+
+
+@pytest.mark.parametrize(
+    ("stem", "values", "message"),
+    [
+        ("t10k-images-idx3-ubyte", np.zeros((7, 27, 28)), r"images must be \[N > 0, 28, 28\], got \[7, 27, 28\]"),
+        ("t10k-images-idx3-ubyte", np.zeros((0, 28, 28)), r"images must be \[N > 0, 28, 28\]"),
+        ("t10k-labels-idx1-ubyte", np.zeros(6), r"labels must be \[N=7\], got \[6\]"),
+        ("t10k-labels-idx1-ubyte", np.full(7, 10), r"labels must be 0..9, got 10"),
+    ],
+)
+def test_wrong_contents_are_named(stem: str, values: np.ndarray, message: str, mnist_folder: Path) -> None:
+    write_idx(mnist_folder / stem, values)
+    with pytest.raises(ValueError, match=f"{stem}: {message}"):
+        load_mnist(mnist_folder)
+
+
+def test_real_mnist(shared: Path) -> None:
+    data = load_mnist(shared / "data")
+    assert data.train_images.shape == (60_000, 784)
+    assert data.test_images.shape == (10_000, 784)
+    assert data.train_labels[:5].tolist() == [5, 0, 4, 1, 9]
+    assert data.test_labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]

@@ -1,0 +1,31 @@
+"""Entry point of the command line. It loads nothing heavy until it knows that the extra is installed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+EXTRA_MODULES = ("tyro", "rich", "matplotlib", "pandas", "pooch", "tensorboard")
+"""What the command line needs besides the core; ``pip install "tpext[experiments]"`` brings it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``tpext`` with the given arguments (those of the process by default) and return its exit status."""
+    try:
+        from tpext.experiments import commands
+
+        return commands.run(sys.argv[1:] if arguments is None else arguments)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRA_MODULES:
+            raise
+        print(
+            f'tpext: {missing} is not installed; the command line needs: pip install "tpext[experiments]"',
+            file=sys.stderr,
+        )
+        return 1
+    except BrokenPipeError:
+        # The reader went away (`tpext tasks | head`). Nothing is left to say, the interpreter's own flush included.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

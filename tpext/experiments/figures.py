@@ -1,0 +1,140 @@
+"""Figures of runs: one run's curves, and several runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from tpext.experiments.config import Config
+from tpext.experiments.progress import describe
+
+# Colours that stay apart in print and for colour-blind readers (Okabe and Ito).
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+INK = "#333333"
+CHANCE_LABEL = "chance"
+
+
+def draw_run(folder: str | Path) -> Path:
+    """Draw a run's losses and test accuracy over its iterations as curve.png in its folder.
+
+    Args:
+        folder: a run's folder, complete or not; its config.json and metrics.csv are read.
+
+    Returns:
+        The path of the picture.
+    """
+    folder = Path(folder)
+    config, metrics = _read(folder)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
+    title, _, settings = describe(config).partition(", ")
+    figure.suptitle(f"{title}: test accuracy {metrics.accuracy.iloc[-1]:.1%}", fontsize=13, color=INK)
+
+    losses.plot(metrics.iteration, metrics.train_loss, color=COLOURS[1], lw=1.2, alpha=0.8, label="training")
+    losses.plot(metrics.iteration, metrics.test_loss, color=COLOURS[0], lw=1.8, label="test")
+    _style_loss(losses, "loss")
+    losses.legend(frameon=False)
+    accuracy.plot(metrics.iteration, metrics.accuracy, color=COLOURS[0], lw=1.8)
+    accuracy.fill_between(metrics.iteration, metrics.accuracy, color=COLOURS[0], alpha=0.08)
+    _style_accuracy(accuracy, config)
+    figure.supxlabel(_wrap(settings), fontsize=8, color="#777777")
+    path = folder / "curve.png"
+    figure.savefig(path, dpi=140)
+    return path
+
+
+def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *, title: str = "") -> Path:
+    """Draw the test losses and accuracies of several groups of runs.
+
+    Args:
+        runs: label -> the folders of its runs (different seeds). Each run is a thin line, the group's mean over the
+            iterations that all its runs evaluated a thick one.
+        out: path of the picture; its suffix says the format.
+        title: the picture's title; empty: the first run's task.
+
+    Returns:
+        The path of the picture.
+    """
+    groups = {label: [_read(Path(folder)) for folder in folders] for label, folders in runs.items() if folders}
+    if not groups:
+        raise ValueError("draw_comparison: runs must name at least one folder, got none")
+    config = next(iter(groups.values()))[0][0]
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    losses, accuracy = figure.subplots(1, 2)
+    for index, (label, members) in enumerate(groups.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        mean = pd.concat([metrics for _, metrics in members]).groupby("iteration").mean()
+        counts = pd.concat([metrics for _, metrics in members]).groupby("iteration").size()
+        mean = mean[counts == len(members)]
+        final = sum(metrics.accuracy.iloc[-1] for _, metrics in members) / len(members)
+        for axes, column in ((losses, "test_loss"), (accuracy, "accuracy")):
+            if len(members) > 1:
+                for _, metrics in members:
+                    axes.plot(metrics.iteration, metrics[column], color=colour, lw=0.7, alpha=0.4)
+            axes.plot(mean.index, mean[column], color=colour, lw=2, label=f"{label} ({final:.1%})")
+    _style_loss(losses, "test loss")
+    _style_accuracy(accuracy, config)
+    figure.suptitle(title or f"{config.task}, T={config.length}", fontsize=13, color=INK)
+    handles, labels = accuracy.get_legend_handles_labels()
+    kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != CHANCE_LABEL]
+    figure.legend(
+        [handle for handle, _ in kept], [label for _, label in kept], loc="outside lower center", ncols=2, frameon=False
+    )
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    return path
+
+
+def _read(folder: Path) -> tuple[Config, pd.DataFrame]:
+    config = Config.from_dict(json.loads((folder / "config.json").read_text()))
+    return config, pd.read_csv(folder / "metrics.csv")
+
+
+def _style(axes: Axes) -> None:
+    axes.set_xlabel("iteration", color=INK)
+    axes.grid(visible=True, color="#e6e6e6", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.01)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def _style_loss(axes: Axes, label: str) -> None:
+    """A logarithmic axis where the losses span more than a decade, else a linear one with its plainer ticks."""
+    _style(axes)
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()])
+    if values.min() > 0 and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+    axes.set_ylabel(label, color=INK)
+
+
+def _style_accuracy(axes: Axes, config: Config) -> None:
+    _style(axes)
+    task = config.make_task()
+    if task.criterion == "cross_entropy" and task.output_size <= 10:
+        axes.axhline(1 / task.output_size, color="#999999", lw=1, ls=(0, (4, 3)), label=CHANCE_LABEL)
+        axes.text(
+            0.99, 1 / task.output_size, CHANCE_LABEL, color="#777777", fontsize=8, va="bottom", ha="right",
+            transform=axes.get_yaxis_transform(),
+        )  # fmt: skip
+    axes.set_ylim(0, 1.03)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("test accuracy", color=INK)
+
+
+def _wrap(text: str, width: int = 150) -> str:
+    """Break a list of settings after a comma where it is longer than a line."""
+    lines = [""]
+    for part in text.split(", "):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part + ", "
+    return "\n".join(lines).rstrip(", ")

@@ -1,0 +1,109 @@
+"""Progress of a run: a live line in a terminal, one line an evaluation elsewhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from tpext.experiments.config import Config
+from tpext.experiments.run_folder import Row
+
+REDRAW_SECONDS = 0.1
+
+
+class Progress:
+    """Shows how a run gets on; a context manager."""
+
+    def __init__(self, console: Console, config: Config, folder: Path, iteration: int, rows: list[Row]) -> None:
+        self.console = console
+        self.first = self.iteration = iteration
+        self.last = config.iterations
+        self.started = self.drawn = time.perf_counter()
+        self.last_row = rows[-1] if rows else None
+        self._say(describe(config))
+        self._say(f"{'resuming after iteration ' + str(iteration) + ' in' if iteration else 'writing to'} {folder}")
+        self.bar: Bar | None = None
+        if console.is_terminal and not console.quiet:
+            self.bar = Bar(
+                TextColumn("{task.completed:>6.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=24),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.line = self.bar.add_task("", total=config.iterations, completed=iteration, numbers="")
+        else:
+            self._say(f"{'iteration':>9}  {'train loss':>10}  {'test loss':>10}  {'accuracy':>8}  {'it/s':>7}")
+
+    def __enter__(self) -> Progress:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def row(self, row: Row) -> None:
+        """Show an evaluation."""
+        self.last_row = row
+        if self.bar is None:
+            self.iteration = row.iteration
+            numbers = f"{row.train_loss:>10.5f}  {row.test_loss:>10.5f}  {row.accuracy:>8.2%}"
+            self._say(f"{row.iteration:>9}  {numbers}  {self._rate():>7.0f}")
+
+    def advance(self, iteration: int, train_loss: float) -> None:
+        """Show an iteration: the last, and before it one every tenth of a second."""
+        if self.bar is None:
+            return
+        now = time.perf_counter()
+        if now - self.drawn < REDRAW_SECONDS and iteration < self.last:
+            return
+        self.drawn = now
+        self.iteration = iteration
+        accuracy = "" if self.last_row is None else f"  accuracy {self.last_row.accuracy:.2%}"
+        self.bar.update(
+            self.line, completed=iteration, numbers=f"loss {train_loss:.4f}{accuracy}  {self._rate():.0f} it/s"
+        )
+
+    def _rate(self) -> float:
+        """Iterations per second since the start, evaluations included."""
+        return (self.iteration - self.first) / max(time.perf_counter() - self.started, 1e-9)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def describe(config: Config) -> str:
+    """Return a run's settings on one line.
+
+    >>> from tpext.experiments import make_config
+    >>> describe(make_config("adding", rule="backprop"))
+    'adding, T=30, 100 tanh units, backprop, sgd 0.001 momentum 0.9, batch 20, seed 1'
+    """
+    rule = config.rule_name
+    options = [
+        f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
+        for name in ("credit", "correction", "reg", "target_step", "noise")
+        if (value := getattr(config.rule, name, None)) is not None
+    ]
+    rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"
+    parts = [
+        config.task,
+        f"T={config.length}",
+        f"{config.hidden_size} {config.nonlinearity} units"
+        + (f" x {config.layers} layers" if config.layers > 1 else ""),
+        rule + (f" ({', '.join(options)})" if options else ""),
+        f"{config.optimizer} {rates}" + (f" momentum {config.momentum:g}" if config.momentum else ""),
+        f"batch {config.batch_size}",
+        f"seed {config.seed}",
+    ]
+    return ", ".join(parts)

@@ -1,0 +1,385 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import tpext
+from tpext.experiments.config import FREE_FIELDS, Config, ConfigError
+from tpext.experiments.figures import draw_run
+from tpext.experiments.model import SequenceModel, split_parameters
+from tpext.experiments.progress import Progress
+from tpext.experiments.run_folder import Row, RunError, RunFolder
+from tpext.rules import LearnedInverse
+from tpext.tasks import Batch, Task
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+# An evaluation pass keeps its states below this many numbers.
+EVALUATION_NUMBERS = 2**24
+
+
+class DivergedError(RuntimeError):
+    """A loss, gradient or parameter became NaN or infinite."""
+
+    def __init__(self, iteration: int, what: str) -> None:
+        super().__init__(f"diverged at iteration {iteration}: {what}")
+        self.iteration = iteration
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a complete run, as result.json holds it. Accuracies are in 0..1, on the test set."""
+
+    task: str
+    rule: str
+    seed: int
+    iterations: int
+    accuracy: float
+    best_accuracy: float
+    best_iteration: int
+    train_loss: float
+    test_loss: float
+    seconds: float
+    parameters: int
+    device: str
+    threads: int
+    versions: dict[str, str]
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False, console: Console | None = None) -> Result:
+    """Run a configuration in a folder, to its last iteration.
+
+    Each iteration takes its batch from (seed, iteration) alone; a checkpoint holds parameters, optimizer states,
+    torch's random state and the metrics so far. A run that is killed and resumed therefore ends with the same
+    parameters, bit for bit, and the same metrics, times apart (on the same device, threads and versions).
+
+    Args:
+        config: the configuration.
+        out: the run's folder; it must not hold a run yet, or hold this one with ``resume``.
+        resume: continue from the last checkpoint, or start if there is none. A complete run is left as it is.
+        console: where the progress goes; None means nowhere.
+
+    Raises:
+        RunError: the folder holds a run already, or (with ``resume``) one of another configuration: names the field.
+        DivergedError: a non-finite loss, gradient or parameter; the last good checkpoint and the metrics stay.
+        MissingDataError: the task's data is not there.
+    """
+    folder = RunFolder(out)
+    console = console or Console(quiet=True)
+    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device must be cpu here, got {config.device}: torch finds no CUDA device")
+    task = config.make_task()
+    saved = folder.read_config() if resume else None
+    if saved is None:
+        test_set = _test_set(task, config)  # missing data shows before a folder is made
+        folder.create(config)
+    else:
+        _check_same(saved, config, folder)
+        result = folder.read_result()
+        if result is not None:
+            console.print(f"{folder.path} is complete already", highlight=False, soft_wrap=True)
+            return Result(**result)
+        test_set = _test_set(task, config)
+    with _torch_state(config):
+        return _Run(config, task, test_set, folder, console).carry_out()
+
+
+def _test_set(task: Task, config: Config) -> Batch:
+    try:
+        return task.test_set(config.seed, config.test_size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _check_same(saved: Config, config: Config, folder: RunFolder) -> None:
+    old, new = saved.to_dict(), config.to_dict()
+    for name in old:
+        if name not in FREE_FIELDS and old[name] != new[name]:
+            raise RunError(f"{folder.path} holds another run: {name} is {old[name]} there, {new[name]} was asked for")
+
+
+@contextlib.contextmanager
+def _torch_state(config: Config) -> Iterator[None]:
+    """Seed torch and set its threads, for the run only."""
+    threads = torch.get_num_threads()
+    devices = [torch.device(config.device)] if torch.device(config.device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.seed)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return the configured optimizer over parameter groups that have their ``lr``."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, fused=True)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, momentum=config.momentum)
+    return torch.optim.Adagrad(groups)
+
+
+class _Run:
+    """A run's parts and its loop."""
+
+    def __init__(self, config: Config, task: Task, test_set: Batch, folder: RunFolder, console: Console) -> None:
+        self.config = config
+        self.task = task
+        self.test_set = test_set
+        self.folder = folder
+        self.console = console
+        self.device = torch.device(config.device)
+        self.dtype = torch.float64 if config.precision == "64" else torch.float32
+
+        self.model = SequenceModel(config, task).to(self.device, self.dtype)
+        recurrent, head, reverse = split_parameters(self.model)
+        self.trained = recurrent + head
+        groups = [{"params": recurrent, "lr": config.lr}, {"params": head, "lr": config.head_lr}]
+        self.optimizer = make_optimizer(config, groups)
+        self.reverse_optimizer = (
+            make_optimizer(config, [{"params": reverse, "lr": config.reverse_lr}])
+            if isinstance(config.rule, LearnedInverse)
+            else None
+        )
+        # Whatever is not finite in a backward pass reaches these: they sum it over time and batch.
+        self.biases = [parameter for name, parameter in self.model.named_parameters() if "bias_ih" in name]
+
+        self.iteration = 0
+        self.rows: list[Row] = []
+        self.losses: list[float] = []  # since the last row
+        self.unread: list[Tensor] = []  # losses still on the device
+        self.seconds_before = 0.0
+        self.started = time.perf_counter()
+
+    def carry_out(self) -> Result:
+        config = self.config
+        state = self.folder.load_checkpoint()
+        if state is not None:
+            self._restore(state)
+        self.folder.write_rows(self.rows)
+        writer = self._tensorboard() if config.tensorboard else None
+        self.started = time.perf_counter()
+        try:
+            with Progress(self.console, config, self.folder.path, self.iteration, self.rows) as progress:
+                if not self.rows:
+                    self._add_row(self._first_loss(), progress, writer)
+                    self._checkpoint()
+                for iteration in range(self.iteration + 1, config.iterations + 1):
+                    self._step(iteration)
+                    last = iteration == config.iterations
+                    if iteration % config.eval_interval == 0 or last:
+                        self._read_losses()
+                        self._add_row(math.fsum(self.losses) / len(self.losses), progress, writer)
+                        self.losses.clear()
+                    if iteration % config.checkpoint_interval == 0 or last:
+                        self._checkpoint()
+                    progress.advance(iteration, self.losses[-1] if self.losses else self.rows[-1].train_loss)
+        except DivergedError:
+            draw_run(self.folder.path)
+            raise
+        if writer is not None:
+            writer.close()
+        result = self._result()
+        draw_run(self.folder.path)
+        self.folder.write_result(asdict(result))
+        return result
+
+    def _step(self, iteration: int) -> None:
+        config = self.config
+        input, target = self._move(self.task.batch(config.seed, iteration - 1, config.batch_size))
+        self.iteration = iteration
+        try:
+            if self.reverse_optimizer is not None:
+                self.reverse_optimizer.zero_grad()
+                with self._autocast():
+                    reconstruction = self.model.rnn.reconstruction_loss(input)
+                self._watch(reconstruction, "reconstruction loss")
+                torch.autograd.backward(reconstruction)
+                self.reverse_optimizer.step()
+            self.optimizer.zero_grad()
+            loss = self._loss(input, target)
+            self._watch(loss, "training loss")
+            torch.autograd.backward(loss)
+            self._check_gradients()
+            self.optimizer.step()
+        except tpext.SingularError as error:
+            raise DivergedError(iteration, str(error)) from error
+        except ValueError as error:
+            # The regularised inverse refuses NaN and infinite weights; any other refusal is the caller's to see.
+            self._check_parameters(error)
+            raise
+        self.unread.append(loss.detach())
+        if self.device.type == "cpu" or len(self.unread) == 64:
+            self._read_losses()
+
+    def _watch(self, loss: Tensor, what: str) -> None:
+        """Stop before a non-finite loss moves any parameter: where reading a number costs no wait, that is the CPU."""
+        if self.device.type == "cpu" and not math.isfinite(value := loss.item()):
+            raise DivergedError(self.iteration, f"the {what} is {value}")
+
+    def _check_gradients(self) -> None:
+        if self.config.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
+        if self.device.type == "cpu":
+            for bias in self.biases:
+                if bias.grad is not None and not math.isfinite(value := bias.grad.sum().item()):
+                    raise DivergedError(self.iteration, f"the gradient holds {value}")
+
+    def _check_parameters(self, cause: Exception | None = None) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise DivergedError(self.iteration, f"{name} holds NaN or infinite values") from cause
+
+    def _read_losses(self) -> None:
+        """Fetch the losses from the device: the only wait for it between two evaluations."""
+        first = self.iteration - len(self.unread) + 1
+        for offset, loss in enumerate(self.unread):
+            value = loss.item()
+            if not math.isfinite(value):
+                raise DivergedError(first + offset, f"the training loss is {value}")
+            self.losses.append(value)
+        self.unread.clear()
+
+    def _move(self, batch: Batch) -> Batch:
+        return Batch(batch.input.to(self.device, self.dtype), batch.target.to(self.device))
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
+        with self._autocast():
+            output = self.model(input)
+        return self.task.loss(output.to(self.dtype), target)
+
+    @torch.no_grad()
+    def _first_loss(self) -> float:
+        """Training loss before any step, so that the curve starts at iteration 0."""
+        return self._loss(*self._move(self.task.batch(self.config.seed, 0, self.config.batch_size))).item()
+
+    @torch.no_grad()
+    def _evaluate(self) -> tuple[float, float]:
+        """Return mean loss and accuracy on the test set."""
+        size = self.test_set.target.size(0)
+        part = max(1, EVALUATION_NUMBERS // (self.task.length * self.config.hidden_size))
+        loss = correct = 0.0
+        self.model.eval()
+        for start in range(0, size, part):
+            rows = slice(start, start + part)
+            input, target = self._move(Batch(self.test_set.input[:, rows], self.test_set.target[rows]))
+            with self._autocast():
+                output = self.model(input)
+            output = output.to(self.dtype)
+            loss += self.task.loss(output, target).item() * target.size(0)
+            correct += self.task.correct(output, target).sum().item()
+        self.model.train()
+        return loss / size, correct / size
+
+    def _add_row(self, train_loss: float, progress: Progress, writer: SummaryWriter | None) -> None:
+        test_loss, accuracy = self._evaluate()
+        if not math.isfinite(test_loss):
+            raise DivergedError(self.iteration, f"the test loss is {test_loss}")
+        row = Row(self.iteration, train_loss, test_loss, accuracy, round(self._seconds(), 3))
+        self.rows.append(row)
+        self.folder.append_row(row)
+        progress.row(row)
+        if writer is not None:
+            for name in ("train_loss", "test_loss", "accuracy"):
+                writer.add_scalar(name, getattr(row, name), row.iteration)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _checkpoint(self) -> None:
+        self._read_losses()
+        self._check_parameters()
+        reverse = self.reverse_optimizer
+        self.folder.save_checkpoint(
+            {
+                "iteration": self.iteration,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "reverse_optimizer": None if reverse is None else reverse.state_dict(),
+                "random_state": torch.get_rng_state(),
+                "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+                "rows": [list(row) for row in self.rows],
+                "losses": list(self.losses),
+                "seconds": self._seconds(),
+            }
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.reverse_optimizer is not None:
+            self.reverse_optimizer.load_state_dict(state["reverse_optimizer"])
+        torch.set_rng_state(state["random_state"])
+        if self.device.type == "cuda" and state["cuda_random_state"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
+        self.rows = [Row(*row) for row in state["rows"]]
+        self.losses = state["losses"]
+        self.seconds_before = state["seconds"]
+
+    def _tensorboard(self) -> SummaryWriter:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What a killed run wrote after its last checkpoint comes again.
+        return SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.iteration + 1)
+
+    def _result(self) -> Result:
+        last = self.rows[-1]
+        best = max(self.rows, key=lambda row: row.accuracy)
+        return Result(
+            task=self.config.task,
+            rule=self.config.rule_name,
+            seed=self.config.seed,
+            iterations=last.iteration,
+            accuracy=last.accuracy,
+            best_accuracy=best.accuracy,
+            best_iteration=best.iteration,
+            train_loss=last.train_loss,
+            test_loss=last.test_loss,
+            seconds=last.seconds,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            device=str(self.device),
+            threads=torch.get_num_threads(),
+            versions=versions(),
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on."""
+    return {
+        "tpext": str(tpext.build_info()["version"]),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def resumed_config(saved: Config, **free: object) -> Config:
+    """Return a saved configuration with the :data:`FREE_FIELDS` that are given (not None) replaced."""
+    return replace(saved, **{name: value for name, value in free.items() if value is not None})  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""Conversion of models made with ``torch.nn.RNN``."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from tpext.nn.rnn import RNN, check_rule
+from tpext.rules import RegularizedInverse, Rule
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
+    """Make every recurrent network inside ``model`` train by ``rule``, in place, sharing its parameters.
+
+    Each ``torch.nn.RNN`` (that type itself, not its subclasses) among the registered submodules is replaced by a
+    :class:`tpext.nn.RNN` that holds the same ``Parameter`` objects, so optimizers stay valid and checkpoints keep their
+    keys. A module registered in several places stays shared, the training flag is kept, parameters may be on the meta
+    device. Each ``tpext.nn.RNN`` found keeps its place and takes the new rule. Going to ``LearnedInverse`` adds freshly
+    initialised reverse parameters, going away from it removes them: make the optimizer afterwards. Convert before
+    wrapping or compiling. Plain attributes set on a ``torch.nn.RNN`` from outside are not carried over.
+
+    Args:
+        model: any module; a recurrent network itself also serves.
+        rule: for all of them; None means ``tpext.RegularizedInverse()``.
+
+    Returns:
+        ``model``, or the new module where ``model`` itself is a ``torch.nn.RNN``.
+
+    Raises:
+        ValueError: a ``torch.nn.RNN`` carries hooks, a parametrization or registered members of its own, which a
+            replacement would lose; the rule does not fit a nonlinearity. The model is then unchanged.
+        TypeError: ``rule`` is no rule.
+
+    >>> import torch, tpext
+    >>> model = torch.nn.ModuleDict({"rnn": torch.nn.RNN(3, 4), "head": torch.nn.Linear(4, 2)})
+    >>> tpext.nn.convert(model, tpext.Backprop())["rnn"]
+    RNN(3, 4, rule=Backprop())
+    """
+    rule = RegularizedInverse() if rule is None else rule
+    replacements: dict[nn.Module, RNN] = {}
+    kept: list[RNN] = []
+    # everything that can fail comes before the first change
+    for name, module in model.named_modules():
+        if isinstance(module, RNN):
+            check_rule(rule, module.nonlinearity)
+            kept.append(module)
+        elif isinstance(module, nn.RNN):
+            _check_replaceable(module, name)
+            if type(module) is nn.RNN:
+                replacements[module] = _from_torch(module, rule)
+    for module in kept:
+        module._replace_rule(rule)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in replacements:
+                setattr(parent, name, replacements[child])
+    return replacements.get(model, model)
+
+
+def _check_replaceable(module: nn.RNN, name: str) -> None:
+    """Raise if a replacement would silently lose a part of ``module``."""
+    where = f"convert: module {name!r}" if name else "convert: the module"
+    # a parametrized module has a class of its own and would otherwise pass for a subclass, to be left alone
+    if parametrize.is_parametrized(module):
+        raise ValueError(f"{where} has parametrizations, which a replacement would lose; apply them after convert()")
+    if type(module) is not nn.RNN:
+        return
+    hooks = [hook for hook in _HOOKS if getattr(module, hook)]
+    if hooks:
+        raise ValueError(
+            f"{where} has {', '.join(hooks)}, which a replacement would lose; register them after convert()"
+        )
+    members = [*module._parameters, *module._buffers, *module._modules]
+    own = [member for names in module._all_weights for member in names]
+    if members != own:
+        extra = sorted(set(members).symmetric_difference(own))
+        raise ValueError(f"{where} has added or missing members {extra}, which a replacement would lose")
+
+
+def _from_torch(module: nn.RNN, rule: Rule) -> RNN:
+    # on the meta device there are no random draws and no memory for parameters about to be replaced
+    rnn = RNN(
+        module.input_size,
+        module.hidden_size,
+        module.num_layers,
+        module.nonlinearity,
+        module.bias,
+        module.batch_first,
+        bidirectional=module.bidirectional,
+        device="meta",
+        dtype=module.all_weights[0][0].dtype,
+    )
+    # set afterwards: the constructor would repeat torch's warning about a dropout without effect
+    rnn.dropout = module.dropout
+    for names in module._all_weights:
+        for name in names:
+            setattr(rnn, name, getattr(module, name))
+    rnn._replace_rule(rule)
+    return rnn.train(module.training)

@@ -1,0 +1,639 @@
+"""The recurrent network: ``torch.nn.RNN``'s interface, with a rule for the backward pass.
+
+The layer loop is Python; each layer is one projection of the whole input and one scan, both directions in one call
+through the leading stack axis S of the ops.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import warnings
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from tpext.ops.rnn_scan import input_projection
+from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
+from tpext.rules import LearnedInverse, RegularizedInverse, Rule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
+
+_MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "identity": "RNN_IDENTITY"}
+
+
+def check_rule(rule: Rule, nonlinearity: str) -> None:
+    """Raise unless ``rule`` is a rule, and one that fits the nonlinearity."""
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            f"RNN: rule must be tpext.Backprop(), tpext.RegularizedInverse() or tpext.LearnedInverse(), got {rule!r}"
+        )
+    if isinstance(rule, LearnedInverse) and nonlinearity != "tanh":
+        raise ValueError(
+            f"RNN: rule=LearnedInverse needs nonlinearity='tanh', got '{nonlinearity}'; "
+            "use rule=tpext.RegularizedInverse() or rule=tpext.Backprop() with this nonlinearity"
+        )
+
+
+class RNN(nn.Module):
+    r"""Elman RNN with ``torch.nn.RNN``'s interface, trained by the given rule.
+
+    ``h_t = a(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)``, with ``a`` tanh, relu or the identity.
+
+    The forward pass is ``torch.nn.RNN``'s. The rule decides what ``backward()`` computes: see
+    :class:`tpext.RegularizedInverse` (the default), :class:`tpext.LearnedInverse` and :class:`tpext.Backprop`.
+    Signature, parameter names, ``state_dict`` keys, initialisation (the same seed gives the same weights), shapes and
+    errors are those of ``torch.nn.RNN``; with ``Backprop()`` so are outputs and gradients, to rounding.
+
+    Args:
+        input_size: features I of the input, >= 1.
+        hidden_size: units H of each layer and direction, >= 1.
+        num_layers: layers, >= 1; each above the first reads the outputs of the one below.
+        nonlinearity: "tanh", "relu" or "identity".
+        bias: False leaves out ``b_ih`` and ``b_hh``.
+        batch_first: True takes and gives ``[B, T, ...]`` in place of ``[T, B, ...]`` (not for ``hx`` and ``h_n``).
+        dropout: probability of zeroing an output of every layer but the last, in training.
+        bidirectional: True adds a second set of weights per layer that runs backwards in time.
+        device, dtype: of the parameters; float32 or float64 on the CPU.
+        rule: what the backward pass computes; None means ``RegularizedInverse()``.
+
+    Attributes:
+        weight_ih_l[k], weight_hh_l[k], bias_ih_l[k], bias_hh_l[k]: of layer k, with ``_reverse`` appended for the
+            second direction: ``[H, I or D*H]``, ``[H, H]``, ``[H]``, ``[H]``; drawn uniformly in ``+-1/sqrt(H)``.
+        reverse_weight_hh_l[k], reverse_bias_l[k]: ``[H, H]`` and ``[H]``, under ``LearnedInverse`` only; initialised
+            orthogonal and zero, as in every published run. A ``state_dict`` without them (``torch.nn.RNN``'s) leaves
+            them as they are.
+
+    Raises:
+        ValueError, TypeError: as ``torch.nn.RNN`` for the same argument; ``ValueError`` for a rule that does not fit
+            the nonlinearity.
+
+    Source: Elman, "Finding Structure in Time", 1990, for the network; the rules name theirs.
+
+    >>> import torch, tpext
+    >>> rnn = tpext.nn.RNN(10, 20, num_layers=2, rule=tpext.RegularizedInverse(reg=10.0))
+    >>> output, h_n = rnn(torch.randn(5, 3, 10))
+    >>> output.shape, h_n.shape
+    (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
+    >>> output[-1].square().mean().backward()  # the gradients are target propagation's
+    >>> rnn.weight_hh_l0.grad.shape
+    torch.Size([20, 20])
+    """
+
+    weight_ih_l0: Tensor
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rule: Rule | None = None,
+        **unsupported: object,
+    ) -> None:
+        if "proj_size" in unsupported:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if unsupported:
+            raise TypeError(f"RNN.__init__() got an unexpected keyword argument {next(iter(unsupported))!r}")
+        if nonlinearity not in _MODES:
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
+        rule = RegularizedInverse() if rule is None else rule
+        check_rule(rule, nonlinearity)
+        super().__init__()
+        self.mode = _MODES[nonlinearity]
+        self.nonlinearity = nonlinearity
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.bias = bias
+        self.batch_first = batch_first
+        self.dropout = float(dropout)
+        self.bidirectional = bidirectional
+        self.proj_size = 0
+        self._check_sizes(dropout)
+        self._rule: Rule = rule
+        self._reverse = [False, True] if bidirectional else [False]
+        self._all_weights: list[list[str]] = []
+
+        directions = len(self._reverse)
+        for layer in range(num_layers):
+            layer_input = input_size if layer == 0 else directions * hidden_size
+            shapes: list[tuple[int, ...]] = [(hidden_size, layer_input), (hidden_size, hidden_size)]
+            shapes += [(hidden_size,), (hidden_size,)] if bias else []
+            for reverse in self._reverse:
+                suffix = f"_l{layer}{'_reverse' if reverse else ''}"
+                stems = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: len(shapes)]
+                names = [stem + suffix for stem in stems]
+                for name, shape in zip(names, shapes, strict=True):
+                    self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+                self._all_weights.append(names)
+        if isinstance(rule, LearnedInverse):
+            self._register_reverse_parameters()
+        self.reset_parameters()
+
+    def _check_sizes(self, dropout: object) -> None:
+        if not isinstance(dropout, numbers.Number) or isinstance(dropout, bool) or not 0 <= self.dropout <= 1:
+            raise ValueError(
+                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+            )
+        if self.dropout > 0 and self.num_layers == 1:
+            warnings.warn(
+                "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers={self.num_layers}",
+                stacklevel=3,
+            )
+        for name in ("bias", "batch_first"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
+        for name in ("input_size", "hidden_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int):
+                raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
+            if value <= 0:
+                raise ValueError(f"{name} must be greater than zero")
+        if self.num_layers <= 0:
+            raise ValueError("num_layers must be greater than zero")
+
+    # Parameters
+
+    def _reverse_names(self) -> list[tuple[str, str]]:
+        """Names of the reverse weight and bias of each layer and direction, in the order of ``all_weights``."""
+        suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
+        return [("reverse_weight_hh" + suffix, "reverse_bias" + suffix) for suffix in suffixes]
+
+    def _register_reverse_parameters(self) -> None:
+        for names, (weight_name, bias_name) in zip(self._all_weights, self._reverse_names(), strict=True):
+            weight_hh = getattr(self, names[1])
+            self.register_parameter(weight_name, nn.Parameter(torch.empty_like(weight_hh)))
+            self.register_parameter(bias_name, nn.Parameter(torch.empty_like(weight_hh[0])))
+
+    def _reset_reverse_parameters(self) -> None:
+        for weight_name, bias_name in self._reverse_names():
+            weight = getattr(self, weight_name)
+            with torch.no_grad():
+                # torch has no QR in half precision
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=dtype)))
+            nn.init.zeros_(getattr(self, bias_name))
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: uniform in ``+-1/sqrt(H)``; reverse weights orthogonal, reverse biases zero."""
+        bound = 1.0 / math.sqrt(self.hidden_size)
+        for names in self._all_weights:
+            for name in names:
+                nn.init.uniform_(getattr(self, name), -bound, bound)
+        if isinstance(self._rule, LearnedInverse):
+            self._reset_reverse_parameters()
+
+    @property
+    def all_weights(self) -> list[list[nn.Parameter]]:
+        """The parameters of ``torch.nn.RNN``, one list a layer and direction (no reverse parameters)."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: there is no layout to restore. Kept for code written for ``torch.nn.RNN``."""
+
+    @property
+    def rule(self) -> Rule:
+        """The rule of the backward pass; assignable, unless that changes the set of parameters (see ``convert``)."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: Rule) -> None:
+        check_rule(rule, self.nonlinearity)
+        if isinstance(rule, LearnedInverse) is not isinstance(self._rule, LearnedInverse):
+            raise ValueError(
+                f"RNN: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; "
+                "use tpext.nn.convert(module, rule), then make the optimizer anew"
+            )
+        self._rule = rule
+
+    def _replace_rule(self, rule: Rule) -> None:
+        """Change the rule, adding freshly initialised reverse parameters or removing them where it takes that.
+
+        An optimizer made before does not know of added parameters.
+        """
+        check_rule(rule, self.nonlinearity)
+        had, needs = isinstance(self._rule, LearnedInverse), isinstance(rule, LearnedInverse)
+        self._rule = rule
+        if needs and not had:
+            self._register_reverse_parameters()
+            self._reset_reverse_parameters()
+        elif had and not needs:
+            for names in self._reverse_names():
+                for name in names:
+                    delattr(self, name)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        if isinstance(self._rule, LearnedInverse):
+            reverse = {prefix + name for names in self._reverse_names() for name in names}
+            # none of them: a checkpoint of torch.nn.RNN or of another rule; some of them: a damaged one
+            if reverse.issubset(missing):
+                missing = [key for key in missing if key not in reverse]
+        missing_keys.extend(missing)
+
+    def to_torch(self) -> nn.RNN:
+        """Return a ``torch.nn.RNN`` that shares the parameters, for export or inference elsewhere.
+
+        Reverse parameters (``LearnedInverse``) are left out.
+
+        Returns:
+            The plain module, in the same training mode.
+
+        Raises:
+            ValueError: the nonlinearity is "identity", which ``torch.nn.RNN`` lacks.
+
+        >>> import tpext
+        >>> tpext.nn.RNN(3, 4, batch_first=True).to_torch()
+        RNN(3, 4, batch_first=True)
+        """
+        if self.nonlinearity == "identity":
+            raise ValueError("RNN.to_torch: torch.nn.RNN has no nonlinearity 'identity'")
+        plain = nn.RNN(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            self.nonlinearity,
+            self.bias,
+            self.batch_first,
+            bidirectional=self.bidirectional,
+            device="meta",
+            dtype=self.weight_ih_l0.dtype,
+        )
+        # set afterwards: the constructor would repeat this module's warning about a dropout without effect
+        plain.dropout = self.dropout
+        for names in self._all_weights:
+            for name in names:
+                setattr(plain, name, getattr(self, name))
+        return plain.train(self.training)
+
+    # Forward
+
+    @overload
+    def forward(
+        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: Tensor | None = None, lengths: None = None
+    ) -> tuple[PackedSequence, Tensor]: ...
+
+    def forward(
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor | PackedSequence, Tensor]:
+        """Run the network over a batch of sequences.
+
+        Args:
+            input: ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` for a single sequence, or a
+                ``PackedSequence``; the parameters' dtype, or any floating one under autocast.
+            hx: initial states ``[num_layers * D, B, H]`` (``[num_layers * D, H]`` for a single sequence), D directions;
+                None means zeros.
+            lengths: ``[B]`` int64, 0..T: the valid steps of each row of a padded batch; None: all T. The result is
+                that of the packed batch: outputs beyond are zero, the second direction starts at the last valid step,
+                ``h_n`` is the state after the last valid step (``hx`` for a row of length 0). Unlike a
+                ``PackedSequence`` it compiles. The padding may hold any finite numbers.
+
+        Returns:
+            ``output``: ``[T, B, D*H]`` (as ``input``: batch first, single or packed), the last layer's states;
+            ``h_n``: ``[num_layers * D, B, H]``, the final state of each layer and direction.
+
+        Raises:
+            ValueError, RuntimeError: as ``torch.nn.RNN`` for the same input.
+        """
+        rows, hx, steps = self._time_major(input, hx, lengths)
+        output, h_n = self._run(rows, hx, steps)
+        if isinstance(input, PackedSequence):
+            assert steps is not None
+            data = pack_padded_sequence(output, steps.cpu()).data
+            if input.unsorted_indices is not None:
+                h_n = h_n.index_select(1, input.unsorted_indices)
+            return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
+        if input.dim() == 2:
+            return output.squeeze(1), h_n.squeeze(1)
+        return (output.transpose(0, 1) if self.batch_first else output), h_n
+
+    def _time_major(
+        self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Check the arguments of ``forward``; return input ``[T, B, I]``, hx ``[L*D, B, H]`` and lengths ``[B]``."""
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("RNN: lengths must be None with a PackedSequence, which has its own")
+            self._check_input(input.data, dim=2)
+            # without the indices, the rows stay in the sorted order of the packed data
+            padded, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
+            lengths = lengths.to(padded.device)
+            if hx is not None and input.sorted_indices is not None:
+                hx = hx.index_select(1, input.sorted_indices)
+        else:
+            dim = input.dim()
+            if dim not in (2, 3):
+                raise ValueError(f"RNN: Expected input to be 2D or 3D, got {dim}D tensor instead")
+            if hx is not None and hx.dim() != dim:
+                kind = "unbatched" if dim == 2 else "batched"
+                raise RuntimeError(f"For {kind} {dim}-D input, hx should also be {dim}-D but got {hx.dim()}-D tensor")
+            if dim == 2:
+                if lengths is not None:
+                    raise ValueError("RNN: lengths needs batched 3-D input; cut an unbatched sequence instead")
+                padded = input.unsqueeze(1)
+                hx = None if hx is None else hx.unsqueeze(1)
+            else:
+                padded = input.transpose(0, 1) if self.batch_first else input
+            self._check_input(padded, dim=3)
+
+        steps, batch, _ = padded.shape
+        if hx is not None:
+            expected = (len(self._all_weights), batch, self.hidden_size)
+            if hx.shape != expected:
+                raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
+            self._check_device("hidden", hx, padded)
+            if hx.dtype != padded.dtype and not _autocasts(padded.device):
+                raise RuntimeError(f"RNN: hx must have the dtype of input, {padded.dtype}, got {hx.dtype}")
+        if steps == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if lengths is not None:
+            if lengths.dtype != torch.int64 or lengths.shape != (batch,):
+                raise ValueError(f"RNN: lengths must be int64 [B={batch}], got {lengths.dtype} {list(lengths.shape)}")
+            self._check_device("lengths", lengths, padded)
+        return padded, hx, lengths
+
+    def _check_input(self, input: Tensor, dim: int) -> None:
+        dtype = self.weight_ih_l0.dtype
+        if dtype not in (torch.float32, torch.float64) and input.device.type == "cpu":
+            raise ValueError(
+                f"RNN: parameters on the CPU must be float32 or float64, got {dtype}; keep them in float32 "
+                f"and run under torch.autocast('cpu', dtype={dtype})"
+            )
+        if input.dtype != dtype and not _autocasts(input.device):
+            raise ValueError(
+                f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
+                f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
+            )
+        if input.dim() != dim:
+            raise RuntimeError(f"input must have {dim} dimensions, got {input.dim()}")
+        if input.size(-1) != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {input.size(-1)}"
+            )
+
+    @staticmethod
+    def _check_device(name: str, tensor: Tensor, input: Tensor) -> None:
+        # explicit, because the dispatcher lets a CPU tensor with a meta one through
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"Input and {name} tensors are not at the same device, found input tensor at {input.device} "
+                f"and {name} tensor at {tensor.device}"
+            )
+
+    def _layer_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stacked ``weight_ih`` [S, H, I], ``weight_hh`` [S, H, H] and the sum of both biases [S, H] of one layer."""
+        directions = len(self._reverse)
+        columns: list[list[Tensor]] = [[], [], []]
+        for names in self._all_weights[layer * directions : (layer + 1) * directions]:
+            parameters = [getattr(self, name) for name in names]
+            for parameter in parameters:
+                self._check_device("parameter", parameter, input)
+            columns[0].append(parameters[0])
+            columns[1].append(parameters[1])
+            if self.bias:
+                columns[2].append(parameters[2] + parameters[3])
+        return _stack(columns[0]), _stack(columns[1]), _stack(columns[2]) if self.bias else None
+
+    def _reverse_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, Tensor]:
+        """Stacked reverse weights [S, H, H] and biases [S, H] of one layer."""
+        directions = len(self._reverse)
+        names = self._reverse_names()[layer * directions : (layer + 1) * directions]
+        weights, biases = ([getattr(self, pair[i]) for pair in names] for i in (0, 1))
+        for parameter in weights + biases:
+            self._check_device("parameter", parameter, input)
+        return _stack(weights), _stack(biases)
+
+    def _initial_states(self, hx: Tensor | None, input: Tensor) -> Sequence[Tensor]:
+        """The initial states ``[S, B, H]`` of each layer."""
+        directions = len(self._reverse)
+        if hx is None:
+            return [input.new_zeros(directions, input.size(1), self.hidden_size)] * self.num_layers
+        return [hx] if self.num_layers == 1 else torch.split(hx, directions)
+
+    def _run(self, input: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        rule, nonlinearity, reverse = self._rule, self.nonlinearity, self._reverse
+        output, finals = input, []
+        for layer, h0 in enumerate(self._initial_states(hx, input)):
+            if layer > 0:
+                output = self._between_layers(output)
+            weight_ih, weight_hh, bias = self._layer_parameters(layer, input)
+            if isinstance(rule, RegularizedInverse):
+                states = target_rnn(
+                    output,
+                    h0,
+                    weight_ih,
+                    weight_hh,
+                    bias,
+                    lengths,
+                    reverse,
+                    nonlinearity,
+                    reg=rule.reg,
+                    target_step=rule.target_step,
+                    correction=rule.correction,
+                    credit=rule.credit,
+                    clip=rule.clip,
+                    normalize=rule.normalize,
+                    input_rule=rule.input_rule,
+                )
+            elif isinstance(rule, LearnedInverse):
+                reverse_weight, reverse_bias = self._reverse_parameters(layer, input)
+                states = learned_target_rnn(
+                    output,
+                    h0,
+                    weight_ih,
+                    weight_hh,
+                    bias,
+                    reverse_weight,
+                    reverse_bias,
+                    lengths,
+                    reverse,
+                    nonlinearity,
+                    target_step=rule.target_step,
+                    credit=rule.credit,
+                    normalize=rule.normalize,
+                )
+            else:
+                x_proj = input_projection(output, weight_ih, bias)
+                states = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
+            output = _join_directions(states)
+            final = _final_states(states, lengths)
+            if lengths is not None and hx is not None:
+                final = torch.where((lengths > 0).unsqueeze(1), final, h0.to(final.dtype))
+            finals.append(final)
+        # a copy in any case: as in torch.nn.RNN, h_n may be changed in place and does not keep all states alive
+        return output, torch.cat(finals)
+
+    def _between_layers(self, output: Tensor) -> Tensor:
+        return functional.dropout(output, self.dropout) if self.training and self.dropout > 0 else output
+
+    def reconstruction_loss(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        lengths: Tensor | None = None,
+        *,
+        noise: float | None = None,
+    ) -> Tensor:
+        """Loss that trains the reverse layers of ``LearnedInverse``.
+
+        ``1/(2B) sum_t ||G(x_t, f(x_t, h_{t-1} + n_t)) - (h_{t-1} + n_t)||^2``, summed over layers and directions, with
+        the layer ``f``, its reverse ``G(x, h) = tanh(h V^T + c + x U^T)`` and Gaussian noise ``n_t``, drawn anew for
+        each entry. Only ``V`` and ``c`` receive gradients. Call it, and step an optimizer of the reverse parameters,
+        before the target pass of the same batch. Steps beyond ``lengths`` do not count. Computed in the parameters'
+        dtype, autocast or not. ``DistributedDataParallel`` does not average these gradients, because the loss does not
+        come from its ``forward``: do that yourself, or the processes' reverse parameters drift apart.
+
+        Args:
+            input, hx, lengths: as in the forward pass.
+            noise: standard deviation of ``n_t``, >= 0; None means the rule's.
+
+        Returns:
+            The scalar loss.
+
+        Raises:
+            RuntimeError: the rule is not ``LearnedInverse``; else as the forward pass.
+            ValueError: noise is not a finite number >= 0; else as the forward pass.
+
+        Cost: a forward pass and 3 (with its backward 4) more products of ``T*B`` rows with an ``H x H`` matrix.
+
+        Source: Lee et al., "Difference Target Propagation", 2015, equation 13; Manchev and Spratling, JMLR 21(7), 2020.
+
+        >>> import torch, tpext
+        >>> rnn = tpext.nn.RNN(3, 4, rule=tpext.LearnedInverse(noise=0.1))
+        >>> rnn.reconstruction_loss(torch.randn(7, 2, 3)).backward()
+        >>> rnn.reverse_weight_hh_l0.grad.shape, rnn.weight_hh_l0.grad
+        (torch.Size([4, 4]), None)
+        """
+        rule = self._rule
+        if not isinstance(rule, LearnedInverse):
+            raise RuntimeError(f"RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), the rule is {rule}")
+        std = rule.noise if noise is None else LearnedInverse(noise=noise).noise
+        rows, hx, lengths = self._time_major(input, hx, lengths)
+        with _full_precision(rows.device):
+            output = rows.to(self.weight_ih_l0.dtype)
+            hx = None if hx is None else hx.to(output.dtype)
+            loss = output.new_zeros(())
+            for layer, h0 in enumerate(self._initial_states(hx, output)):
+                reverse_weight, reverse_bias = self._reverse_parameters(layer, rows)
+                with torch.no_grad():
+                    if layer > 0:
+                        output = self._between_layers(output)
+                    weight_ih, weight_hh, bias = self._layer_parameters(layer, rows)
+                    shared = input_projection(output, weight_ih, None)
+                    x_proj = shared if bias is None else shared + bias[:, None, None]
+                    states = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, self._reverse, self.nonlinearity)
+                    target = _previous_states(states, h0, lengths, self._reverse)
+                    if std > 0:
+                        target = target + std * torch.randn_like(target)
+                    reached = torch.tanh(x_proj + _rows_times(target, weight_hh))
+                    output = _join_directions(states)
+                rebuilt = torch.tanh(_rows_times(reached, reverse_weight) + (shared + reverse_bias[:, None, None]))
+                residual = rebuilt - target
+                if lengths is not None:
+                    residual = residual * _valid(lengths, residual.size(1))
+                loss = loss + residual.square().sum()
+        return loss / (2 * max(rows.size(1), 1))
+
+    def extra_repr(self) -> str:
+        """Sizes and every option that differs from its default."""
+        parts = [str(self.input_size), str(self.hidden_size)]
+        options: dict[str, object] = {
+            "num_layers": 1,
+            "nonlinearity": "tanh",
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+            "rule": RegularizedInverse(),
+        }
+        for name, default in options.items():
+            value = getattr(self, name)
+            if value != default:
+                parts.append(f"{name}={value}")
+        return ", ".join(parts)
+
+
+def _autocasts(device: torch.device) -> bool:
+    # the meta device has no autocast, and asking whether it is on raises
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _stack(members: list[Tensor]) -> Tensor:
+    return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
+
+
+def _rows_times(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows W^T`` for ``[S, T, B, H]`` and ``[S, H, H]`` as one product a member (matmul would make T of them)."""
+    return torch.bmm(rows.flatten(1, 2), weight.mT).view_as(rows)
+
+
+def _valid(lengths: Tensor, steps: int) -> Tensor:
+    """``[T, B, 1]``, True at the valid steps."""
+    return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(2)
+
+
+def _join_directions(states: Tensor) -> Tensor:
+    """``[S, T, B, H] -> [T, B, S*H]``."""
+    return states.squeeze(0) if states.size(0) == 1 else states.permute(1, 2, 0, 3).flatten(2)
+
+
+def _final_states(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """State after the last step of each member, ``[S, B, H]``; zero for rows of length 0."""
+    if lengths is None:
+        last = states[:1, -1]
+    else:
+        # a row of length 0 reads its first step, which is zero
+        at = (lengths - 1).clamp(min=0).view(1, 1, -1, 1).expand(1, 1, -1, states.size(3))
+        last = states[:1].gather(1, at).squeeze(1)
+    return last if states.size(0) == 1 else torch.cat((last, states[1:, 0]))
+
+
+def _previous_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: list[bool]) -> Tensor:
+    """The state that each step started from, ``[S, T, B, H]``; unspecified beyond ``lengths``."""
+    members = []
+    for member, start, runs_back in zip(states, h0, reverse, strict=True):
+        first = start.unsqueeze(0)
+        if not runs_back:
+            members.append(torch.cat((first, member[:-1])))
+            continue
+        previous = torch.cat((member[1:], first))
+        if lengths is not None:
+            starts = torch.arange(member.size(0), device=lengths.device).unsqueeze(1) == lengths - 1
+            previous = torch.where(starts.unsqueeze(2), first, previous)
+        members.append(previous)
+    return _stack(members)

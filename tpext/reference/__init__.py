@@ -1,0 +1,28 @@
+"""NumPy oracles of the ops: one function an op, written from its equations, without regard to speed.
+
+Each function takes the arguments of the op of the same name, in the same order, and returns what the op returns, with
+None where the op returns an empty tensor because an output was not asked for. The arithmetic is float64, or
+`numpy.longdouble` when an input is. The functions trust their inputs: checking them is the ops' business.
+Nothing in here imports the rest of the package, and only tests and documentation import it.
+"""
+
+from tpext.reference.regularized_inverse import regularized_inverse
+from tpext.reference.rnn_scan import RNNGradients, rnn_gradients, rnn_scan, rnn_scan_backward
+from tpext.reference.rnn_target_scan import (
+    learned_target_rnn_gradients,
+    rnn_learned_target_scan,
+    rnn_target_scan,
+    target_rnn_gradients,
+)
+
+__all__ = [
+    "RNNGradients",
+    "learned_target_rnn_gradients",
+    "regularized_inverse",
+    "rnn_gradients",
+    "rnn_learned_target_scan",
+    "rnn_scan",
+    "rnn_scan_backward",
+    "rnn_target_scan",
+    "target_rnn_gradients",
+]

@@ -1,0 +1,36 @@
+"""Oracle of the regularised inverse of a linear map."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from tpext.reference.rnn_scan import Array
+
+
+def regularized_inverse(weight: ArrayLike, reg: float) -> Array:
+    """Regularised inverse ``(W'W + reg I)^-1 W'`` of each matrix.
+
+    For fewer rows than columns it is ``W' (WW' + reg I)^-1``: the same for ``reg > 0``, and the pseudo-inverse for
+    ``reg = 0``.
+
+    Args:
+        weight: ``W``, ``[..., M, N]``.
+        reg: ridge, ``>= 0``.
+
+    Returns:
+        ``[..., N, M]``, in float64.
+
+    Raises:
+        numpy.linalg.LinAlgError: ``reg`` is 0 and a matrix has not full rank.
+
+    Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion for RNNs" (TMLR 2023).
+    """
+    weight = np.asarray(weight, np.float64)
+    M, N = weight.shape[-2:]
+    transpose = np.swapaxes(weight, -1, -2)
+    if M >= N:
+        inverse: Array = np.linalg.solve(transpose @ weight + reg * np.eye(N), transpose)
+    else:
+        inverse = np.swapaxes(np.linalg.solve(weight @ transpose + reg * np.eye(M), weight), -1, -2)
+    return inverse
