@@ -218,7 +218,7 @@ class SameBits:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("H", [33, 100])
     def test_thread_count_and_repetition(self, dtype: torch.dtype, H: int) -> None:
-        inputs = scan(33, 37, H, 2, dtype, ragged=True, direction="mixed")
+        inputs = scan(17, 37, H, 2, dtype, ragged=True, direction="mixed")
         torch.set_num_threads(1)
         expected = self.run(inputs)
         assert_same_bits(self.run(inputs), expected)

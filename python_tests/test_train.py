@@ -338,7 +338,7 @@ def test_training_loss_is_the_mean_since_the_last_row(tmp_path: Path) -> None:
 def test_a_run_leaves_torch_as_it_was(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     before = torch.get_rng_state()
-    train(small(threads=1), tmp_path)
+    assert train(small(threads=None), tmp_path).threads == 1
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == 2
 

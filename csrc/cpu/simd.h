@@ -39,6 +39,12 @@ using Bits = typename Lanes<T>::Bits;
 template <class T>
 constexpr int kLanes = TPEXT_VECTOR_BYTES / static_cast<int>(sizeof(T));
 
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 template <class T>
 inline Vec<T> load(const T* from) {
   Vec<T> v;
@@ -137,8 +143,8 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> q = m + T(2);
   const Vec<T> t = m / q;
   // One Newton step on t q = m with q's own rounding error counted in, and 1 / q = (1 - t) / 2; where t is close to 1 the
-  // latter is lost to rounding, and the step is not needed.
-  const Vec<T> residual = (m - t * q) - t * (m - (q - T(2)));
+  // latter is lost to rounding, and the step is not needed. Without fused multiply-add m - t q would be rounding alone.
+  const Vec<T> residual = (kFused ? m - t * q : Vec<T>{}) - t * (m - (q - T(2)));
   const Vec<T> refined = m > T(32) ? t : residual * (T(0.5) - T(0.5) * t) + t;
   return (Vec<T>)((Bits<T>)refined | sign);
 }

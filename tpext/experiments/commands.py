@@ -130,7 +130,7 @@ class Train:
     """Float type; bf16 is mixed precision."""
     device: Annotated[str | None, _value("NAME", "cpu")] = None
     """A torch device."""
-    threads: Annotated[int | None, _value("INT", "torch's")] = None
+    threads: Annotated[int | None, _value("INT", "1 for a synthetic task, up to 4 for images")] = None
     """CPU threads."""
     data_dir: Annotated[Path | None, _value("DIR", "$TPEXT_DATA or the cache folder")] = None
     """Folder with the image task's files; without it they are downloaded once."""

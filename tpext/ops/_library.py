@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.utils.dlpack
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("tpext", "DEF")  # type: ignore[no-untyped-call]
 
@@ -79,6 +80,7 @@ def check_scan(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
+    _refuse_forward_mode(op)
     first, symbols = tensors[leading]
     if first.dim() != len(symbols):
         raise ValueError(f"{op}: {leading} must be [{', '.join(symbols)}], got {list(first.shape)}")
@@ -105,6 +107,16 @@ def check_scan(
     if len(reverse) != sizes["S"]:
         raise ValueError(f"{op}: reverse must have S={sizes['S']} values, got {len(reverse)}")
     check_choice(op, "nonlinearity", nonlinearity, NONLINEARITIES)
+
+
+def _refuse_forward_mode(op: str) -> None:
+    # An op without a forward-mode formula drops tangents silently. Under torch.func.jvp they cannot be seen from inside an
+    # op, so any forward-mode context is refused.
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            f"{op}: forward-mode differentiation (torch.func.jvp, jacfwd) is not supported; use reverse mode "
+            "(torch.func.vjp, jacrev), or torch.nn.RNN, which tpext.nn.RNN.to_torch() gives"
+        )
 
 
 def check_lengths(op: str, lengths: Tensor | None, time: int) -> None:

@@ -64,12 +64,15 @@ def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
     if output.numel() == 0:
         return output
     factor, info = torch.linalg.cholesky_ex(_gram(weight, reg))
-    # A NaN or infinity of the weight stands on the Gram matrix's diagonal, so it shows here too.
-    if info.any() or not factor.diagonal(dim1=-2, dim2=-1).isfinite().all():
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    # Without regularisation rounding can turn the zero pivot of a singular matrix into a tiny positive one.
+    least = torch.finfo(weight.dtype).eps * pivots.shape[-1] * pivots.amax(-1) ** 2 if reg == 0 else 0
+    # A NaN or infinity of the weight stands on the Gram matrix's diagonal, so it shows in a pivot.
+    failed = (info != 0) | ~pivots.isfinite().all(-1) | (pivots.amin(-1) ** 2 <= least)
+    if failed.any():
         unusable = ~weight.isfinite().flatten(-2).all(-1)
         if unusable.any():
             raise ValueError(f"regularized_inverse: {_first(unusable)} has NaN or infinite elements")
-        failed = (info != 0) | ~factor.diagonal(dim1=-2, dim2=-1).isfinite().all(-1)
         raise SingularError(
             f"regularized_inverse: the Gram matrix of {_first(failed)} plus reg={reg} is not positive definite in "
             f"{str(weight.dtype).removeprefix('torch.')}; use a larger reg"

@@ -157,6 +157,8 @@ def recurrent_weight_gradient(
     Returns:
         ``[S, H, H]``.
     """
+    if delta.shape[0] == 0 or delta.shape[1] == 0:
+        return delta.new_zeros(h0.shape[0], h0.shape[2], h0.shape[2])
     gradients = []
     for member, backwards in enumerate(reverse):
         d, h = delta[member], states[member]

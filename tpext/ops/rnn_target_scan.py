@@ -39,6 +39,7 @@ Networks": the learned inverse; Lee, Zhang, Fischer and Bengio (2015), "Differen
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -443,10 +444,15 @@ class _LearnedTargetLayer(_TargetLayer):
         return *_TargetLayer.gradients(ctx, delta, disp_h0, input, h0, states, lengths, below), *[None] * 8
 
 
+for _layer in (_RegularizedTargetLayer, _LearnedTargetLayer):
+    # torch looks the signature up at every call, which costs as much as a small kernel unless it is stored.
+    _layer.forward.__signature__ = inspect.signature(_layer.forward)  # type: ignore[union-attr]
+
+
 def _run_layer(layer: type[_TargetLayer], tensors: tuple[Tensor | None, ...], *settings: Any) -> Tensor:
     """Apply a layer; under autocast in float32, with the states in the autocast dtype."""
     device = tensors[0].device.type  # type: ignore[union-attr]
-    if not torch.is_autocast_enabled(device):
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return layer.apply(*tensors, *settings)  # type: ignore[no-any-return,no-untyped-call]
     with torch.autocast(device, enabled=False):
         states = layer.apply(*(to_float32(tensor) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
