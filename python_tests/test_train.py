@@ -530,6 +530,18 @@ def test_what_is_not_finite_is_named(what: str, tmp_path: Path, monkeypatch: pyt
     assert_last_good(tmp_path, 8)
 
 
+def test_losses_read_late_name_their_iteration(tmp_path: Path) -> None:
+    """On a GPU losses are fetched some iterations after they were computed."""
+    config = small()
+    task = config.make_task()
+    run = train_module._Run(config, task, task.test_set(1, 5), RunFolder(tmp_path), Console(quiet=True))
+    run.iteration = 10
+    run.unread = [torch.tensor(value) for value in (1.0, 0.5, float("nan"), 2.0)]
+    with pytest.raises(DivergedError, match="at iteration 9: the training loss is nan"):
+        run._read_losses()
+    assert run.losses == [1.0, 0.5]
+
+
 # --- figures and progress --------------------------------------------------------------------------------------------
 
 

@@ -129,9 +129,9 @@ def _torch_state(config: Config) -> Iterator[None]:
 def default_threads(config: Config) -> int:
     """Return the CPU threads of a run that names none: 1 for a synthetic task, torch's but at most 4 for images.
 
-    A step of a synthetic task takes a few milliseconds. A second thread gains little there on an idle machine; on a busy one
-    the waits for it made such a run four times slower than one thread. An image task's few batch rows do not keep more
-    than 4 busy.
+    A step of a synthetic task takes a few milliseconds. A second thread gains little there on an idle machine; on a
+    busy one the waits for it made such a run four times slower than one thread. An image task's few batch rows do not
+    keep more than 4 busy.
     """
     return min(torch.get_num_threads(), 4) if config.task in IMAGES else 1
 

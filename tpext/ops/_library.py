@@ -110,8 +110,8 @@ def check_scan(
 
 
 def _refuse_forward_mode(op: str) -> None:
-    # An op without a forward-mode formula drops tangents silently. Under torch.func.jvp they cannot be seen from inside an
-    # op, so any forward-mode context is refused.
+    # An op without a forward-mode formula drops tangents silently. Under torch.func.jvp they cannot be seen from inside
+    # an op, so any forward-mode context is refused.
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
             f"{op}: forward-mode differentiation (torch.func.jvp, jacfwd) is not supported; use reverse mode "
