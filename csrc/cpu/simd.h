@@ -125,7 +125,7 @@ inline Vec<T> horner(Vec<T> x, const T (&coefficients)[N]) {
 }
 
 // tanh(x) = m / (m + 2), m = e^(2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1), with the sign of x. One division, no branch, no
-// cancellation; within 2 ulp, odd, exact at zero and infinity, and NaN stays NaN (comparisons are written to let it
+// cancellation; within 2 ulp (2.2 without fused multiply-add), odd, exact at zero and infinity, and NaN stays NaN (comparisons are written to let it
 // pass).
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
