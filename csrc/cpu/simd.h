@@ -125,8 +125,8 @@ inline Vec<T> horner(Vec<T> x, const T (&coefficients)[N]) {
 }
 
 // tanh(x) = m / (m + 2), m = e^(2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1), with the sign of x. One division, no branch, no
-// cancellation; within 2 ulp (2.2 without fused multiply-add), odd, exact at zero and infinity, and NaN stays NaN (comparisons are written to let it
-// pass).
+// cancellation; within 2 ulp (2.2 without fused multiply-add), odd, exact at zero and infinity. NaN stays NaN:
+// comparisons are written to let it pass.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   using C = Constants<T>;
@@ -142,8 +142,9 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> m = p * scale + (scale - T(1));
   const Vec<T> q = m + T(2);
   const Vec<T> t = m / q;
-  // One Newton step on t q = m with q's own rounding error counted in, and 1 / q = (1 - t) / 2; where t is close to 1 the
-  // latter is lost to rounding, and the step is not needed. Without fused multiply-add m - t q would be rounding alone.
+  // One Newton step on t q = m with q's own rounding error counted in, and 1 / q = (1 - t) / 2; where t is close to 1
+  // the latter is lost to rounding, and the step is not needed. Without fused multiply-add m - t q would be rounding
+  // alone.
   const Vec<T> residual = (kFused ? m - t * q : Vec<T>{}) - t * (m - (q - T(2)));
   const Vec<T> refined = m > T(32) ? t : residual * (T(0.5) - T(0.5) * t) + t;
   return (Vec<T>)((Bits<T>)refined | sign);

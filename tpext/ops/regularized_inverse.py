@@ -64,11 +64,11 @@ def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
     if output.numel() == 0:
         return output
     factor, info = torch.linalg.cholesky_ex(_gram(weight, reg))
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    low, high = torch.aminmax(factor.diagonal(dim1=-2, dim2=-1), dim=-1)
     # Without regularisation rounding can turn the zero pivot of a singular matrix into a tiny positive one.
-    least = torch.finfo(weight.dtype).eps * pivots.shape[-1] * pivots.amax(-1) ** 2 if reg == 0 else 0
+    least = torch.finfo(weight.dtype).eps * min(rows, columns) * high * high if reg == 0 else 0
     # A NaN or infinity of the weight stands on the Gram matrix's diagonal, so it shows in a pivot.
-    failed = (info != 0) | ~pivots.isfinite().all(-1) | (pivots.amin(-1) ** 2 <= least)
+    failed = ~((info == 0) & (low * low > least) & high.isfinite())
     if failed.any():
         unusable = ~weight.isfinite().flatten(-2).all(-1)
         if unusable.any():
