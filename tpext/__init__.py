@@ -6,8 +6,16 @@ kind.
 
 from __future__ import annotations
 
+import importlib.util as _importlib_util
+
 # torch first: the kernels use the OpenMP runtime that it has loaded.
 import torch as _torch  # noqa: F401
+
+if _importlib_util.find_spec("tpext._C") is None:
+    raise ImportError(
+        f"tpext: {__path__[0]} has no compiled module `_C`. In a checkout run `pip install -e .`, or start Python "
+        "outside it to use the installed package."
+    )
 
 from tpext import _C, nn
 from tpext.ops import SingularError

@@ -93,9 +93,9 @@ class RegularizedInverse:
     ``"none"``            ``d_{t-1} = (a^-1(h_t + d_t) - x_t U^T - b) P - h_{t-1} - target_step g_{t-1}``
     ====================  ============================================================================================
 
-    where ``a^-1`` is ``atanh(clip(.))``, ``max(., 0)`` or the identity. For tanh the corrections agree to first order in
-    the displacement; for relu "difference" lets an inactive unit move up, "linearized" does not. The module's head explains ``credit`` and which
-    corrections are linear in the gradient.
+    where ``a^-1`` is ``atanh(clip(.))``, ``max(., 0)`` or the identity. For tanh the corrections agree to first order
+    in the displacement; for relu "difference" lets an inactive unit move up, "linearized" does not. The module's head
+    explains ``credit`` and which corrections are linear in the gradient.
 
     Args:
         reg: regularisation of the inverse, >= 0. It penalises the size of the inverse's result; as it grows the
