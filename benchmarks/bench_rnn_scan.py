@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import tpext
+
 SIZES = [(100, 16, 784), (128, 64, 256), (256, 64, 256), (512, 64, 128)]
 
 
@@ -33,8 +35,6 @@ def test_forward(against, threads, hidden, batch, time):
 @pytest.mark.parametrize(("hidden", "batch", "time"), SIZES)
 def test_backprop_step(against, threads, hidden, batch, time):
     """``Backprop()``: forward, backward and weight gradients against ``torch.nn.RNN`` on the same weights."""
-    import tpext
-
     torch.manual_seed(0)
     reference = torch.nn.RNN(1, hidden)
     module = tpext.nn.convert(reference, rule=tpext.Backprop())

@@ -5,14 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 import tpext
-
-RESULTS = Path(__file__).parent / "results"
 
 
 @pytest.fixture(params=[1, 2], ids=lambda n: f"threads={n}")

@@ -19,9 +19,9 @@ means is the rule's ``credit``:
     ``e_t = (-d_t + e_{t+1} W) * a'(h_t)``: what the published code computes. It stays inside one layer and one
     direction.
 
-They differ a lot. On temporal order (T=60, 100 units, published settings, seed 1), ``through_time`` reached 100 % at
-iteration 2,000, ``local`` 68 % at iteration 40,000. Plain back-propagation through time at the same effective learning
-rate solves that task as well, so such a run alone is no evidence for the targets.
+They differ a lot. On temporal order (T=60, 100 units, published settings), ``through_time`` reached 100 % within 1,200
+iterations on each of five seeds; ``local`` stood at 55 to 75 % after 40,000 on three. Plain back-propagation through
+time at the same effective learning rate solves that task as fast, so such a run alone is no evidence for the targets.
 
 The size of the gradient. ``RegularizedInverse(correction="linearized")`` and ``Backprop`` are linear in ``g``: scaling
 the loss (a gradient scaler), accumulating micro-batches and averaging over processes (``DistributedDataParallel``) do

@@ -78,7 +78,7 @@ struct Tile {
   int64_t block_begin(int64_t block) const { return part_begin(rows, blocks, block); }
 };
 
-// Threads worth waking: each gets at least about 20 microseconds of arithmetic.
+// Threads worth waking: each gets at least 10^6 operations, some 10 microseconds.
 inline int useful_threads(const RnnSizes& sizes, int products, int threads) {
   const double operations = 2.0 * static_cast<double>(sizes.stack * sizes.time * sizes.batch) *
                             static_cast<double>(sizes.hidden * (sizes.hidden * products + 16));
