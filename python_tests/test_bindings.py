@@ -447,7 +447,10 @@ def supported(capability: str) -> bool:
 
 def run_with(capability: str, *command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"TPEXT_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "2"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    # Not in the repository's root: `python -c` would import the package's sources there instead of the installed one.
+    here = Path(__file__).parent
+    command = (sys.executable, *command)
+    return subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
