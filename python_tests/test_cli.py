@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import tpext
+from tpext.experiments import train as train_module
 from tpext.experiments.cli import main
-from tpext.experiments.commands import Train
-from tpext.experiments.config import RULE_OPTIONS, Config
+from tpext.experiments.commands import Train, default_labels
+from tpext.experiments.config import RULE_OPTIONS, Config, make_config
 from tpext.tasks import TASKS
 
 SMALL = "--length 10 --hidden-size 8 --batch-size 5 --test-size 40 --iterations 20 --eval-interval 10 --threads 1"
@@ -38,6 +41,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert field.name == "task" or f"--{field.name.replace('_', '-')}" in out
     for name in TASKS:
         assert name in out
+    shown = " ".join(out.replace("│", " ").split())
+    for default in ("1000, images 10000", "100, images 1000", "500", "32", "orthogonal", "through_time"):
+        assert f"(default: {default})" in shown
 
 
 def test_options_are_those_of_the_configuration() -> None:
@@ -52,6 +58,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     build = tpext.build_info()
     for value in (build["version"], build["compiler"], *build["cpu_capabilities"], torch.__version__, "cpu"):
         assert str(value) in out
+    assert ("this build of tpext has no CUDA kernels" in out) == (not build["cuda_architectures"])
 
 
 def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +78,7 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     )
     assert (status, err) == (0, "")
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "metrics.csv", "result.json", "curve.png", "checkpoint.pt", "tensorboard"}
+    assert names == {"config.json", "metrics.csv", "result.json", "curve.png", "checkpoint.pt", "tensorboard", "lock"}
     config = json.loads((folder / "config.json").read_text())
     assert config["rule"] == {
         "name": "regularized", "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local",
@@ -103,11 +110,51 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"train adding {SMALL} --rule backprop --nonlinearity relu --lr 1e30 --out {tmp_path / 'run'}"
-    status, _, err = call(line, capsys)
-    assert status == 3
-    assert "tpext: diverged at iteration" in err
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    for rule in ("backprop", "regularized"):
+        line = f"train adding {SMALL} --rule {rule} --nonlinearity relu --lr 1e30 --out {tmp_path / rule}"
+        status, _, err = call(line, capsys)
+        assert status == 3
+        assert "tpext: diverged at iteration" in err
+        assert "Start a new run in another --out with smaller rates (--lr, --head-lr)" in err
+        assert ("--reg" in err) == (rule == "regularized")
+        assert (tmp_path / rule / "checkpoint.pt").exists()
+
+
+def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    step = train_module._Run._step
+
+    def interrupted(run: train_module._Run, iteration: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        step(run, iteration)
+
+    monkeypatch.setattr(train_module._Run, "_step", interrupted)
+    status, _, err = call(f"train adding {SMALL} --out {tmp_path}", capsys)
+    assert status == 130
+    assert err == (
+        "tpext: interrupted; a checkpoint is saved at iteration 1; "
+        "the same command with --resume continues from the last checkpoint\n"
+    )
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        status, _, err = call(f"train adding {SMALL} --out {tmp_path}", capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 1
+    assert err == f"tpext: {tmp_path / 'checkpoint.pt'} cannot be written: File too large\n"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.csv", "lock"}
+
+
+def test_too_little_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--length 2000000000", "--hidden-size 3000000"):
+        status, _, err = call(f"train adding {SMALL} {option} --out {tmp_path / 'run'}", capsys)
+        assert status == 1
+        assert err.startswith("tpext: out of memory: ")
+        assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,9 +164,34 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"compare TP={tmp_path / 'regularized'} {tmp_path / 'backprop'} --out {picture}"
     assert call(line, capsys)[0] == 0
     assert picture.exists()
-    status, _, err = call(f"compare {tmp_path}", capsys)
-    assert status == 1
-    assert "holds no run" in err
+    (tmp_path / "lr=0.1").symlink_to(tmp_path / "regularized")
+    assert call(f"compare {tmp_path / 'lr=0.1'} A=B={tmp_path / 'lr=0.1'} --out {picture}", capsys)[0] == 0
+    (tmp_path / "backprop" / "metrics.csv").write_text("iteration,train_loss,test_loss,accuracy,seconds\n")
+    for arguments, message in (
+        (str(tmp_path), "holds no run"),
+        ("", "runs must name at least one folder"),
+        ("A=nowhere", "A=nowhere: there is no such folder"),
+        (str(tmp_path / "backprop"), "holds no run with an evaluation"),
+        (f"{tmp_path / 'regularized'} --out y.xyz", "out must end in one of"),
+    ):
+        status, _, err = call(f"compare {arguments}", capsys)
+        assert status == 1
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_only_seeds_of_one_method_share_a_default_label() -> None:
+    first = make_config("adding")
+    runs = [first, replace(first, seed=2, threads=3), make_config("adding", reg=100.0), make_config("adding", layers=2)]
+    assert default_labels(runs[:2]) == ["regularized", "regularized"]
+    assert default_labels(runs) == [
+        "regularized, layers 1, reg 1.0",
+        "regularized, layers 1, reg 1.0",
+        "regularized, layers 1, reg 100.0",
+        "regularized, layers 2, reg 1.0",
+    ]
+    labels = default_labels([first, make_config("adding", rule="backprop", lr=0.1)])
+    assert labels == ["regularized, momentum 0.0, nesterov False", "backprop, momentum 0.9, nesterov True"]
 
 
 @pytest.mark.parametrize(
@@ -132,6 +204,8 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("train adding --lr fast", 2, "fast"),
         ("train adding --speed 3", 2, "--speed"),
         ("train adding --rule backprop --reg 1", 1, "tpext: reg does not belong to rule=backprop"),
+        ("train adding --length 4000000000", 1, "length must be at most"),
+        ("train adding --out /proc/nowhere/run", 1, "No such file"),
         ("train adding --length 3", 1, "length must be >= 10"),
         ("train mnist --chunk 5", 1, "chunk must divide 784"),
         ("train mnist --data-dir nowhere", 1, "--data-dir DIR"),

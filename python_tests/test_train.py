@@ -147,7 +147,13 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"rule": "learned", "nonlinearity": "relu"}, "rule=learned needs nonlinearity=tanh"),
         ({"device": "toaster"}, "device must be a torch device"),
         ({"device": "meta"}, "device must be cpu or cuda"),
+        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a number > 0, got 0"),
+        ({"threads": 1025}, "threads must be at most 1024, got 1025"),
+        ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
+        ({"length": 4_000_000_000}, "length must be at most 2147483647"),
         ({"task": "random-permutation", "preset": "published"}, "no settings were published for task=random-perm"),
+        ({"length": 61, "preset": "published"}, "no settings were published .*length=61"),
+        ({"task": "adding", "length": 60, "preset": "published"}, "no settings were published .*length=60"),
         ({"task": "mnist", "chunk": 28, "preset": "published"}, "no settings were published .*chunk=28"),
         ({"preset": "best"}, "preset must be one of default, published"),
     ],
@@ -161,6 +167,19 @@ def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None
 def test_config_survives_json(rule: Any) -> None:
     config = make_config("temporal-order", rule=rule, seed=2**40, clip_grad_norm=1.0, data_dir=None, threads=3)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_lengths_in_between_start_from_the_nearest_published_one() -> None:
+    assert make_config("temporal-order", length=119).rule == make_config("temporal-order", length=60).rule
+    assert make_config("temporal-order", length=300).lr == make_config("temporal-order", length=120).lr == 1e-2
+    assert make_config("adding", length=60).rule == make_config("adding").rule
+
+
+@pytest.mark.parametrize("rule", ["regularized", "learned"])
+def test_other_optimizers_get_gradients_of_full_size(rule: Any) -> None:
+    assert make_config("temporal-order", rule=rule, optimizer="adam").rule.normalize is True
+    assert make_config("temporal-order", rule=rule, optimizer="adam", normalize=False).rule.normalize is False
+    assert make_config("temporal-order", rule=rule, momentum=0.5).rule.normalize is False
 
 
 def test_rates_follow_what_is_given() -> None:
@@ -177,8 +196,10 @@ def test_rates_follow_what_is_given() -> None:
 
 def test_differences_name_what_was_asked_for() -> None:
     saved = small(rule="learned", noise=0.1)
-    assert differences(saved, task="temporal-order", rule="learned", noise=0.1, hidden_size=8, threads=7) == []
-    assert differences(saved, task="adding", rule="backprop", noise=0.2, reg=1.0) == [
+    same_options = {"task": "temporal-order", "rule": "learned", "noise": 0.1, "hidden_size": 8, "threads": 7}
+    assert differences(saved, same_options) == []
+    assert differences(saved, saved.options()) == []
+    assert differences(saved, {"task": "adding", "rule": "backprop", "noise": 0.2, "reg": 1.0}) == [
         "task is temporal-order there, adding was asked for",
         "rule is learned there, backprop was asked for",
         "noise is 0.1 there, 0.2 was asked for",
@@ -275,6 +296,16 @@ def test_orthogonal_initialization(tmp_path: Path) -> None:
     assert plain.rnn.bias_ih_l0.any()
 
 
+def assert_everything_moved(config: Config, folder: Path) -> None:
+    """Every parameter left where it started, but for the second bias, which stays zero."""
+    torch.manual_seed(config.seed)
+    start, trained = SequenceModel(config, config.make_task()).state_dict(), checkpoint(folder)["model"]
+    assert start.keys() == trained.keys()
+    for name, value in start.items():
+        moved = not torch.equal(trained[name].to(value.dtype), value)
+        assert moved == ("bias_hh" not in name), name
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("precision", ["32", "64", "bf16"])
 def test_every_rule_trains(rule: Any, precision: Any, tmp_path: Path) -> None:
@@ -285,6 +316,7 @@ def test_every_rule_trains(rule: Any, precision: Any, tmp_path: Path) -> None:
     state = checkpoint(tmp_path)["model"]
     expected = torch.float64 if precision == "64" else torch.float32
     assert all(value.dtype == expected for value in state.values())
+    assert_everything_moved(config, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop", "adagrad"])
@@ -299,11 +331,28 @@ def test_training_lowers_the_loss(optimizer: Any, tmp_path: Path) -> None:
 def test_image_task_trains(tmp_path: Path) -> None:
     write_mnist(tmp_path / "data")
     options = {**SMALL, "length": None, "chunk": 28, "test_size": 7, "data_dir": str(tmp_path / "data")}
-    result = train(make_config("permuted-mnist", **options), tmp_path / "run")
-    assert result.iterations == 20
-    with pytest.raises(ConfigError, match=r"test_size must be 1 \.\. 7"):
-        train(make_config("mnist", **{**options, "test_size": 8}), tmp_path / "other")
-    assert not (tmp_path / "other").exists(), "a run that cannot start leaves no folder"
+    config = make_config("permuted-mnist", **options)
+    assert train(config, tmp_path / "run").iterations == 20
+    assert_everything_moved(config, tmp_path / "run")
+
+
+def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mnist(tmp_path / "data")
+    options = {**SMALL, "length": None, "chunk": 28, "test_size": 7, "data_dir": str(tmp_path / "data")}
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for wrong, message in (
+        ({"test_size": 8}, r"test_size must be 1 \.\. 7"),
+        ({"batch_size": 26}, "batch_size must be at most 25"),
+        ({"tensorboard": True}, r"tensorboard is not installed: pip install"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(make_config("mnist", **{**options, **wrong}), tmp_path / "run")
+    monkeypatch.setattr(tpext, "build_info", lambda: {"version": "0", "cuda_architectures": []})
+    with pytest.raises(ConfigError, match="this build of tpext has no CUDA kernels"):
+        train(small(device="cuda"), tmp_path / "run")
+    with pytest.raises(MemoryError):
+        train(small(length=2_000_000_000), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_of_a_run(tmp_path: Path) -> None:
@@ -316,11 +365,13 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     assert [int(row["iteration"]) for row in rows] == [0, 6, 12, 18, 20]
     stored = json.loads(folder.result.read_text())
     assert stored["accuracy"] == result.accuracy == float(rows[-1]["accuracy"])
-    assert stored["best_accuracy"] == max(float(row["accuracy"]) for row in rows)
+    assert stored["best_accuracy"] == max(float(row["accuracy"]) for row in rows[1:])
     assert stored["iterations"] == 20
     assert stored["seconds"] > 0
     assert stored["versions"]["torch"] == torch.__version__
     assert folder.curve.read_bytes().startswith(b"\x89PNG")
+    assert folder.read_result() == result
+    assert [float(row["accuracy"]) for row in rows] == [row.accuracy for row in folder.read_rows()]
     assert list((folder.path / "tensorboard").iterdir())
     assert not list(folder.path.glob("*.new"))
 
@@ -423,14 +474,55 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path: Path, monkeypatch: pytest
 
     replace_file = os.replace
     monkeypatch.setattr(run_folder_module.os, "replace", no_space)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(RunError, match=r"checkpoint\.pt cannot be written: no space left"):
         train(config, tmp_path / "cut")
     monkeypatch.undo()
     part = tmp_path / "cut" / "checkpoint.pt.new"
-    part.write_bytes(part.read_bytes()[:100])
+    assert not part.exists()
+    part.write_bytes((tmp_path / "cut" / "checkpoint.pt").read_bytes()[:100])  # a kill leaves such a part
     assert checkpoint(tmp_path / "cut")["iteration"] == 8
     train(config, tmp_path / "cut", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_ctrl_c_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small(rule="learned", noise=0.1)
+    train(config, tmp_path / "whole")
+    step = train_module._Run._step
+
+    def interrupted(run: Any, iteration: int) -> None:
+        if iteration == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        step(run, iteration)
+
+    monkeypatch.setattr(train_module._Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved at iteration 9"):
+        train(config, tmp_path / "stopped")
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert checkpoint(tmp_path / "stopped")["iteration"] == 9
+    train(config, tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(run: Any, iteration: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second Ctrl-C was not heard")
+
+    monkeypatch.setattr(train_module._Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), tmp_path)
+    assert checkpoint(tmp_path)["iteration"] == 0
+
+
+def test_one_process_at_a_run(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).locked():
+        for resume in (False, True):
+            with pytest.raises(RunError, match="another process is running this run"):
+                train(small(), tmp_path, resume=resume)
+    train(small(), tmp_path)
 
 
 def test_a_complete_run_is_left_alone(tmp_path: Path) -> None:
@@ -456,18 +548,75 @@ def test_only_the_last_files_missing(tmp_path: Path) -> None:
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     train(small(), tmp_path)
-    with pytest.raises(RunError, match=r"already holds a run .*--resume"):
+    with pytest.raises(RunError, match=r"already holds a run: pass another --out .*--resume"):
         train(small(), tmp_path)
-    with pytest.raises(RunError, match="hidden_size is 8 there, 9 was asked for"):
+    with pytest.raises(RunError, match=r"hidden_size is 8 there, 9 was asked for\. Pass another --out"):
         train(small(hidden_size=9), tmp_path, resume=True)
-    with pytest.raises(RunError, match=r"rule is .*'reg': 10\.0.*'reg': 2\.0"):
+    with pytest.raises(RunError, match=r"another run: reg is 10\.0 there, 2\.0 was asked for"):
         train(small(reg=2.0), tmp_path, resume=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be a run's folder"):
         train(small(), tmp_path / "file")
-    (tmp_path / "config.json").write_text('{"task": "adding"}')
-    with pytest.raises(RunError, match=r"config\.json: not the configuration"):
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(RunError, match=r"holds metrics\.csv but no config\.json, so it cannot be continued"):
         train(small(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "checkpoint.pt", "metrics.csv"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null", "\xff", '{"task": "adding"}'])
+def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    if name != "result.json":
+        (tmp_path / "result.json").unlink()
+    if name == "metrics.csv":
+        (tmp_path / "checkpoint.pt").unlink()
+        content += "\n"
+    (tmp_path / name).write_text(content, encoding="latin-1")
+    with pytest.raises(RunError, match=f"{name}: not (a|the) "):
+        train(small(), tmp_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("length", "10"),
+        ("task", 3),
+        ("rule", "learned"),
+        ("device", 0),
+        ("data_dir", 1),
+        ("chunk", 1.5),
+    ],
+)
+def test_a_wrong_field_of_a_configuration_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, name: value}))
+    with pytest.raises(RunError, match=r"config\.json: not the configuration"):
+        RunFolder(tmp_path).read_config()
+
+
+def test_a_wrong_field_of_a_result_is_refused(tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    values = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "result.json").write_text(json.dumps({**values, "accuracy": "high"}))
+    with pytest.raises(RunError, match=r"result\.json: accuracy must be of type .*float.*, got 'high'"):
+        train(small(), tmp_path, resume=True)
+
+
+def test_a_lost_or_cut_checkpoint_is_told(tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    (tmp_path / "result.json").unlink()
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"checkpoint\.pt: not a readable checkpoint"):
+        train(small(), tmp_path, resume=True)
+    torch.save({"format": 1, "iteration": 4, "model": {}}, path)
+    with pytest.raises(RunError, match=r"checkpoint\.pt: not a checkpoint of this run"):
+        train(small(), tmp_path, resume=True)
+    path.unlink()
+    with pytest.raises(RunError, match=r"checkpoint\.pt is missing, and metrics\.csv goes to iteration 20"):
+        train(small(), tmp_path, resume=True)
+    assert len(metrics(tmp_path)) == 5, "the metrics stay"
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
@@ -530,16 +679,11 @@ def test_what_is_not_finite_is_named(what: str, tmp_path: Path, monkeypatch: pyt
     assert_last_good(tmp_path, 8)
 
 
-def test_losses_read_late_name_their_iteration(tmp_path: Path) -> None:
-    """On a GPU losses are fetched some iterations after they were computed."""
-    config = small()
-    task = config.make_task()
-    run = train_module._Run(config, task, task.test_set(1, 5), RunFolder(tmp_path), Console(quiet=True))
-    run.iteration = 10
-    run.unread = [torch.tensor(value) for value in (1.0, 0.5, float("nan"), 2.0)]
-    with pytest.raises(DivergedError, match="at iteration 9: the training loss is nan"):
-        run._read_losses()
-    assert run.losses == [1.0, 0.5]
+def test_divergence_before_the_first_row_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module._Run, "_evaluate", lambda run: (float("nan"), 0.0))
+    with pytest.raises(DivergedError, match="at iteration 0: the test loss is nan"):
+        train(small(), tmp_path)
+    assert metrics(tmp_path) == []
 
 
 # --- figures and progress --------------------------------------------------------------------------------------------
@@ -548,7 +692,7 @@ def test_losses_read_late_name_their_iteration(tmp_path: Path) -> None:
 def test_figures(tmp_path: Path) -> None:
     for seed in (1, 2):
         train(small(seed=seed), tmp_path / f"tp{seed}")
-    train(small("adding", rule="backprop"), tmp_path / "bp")
+    train(small(rule="backprop"), tmp_path / "bp")
     runs = {"target propagation": [tmp_path / "tp1", tmp_path / "tp2"], "backprop": [tmp_path / "bp"]}
     path = draw_comparison(runs, tmp_path / "new" / "all.png", title="three runs")
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -556,6 +700,24 @@ def test_figures(tmp_path: Path) -> None:
     assert draw_run(tmp_path / "bp").exists()
     with pytest.raises(ValueError, match="runs must name at least one folder"):
         draw_comparison({}, tmp_path / "none.png")
+    for name in ("y.xyz", "y"):
+        with pytest.raises(ConfigError, match=r"out must end in one of \..*\.png.*, got '.*y"):
+            draw_comparison(runs, tmp_path / name)
+    for other in (small("adding"), small(length=11)):
+        train(other, tmp_path / f"{other.task}-{other.length}")
+        with pytest.raises(ConfigError, match="runs of different tasks cannot share a figure: temporal-order, T=10; "):
+            draw_comparison({**runs, "other": [tmp_path / f"{other.task}-{other.length}"]}, tmp_path / "y.png")
+
+
+def test_a_figure_of_a_run_that_was_cut_short(tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    table = tmp_path / "metrics.csv"
+    table.write_bytes(table.read_bytes() + b"26,0.5,0.")
+    assert [row.iteration for row in RunFolder(tmp_path).read_rows()] == [0, 6, 12, 18, 20]
+    draw_run(tmp_path)
+    table.write_text(table.read_text().splitlines()[0] + "\n")
+    with pytest.raises(RunError, match="holds no run with an evaluation"):
+        draw_run(tmp_path)
 
 
 @pytest.mark.parametrize("terminal", [True, False])

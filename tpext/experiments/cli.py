@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except KeyboardInterrupt:  # while the modules load
+        print("tpext: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader went away (`tpext tasks | head`). Nothing is left to say, the interpreter's own flush included.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

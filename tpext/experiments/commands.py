@@ -27,15 +27,15 @@ from tpext.experiments.config import (
     Precision,
     Preset,
     RuleName,
-    differences,
     make_config,
     published,
 )
 from tpext.experiments.figures import draw_comparison
+from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
-from tpext.experiments.train import DivergedError, resumed_config, train
+from tpext.experiments.train import DivergedError, train
 from tpext.rules import Correction, Credit, InputRule
-from tpext.tasks import IMAGES, TASKS, MissingDataError, TaskName, make_task
+from tpext.tasks import IMAGES, TASKS, TaskName, make_task
 
 
 def _value(metavar: str, default: str = "the preset's") -> object:
@@ -45,11 +45,12 @@ def _value(metavar: str, default: str = "the preset's") -> object:
 
 _Integer = Annotated[int | None, _value("INT")]
 _Number = Annotated[float | None, _value("FLOAT")]
-_Flag = Annotated[bool | None, _value("{True,False}")]
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+def _default(name: str, metavar: str) -> object:
+    """How an option shows in the help whose default no preset sets; images may have another than the other tasks."""
+    default, images = (str(make_config(task).options()[name]) for task in ("temporal-order", "mnist"))
+    return _value(metavar, default if images == default else f"{default}, images {images}")
 
 
 @dataclass(frozen=True)
@@ -62,73 +63,75 @@ class Train:
     rule: Annotated[RuleName | None, _value("{regularized,learned,backprop}", "regularized")] = None
     """Target propagation through regularized inverses or learned ones, or back-propagation."""
     preset: Annotated[Preset | None, _value("{default,published}", "default")] = None
-    """default: published rates (the nearest task's where there are none), fewer iterations. published: as published."""
+    """default: published rates (those of the nearest task or length where there are none), fewer iterations.
+    published: as published, for temporal-order with 60 or 120 steps, adding with 30, images pixel by pixel."""
     out: Annotated[Path | None, _value("DIR", "runs/TASK-RULE-SEED")] = None
     """Folder of the run."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
 
-    length: _Integer = None
+    length: Annotated[int | None, _value("INT", "60; adding, random-permutation 30")] = None
     """Number of steps of a synthetic task."""
-    chunk: _Integer = None
+    chunk: Annotated[int | None, _value("INT", "1")] = None
     """Pixels per step of an image task, a divisor of 784: 1 is pixel by pixel, 28 is by rows."""
 
     reg: _Number = None
     """Regularization of the inverse (rule regularized)."""
     target_step: _Number = None
     """Size of the first displacement, -target_step * gradient (rules regularized, learned)."""
-    correction: Annotated[Correction | None, _value("{linearized,difference,none}")] = None
+    correction: Annotated[Correction | None, _default("correction", "{linearized,difference,none}")] = None
     """How displacements pass through the inverse (rule regularized)."""
-    credit: Annotated[Credit | None, _value("{through_time,local}")] = None
+    credit: Annotated[Credit | None, _default("credit", "{through_time,local}")] = None
     """Local losses back-propagated through the unrolled layer, or each alone (rules regularized, learned)."""
-    clip: _Number = None
+    clip: Annotated[float | None, _default("clip", "FLOAT")] = None
     """Distance kept from the edges of the activation's range (rule regularized)."""
-    normalize: _Flag = None
-    """Divide the recurrent layer's gradients by target_step; published: False (rules regularized, learned)."""
-    input_rule: Annotated[InputRule | None, _value("{gradient,target}")] = None
+    normalize: Annotated[bool | None, _value("{True,False}", "False with sgd, as published, else True")] = None
+    """Divide the recurrent layer's gradients by target_step (rules regularized, learned)."""
+    input_rule: Annotated[InputRule | None, _default("input_rule", "{gradient,target}")] = None
     """What the layer below gets, where there are several (rule regularized)."""
     noise: _Number = None
     """Standard deviation of the noise in the reconstruction loss (rule learned)."""
     reverse_lr: _Number = None
     """Learning rate of the reverse layer (rule learned)."""
 
-    hidden_size: _Integer = None
+    hidden_size: Annotated[int | None, _default("hidden_size", "INT")] = None
     """Units of a recurrent layer."""
-    layers: _Integer = None
+    layers: Annotated[int | None, _default("layers", "INT")] = None
     """Number of recurrent layers."""
-    nonlinearity: Annotated[Nonlinearity | None, _value("{tanh,relu,identity}")] = None
+    nonlinearity: Annotated[Nonlinearity | None, _default("nonlinearity", "{tanh,relu,identity}")] = None
     """Activation of the recurrent layers."""
-    init: Annotated[Initialization | None, _value("{orthogonal,torch}")] = None
+    init: Annotated[Initialization | None, _default("init", "{orthogonal,torch}")] = None
     """orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own."""
 
-    optimizer: Annotated[Optimizer | None, _value("{sgd,adam,adamw,rmsprop,adagrad}")] = None
+    optimizer: Annotated[Optimizer | None, _default("optimizer", "{sgd,adam,adamw,rmsprop,adagrad}")] = None
     """Published settings use sgd; with another optimizer, rates start at 1e-3."""
     lr: _Number = None
-    """Learning rate of the recurrent layers, and of the head unless --head-lr is given."""
+    """Learning rate of the recurrent layers, and of the head unless --head-lr is given.
+    For rule learned the preset's is the published 1e-2 divided by the batch size."""
     head_lr: _Number = None
     """Learning rate of the output layer, which learns by plain gradients."""
     momentum: _Number = None
     """Momentum (sgd, rmsprop)."""
-    nesterov: _Flag = None
-    """Nesterov's momentum (sgd); True unless said otherwise."""
-    clip_grad_norm: _Number = None
-    """Bound on the norm of all gradients together."""
+    nesterov: Annotated[bool | None, _value("{True,False}", "True where sgd has a momentum")] = None
+    """Nesterov's momentum (sgd)."""
+    clip_grad_norm: Annotated[float | None, _default("clip_grad_norm", "FLOAT")] = None
+    """Bound on the norm of all gradients together, above 0."""
 
     iterations: _Integer = None
     """Number of training steps."""
     batch_size: _Integer = None
     """Samples per step."""
-    test_size: _Integer = None
+    test_size: Annotated[int | None, _default("test_size", "INT")] = None
     """Samples of the test set."""
-    eval_interval: _Integer = None
+    eval_interval: Annotated[int | None, _default("eval_interval", "INT")] = None
     """Iterations between evaluations."""
-    checkpoint_interval: _Integer = None
+    checkpoint_interval: Annotated[int | None, _default("checkpoint_interval", "INT")] = None
     """Iterations between checkpoints."""
-    seed: _Integer = None
+    seed: Annotated[int | None, _default("seed", "INT")] = None
     """Seed of the initialization, the data and the noise."""
-    precision: Annotated[Precision | None, _value("{32,64,bf16}")] = None
+    precision: Annotated[Precision | None, _default("precision", "{32,64,bf16}")] = None
     """Float type; bf16 is mixed precision."""
-    device: Annotated[str | None, _value("NAME", "cpu")] = None
+    device: Annotated[str | None, _default("device", "NAME")] = None
     """A torch device."""
     threads: Annotated[int | None, _value("INT", "1 for a synthetic task, up to 4 for images")] = None
     """CPU threads."""
@@ -137,65 +140,92 @@ class Train:
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write TensorBoard events too."""
 
-    def carry_out(self, console: Console) -> None:
+    def carry_out(self, console: Console) -> int:
         options = asdict(self)
         out, resume = options.pop("out"), options.pop("resume")
         options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
         options["tensorboard"] = self.tensorboard or None
-        folder = RunFolder(
-            out or Path("runs") / f"{self.task}-{self.rule or 'regularized'}-{1 if self.seed is None else self.seed}"
-        )
-        saved = folder.read_config() if resume else None
-        if saved is None:
-            given = {name: value for name, value in options.items() if value is not None}
-            config = make_config(given.pop("task"), **given)
-        else:
-            found = differences(saved, **options)
-            if found:
-                raise RunError(f"{folder.path} holds another run: {'; '.join(found)}")
-            config = resumed_config(saved, **{name: options[name] for name in FREE_FIELDS})
-        result = train(config, folder.path, resume=resume, console=console)
-        _say(
+        given = {name: value for name, value in options.items() if value is not None}
+        if out is None:
+            wanted = make_config(**given)
+            out = Path("runs") / f"{wanted.task}-{wanted.rule_name}-{wanted.seed}"
+        folder = RunFolder(out)
+        config = (folder.continued(given) if resume else None) or make_config(**given)
+        try:
+            result = train(config, out, resume=resume, console=console)
+        except DivergedError as error:
+            rates = "--lr, --head-lr, --reverse-lr" if config.rule_name == "learned" else "--lr, --head-lr"
+            reg = ", or a larger --reg" if config.rule_name == "regularized" else ""
+            print(
+                f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with smaller "
+                f"rates ({rates}){reg}.",
+                file=sys.stderr,
+            )
+            return 3
+        say(
             console,
             f"accuracy {result.accuracy:.2%} (best {result.best_accuracy:.2%} at iteration {result.best_iteration}), "
             f"test loss {result.test_loss:.4g}, {result.iterations} iterations in {result.seconds:.1f} s",
         )
-        _say(console, f"curve: {folder.curve}")
+        say(console, f"curve: {folder.curve}")
+        return 0
 
 
 @dataclass(frozen=True)
 class Compare:
-    """Draw several runs side by side; runs with the same label are seeds of one method."""
+    """Draw runs of one task side by side; runs with the same label are seeds of one method."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, each as DIR or LABEL=DIR; without a label, the rule and its credit."""
+    """Run folders, each as DIR or LABEL=DIR; without a label, the rule and the settings in which the runs differ."""
     out: Path = Path("comparison.png")
     """The picture."""
     title: str = ""
     """Its title; empty: the task."""
 
-    def carry_out(self, console: Console) -> None:
+    def carry_out(self, console: Console) -> int:
+        runs = [_split(run) for run in self.runs]
+        configs = []
+        for _, path in runs:
+            config = RunFolder(path).read_config()
+            if config is None:
+                raise RunError(f"{path} holds no run")
+            configs.append(config)
         groups: dict[str, list[str | Path]] = {}
-        for run in self.runs:
-            label, _, path = run.rpartition("=")
-            folder = RunFolder(path)
-            config = folder.read_config()
-            if config is None or not folder.metrics.exists():
-                raise RunError(f"{path} holds no run (no {folder.config.name} or no {folder.metrics.name})")
-            groups.setdefault(label or _label(config), []).append(path)
-        _say(console, f"written: {draw_comparison(groups, self.out, title=self.title)}")
+        for (label, path), default in zip(runs, default_labels(configs), strict=True):
+            groups.setdefault(label or default, []).append(path)
+        say(console, f"written: {draw_comparison(groups, self.out, title=self.title)}")
+        return 0
 
 
-def _label(config: Config) -> str:
-    credit = getattr(config.rule, "credit", None)
-    return config.rule_name + (f", {credit}" if credit else f", lr {config.lr:g}")
+def _split(run: str) -> tuple[str, str]:
+    """Return label and folder of an argument DIR or LABEL=DIR, each of which may hold ``=`` itself."""
+    parts = run.split("=")
+    for count in range(len(parts)):
+        path = "=".join(parts[count:])
+        if Path(path).is_dir():
+            return "=".join(parts[:count]), path
+    raise RunError(f"{run}: there is no such folder")
+
+
+def default_labels(configs: Sequence[Config]) -> list[str]:
+    """Return a label for each run: its rule and the options in which the runs differ, seeds and free fields apart.
+
+    Runs have the same label only if they have the same configuration, seeds and free fields apart.
+    """
+    methods = [config.options() for config in configs]
+    names = dict.fromkeys(name for method in methods for name in method if name not in ("rule", "seed", *FREE_FIELDS))
+    differing = [name for name in names if len({method[name] for method in methods if name in method}) > 1]
+    return [
+        ", ".join([method["rule"], *(f"{name} {method[name]}" for name in differing if name in method)])
+        for method in methods
+    ]
 
 
 @dataclass(frozen=True)
 class Tasks:
     """Describe the tasks."""
 
-    def carry_out(self, console: Console) -> None:
+    def carry_out(self, console: Console) -> int:
         lines = [("task", "input", "output", "correct when", "published settings for")]
         for name in TASKS:
             task = make_task(name)
@@ -206,18 +236,22 @@ class Tasks:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             text = "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
-            _say(console, text.rstrip())
+            say(console, text.rstrip())
+        return 0
 
 
 @dataclass(frozen=True)
 class Info:
     """Show the build, the machine and the versions."""
 
-    def carry_out(self, console: Console) -> None:
+    def carry_out(self, console: Console) -> int:
         build = tpext.build_info()
-        devices = ["cpu"] + [
-            f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())
-        ]
+        devices = ["cpu"]
+        if build["cuda_architectures"]:
+            count = torch.cuda.device_count()
+            devices += [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(count)]
+        else:
+            devices += ["this build of tpext has no CUDA kernels"]
         lines = {f"build: {name.replace('_', ' ')}": value for name, value in build.items()}
         lines |= {
             "python": platform.python_version(),
@@ -231,7 +265,8 @@ class Info:
         width = max(map(len, lines))
         for name, value in lines.items():
             shown = (", ".join(map(str, value)) or "none") if isinstance(value, (list, tuple)) else value
-            _say(console, f"{name:<{width}}  {shown}")
+            say(console, f"{name:<{width}}  {shown}")
+        return 0
 
 
 Command = (
@@ -249,17 +284,19 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as stop:  # tyro has shown its help or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        command.carry_out(Console())
-    except DivergedError as error:
-        print(
-            f"tpext: {error}. The last good checkpoint is kept. Smaller rates or a larger --reg may help.",
-            file=sys.stderr,
-        )
-        return 3
-    except (ConfigError, RunError, MissingDataError, tpext.SingularError) as error:
+        return command.carry_out(Console())
+    except BrokenPipeError:
+        raise  # for the caller, who knows that nothing is left to say
+    except (ConfigError, RunError, tpext.SingularError, OSError) as error:
         print(f"tpext: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("tpext: interrupted; the same command with --resume continues from the last checkpoint", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        # torch has no type of its own for an allocation that failed on the CPU.
+        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+            raise
+        print(f"tpext: out of memory: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as interrupt:
+        more = "; the same command with --resume continues from the last checkpoint"
+        print(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, Train)}", file=sys.stderr)
         return 130
-    return 0

@@ -7,13 +7,14 @@ preset and the values that differ from it.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
 from tpext.rules import Backprop, LearnedInverse, RegularizedInverse, Rule
-from tpext.tasks import IMAGES, TASKS, Task, make_task
+from tpext.tasks import IMAGES, TASKS, Task, TaskName, make_task
 
 RuleName = Literal["regularized", "learned", "backprop"]
 Preset = Literal["default", "published"]
@@ -51,7 +52,13 @@ class Settings:
     reverse_lr: float = 0.0
 
 
-def published(task: str, rule: RuleName, *, length: int = 60, chunk: int = 1, batch_size: int = 0) -> Settings | None:
+PUBLISHED_LENGTHS = {"temporal-order": (60, 120), "adding": (30,)}
+"""Numbers of steps of the synthetic tasks that settings were published for, the tasks' defaults first."""
+
+
+def published(
+    task: str, rule: RuleName, *, length: int | None = None, chunk: int = 1, batch_size: int = 0
+) -> Settings | None:
     """Return the published settings of a task for a rule, or None where none were published.
 
     They are Roulet and Harchaoui's ("Target Propagation via Regularized Inversion for Recurrent Neural Networks", 2023;
@@ -60,9 +67,9 @@ def published(task: str, rule: RuleName, *, length: int = 60, chunk: int = 1, ba
     ============================  =============================  ====================  ============================
     task                          regularized: lr, step, reg     backprop: lr          learned: lr, step, reverse lr
     ============================  =============================  ====================  ============================
-    temporal-order, T < 120       1e-1, 1e-2, 10                 1e-5, momentum .9     1e-2, 1e-1, 1e-3
-    temporal-order, T >= 120      1e-2, 1e-2, 1                  1e-5, momentum .9     1e-2, 1e-1, 1e-3
-    adding                        1e-1, 1e-1, 1                  1e-3, momentum .9     1e-2, 1e-1, 1e-3
+    temporal-order, T = 60        1e-1, 1e-2, 10                 1e-5, momentum .9     1e-2, 1e-1, 1e-3
+    temporal-order, T = 120       1e-2, 1e-2, 1                  1e-5, momentum .9     1e-2, 1e-1, 1e-3
+    adding, T = 30                1e-1, 1e-1, 1                  1e-3, momentum .9     1e-2, 1e-1, 1e-3
     mnist, pixel by pixel         1e-1, 1e-4, 1                  1e-5                  1e-2, 1e-7, 1e-8, noise .1
     permuted-mnist                1e-1, 1e-4, 1                  1e-4                  none
     ============================  =============================  ====================  ============================
@@ -76,12 +83,24 @@ def published(task: str, rule: RuleName, *, length: int = 60, chunk: int = 1, ba
     Args:
         task: a task's name.
         rule: "regularized", "learned" or "backprop".
-        length: number of steps of a synthetic task.
+        length: number of steps of a synthetic task; None is the task's default.
         chunk: pixels per step of an image task; published is 1.
         batch_size: 0 means the published one (20, MNIST 16).
     """
-    if task not in ("temporal-order", "adding", *IMAGES) or chunk != 1 or (task, rule) == ("permuted-mnist", "learned"):
-        return None
+    if task in IMAGES:
+        known = chunk == 1 and (task, rule) != ("permuted-mnist", "learned")
+    else:
+        lengths = PUBLISHED_LENGTHS.get(task, ())
+        known = bool(lengths) if length is None else length in lengths
+    return _starting_settings(task, rule, length or 0, chunk, batch_size) if known else None
+
+
+def _starting_settings(task: str, rule: RuleName, length: int, chunk: int, batch_size: int) -> Settings:
+    """Published settings, or for what was never published the nearest: those of T = 60 hold below T = 120."""
+    if task == "permuted-mnist" and (chunk != 1 or rule == "learned"):
+        task = "mnist"
+    elif task not in ("temporal-order", "adding", *IMAGES):
+        task = "temporal-order"
     images = task in IMAGES
     batch_size = batch_size or (16 if images else 20)
     long = task == "temporal-order" and length >= 120
@@ -96,16 +115,6 @@ def published(task: str, rule: RuleName, *, length: int = 60, chunk: int = 1, ba
         return Settings(Backprop(), lr, lr, iterations, batch_size, momentum=0.0 if images else 0.9)
     learned = LearnedInverse(target_step=1e-7 if images else 1e-1, normalize=False, noise=0.1 if images else 0.0)
     return Settings(learned, 1e-2 / batch_size, 1e-2, iterations, batch_size, reverse_lr=1e-8 if images else 1e-3)
-
-
-def _starting_settings(task: str, rule: RuleName, length: int, chunk: int, batch_size: int) -> Settings:
-    """Published settings, or for what was never published those of the nearest published task."""
-    nearest = "mnist" if task in IMAGES else task if task == "adding" else "temporal-order"
-    settings = published(task, rule, length=length, chunk=chunk, batch_size=batch_size)
-    if settings is None:
-        settings = published(nearest, rule, length=length, batch_size=batch_size)
-    assert settings is not None  # every rule has settings for "mnist", "adding" and "temporal-order"
-    return settings
 
 
 @dataclass(frozen=True)
@@ -141,17 +150,26 @@ class Config:
     tensorboard: bool
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "layers", "iterations", "batch_size", "test_size", "eval_interval"):
+        for name in ("length", "hidden_size", "layers", "iterations", "batch_size", "test_size"):
             _check_integer(name, getattr(self, name), 1)
-        _check_integer("checkpoint_interval", self.checkpoint_interval, 1)
-        _check_integer("seed", self.seed, 0)
+        for name in ("eval_interval", "checkpoint_interval"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_integer("seed", self.seed, 0, 2**64 - 1)
+        if self.chunk is not None:
+            _check_integer("chunk", self.chunk, 1)
         if self.threads is not None:
-            _check_integer("threads", self.threads, 1)
+            _check_integer("threads", self.threads, 1, 1024)
         for name in ("lr", "head_lr", "reverse_lr", "momentum"):
             _check_number(name, getattr(self, name))
         if self.clip_grad_norm is not None:
-            _check_number("clip_grad_norm", self.clip_grad_norm)
+            _check_number("clip_grad_norm", self.clip_grad_norm, above=True)
+        for name, kind in (("nesterov", bool), ("tensorboard", bool), ("device", str)):
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
+        if self.data_dir is not None and not isinstance(self.data_dir, str):
+            raise ConfigError(f"data_dir must be a path or None, got {self.data_dir!r}")
         for name, choices in (
+            ("task", TaskName),
             ("preset", Preset),
             ("nonlinearity", Nonlinearity),
             ("init", Initialization),
@@ -162,10 +180,10 @@ class Config:
                 allowed = ", ".join(get_args(choices))
                 raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
         try:
-            kind = torch.device(self.device).type
+            device = torch.device(self.device).type
         except RuntimeError as error:
             raise ConfigError(f"device must be a torch device such as cpu or cuda:0, got {self.device!r}") from error
-        if kind not in ("cpu", "cuda"):
+        if device not in ("cpu", "cuda"):
             raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
         if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
             raise ConfigError(f"momentum does not belong to optimizer={self.optimizer}, only to sgd and rmsprop")
@@ -173,6 +191,12 @@ class Config:
             raise ConfigError("nesterov needs optimizer=sgd and a momentum above 0")
         if isinstance(self.rule, LearnedInverse) and self.nonlinearity != "tanh":
             raise ConfigError(f"rule=learned needs nonlinearity=tanh, got {self.nonlinearity}")
+        try:
+            task = self.make_task()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if task.length != self.length:
+            raise ConfigError(f"length of {self.task} must be {task.length} = 784 / chunk, got {self.length}")
 
     @property
     def rule_name(self) -> RuleName:
@@ -184,6 +208,13 @@ class Config:
         if self.task in IMAGES:
             return make_task(self.task, chunk=self.chunk, data_dir=self.data_dir)
         return make_task(self.task, length=self.length)
+
+    def options(self) -> dict[str, Any]:
+        """Return the value of every option of :func:`make_config` by its name, the rule's beside the others."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.rule_name != "learned":
+            del values["reverse_lr"]
+        return {**values, "rule": self.rule_name, **asdict(self.rule)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as config.json holds them."""
@@ -198,11 +229,11 @@ class Config:
         Raises:
             ConfigError: a field is missing, unknown or out of its range.
         """
-        rule = dict(values.get("rule", {}))
         try:
+            rule = dict(values["rule"])
             kind = RULES[rule.pop("name")]
             return cls(**{**values, "rule": kind(**rule)})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not the configuration of a run of this version: {error}") from error
 
 
@@ -226,9 +257,10 @@ def make_config(
         rule: "regularized", "learned" or "backprop".
         preset: "published": the published settings (see :func:`published`), number of iterations included, and a
             ConfigError where none were published. "default": the same rates and sizes for fewer iterations (4,000;
-            MNIST 16,000), and those of the nearest published task where none were published.
+            MNIST 16,000), and those of the nearest published task or length where none were published.
         options: any field of :class:`Config` or of the rule; None means "as in the preset". ``lr`` alone sets
-            ``head_lr`` too. With an optimizer other than SGD, for which nothing was published, rates start at 1e-3.
+            ``head_lr`` too. With an optimizer other than SGD, for which nothing was published, rates start at 1e-3 and
+            ``normalize`` is True: gradients times ``target_step`` would be lost beside Adam's epsilon.
 
     Raises:
         ConfigError: an option is unknown, does not belong to the task or the rule, or is out of its range.
@@ -263,7 +295,8 @@ def make_config(
     settings = _starting_settings(task, rule, sequence.length, chunk, int(batch_size))
     if preset == "published" and published(task, rule, length=sequence.length, chunk=chunk) is None:
         raise ConfigError(
-            f"no settings were published for task={task}, rule={rule}" + (f", chunk={chunk}" if images else "")
+            f"no settings were published for task={task}, rule={rule}, "
+            + (f"chunk={chunk}" if images else f"length={sequence.length}")
         )
 
     sgd = given.get("optimizer", "sgd") == "sgd"
@@ -271,6 +304,8 @@ def make_config(
         given.setdefault("head_lr", given["lr"])
     momentum = given.get("momentum", settings.momentum if sgd else 0.0)
     rule_options = {name: given.pop(name) for name in RULE_OPTIONS[rule] if name in given and name != "reverse_lr"}
+    if not sgd and "normalize" in RULE_OPTIONS[rule]:
+        rule_options.setdefault("normalize", True)
     try:
         chosen_rule = replace(settings.rule, **rule_options)  # type: ignore[arg-type]
     except ValueError as error:
@@ -305,29 +340,24 @@ def make_config(
     return Config(task=task, rule=chosen_rule, preset=preset, **values)
 
 
-def differences(saved: Config, *, task: str, **options: OptionValue) -> list[str]:
-    """Return how the options asked for differ from a saved configuration, one sentence each.
-
-    None means that an option was not asked for; :data:`FREE_FIELDS` never differ.
-    """
-    found = []
-    for name, value in {"task": task, **options}.items():
-        if value is None or name in FREE_FIELDS:
-            continue
-        if name == "rule":
-            present: object = saved.rule_name
-        else:
-            present = getattr(saved.rule, name) if hasattr(saved.rule, name) else getattr(saved, name, None)
-        if present != value:
-            found.append(f"{name} is {present} there, {value} was asked for")
-    return found
+def differences(saved: Config, asked: Mapping[str, object]) -> list[str]:
+    """Return how options asked for differ from a saved configuration, one sentence each, :data:`FREE_FIELDS` apart."""
+    present = saved.options()
+    return [
+        f"{name} is {present.get(name)} there, {value} was asked for"
+        for name, value in asked.items()
+        if name not in FREE_FIELDS and present.get(name) != value
+    ]
 
 
-def _check_integer(name: str, value: object, low: int) -> None:
+def _check_integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name} must be an integer >= {low}, got {value!r}")
+    if value > high:
+        raise ConfigError(f"{name} must be at most {high}, got {value}")
 
 
-def _check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
-        raise ConfigError(f"{name} must be a number >= 0, got {value!r}")
+def _check_number(name: str, value: object, *, above: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    if not number or (above and value == 0):
+        raise ConfigError(f"{name} must be a number {'>' if above else '>='} 0, got {value!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tpext.experiments.config import Config
+from tpext.experiments.config import Config, ConfigError
 from tpext.experiments.progress import describe
+from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
 
 # Colours that stay apart in print and for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -29,6 +30,9 @@ def draw_run(folder: str | Path) -> Path:
 
     Returns:
         The path of the picture.
+
+    Raises:
+        RunError: the folder holds no run with an evaluation.
     """
     folder = Path(folder)
     config, metrics = _read(folder)
@@ -45,9 +49,7 @@ def draw_run(folder: str | Path) -> Path:
     accuracy.fill_between(metrics.iteration, metrics.accuracy, color=COLOURS[0], alpha=0.08)
     _style_accuracy(accuracy, config)
     figure.supxlabel(_wrap(settings), fontsize=8, color="#777777")
-    path = folder / "curve.png"
-    figure.savefig(path, dpi=140)
-    return path
+    return _save(figure, folder / "curve.png")
 
 
 def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *, title: str = "") -> Path:
@@ -57,16 +59,27 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
         runs: label -> the folders of its runs (different seeds). Each run is a thin line, the group's mean over the
             iterations that all its runs evaluated a thick one.
         out: path of the picture; its suffix says the format.
-        title: the picture's title; empty: the first run's task.
+        title: the picture's title; empty: the task.
 
     Returns:
         The path of the picture.
+
+    Raises:
+        ConfigError: no run, runs of different tasks or lengths, or a format that cannot be drawn.
+        RunError: a folder holds no run with an evaluation.
     """
     groups = {label: [_read(Path(folder)) for folder in folders] for label, folders in runs.items() if folders}
     if not groups:
-        raise ValueError("draw_comparison: runs must name at least one folder, got none")
-    config = next(iter(groups.values()))[0][0]
+        raise ConfigError("runs must name at least one folder, got none")
+    tasks = {f"{config.task}, T={config.length}": config for members in groups.values() for config, _ in members}
+    if len(tasks) > 1:
+        raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
+    ((name, config),) = tasks.items()
     figure = Figure(figsize=(10, 4.4), layout="constrained")
+    path = Path(out)
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ConfigError(f"out must end in one of .{', .'.join(formats)}, got {str(out)!r}")
     losses, accuracy = figure.subplots(1, 2)
     for index, (label, members) in enumerate(groups.items()):
         colour = COLOURS[index % len(COLOURS)]
@@ -81,21 +94,29 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
             axes.plot(mean.index, mean[column], color=colour, lw=2, label=f"{label} ({final:.1%})")
     _style_loss(losses, "test loss")
     _style_accuracy(accuracy, config)
-    figure.suptitle(title or f"{config.task}, T={config.length}", fontsize=13, color=INK)
+    figure.suptitle(title or name, fontsize=13, color=INK)
     handles, labels = accuracy.get_legend_handles_labels()
     kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != CHANCE_LABEL]
     figure.legend(
         [handle for handle, _ in kept], [label for _, label in kept], loc="outside lower center", ncols=2, frameon=False
     )
-    path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=140)
-    return path
+    return _save(figure, path)
 
 
 def _read(folder: Path) -> tuple[Config, pd.DataFrame]:
-    config = Config.from_dict(json.loads((folder / "config.json").read_text()))
-    return config, pd.read_csv(folder / "metrics.csv")
+    run = RunFolder(folder)
+    config, rows = run.read_config(), run.read_rows()
+    if config is None or not rows:
+        raise RunError(f"{folder} holds no run with an evaluation")
+    return config, pd.DataFrame(rows, columns=list(Row._fields))
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=140, format=path.suffix[1:].lower())
+    write_whole(path, picture.getvalue())
+    return path
 
 
 def _style(axes: Axes) -> None:

@@ -21,8 +21,8 @@ class SequenceModel(nn.Module):
         self.rnn = RNN(
             task.input_size, config.hidden_size, config.layers, nonlinearity=config.nonlinearity, rule=config.rule
         )
-        # The layer has two biases that only ever act as their sum, the published model one. Training both would move the
-        # sum at twice the rate, so one of them stays zero.
+        # The layer has two biases that only ever act as their sum, the published model one. Training both would move
+        # the sum at twice the rate, so one of them stays zero.
         for name, parameter in self.rnn.named_parameters():
             if name.startswith("bias_hh"):
                 nn.init.zeros_(parameter).requires_grad_(False)
@@ -51,7 +51,7 @@ def initialize_orthogonal(model: nn.Module) -> None:
 
 
 def split_parameters(model: SequenceModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trained parameters of the recurrent layers, of the head, and of the reverse layers (learned inverse)."""
+    """Return the trained parameters of the recurrent layers, the head, and the reverse layers (learned inverse)."""
     named = [(name, parameter) for name, parameter in model.rnn.named_parameters() if parameter.requires_grad]
     reverse = [parameter for name, parameter in named if name.startswith("reverse_")]
     recurrent = [parameter for name, parameter in named if not name.startswith("reverse_")]

@@ -25,8 +25,11 @@ class Progress:
         self.last = config.iterations
         self.started = self.drawn = time.perf_counter()
         self.last_row = rows[-1] if rows else None
-        self._say(describe(config))
-        self._say(f"{'resuming after iteration ' + str(iteration) + ' in' if iteration else 'writing to'} {folder}")
+        say(self.console, describe(config))
+        say(
+            self.console,
+            f"{'resuming after iteration ' + str(iteration) + ' in' if iteration else 'writing to'} {folder}",
+        )
         self.bar: Bar | None = None
         if console.is_terminal and not console.quiet:
             self.bar = Bar(
@@ -39,7 +42,7 @@ class Progress:
             )
             self.line = self.bar.add_task("", total=config.iterations, completed=iteration, numbers="")
         else:
-            self._say(f"{'iteration':>9}  {'train loss':>10}  {'test loss':>10}  {'accuracy':>8}  {'it/s':>7}")
+            say(self.console, f"{'iteration':>9}  {'train loss':>10}  {'test loss':>10}  {'accuracy':>8}  {'it/s':>7}")
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -58,7 +61,7 @@ class Progress:
         if self.bar is None:
             self.iteration = row.iteration
             numbers = f"{row.train_loss:>10.5f}  {row.test_loss:>10.5f}  {row.accuracy:>8.2%}"
-            self._say(f"{row.iteration:>9}  {numbers}  {self._rate():>7.0f}")
+            say(self.console, f"{row.iteration:>9}  {numbers}  {self._rate():>7.0f}")
 
     def advance(self, iteration: int, train_loss: float) -> None:
         """Show an iteration: the last, and before it one every tenth of a second."""
@@ -78,8 +81,10 @@ class Progress:
         """Iterations per second since the start, evaluations included."""
         return (self.iteration - self.first) / max(time.perf_counter() - self.started, 1e-9)
 
-    def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+def say(console: Console, text: str) -> None:
+    """Print a line as it is."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def describe(config: Config) -> str:

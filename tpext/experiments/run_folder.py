@@ -1,4 +1,4 @@
-"""The files of a run, written so that a kill at any moment leaves each of them whole.
+"""The files of a run. A kill at any moment leaves each whole, but for a last line of metrics.csv, which is passed over.
 
 ====================  =====================================================================================
 config.json           the configuration
@@ -6,21 +6,26 @@ metrics.csv           iteration, train_loss, test_loss, accuracy, seconds: one r
 checkpoint.pt         everything that continues the run bit for bit, the metrics so far included
 result.json           final and best accuracy, losses, time, versions: present when the run is complete
 curve.png             loss and accuracy over the iterations
+lock                  empty; held by the process that is at the run
 ====================  =====================================================================================
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import torch
 
-from tpext.experiments.config import Config
+from tpext.experiments.config import FREE_FIELDS, Config, ConfigError, differences
 
 CHECKPOINT_FORMAT = 1
 
@@ -33,6 +38,30 @@ class Row(NamedTuple):
     test_loss: float
     accuracy: float
     seconds: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of a complete run, as result.json holds it.
+
+    Accuracies are in 0..1, on the test set. ``best_accuracy`` is the maximum over the evaluations after iteration 0:
+    a choice made on the test set, so it flatters; ``accuracy`` is that of the last iteration.
+    """
+
+    task: str
+    rule: str
+    seed: int
+    iterations: int
+    accuracy: float
+    best_accuracy: float
+    best_iteration: int
+    train_loss: float
+    test_loss: float
+    seconds: float
+    parameters: int
+    device: str
+    threads: int
+    versions: dict[str, str]
 
 
 class RunError(RuntimeError):
@@ -50,22 +79,45 @@ class RunFolder:
         self.result = self.path / "result.json"
         self.curve = self.path / "curve.png"
 
-    def create(self, config: Config) -> None:
-        """Start a run here.
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes off the run; makes the folder.
 
         Raises:
-            RunError: there is a run already, or the path is no folder.
+            RunError: another process is at it, or the path is no folder.
         """
-        for path in (self.config, self.metrics, self.checkpoint, self.result, self.curve):
-            if path.exists():
-                raise RunError(
-                    f"{self.path} already holds a run ({path.name}): continue it with --resume, or choose another --out"
-                )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise RunError(f"{self.path} cannot be a run's folder: {error.strerror}") from error
-        _write_whole(self.config, _json(config.to_dict()))
+        with (self.path / "lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RunError(f"{self.path}: another process is running this run") from error
+            yield
+
+    def check_empty(self) -> None:
+        """Raise RunError if there is a run already, or a part of one."""
+        for path in (self.config, self.metrics, self.checkpoint, self.result, self.curve):
+            if path.exists() and self.config.exists():
+                raise RunError(
+                    f"{self.path} already holds a run: pass another --out for a new run, or --resume to continue it"
+                )
+            if path.exists():
+                raise RunError(
+                    f"{self.path} holds {path.name} but no {self.config.name}, so it cannot be continued: "
+                    "pass another --out for a new run"
+                )
+
+    def create(self, config: Config) -> None:
+        """Start a run here, in the locked folder.
+
+        Raises:
+            RunError: there is a run already, or a part of one.
+        """
+        self.check_empty()
+        write_whole(self.config, _json(config.to_dict()))
 
     def read_config(self) -> Config | None:
         """Return the configuration of the run here, None if there is none.
@@ -77,19 +129,64 @@ class RunFolder:
             return None
         try:
             return Config.from_dict(json.loads(self.config.read_text()))
-        except ValueError as error:
+        except ConfigError as error:
             raise RunError(f"{self.config}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.config}: not the configuration of a run: {error}") from error
 
-    def read_result(self) -> dict[str, Any] | None:
-        """Return the result of the run here, None if it is not complete."""
+    def continued(self, asked: Mapping[str, Any]) -> Config | None:
+        """Return the configuration of the run here with the free fields asked for, None if there is no run.
+
+        Raises:
+            RunError: it cannot be read, or another option was asked for than is there: names each.
+        """
+        saved = self.read_config()
+        if saved is None:
+            return None
+        found = differences(saved, asked)
+        if found:
+            raise RunError(f"{self.path} holds another run: {'; '.join(found)}. Pass another --out for a new run")
+        return replace(saved, **{name: asked[name] for name in FREE_FIELDS if name in asked})
+
+    def read_result(self) -> Result | None:
+        """Return the result of the run here, None if it is not complete.
+
+        Raises:
+            RunError: it cannot be read.
+        """
         if not self.result.exists():
             return None
-        result: dict[str, Any] = json.loads(self.result.read_text())
+        try:
+            values = json.loads(self.result.read_text())
+            result = Result(**values)
+        except (OSError, TypeError, ValueError) as error:
+            raise RunError(f"{self.result}: not the result of a run of this version: {error}") from error
+        for name, kind in get_type_hints(Result).items():
+            if not isinstance(getattr(result, name), get_origin(kind) or kind):
+                raise RunError(f"{self.result}: {name} must be of type {kind}, got {getattr(result, name)!r}")
         return result
 
-    def write_result(self, result: dict[str, Any]) -> None:
+    def write_result(self, result: Result) -> None:
         """Mark the run as complete."""
-        _write_whole(self.result, _json(result))
+        write_whole(self.result, _json(asdict(result)))
+
+    def read_rows(self) -> list[Row]:
+        """Return the evaluations in metrics.csv, none if there is no such file.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        if not self.metrics.exists():
+            return []
+        kinds = get_type_hints(Row).values()
+        try:
+            # What a kill cut short has no end of line.
+            header, *lines = csv.reader(self.metrics.read_text().split("\n")[:-1])
+            if tuple(header) != Row._fields:
+                raise ValueError(f"its columns are {', '.join(header)}")
+            return [Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True))) for line in lines]
+        except (OSError, ValueError, csv.Error) as error:
+            raise RunError(f"{self.metrics}: not the metrics of a run: {error}") from error
 
     def append_row(self, row: Row) -> None:
         """Add a line to metrics.csv. A line cut short by a kill is mended by :meth:`write_rows` on resume."""
@@ -102,25 +199,37 @@ class RunFolder:
         writer = csv.writer(text)
         writer.writerow(Row._fields)
         writer.writerows(rows)
-        _write_whole(self.metrics, text.getvalue().encode())
+        write_whole(self.metrics, text.getvalue().encode())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace checkpoint.pt by a new one, whole or not at all."""
         buffer = io.BytesIO()
         torch.save({"format": CHECKPOINT_FORMAT, **state}, buffer)
-        _write_whole(self.checkpoint, buffer.getvalue())
+        write_whole(self.checkpoint, buffer.getvalue())
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Return the state last saved, on the CPU; None if none was.
 
         Raises:
-            RunError: the checkpoint was written by another version.
+            RunError: the checkpoint cannot be read, was written by another version, or is gone.
         """
         if not self.checkpoint.exists():
+            rows = self.read_rows()
+            if rows and rows[-1].iteration > 0:
+                raise RunError(
+                    f"{self.checkpoint} is missing, and {self.metrics.name} goes to iteration {rows[-1].iteration}: "
+                    "this run cannot be continued; pass another --out for a new run"
+                )
             return None
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        if state.get("format") != CHECKPOINT_FORMAT:
-            raise RunError(f"{self.checkpoint}: format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}")
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            found = state.get("format")
+        except MemoryError:
+            raise
+        except Exception as error:  # a broken archive can raise anything
+            raise RunError(f"{self.checkpoint}: not a readable checkpoint ({type(error).__name__})") from error
+        if found != CHECKPOINT_FORMAT:
+            raise RunError(f"{self.checkpoint}: format {found}, this version reads {CHECKPOINT_FORMAT}")
         return state
 
 
@@ -128,14 +237,22 @@ def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2) + "\n").encode()
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file such that a kill, or a power cut, leaves the old content or the new, never a part."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file such that a kill, or a power cut, leaves the old content or the new, never a part.
+
+    Raises:
+        RunError: it cannot be written, for want of space or rights; the old content stays.
+    """
     temporary = path.with_name(path.name + ".new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from error
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import math
 import platform
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +20,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import tpext
-from tpext.experiments.config import FREE_FIELDS, Config, ConfigError
+from tpext.experiments.config import Config, ConfigError
 from tpext.experiments.figures import draw_run
 from tpext.experiments.model import SequenceModel, split_parameters
-from tpext.experiments.progress import Progress
-from tpext.experiments.run_folder import Row, RunError, RunFolder
+from tpext.experiments.progress import Progress, say
+from tpext.experiments.run_folder import Result, Row, RunError, RunFolder
 from tpext.rules import LearnedInverse
 from tpext.tasks import IMAGES, Batch, Task
 
@@ -40,26 +43,6 @@ class DivergedError(RuntimeError):
         self.iteration = iteration
 
 
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a complete run, as result.json holds it. Accuracies are in 0..1, on the test set."""
-
-    task: str
-    rule: str
-    seed: int
-    iterations: int
-    accuracy: float
-    best_accuracy: float
-    best_iteration: int
-    train_loss: float
-    test_loss: float
-    seconds: float
-    parameters: int
-    device: str
-    threads: int
-    versions: dict[str, str]
-
-
 def train(config: Config, out: str | Path, *, resume: bool = False, console: Console | None = None) -> Result:
     """Run a configuration in a folder, to its last iteration.
 
@@ -74,56 +57,75 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
         console: where the progress goes; None means nowhere.
 
     Raises:
-        RunError: the folder holds a run already, or (with ``resume``) one of another configuration: names the field.
+        ConfigError: the data, the device or an installed package does not allow the run; no folder is made.
+        RunError: the folder holds a run already, one that another process is at, or (with ``resume``) one that is
+            broken or of another configuration: names the field.
         DivergedError: a non-finite loss, gradient or parameter; the last good checkpoint and the metrics stay.
         MissingDataError: the task's data is not there.
+        KeyboardInterrupt: Ctrl-C. The first lets the iteration end and saves a checkpoint, the second stops at once.
     """
     folder = RunFolder(out)
     console = console or Console(quiet=True)
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device must be cpu here, got {config.device}: torch finds no CUDA device")
-    task = config.make_task()
-    saved = folder.read_config() if resume else None
+    saved = folder.continued(config.options()) if resume else None
     if saved is None:
-        test_set = _test_set(task, config)  # missing data shows before a folder is made
-        folder.create(config)
+        folder.check_empty()
     else:
-        _check_same(saved, config, folder)
         result = folder.read_result()
         if result is not None:
-            console.print(f"{folder.path} is complete already", highlight=False, soft_wrap=True)
-            return Result(**result)
-        test_set = _test_set(task, config)
-    with _torch_state(config):
-        return _Run(config, task, test_set, folder, console).carry_out()
-
-
-def _test_set(task: Task, config: Config) -> Batch:
+            say(console, f"{folder.path} is complete already")
+            return result
+    if torch.device(config.device).type == "cuda" and not tpext.build_info()["cuda_architectures"]:
+        raise ConfigError("device must be cpu: this build of tpext has no CUDA kernels")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError('tensorboard is not installed: pip install "tpext[experiments]"')
+    task = config.make_task()
     try:
-        return task.test_set(config.seed, config.test_size)
+        task.batch(config.seed, 0, config.batch_size)
+        test_set = task.test_set(config.seed, config.test_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _check_same(saved: Config, config: Config, folder: RunFolder) -> None:
-    old, new = saved.to_dict(), config.to_dict()
-    for name in old:
-        if name not in FREE_FIELDS and old[name] != new[name]:
-            raise RunError(f"{folder.path} holds another run: {name} is {old[name]} there, {new[name]} was asked for")
+    with _torch_state(config):
+        run = _Run(config, task, test_set, folder, console)
+        with folder.locked(), _interrupts() as interrupts:
+            if saved is None:
+                folder.create(config)
+            return run.carry_out(interrupts)
 
 
 @contextlib.contextmanager
 def _torch_state(config: Config) -> Iterator[None]:
     """Seed torch and set its threads, for the run only."""
     threads = torch.get_num_threads()
-    devices = [torch.device(config.device)] if torch.device(config.device).type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         torch.set_num_threads(config.threads or default_threads(config))
         try:
             yield
         finally:
             torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """Collect a first Ctrl-C in a list, for the loop to stop between two iterations; let a second one stop it at once.
+
+    Only the main thread can, and only where nobody else handles Ctrl-C.
+    """
+    caught: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+        yield caught
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def default_threads(config: Config) -> int:
@@ -177,11 +179,10 @@ class _Run:
         self.iteration = 0
         self.rows: list[Row] = []
         self.losses: list[float] = []  # since the last row
-        self.unread: list[Tensor] = []  # losses still on the device
         self.seconds_before = 0.0
         self.started = time.perf_counter()
 
-    def carry_out(self) -> Result:
+    def carry_out(self, interrupts: list[int]) -> Result:
         config = self.config
         state = self.folder.load_checkpoint()
         if state is not None:
@@ -198,20 +199,23 @@ class _Run:
                     self._step(iteration)
                     last = iteration == config.iterations
                     if iteration % config.eval_interval == 0 or last:
-                        self._read_losses()
                         self._add_row(math.fsum(self.losses) / len(self.losses), progress, writer)
                         self.losses.clear()
-                    if iteration % config.checkpoint_interval == 0 or last:
+                    if iteration % config.checkpoint_interval == 0 or last or interrupts:
                         self._checkpoint()
+                    if interrupts and not last:
+                        raise KeyboardInterrupt(f"interrupted; a checkpoint is saved at iteration {iteration}")
                     progress.advance(iteration, self.losses[-1] if self.losses else self.rows[-1].train_loss)
         except DivergedError:
-            draw_run(self.folder.path)
+            if self.rows:
+                draw_run(self.folder.path)
             raise
-        if writer is not None:
-            writer.close()
+        finally:
+            if writer is not None:
+                writer.close()
         result = self._result()
         draw_run(self.folder.path)
-        self.folder.write_result(asdict(result))
+        self.folder.write_result(result)
         return result
 
     def _step(self, iteration: int) -> None:
@@ -228,7 +232,7 @@ class _Run:
                 self.reverse_optimizer.step()
             self.optimizer.zero_grad()
             loss = self._loss(input, target)
-            self._watch(loss, "training loss")
+            value = self._watch(loss, "training loss")
             torch.autograd.backward(loss)
             self._check_gradients()
             self.optimizer.step()
@@ -238,37 +242,25 @@ class _Run:
             # The regularised inverse refuses NaN and infinite weights; any other refusal is the caller's to see.
             self._check_parameters(error)
             raise
-        self.unread.append(loss.detach())
-        if self.device.type == "cpu" or len(self.unread) == 64:
-            self._read_losses()
+        self.losses.append(value)
 
-    def _watch(self, loss: Tensor, what: str) -> None:
-        """Stop before a non-finite loss moves any parameter: where reading a number costs no wait, that is the CPU."""
-        if self.device.type == "cpu" and not math.isfinite(value := loss.item()):
+    def _watch(self, loss: Tensor, what: str) -> float:
+        """Return a loss; stop before one that is not finite moves any parameter."""
+        if not math.isfinite(value := loss.item()):
             raise DivergedError(self.iteration, f"the {what} is {value}")
+        return value
 
     def _check_gradients(self) -> None:
         if self.config.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad_norm)
-        if self.device.type == "cpu":
-            for bias in self.biases:
-                if bias.grad is not None and not math.isfinite(value := bias.grad.sum().item()):
-                    raise DivergedError(self.iteration, f"the gradient holds {value}")
+        for bias in self.biases:
+            if bias.grad is not None and not math.isfinite(value := bias.grad.sum().item()):
+                raise DivergedError(self.iteration, f"the gradient holds {value}")
 
     def _check_parameters(self, cause: Exception | None = None) -> None:
         for name, parameter in self.model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise DivergedError(self.iteration, f"{name} holds NaN or infinite values") from cause
-
-    def _read_losses(self) -> None:
-        """Fetch the losses from the device: the only wait for it between two evaluations."""
-        first = self.iteration - len(self.unread) + 1
-        for offset, loss in enumerate(self.unread):
-            value = loss.item()
-            if not math.isfinite(value):
-                raise DivergedError(first + offset, f"the training loss is {value}")
-            self.losses.append(value)
-        self.unread.clear()
 
     def _move(self, batch: Batch) -> Batch:
         return Batch(batch.input.to(self.device, self.dtype), batch.target.to(self.device))
@@ -322,7 +314,6 @@ class _Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def _checkpoint(self) -> None:
-        self._read_losses()
         self._check_parameters()
         reverse = self.reverse_optimizer
         self.folder.save_checkpoint(
@@ -332,7 +323,6 @@ class _Run:
                 "optimizer": self.optimizer.state_dict(),
                 "reverse_optimizer": None if reverse is None else reverse.state_dict(),
                 "random_state": torch.get_rng_state(),
-                "cuda_random_state": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
                 "rows": [list(row) for row in self.rows],
                 "losses": list(self.losses),
                 "seconds": self._seconds(),
@@ -340,17 +330,20 @@ class _Run:
         )
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.iteration = state["iteration"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.reverse_optimizer is not None:
-            self.reverse_optimizer.load_state_dict(state["reverse_optimizer"])
-        torch.set_rng_state(state["random_state"])
-        if self.device.type == "cuda" and state["cuda_random_state"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random_state"], self.device)
-        self.rows = [Row(*row) for row in state["rows"]]
-        self.losses = state["losses"]
-        self.seconds_before = state["seconds"]
+        try:
+            self.iteration = state["iteration"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.reverse_optimizer is not None:
+                self.reverse_optimizer.load_state_dict(state["reverse_optimizer"])
+            torch.set_rng_state(state["random_state"])
+            self.rows = [Row(*row) for row in state["rows"]]
+            self.losses = state["losses"]
+            self.seconds_before = state["seconds"]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.folder.checkpoint}: not a checkpoint of this run ({type(error).__name__})"
+            ) from error
 
     def _tensorboard(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
@@ -360,7 +353,7 @@ class _Run:
 
     def _result(self) -> Result:
         last = self.rows[-1]
-        best = max(self.rows, key=lambda row: row.accuracy)
+        best = max(self.rows[1:], key=lambda row: row.accuracy)
         return Result(
             task=self.config.task,
             rule=self.config.rule_name,
@@ -387,8 +380,3 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-
-
-def resumed_config(saved: Config, **free: object) -> Config:
-    """Return a saved configuration with the :data:`FREE_FIELDS` that are given (not None) replaced."""
-    return replace(saved, **{name: value for name, value in free.items() if value is not None})  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ class Task(ABC):
     correct_when: ClassVar[str]
     """How an output counts as correct, in words."""
 
-    default_test_size: ClassVar[int] = 2000
+    default_test_size: ClassVar[int] = 1000
 
     length: int
     """Number of steps T."""

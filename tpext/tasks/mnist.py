@@ -124,7 +124,8 @@ def load_mnist(data_dir: Path | None = None) -> Mnist:
 
     Raises:
         MissingDataError: a file is missing (and cannot be downloaded); says how to get it.
-        ValueError: a file is broken or of another size than MNIST's; names it.
+        ValueError: a file is broken, its images are not 28 x 28, or its labels do not go with them; names it. Fewer
+            images than MNIST's are taken as they are.
     """
     folder = cache_folder() if data_dir is None else data_dir
     if len(_find(folder)) < len(FILES):
