@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            # Given each time: pip's isolated environment is gone by the next build, CMake's cache of it is not.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DTPEXT_VERSION={self.distribution.get_version()}",

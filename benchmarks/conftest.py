@@ -34,7 +34,7 @@ def sgemm_peak(rounds: int = 15) -> float:
 
 @pytest.fixture
 def against(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``against(ours, peer, flops=None, rounds=None)`` times both in turns and records the ratio of the medians."""
+    """``against(ours, peer, flops=None, **extra)`` times both in turns and records the ratio of the medians."""
 
     def run(
         ours: Callable[[], object], peer: Callable[[], object], *, flops: float | None = None, **extra: object

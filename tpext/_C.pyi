@@ -1,4 +1,7 @@
-"""Types of the native module. Tensors are DLPack capsules or objects with ``__dlpack__``, on the CPU and contiguous."""
+"""Types of the native module.
+
+Tensors are DLPack capsules or objects with ``__dlpack__``, on the CPU and contiguous. Outputs must not overlap inputs.
+"""
 
 from typing import TypedDict
 

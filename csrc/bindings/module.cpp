@@ -26,6 +26,9 @@ namespace py = pybind11;
 constexpr dlpack::DataType kFloat32{dlpack::kFloat, 32, 1}, kFloat64{dlpack::kFloat, 64, 1},
     kInt64{dlpack::kInt, 64, 1};
 
+// OpenMP ends the process when the system refuses it a thread.
+constexpr int kMaxThreads = 1024;
+
 const std::vector<const char*> kNonlinearities = {"tanh", "relu", "identity"};
 const std::vector<const char*> kCorrections = {"linearized", "difference", "none"};
 const std::vector<const char*> kCredits = {"local", "through_time"};
@@ -43,8 +46,9 @@ class Call {
     if (static_cast<int64_t>(reverse.size()) != S_.size)
       throw py::value_error(std::string(op) + ": reverse must have S=" + std::to_string(S_.size) + " values, got " +
                             std::to_string(reverse.size()));
-    if (threads < 1)
-      throw py::value_error(std::string(op) + ": num_threads must be at least 1, got " + std::to_string(threads));
+    if (threads < 1 || threads > kMaxThreads)
+      throw py::value_error(std::string(op) + ": num_threads must lie in 1.." + std::to_string(kMaxThreads) + ", got " +
+                            std::to_string(threads));
     if (lengths.given()) {
       lengths.require_shape({B_});
       lengths.require_dense(kInt64);

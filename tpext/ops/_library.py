@@ -80,7 +80,7 @@ def check_scan(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    _refuse_forward_mode(op)
+    refuse_forward_mode(op)
     first, symbols = tensors[leading]
     if first.dim() != len(symbols):
         raise ValueError(f"{op}: {leading} must be [{', '.join(symbols)}], got {list(first.shape)}")
@@ -109,13 +109,15 @@ def check_scan(
     check_choice(op, "nonlinearity", nonlinearity, NONLINEARITIES)
 
 
-def _refuse_forward_mode(op: str) -> None:
-    # An op without a forward-mode formula drops tangents silently. Under torch.func.jvp they cannot be seen from inside
-    # an op, so any forward-mode context is refused.
+def refuse_forward_mode(op: str) -> None:
+    """Raise NotImplementedError in a forward-mode context, where the op would drop tangents silently.
+
+    Under ``torch.func.jvp`` the tangents themselves cannot be seen from inside an op.
+    """
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
-            f"{op}: forward-mode differentiation (torch.func.jvp, jacfwd) is not supported; use reverse mode "
-            "(torch.func.vjp, jacrev), or torch.nn.RNN, which tpext.nn.RNN.to_torch() gives"
+            f"{op}: forward-mode differentiation (torch.func.jvp, jacfwd) is not supported; use torch.autograd.grad, "
+            "or torch.nn.RNN, which tpext.nn.RNN.to_torch() gives"
         )
 
 

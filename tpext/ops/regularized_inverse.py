@@ -3,12 +3,15 @@
 ``torch.ops.tpext.regularized_inverse(weight, reg)`` maps ``W [..., M, N]`` to ``R = (W'W + reg I)^-1 W' = W'(WW' +
 reg I)^-1  [..., N, M]``, the map ``y -> argmin_x ||W x - y||^2 + reg ||x||^2``, by a Cholesky factorisation of the
 smaller Gram matrix. Float32 or float64; low precision is computed in float32 under autocast. Exact: it has first and
-second derivatives. Cost: about ``min(M, N)^2 (M + N) + min(M, N)^3 / 3`` multiply-adds a matrix; the Gram matrix
-squares the condition number, so without regularisation use float64.
+second derivatives. Cost: about ``min(M, N)^2 (M + N) + min(M, N)^3 / 3`` multiply-adds a matrix.
+
+The Gram matrix squares the condition number: the relative error is some ``eps (s_max^2 + reg) / (s_min^2 + reg)`` with
+the extreme singular values of ``W``, so a small ``reg`` and nearly singular weights ask for float64. Without
+regularisation (``reg = 0``) float32 weights are inverted in float64.
 
 Raises:
     ValueError: ``weight`` has NaN or infinite elements (the message says which matrix), a wrong rank or dtype;
-    ``reg`` < 0. SingularError: a Gram matrix plus ``reg`` is not positive definite to working precision (the message
+    ``reg`` < 0. SingularError: a Gram matrix plus ``reg`` is singular to working precision, or overflows (the message
     says which).
 
 Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion" (2021), section 3: the inverse of the
@@ -23,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpext.ops._library import LIBRARY, define
+from tpext.ops._library import LIBRARY, define, refuse_forward_mode
 
 
 class SingularError(torch.linalg.LinAlgError):  # type: ignore[name-defined,misc]
@@ -40,6 +43,7 @@ def _gram(weight: Tensor, reg: float) -> Tensor:
 
 
 def _check(weight: Tensor, reg: float) -> None:
+    refuse_forward_mode("regularized_inverse")
     if weight.dim() < 2:
         raise ValueError(f"regularized_inverse: weight must be [..., M, N], got {list(weight.shape)}")
     if weight.dtype not in (torch.float32, torch.float64):
@@ -59,6 +63,8 @@ def _first(failed: Tensor) -> str:
 
 def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
     _check(weight, reg)
+    if reg == 0 and weight.dtype == torch.float32:
+        return _regularized_inverse(weight.double(), reg).float()
     rows, columns = weight.shape[-2:]
     output = weight.new_empty(*weight.shape[:-2], columns, rows)
     if output.numel() == 0:
@@ -74,8 +80,8 @@ def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
         if unusable.any():
             raise ValueError(f"regularized_inverse: {_first(unusable)} has NaN or infinite elements")
         raise SingularError(
-            f"regularized_inverse: the Gram matrix of {_first(failed)} plus reg={reg} is not positive definite in "
-            f"{str(weight.dtype).removeprefix('torch.')}; use a larger reg"
+            f"regularized_inverse: the Gram matrix of {_first(failed)} plus reg={reg} is singular to the precision of "
+            f"{str(weight.dtype).removeprefix('torch.')}, or overflows it; use a larger reg or smaller weights"
         )
     if columns <= rows:
         return output.copy_(torch.cholesky_solve(weight.mT, factor))
@@ -97,15 +103,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     #   R = A^-1 W', A = W'W + rI, K = A^-1 G:  dL/dW = K' - W R K' - W K R'
     #   R = W' B^-1, B = WW' + rI, K = G B^-1:  dL/dW = K' - R' K W - K' R W
     weight, inverse = ctx.saved_tensors
+    dtype = weight.dtype
+    if ctx.reg == 0:
+        weight, inverse, grad = weight.double(), inverse.double(), grad.double()
     rows, columns = weight.shape[-2:]
     identity = torch.eye(min(rows, columns), dtype=weight.dtype, device=weight.device)
     if columns <= rows:
         factor = torch.linalg.cholesky(weight.mT @ weight + ctx.reg * identity)
         k = torch.cholesky_solve(grad, factor)
-        return k.mT - weight @ (inverse @ k.mT + k @ inverse.mT), None
+        return (k.mT - weight @ (inverse @ k.mT + k @ inverse.mT)).to(dtype), None
     factor = torch.linalg.cholesky(weight @ weight.mT + ctx.reg * identity)
     k_transposed = torch.cholesky_solve(grad.mT, factor)
-    return k_transposed - (inverse.mT @ k_transposed.mT + k_transposed @ inverse) @ weight, None
+    return (k_transposed - (inverse.mT @ k_transposed.mT + k_transposed @ inverse) @ weight).to(dtype), None
 
 
 define("regularized_inverse(Tensor weight, float reg) -> Tensor", _regularized_inverse, _fake, cast_outputs=False)

@@ -62,6 +62,7 @@ from tpext.ops._library import (
 from tpext.ops.rnn_scan import input_projection, recurrent_weight_gradient
 
 CORRECTIONS = ("linearized", "difference", "none")
+INPUT_RULES = ("gradient", "target")
 
 NOT_A_DERIVATIVE = (
     "target propagation's backward pass is not a derivative, so it cannot be differentiated (create_graph=True, "
@@ -122,8 +123,11 @@ def _prepare_target(
     check_choice(op, "credit", credit, CREDITS)
     if correction == "none" and x_proj is None:
         raise ValueError(f"{op}: x_proj must be given for correction 'none', got None")
-    if not 0 < clip < 1:
-        raise ValueError(f"{op}: clip must lie between 0 and 1, got {clip}")
+    least = torch.finfo(grad_states.dtype).eps
+    if not least <= clip < 1:
+        raise ValueError(
+            f"{op}: clip must be at least {least:.2g}, the precision of {grad_states.dtype}, and below 1, got {clip}"
+        )
     _check_step(op, target_step)
     displacement = _empty(grad_states, return_displacement, *grad_states.shape)
     return *_outputs(grad_states, return_norms), displacement
@@ -291,7 +295,10 @@ def _sum_members(stacked: Tensor) -> Tensor:
 
 
 class _TargetLayer(torch.autograd.Function):
-    """What the layers below share: a backward pass that hands out what a target pass found instead of derivatives."""
+    """What the layers below share: a backward pass that hands out what a target pass found instead of derivatives.
+
+    Their ``forward`` takes what only ``backward`` needs by name: torch's compiler counts the signature's parameters.
+    """
 
     @staticmethod
     def vmap(*args: Any) -> Any:
@@ -347,7 +354,13 @@ class _RegularizedTargetLayer(_TargetLayer):
         lengths: Tensor | None,
         reverse: Sequence[bool],
         nonlinearity: str,
-        *settings: Any,
+        reg: float,
+        target_step: float,
+        correction: str,
+        credit: str,
+        clip: float,
+        normalize: bool,
+        input_rule: str,
     ) -> Tensor:
         x_proj = input_projection(input, weight_ih, bias)
         states: Tensor = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
@@ -406,7 +419,9 @@ class _LearnedTargetLayer(_TargetLayer):
         lengths: Tensor | None,
         reverse: Sequence[bool],
         nonlinearity: str,
-        *settings: Any,
+        target_step: float,
+        credit: str,
+        normalize: bool,
     ) -> Tensor:
         x_proj = input_projection(input, weight_ih, bias)
         states: Tensor = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
@@ -505,6 +520,9 @@ def target_rnn(
         SingularError: in the backward pass, if ``W'W + reg I`` is singular to working precision.
         RuntimeError: in the backward pass, if its result is to be differentiated.
     """
+    check_choice("target_rnn", "correction", correction, CORRECTIONS)
+    check_choice("target_rnn", "credit", credit, CREDITS)
+    check_choice("target_rnn", "input_rule", input_rule, INPUT_RULES)
     tensors = (input, h0, weight_ih, weight_hh, bias, lengths)
     settings = (list(reverse), nonlinearity, reg, target_step, correction, credit, clip, normalize, input_rule)
     return _run_layer(_RegularizedTargetLayer, tensors, *settings)
@@ -544,6 +562,7 @@ def learned_target_rnn(
         ValueError: arguments that do not fit each other.
         RuntimeError: in the backward pass, if its result is to be differentiated.
     """
+    check_choice("learned_target_rnn", "credit", credit, CREDITS)
     tensors = (input, h0, weight_ih, weight_hh, bias, reverse_weight, reverse_bias, lengths)
     settings = (list(reverse), nonlinearity, target_step, credit, normalize)
     return _run_layer(_LearnedTargetLayer, tensors, *settings)
