@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import itertools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,47 @@ def test_compiles_with_changing_sizes():
         x = torch.randn(size)
         torch.testing.assert_close(compiled(x), rnn(x))
         compiled(x)[0].sum().backward()
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=repr)
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen", "eval after training"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_without_gradients(rule, options, mode):
+    rnn = tpext.nn.RNN(I, H, rule=rule, **options)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, nullcontext)
+    if mode == "frozen":
+        rnn.requires_grad_(False)
+    elif mode == "eval after training":
+        assert_same(run(compiled, rnn, None), run(rnn, rnn, None))
+        rnn.eval()
+        context = torch.no_grad
+    with context():
+        x = torch.randn(T, B, I)
+        for lengths in (None, torch.tensor(LENGTHS)):
+            found = compiled(x, None, lengths)
+            assert not found[0].requires_grad
+            torch.testing.assert_close(found, rnn(x, None, lengths))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_stacked_with_changing_sizes_and_rule(rule):
+    rnn = tpext.nn.RNN(I, H, 2, bidirectional=True, rule=rule)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=True)
+    changes = {RegularizedInverse: {"reg": 3.0, "clip": 0.01}, LearnedInverse: {"target_step": 0.5}}
+    changed = dataclasses.replace(rule, **changes.get(type(rule), {}))
+    for rnn.rule in (rule, changed, rule):
+        for steps, batch in [(5, 4), (7, 3), (4, 6)]:
+            x = torch.randn(steps, batch, I)
+            found = []
+            for module in (compiled, rnn):
+                rnn.zero_grad()
+                output, h_n = module(x)
+                (output.square().sum() + h_n.sum()).backward()
+                found.append({"output": output, "h_n": h_n} | gradients(rnn))
+            assert_same(*found)
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -449,13 +492,50 @@ def test_function_transforms_of_a_target_rule_are_refused(rule):
         torch.func.vmap(lambda x: rnn(x)[0])(torch.randn(2, T, B, I))
 
 
+REVERSE_TRANSFORMS = {
+    "grad": torch.func.grad,
+    "vjp": lambda function: lambda x: torch.func.vjp(function, x)[1](torch.ones(())),
+    "jacrev": torch.func.jacrev,
+    "vmap of grad": lambda function: lambda x: torch.func.vmap(torch.func.grad(function))(x.unsqueeze(0)),
+}
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("transform", REVERSE_TRANSFORMS)
+def test_reverse_mode_transforms_raise_rather_than_give_wrong_numbers(rule, transform):
+    rnn = tpext.nn.RNN(I, H, rule=rule)
+    x = torch.randn(T, B, I)
+    parameters = {name: p.detach() for name, p in rnn.named_parameters()}
+    expected = "setup_context" if isinstance(rule, Backprop) else NAMES_BACKPROP
+    with pytest.raises(RuntimeError, match=expected):
+        REVERSE_TRANSFORMS[transform](lambda x: rnn(x)[0].sum())(x)
+    with pytest.raises(RuntimeError, match=expected):
+        REVERSE_TRANSFORMS[transform](
+            lambda weight: torch.func.functional_call(rnn, parameters | {"weight_hh_l0": weight}, (x,))[0].sum()
+        )(parameters["weight_hh_l0"])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_of_backprop():
+    rnn = tpext.nn.RNN(I, H, 2, bidirectional=True, dtype=torch.float64, rule=Backprop())
+    x = torch.randn(3, T, B, I, dtype=torch.float64, requires_grad=True)
+    found = []
+    for output in (torch.func.vmap(lambda x: rnn(x)[0])(x), torch.stack([rnn(part)[0] for part in x])):
+        found.append([output, *torch.autograd.grad(output.square().sum(), [x, *rnn.parameters()])])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_forward_mode_is_refused(rule):
     """Rather than a zero tangent, which torch's fallback for ops without the formula gives."""
     rnn = tpext.nn.RNN(I, H, rule=rule)
     x = torch.randn(T, B, I)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jacfwd(lambda x: rnn(x)[0])(x)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        rnn(torch.autograd.forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)

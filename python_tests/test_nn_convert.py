@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import tpext
 from tpext import Backprop, LearnedInverse, RegularizedInverse
@@ -140,46 +141,107 @@ def test_meta_device():
     assert output.device.type == "meta"
 
 
-class Subclass(nn.RNN):
-    """A user's own extension."""
-
-
-def hooked(register: str) -> nn.RNN:
-    rnn = nn.RNN(I, H)
+def hooked(rnn: nn.Module, register: str) -> nn.Module:
     getattr(rnn, register)(lambda *arguments: None)
     return rnn
 
 
-def with_buffer() -> nn.RNN:
-    rnn = nn.RNN(I, H)
+def with_buffer(rnn: nn.Module) -> nn.Module:
     rnn.register_buffer("steps", torch.zeros(()))
     return rnn
 
 
+def pruned(rnn: nn.Module) -> nn.Module:
+    prune.l1_unstructured(rnn, "weight_hh_l0", 0.5)
+    # the hook that recomputes the weight is not all that pruning adds
+    rnn._forward_pre_hooks.clear()
+    return rnn
+
+
+class Subclass(nn.RNN):
+    """A user's own extension."""
+
+
+# what makes a module irreplaceable, and what the error must name
 NOT_REPLACEABLE = {
-    "forward hook": lambda: hooked("register_forward_hook"),
-    "forward pre-hook": lambda: hooked("register_forward_pre_hook"),
-    "backward hook": lambda: hooked("register_full_backward_hook"),
-    "backward pre-hook": lambda: hooked("register_full_backward_pre_hook"),
-    "state_dict hook": lambda: hooked("register_state_dict_post_hook"),
-    "state_dict pre-hook": lambda: hooked("register_state_dict_pre_hook"),
-    "load_state_dict pre-hook": lambda: hooked("register_load_state_dict_pre_hook"),
-    "load_state_dict post-hook": lambda: hooked("register_load_state_dict_post_hook"),
-    "parametrization": lambda: parametrizations.orthogonal(nn.RNN(I, H), "weight_hh_l0"),
-    "pruning": lambda: prune.l1_unstructured(nn.RNN(I, H), "weight_hh_l0", 0.5),
-    "buffer": with_buffer,
+    "forward hook": (partial(hooked, register="register_forward_hook"), "_forward_hooks"),
+    "forward pre-hook": (partial(hooked, register="register_forward_pre_hook"), "_forward_pre_hooks"),
+    "backward hook": (partial(hooked, register="register_full_backward_hook"), "_backward_hooks"),
+    "backward pre-hook": (partial(hooked, register="register_full_backward_pre_hook"), "_backward_pre_hooks"),
+    "state_dict hook": (partial(hooked, register="register_state_dict_post_hook"), "_state_dict_hooks"),
+    "state_dict pre-hook": (partial(hooked, register="register_state_dict_pre_hook"), "_state_dict_pre_hooks"),
+    "load_state_dict pre-hook": (
+        partial(hooked, register="register_load_state_dict_pre_hook"),
+        "_load_state_dict_pre_hooks",
+    ),
+    "load_state_dict post-hook": (
+        partial(hooked, register="register_load_state_dict_post_hook"),
+        "_load_state_dict_post_hooks",
+    ),
+    "parametrization": (partial(parametrizations.orthogonal, name="weight_hh_l0"), "no parameter weight_hh_l0"),
+    "pruning": (pruned, "no parameter weight_hh_l0, a member weight_hh_l0_mask, a member weight_hh_l0_orig"),
+    "buffer": (with_buffer, "a member steps"),
 }
 
 
 @pytest.mark.parametrize("case", NOT_REPLACEABLE)
 def test_refuses_to_lose_anything(case):
-    model = nn.Sequential(nn.RNN(I, I), NOT_REPLACEABLE[case]())
+    change, text = NOT_REPLACEABLE[case]
+    model = nn.Sequential(nn.RNN(I, I), change(nn.RNN(I, H)))
     before = list(model)
-    with pytest.raises(ValueError, match=r"convert: module '1' has .* which a replacement would lose"):
+    with pytest.raises(ValueError, match=rf"convert: module '1' has .*{text}.* which a replacement would lose"):
         convert(model)
     assert list(model) == before, "a refused conversion leaves the model alone"
-    with pytest.raises(ValueError, match="convert: the module has"):
+    with pytest.raises(ValueError, match=f"convert: the module has .*{text}"):
         convert(model[1])
+    for rule in (RegularizedInverse(), LearnedInverse()):
+        ours = change(tpext.nn.RNN(I, H, rule=rule))
+        with pytest.raises(
+            ValueError, match=rf"RNN\.to_torch: the module has .*{text}.* would lose"
+        ):
+            ours.to_torch()
+
+
+def test_what_was_undone_is_no_obstacle():
+    for make in (nn.RNN, tpext.nn.RNN):
+        rnn = make(I, H)
+        prune.l1_unstructured(rnn, "weight_hh_l0", 0.5)
+        prune.remove(rnn, "weight_hh_l0")
+        parametrizations.orthogonal(rnn, "weight_ih_l0")
+        parametrize.remove_parametrizations(rnn, "weight_ih_l0")
+        rnn.register_forward_hook(print).remove()
+        other = convert(rnn) if make is nn.RNN else rnn.to_torch()
+        assert type(other) is (tpext.nn.RNN if make is nn.RNN else nn.RNN)
+        assert all(getattr(other, name) is p for name, p in rnn.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["reverse_weight_hh_l0", "reverse_bias_l1"])
+@pytest.mark.parametrize("change", ["parametrize", "prune"])
+def test_reverse_parameters_that_cannot_be_removed_leave_the_model_alone(name, change):
+    model = nn.Sequential(nn.RNN(I, I), tpext.nn.RNN(I, I), tpext.nn.RNN(I, I, 2, rule=LearnedInverse()))
+    if change == "parametrize":
+        parametrize.register_parametrization(model[2], name, nn.Identity())
+    else:
+        prune.l1_unstructured(model[2], name, 0.5)
+    before, state = list(model), list(model.state_dict())
+    with pytest.raises(ValueError, match=f"RNN: {name} cannot be removed"):
+        convert(model, Backprop())
+    assert list(model) == before
+    assert list(model.state_dict()) == state
+    assert [model[1].rule, model[2].rule] == [RegularizedInverse(), LearnedInverse()]
+    convert(model, LearnedInverse(noise=0.5))
+    assert all(module.rule == LearnedInverse(noise=0.5) for module in model)
+
+
+def test_reverse_parameters_whose_names_are_taken_leave_the_model_alone():
+    model = nn.Sequential(nn.RNN(I, I), tpext.nn.RNN(I, I), tpext.nn.RNN(I, I))
+    model[2].register_buffer("reverse_bias_l0", torch.zeros(I))
+    before, state = list(model), list(model.state_dict())
+    with pytest.raises(ValueError, match="RNN: reverse_bias_l0 cannot be added"):
+        convert(model, LearnedInverse())
+    assert list(model) == before
+    assert list(model.state_dict()) == state
+    assert [model[1].rule, model[2].rule] == [RegularizedInverse()] * 2
 
 
 def test_subclasses_are_left_alone():

@@ -7,21 +7,10 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tpext.nn.rnn import RNN, check_rule
+from tpext.nn.rnn import RNN, check_replaceable
 from tpext.rules import RegularizedInverse, Rule
 
 _Module = TypeVar("_Module", bound=nn.Module)
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_hooks",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_state_dict_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
@@ -42,8 +31,9 @@ def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
         ``model``, or the new module where ``model`` itself is a ``torch.nn.RNN``.
 
     Raises:
-        ValueError: a ``torch.nn.RNN`` carries hooks, a parametrization or registered members of its own, which a
-            replacement would lose; the rule does not fit a nonlinearity. The model is then unchanged.
+        ValueError: a ``torch.nn.RNN`` carries hooks, parametrized or pruned weights or members of its own, which a
+            replacement would lose; the reverse parameters of a ``tpext.nn.RNN`` cannot be removed, being parametrized
+            or pruned; the rule does not fit a nonlinearity. The model is then unchanged.
         TypeError: ``rule`` is no rule.
 
     >>> import torch, tpext
@@ -57,12 +47,12 @@ def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
     # everything that can fail comes before the first change
     for name, module in model.named_modules():
         if isinstance(module, RNN):
-            check_rule(rule, module.nonlinearity)
+            module._check_replace_rule(rule)
             kept.append(module)
-        elif isinstance(module, nn.RNN):
-            _check_replaceable(module, name)
-            if type(module) is nn.RNN:
-                replacements[module] = _from_torch(module, rule)
+        # a parametrized module has a class of its own and would otherwise pass for a subclass, to be left alone
+        elif type(module) is nn.RNN or (isinstance(module, nn.RNN) and parametrize.is_parametrized(module)):
+            check_replaceable(module, f"convert: module {name!r}" if name else "convert: the module")
+            replacements[module] = _from_torch(module, rule)
     for module in kept:
         module._replace_rule(rule)
     for parent in list(model.modules()):
@@ -70,26 +60,6 @@ def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
             if child in replacements:
                 setattr(parent, name, replacements[child])
     return replacements.get(model, model)
-
-
-def _check_replaceable(module: nn.RNN, name: str) -> None:
-    """Raise if a replacement would silently lose a part of ``module``."""
-    where = f"convert: module {name!r}" if name else "convert: the module"
-    # a parametrized module has a class of its own and would otherwise pass for a subclass, to be left alone
-    if parametrize.is_parametrized(module):
-        raise ValueError(f"{where} has parametrizations, which a replacement would lose; apply them after convert()")
-    if type(module) is not nn.RNN:
-        return
-    hooks = [hook for hook in _HOOKS if getattr(module, hook)]
-    if hooks:
-        raise ValueError(
-            f"{where} has {', '.join(hooks)}, which a replacement would lose; register them after convert()"
-        )
-    members = [*module._parameters, *module._buffers, *module._modules]
-    own = [member for names in module._all_weights for member in names]
-    if members != own:
-        extra = sorted(set(members).symmetric_difference(own))
-        raise ValueError(f"{where} has added or missing members {extra}, which a replacement would lose")
 
 
 def _from_torch(module: nn.RNN, rule: Rule) -> RNN:

@@ -19,12 +19,22 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from tpext.ops.rnn_scan import input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
-from tpext.rules import LearnedInverse, RegularizedInverse, Rule
+from tpext.rules import LearnedInverse, RegularizedInverse, Rule, exact_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "identity": "RNN_IDENTITY"}
 
 
@@ -41,6 +51,23 @@ def check_rule(rule: Rule, nonlinearity: str) -> None:
         )
 
 
+def check_replaceable(module: nn.RNN | RNN, where: str) -> None:
+    """Raise if a replacement, which takes over the parameters alone, would silently lose a part of ``module``."""
+    own = {name for row in module._all_weights for name in row}
+    if isinstance(module, RNN) and isinstance(module.rule, LearnedInverse):
+        own.update(name for pair in module._reverse_names() for name in pair)
+    members = {*module._parameters, *module._buffers, *module._modules}
+    # parametrizing or pruning a weight puts other members in its place
+    lost = [hook for hook in _HOOKS if getattr(module, hook)]
+    lost += [f"no parameter {name}" for name in sorted(own - members)]
+    lost += [f"a member {name}" for name in sorted(members - own)]
+    if lost:
+        raise ValueError(
+            f"{where} has {', '.join(lost)}, which a replacement would lose; remove hooks, parametrizations, pruning "
+            "and members of your own before and apply them to the replacement"
+        )
+
+
 class RNN(nn.Module):
     r"""Elman RNN with ``torch.nn.RNN``'s interface, trained by the given rule.
 
@@ -50,6 +77,10 @@ class RNN(nn.Module):
     :class:`tpext.RegularizedInverse` (the default), :class:`tpext.LearnedInverse` and :class:`tpext.Backprop`.
     Signature, parameter names, ``state_dict`` keys, initialisation (the same seed gives the same weights), shapes and
     errors are those of ``torch.nn.RNN``; with ``Backprop()`` so are outputs and gradients, to rounding.
+
+    Two things differ. Changing ``output`` in place may make ``backward()`` raise (see :meth:`forward`). And the
+    transforms of ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``jvp``, ...) are refused with an error, except
+    ``vmap`` under ``Backprop()``: use ``torch.autograd.grad``, or the plain module of :meth:`to_torch`.
 
     Args:
         input_size: features I of the input, >= 1.
@@ -222,12 +253,32 @@ class RNN(nn.Module):
             )
         self._rule = rule
 
+    def _check_replace_rule(self, rule: Rule) -> None:
+        """Raise if ``_replace_rule`` would fail half-way."""
+        check_rule(rule, self.nonlinearity)
+        had, needs = isinstance(self._rule, LearnedInverse), isinstance(rule, LearnedInverse)
+        names = [name for pair in self._reverse_names() for name in pair]
+        if had and not needs:
+            changed = [name for name in names if name not in self._parameters]
+            if changed:
+                raise ValueError(
+                    f"RNN: {', '.join(changed)} cannot be removed, being no plain parameters (parametrized or pruned); "
+                    f"undo that before changing rule from {self._rule} to {rule}"
+                )
+        if needs and not had:
+            taken = [name for name in names if hasattr(self, name)]
+            if taken:
+                raise ValueError(
+                    f"RNN: {', '.join(taken)} cannot be added, the module has other attributes of these names; "
+                    f"delete them before changing rule from {self._rule} to {rule}"
+                )
+
     def _replace_rule(self, rule: Rule) -> None:
         """Change the rule, adding freshly initialised reverse parameters or removing them where it takes that.
 
         An optimizer made before does not know of added parameters.
         """
-        check_rule(rule, self.nonlinearity)
+        self._check_replace_rule(rule)
         had, needs = isinstance(self._rule, LearnedInverse), isinstance(rule, LearnedInverse)
         self._rule = rule
         if needs and not had:
@@ -266,7 +317,8 @@ class RNN(nn.Module):
             The plain module, in the same training mode.
 
         Raises:
-            ValueError: the nonlinearity is "identity", which ``torch.nn.RNN`` lacks.
+            ValueError: the nonlinearity is "identity", which ``torch.nn.RNN`` lacks; or this module carries hooks,
+                parametrized or pruned weights, or members of its own, which the plain module would lose.
 
         >>> import tpext
         >>> tpext.nn.RNN(3, 4, batch_first=True).to_torch()
@@ -274,6 +326,7 @@ class RNN(nn.Module):
         """
         if self.nonlinearity == "identity":
             raise ValueError("RNN.to_torch: torch.nn.RNN has no nonlinearity 'identity'")
+        check_replaceable(self, "RNN.to_torch: the module")
         plain = nn.RNN(
             self.input_size,
             self.hidden_size,
@@ -321,10 +374,13 @@ class RNN(nn.Module):
 
         Returns:
             ``output``: ``[T, B, D*H]`` (as ``input``: batch first, single or packed), the last layer's states;
-            ``h_n``: ``[num_layers * D, B, H]``, the final state of each layer and direction.
+            ``h_n``: ``[num_layers * D, B, H]``, the final state of each layer and direction. With one direction
+            ``output`` is the memory that the backward pass reads, not a copy: to change it in place (``mul_``, dropout
+            or relu with ``inplace=True``) change ``output.clone()``. ``h_n`` is a copy.
 
         Raises:
-            ValueError, RuntimeError: as ``torch.nn.RNN`` for the same input.
+            ValueError, RuntimeError: as ``torch.nn.RNN`` for the same input. ``backward()`` raises ``RuntimeError``
+                ("modified by an inplace operation") where ``output`` was changed in place.
         """
         rows, hx, steps = self._time_major(input, hx, lengths)
         output, h_n = self._run(rows, hx, steps)
@@ -458,11 +514,11 @@ class RNN(nn.Module):
                     lengths,
                     reverse,
                     nonlinearity,
-                    reg=rule.reg,
-                    target_step=rule.target_step,
+                    reg=exact_number(rule, "reg"),
+                    target_step=exact_number(rule, "target_step"),
                     correction=rule.correction,
                     credit=rule.credit,
-                    clip=rule.clip,
+                    clip=exact_number(rule, "clip"),
                     normalize=rule.normalize,
                     input_rule=rule.input_rule,
                 )
@@ -479,7 +535,7 @@ class RNN(nn.Module):
                     lengths,
                     reverse,
                     nonlinearity,
-                    target_step=rule.target_step,
+                    target_step=exact_number(rule, "target_step"),
                     credit=rule.credit,
                     normalize=rule.normalize,
                 )
