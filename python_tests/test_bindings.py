@@ -477,3 +477,10 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     finished = run_with("sse9", "-c", "import tpext")
     assert finished.returncode != 0
     assert "TPEXT_CPU_CAPABILITY must be one of baseline" in finished.stderr
+
+
+def test_freed_storage_is_refused() -> None:
+    x_proj, h0, weight = torch.zeros(1, 2, 3, 4), torch.zeros(1, 3, 4), torch.zeros(1, 4, 4)
+    weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="rnn_scan: weight_hh must have memory"):
+        torch.ops.tpext.rnn_scan(x_proj, h0, weight, None, [False], "tanh")

@@ -207,11 +207,10 @@ def test_compiles_with_changing_sizes():
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}], ids=repr)
 @pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen", "eval after training"])
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_without_gradients(rule, options, mode):
-    rnn = tpext.nn.RNN(I, H, rule=rule, **options)
+def test_compiles_without_gradients(rule, mode):
+    rnn = tpext.nn.RNN(I, H, rule=rule)
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
     context = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, nullcontext)
     if mode == "frozen":
@@ -235,8 +234,8 @@ def test_compiles_stacked_with_changing_sizes_and_rule(rule):
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=True)
     changes = {RegularizedInverse: {"reg": 3.0, "clip": 0.01}, LearnedInverse: {"target_step": 0.5}}
     changed = dataclasses.replace(rule, **changes.get(type(rule), {}))
-    for rnn.rule in (rule, changed, rule):
-        for steps, batch in [(5, 4), (7, 3), (4, 6)]:
+    for rnn.rule in (rule, changed):
+        for steps, batch in [(5, 4), (7, 3)]:
             x = torch.randn(steps, batch, I)
             found = []
             for module in (compiled, rnn):

@@ -196,9 +196,7 @@ def test_refuses_to_lose_anything(case):
         convert(model[1])
     for rule in (RegularizedInverse(), LearnedInverse()):
         ours = change(tpext.nn.RNN(I, H, rule=rule))
-        with pytest.raises(
-            ValueError, match=rf"RNN\.to_torch: the module has .*{text}.* would lose"
-        ):
+        with pytest.raises(ValueError, match=rf"RNN\.to_torch: the module has .*{text}.* would lose"):
             ours.to_torch()
 
 

@@ -308,3 +308,14 @@ def test_autocast_has_a_backward() -> None:
     for a, b in zip(gradients, expected, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("nonlinearity", ["identity", "relu"])
+def test_infinite_weight_does_not_reach_back_from_the_padding(nonlinearity: str) -> None:
+    grad, states = torch.ones(1, 4, 1, 1), torch.ones(1, 4, 1, 1)
+    weight = torch.full((1, 1, 1), torch.inf)
+    padded = torch.ops.tpext.rnn_scan_backward(grad, states, weight, torch.tensor([2]), [False], nonlinearity)
+    unpadded = torch.ops.tpext.rnn_scan_backward(grad[:, :2], states[:, :2], weight, None, [False], nonlinearity)
+    assert torch.equal(padded[0][:, :2], unpadded[0])
+    assert torch.equal(padded[0][:, 2:], torch.zeros(1, 2, 1, 1))
+    assert torch.equal(padded[1], unpadded[1])

@@ -81,8 +81,10 @@ void Argument::require_dense(dlpack::DataType dtype) const {
   const dlpack::DataType got = tensor().dtype;
   if (got.code != dtype.code || got.bits != dtype.bits || got.lanes != dtype.lanes)
     throw py::value_error(label() + " must be " + dtype_name(dtype) + ", got " + dtype_name(got));
-  if (tensor().strides == nullptr) return;
   const bool empty = std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n == 0; });
+  if (tensor().data == nullptr && !empty)
+    throw py::value_error(label() + " must have memory, got a null pointer (a fake tensor, or storage that was freed)");
+  if (tensor().strides == nullptr) return;
   int64_t expected = 1;
   for (int64_t i = rank() - 1; i >= 0 && !empty; --i) {
     if (size(i) != 1 && tensor().strides[i] != expected)

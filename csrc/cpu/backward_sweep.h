@@ -121,7 +121,9 @@ void backward_tile(const RnnSizes& sizes, const Tile& tile, const PackedStack<T>
             const int64_t column = (panel + p) * kLanes<T>, count = H - column;
             const int64_t sum = (r - row) * kMaxPanels + p;
             const Vec<T> moved = use_inverse ? displaced[sum] : Vec<T>{};
-            const Vec<T> owed = use_weight ? credit[sum] : Vec<T>{};
+            // Nothing follows a row's last valid step; what stands there is padding times a weight that may be
+            // infinite.
+            const Vec<T> owed = use_weight && at[r].place != Place::last ? credit[sum] : Vec<T>{};
             Stepped<T> stepped = {};
             if (at[r].place == Place::last || at[r].place == Place::inner)
               stepped = step(at[r], column, count, moved, owed);

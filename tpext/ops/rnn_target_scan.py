@@ -563,6 +563,7 @@ def learned_target_rnn(
         RuntimeError: in the backward pass, if its result is to be differentiated.
     """
     check_choice("learned_target_rnn", "credit", credit, CREDITS)
-    tensors = (input, h0, weight_ih, weight_hh, bias, reverse_weight, reverse_bias, lengths)
+    # Detached: a layer whose only trainable parameters are the reverse ones has no backward pass to run.
+    tensors = (input, h0, weight_ih, weight_hh, bias, reverse_weight.detach(), reverse_bias.detach(), lengths)
     settings = (list(reverse), nonlinearity, target_step, credit, normalize)
     return _run_layer(_LearnedTargetLayer, tensors, *settings)
