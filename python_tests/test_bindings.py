@@ -309,7 +309,10 @@ def test_entry_refuses_wrong_options(op: str) -> None:
 
 @each_entry
 def test_entry_with_more_threads_than_work(op: str) -> None:
-    call_entry(op, entry_arguments(op) | {"num_threads": 2**20})
+    call_entry(op, entry_arguments(op) | {"num_threads": 1024})
+    for threads in (0, -1, 1025):
+        with pytest.raises(ValueError, match=rf"{op}: num_threads must lie in 1..1024, got {threads}"):
+            call_entry(op, entry_arguments(op) | {"num_threads": threads})
 
 
 @each_entry

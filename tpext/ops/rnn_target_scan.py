@@ -65,8 +65,8 @@ CORRECTIONS = ("linearized", "difference", "none")
 INPUT_RULES = ("gradient", "target")
 
 NOT_A_DERIVATIVE = (
-    "target propagation's backward pass is not a derivative, so it cannot be differentiated (create_graph=True, "
-    "double backward, torch.func); use rule=tpext.Backprop() for that"
+    "target propagation's backward pass is not a derivative, so it cannot be differentiated (create_graph=True, double "
+    "backward) or transformed (torch.func); for second derivatives use rule=tpext.Backprop()"
 )
 
 
