@@ -23,4 +23,4 @@ def test_inverse(against, threads, size, batch):
         return torch.cholesky_solve(weight.mT, torch.linalg.cholesky(gram))
 
     assert torch.allclose(ours(), peer(), atol=1e-3)
-    against(ours, peer, peer="torch.linalg.cholesky, cholesky_solve", n=size, batch=batch)
+    against(ours, peer, peer_name="torch.linalg.cholesky, cholesky_solve", n=size, batch=batch)

@@ -29,7 +29,7 @@ def test_forward(against, threads, hidden, batch, time):
 
     with torch.no_grad():
         assert torch.allclose(ours()[0], peer(), atol=1e-4)
-        against(ours, peer, flops=2 * time * batch * hidden**2, peer="torch loop", H=hidden, B=batch, T=time)
+        against(ours, peer, flops=2 * time * batch * hidden**2, peer_name="torch loop", H=hidden, B=batch, T=time)
 
 
 @pytest.mark.parametrize(("hidden", "batch", "time"), SIZES)
@@ -47,4 +47,4 @@ def test_backprop_step(against, threads, hidden, batch, time):
 
         return run
 
-    against(step(module), step(reference), peer="torch.nn.RNN", I=1, H=hidden, B=batch, T=time)
+    against(step(module), step(reference), peer_name="torch.nn.RNN", I=1, H=hidden, B=batch, T=time)

@@ -41,7 +41,7 @@ def test_step(against, threads, inputs, hidden, batch, time, credit, loss):
         step(module),
         step(reference),
         flops=(3 if credit == "local" else 4) * 2 * time * batch * hidden**2,
-        peer="torch.nn.RNN with BPTT",
+        peer_name="torch.nn.RNN with BPTT",
         I=inputs,
         H=hidden,
         B=batch,
@@ -125,4 +125,4 @@ def test_eager_loop(against, threads, loop):
     expected = module.weight_hh_l0.grad.clone()
     peer()
     assert torch.allclose(module.weight_hh_l0.grad, expected, rtol=1e-2, atol=1e-4 * expected.abs().max())
-    against(ours, peer, peer=f"eager loop, {loop.__name__}", I=inputs, H=hidden, B=batch, T=time, credit="local")
+    against(ours, peer, peer_name=f"eager loop, {loop.__name__}", I=inputs, H=hidden, B=batch, T=time, credit="local")

@@ -34,17 +34,22 @@ def sgemm_peak(rounds: int = 15) -> float:
 
 @pytest.fixture
 def against(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``against(ours, peer, flops=None, **extra)`` times both in turns and records the ratio of the medians."""
+    """``against(ours, peer, peer_name=..., flops=None, **extra)`` times both in turns and records the medians' ratio."""
 
     def run(
-        ours: Callable[[], object], peer: Callable[[], object], *, flops: float | None = None, **extra: object
+        ours: Callable[[], object],
+        peer: Callable[[], object],
+        *,
+        peer_name: str,
+        flops: float | None = None,
+        **extra: object,
     ) -> None:
         ours(), peer()
         start = time.perf_counter()
         peer()
         ours()
-        # About four seconds a row, within 7 and 200 rounds.
-        rounds = max(7, min(200, int(4 / (time.perf_counter() - start))))
+        # About three seconds a row, within 7 and 200 rounds.
+        rounds = max(7, min(200, int(3 / (time.perf_counter() - start))))
         peer_seconds: list[float] = []
 
         def time_peer() -> None:
@@ -58,6 +63,7 @@ def against(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
         seconds = benchmark.stats.stats.median
         info = {
             **extra,
+            "peer": peer_name,
             "peer_median": median,
             "peer_iqr": quartiles[2] - quartiles[0],
             "ratio": median / seconds,

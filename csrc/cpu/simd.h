@@ -57,19 +57,36 @@ inline void store(T* to, Vec<T> v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// The first `count` < lanes elements, in pieces of constant size: a memcpy of variable size would be a call.
+template <class T>
+inline void copy_part(T* to, const T* from, int64_t count) {
+  if constexpr (kLanes<T> > 8) {
+    if (count & 8) std::memcpy(to, from, 8 * sizeof(T)), to += 8, from += 8;
+  }
+  if constexpr (kLanes<T> > 4) {
+    if (count & 4) std::memcpy(to, from, 4 * sizeof(T)), to += 4, from += 4;
+  }
+  if constexpr (kLanes<T> > 2) {
+    if (count & 2) std::memcpy(to, from, 2 * sizeof(T)), to += 2, from += 2;
+  }
+  if (count & 1) *to = *from;
+}
+
 // The first `count` lanes; the others are zero.
 template <class T>
 inline Vec<T> load_part(const T* from, int64_t count) {
   if (count >= kLanes<T>) return load(from);
-  Vec<T> v = {};
-  std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
-  return v;
+  alignas(TPEXT_VECTOR_BYTES) T lanes[kLanes<T>] = {};
+  copy_part(lanes, from, count);
+  return load(lanes);
 }
 
 template <class T>
 inline void store_part(T* to, Vec<T> v, int64_t count) {
   if (count >= kLanes<T>) return store(to, v);
-  std::memcpy(to, &v, static_cast<size_t>(count) * sizeof(T));
+  alignas(TPEXT_VECTOR_BYTES) T lanes[kLanes<T>];
+  store(lanes, v);
+  copy_part(to, lanes, count);
 }
 
 template <class T>
