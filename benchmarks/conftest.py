@@ -34,7 +34,7 @@ def sgemm_peak(rounds: int = 15) -> float:
 
 @pytest.fixture
 def against(benchmark, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``against(ours, peer, peer_name=..., flops=None, **extra)`` times both in turns and records the medians' ratio."""
+    """``against(ours, peer, peer_name=..., flops=None, **extra)`` times both in turns and records their ratio."""
 
     def run(
         ours: Callable[[], object],
