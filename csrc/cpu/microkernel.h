@@ -102,9 +102,14 @@ template <class T, int Rows>
 constexpr Product<T> product_of(int panels) {
   static_assert(kMaxPanels == 4);
   constexpr int most = max_panels(Rows);
-  return panels == 1 ? product<T, Rows, 1> : panels == 2 && most >= 2 ? product < T, Rows,
-         most >= 2 ? 2 : 1 > : panels == 3 && most >= 3 ? product < T, Rows,
-         most >= 3 ? 3 : 1 >                            : product<T, Rows, most>;
+  if (panels == 1) return product<T, Rows, 1>;
+  if constexpr (most >= 2) {
+    if (panels == 2) return product<T, Rows, 2>;
+  }
+  if constexpr (most >= 3) {
+    if (panels == 3) return product<T, Rows, 3>;
+  }
+  return product<T, Rows, most>;
 }
 
 template <class T>

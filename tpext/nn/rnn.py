@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from tpext.ops._library import autocasts
 from tpext.ops.rnn_scan import input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 from tpext.rules import LearnedInverse, RegularizedInverse, Rule, exact_number
@@ -429,7 +430,7 @@ class RNN(nn.Module):
             if hx.shape != expected:
                 raise RuntimeError(f"Expected hidden size {expected}, got {list(hx.shape)}")
             self._check_device("hidden", hx, padded)
-            if hx.dtype != padded.dtype and not _autocasts(padded.device):
+            if hx.dtype != padded.dtype and not autocasts(padded.device.type):
                 raise RuntimeError(f"RNN: hx must have the dtype of input, {padded.dtype}, got {hx.dtype}")
         if steps == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -446,7 +447,7 @@ class RNN(nn.Module):
                 f"RNN: parameters on the CPU must be float32 or float64, got {dtype}; keep them in float32 "
                 f"and run under torch.autocast('cpu', dtype={dtype})"
             )
-        if input.dtype != dtype and not _autocasts(input.device):
+        if input.dtype != dtype and not autocasts(input.device.type):
             raise ValueError(
                 f"RNN input dtype ({input.dtype}) does not match weight dtype ({dtype}). "
                 f"Convert input: input.to({dtype}), or convert model: model.to({input.dtype})"
@@ -640,13 +641,8 @@ class RNN(nn.Module):
         return ", ".join(parts)
 
 
-def _autocasts(device: torch.device) -> bool:
-    # the meta device has no autocast, and asking whether it is on raises
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
 def _stack(members: list[Tensor]) -> Tensor:

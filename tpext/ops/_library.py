@@ -35,6 +35,11 @@ def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_
     LIBRARY.impl(name, autocast, "AutocastCPU")  # type: ignore[no-untyped-call]
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device. The meta device has none, and asking whether it is on raises."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def to_float32(value: Any) -> Any:
     """``value``, or its float32 copy if it is a float16 or bfloat16 tensor."""
     low = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)

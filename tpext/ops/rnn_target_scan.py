@@ -52,6 +52,7 @@ from tpext.ops._library import (
     CREDITS,
     LIBRARY,
     autocast_outputs,
+    autocasts,
     check_choice,
     check_lengths,
     check_scan,
@@ -467,7 +468,7 @@ for _layer in (_RegularizedTargetLayer, _LearnedTargetLayer):
 def _run_layer(layer: type[_TargetLayer], tensors: tuple[Tensor | None, ...], *settings: Any) -> Tensor:
     """Apply a layer; under autocast in float32, with the states in the autocast dtype."""
     device = tensors[0].device.type  # type: ignore[union-attr]
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if not autocasts(device):
         return layer.apply(*tensors, *settings)  # type: ignore[no-any-return,no-untyped-call]
     with torch.autocast(device, enabled=False):
         states = layer.apply(*(to_float32(tensor) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
