@@ -1,34 +1,55 @@
-"""A whole training step by target propagation against ``torch.nn.RNN`` with BPTT, and against an eager TP loop."""
+"""A whole training step by every rule against ``torch.nn.RNN`` with BPTT, and against an eager TP loop."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import tpext
 
-SIZES = [(6, 100, 20, 60), (6, 100, 20, 120), (1, 100, 16, 784), (1, 256, 64, 784), (56, 512, 512, 14)]
+SIZES = [
+    (6, 100, 20, 60),
+    (6, 100, 20, 120),
+    (1, 100, 16, 784),
+    (1, 128, 512, 784),
+    (1, 256, 64, 784),
+    (56, 512, 512, 14),
+]
+SWEEP = [(1, 100, 16, time) for time in (30, 100, 300, 1000, 3000)]
+SWEEP += [(1, hidden, 16, 200) for hidden in (16, 32, 64, 128, 256, 512)]
+
+RULES = {
+    "local": tpext.RegularizedInverse(credit="local"),
+    "through_time": tpext.RegularizedInverse(credit="through_time"),
+    "backprop": tpext.Backprop(),
+}
 
 
-@pytest.mark.parametrize("loss", ["last", "every"])
-@pytest.mark.parametrize("credit", ["local", "through_time"])
-@pytest.mark.parametrize(("inputs", "hidden", "batch", "time"), SIZES)
-def test_step(against, threads, inputs, hidden, batch, time, credit, loss):
-    """Forward, target pass and weight gradients; orthogonal weights, cross-entropy of a linear head.
+def name_sizes(sizes: object) -> str | None:
+    return "I{}-H{}-B{}-T{}".format(*sizes) if isinstance(sizes, tuple) else None
+
+
+def compare_step(
+    against: Callable[..., None], sizes: tuple[int, int, int, int], rule: str, loss: str, seconds: float
+) -> None:
+    """Forward, target pass or back-propagation, weight gradients; orthogonal weights, cross-entropy of a linear head.
 
     The loss stands on the last step or on every one: with the first, most incoming gradients are zero.
     """
+    inputs, hidden, batch, time = sizes
     torch.manual_seed(0)
     reference = torch.nn.RNN(inputs, hidden)
     for weight in (reference.weight_ih_l0, reference.weight_hh_l0):
         torch.nn.init.orthogonal_(weight)
     head = torch.nn.Linear(hidden, 10)
-    module = tpext.nn.convert(reference, rule=tpext.RegularizedInverse(credit=credit))
+    module = tpext.nn.convert(reference, rule=RULES[rule])
     x = torch.rand(time, batch, inputs)
     labels = torch.randint(10, (batch,) if loss == "last" else (time * batch,))
 
-    def step(model):
-        def run():
+    def step(model: torch.nn.Module) -> Callable[[], None]:
+        def run() -> None:
             model.zero_grad()
             head.zero_grad()
             output, last = model(x)
@@ -37,18 +58,37 @@ def test_step(against, threads, inputs, hidden, batch, time, credit, loss):
 
         return run
 
+    # The products with W_hh or its inverse, those of the inputs with W_ih and of their gradients, and the inverse.
+    products = 4 if rule == "through_time" else 3
+    inverse = 0 if rule == "backprop" else 10 / 3 * hidden**3
     against(
         step(module),
         step(reference),
-        flops=(3 if credit == "local" else 4) * 2 * time * batch * hidden**2,
+        flops=2 * time * batch * hidden * (products * hidden + 2 * inputs) + inverse,
         peer_name="torch.nn.RNN with BPTT",
         I=inputs,
         H=hidden,
         B=batch,
         T=time,
-        credit=credit,
+        rule=rule,
         loss=loss,
+        seconds=seconds,
     )
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("loss", ["last", "every"])
+@pytest.mark.parametrize("sizes", SIZES, ids=name_sizes)
+def test_step(against, threads, sizes, loss, rule):
+    compare_step(against, sizes, rule, loss, seconds=1.2)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("sizes", SWEEP, ids=name_sizes)
+@pytest.mark.parametrize("threads", [2], indirect=True, ids=["threads2"])
+def test_sweep(against, threads, sizes, rule):
+    """The ratio over T and over H, for the picture."""
+    compare_step(against, sizes, rule, "last", seconds=0.7)
 
 
 def published_style(module, head, x, labels, reg):
@@ -125,4 +165,4 @@ def test_eager_loop(against, threads, loop):
     expected = module.weight_hh_l0.grad.clone()
     peer()
     assert torch.allclose(module.weight_hh_l0.grad, expected, rtol=1e-2, atol=1e-4 * expected.abs().max())
-    against(ours, peer, peer_name=f"eager loop, {loop.__name__}", I=inputs, H=hidden, B=batch, T=time, credit="local")
+    against(ours, peer, peer_name=f"eager loop, {loop.__name__}", I=inputs, H=hidden, B=batch, T=time, rule="local")

@@ -72,7 +72,10 @@ class Scan(NamedTuple):
     h0: Tensor
     weight_hh: Tensor
     states: Tensor
-    grad_states: Tensor
+    grad_states: Tensor | None
+    at_end: Tensor | None
+    credit_at_end: Tensor | None
+    input: Tensor
     lengths: Tensor | None
     reverse: list[bool]
     nonlinearity: str
@@ -88,14 +91,18 @@ def scan(
     ragged: bool = False,
     direction: str = "forward",
     contiguous: bool = True,
+    enters: str = "states",
     last_step_only: bool = False,
+    I: int = 5,  # noqa: E741
     seed: int = 0,
 ) -> Scan:
     """Random inputs of these sizes.
 
     ``ragged`` gives lengths, 0 and T among them when B allows. The states are drawn by themselves, within the range of
-    the nonlinearity and, for tanh, clear of its edges: the backward passes must be right for any. ``last_step_only``
-    leaves a gradient at the last step of each run alone, as a loss on the final state does.
+    the nonlinearity and, for tanh, clear of its edges: the backward passes must be right for any. ``enters`` says where
+    a backward pass gets its gradients: at the "states", at the "end" of each run (``at_end`` and ``credit_at_end``
+    ``[S, B, H]``, and no ``grad_states``), or at "both". ``last_step_only`` leaves a gradient at the last step of each
+    run alone, as a loss on the final state does.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -121,22 +128,77 @@ def scan(
         normal(S, B, H),
         normal(S, H, H) / max(H, 1) ** 0.5,
         states.masked_fill(padded, 0),
-        grad_states.masked_fill(padded, torch.nan),
+        None if enters == "end" else grad_states.masked_fill(padded, torch.nan),
+        None if enters == "states" else normal(S, B, H),
+        None if enters == "states" else normal(S, B, H),
+        normal(T, B, I).masked_fill(~valid[..., None], torch.nan),
     ]
-    tensors = [tensor.to(dtype) for tensor in tensors]
     if not contiguous:
-        tensors = [tensor.transpose(-1, -2).contiguous().transpose(-1, -2) for tensor in tensors]
-    return Scan(*tensors, lengths, reverse, nonlinearity)
+        tensors = [None if t is None else t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
+    return Scan(*(None if t is None else t.to(dtype) for t in tensors), lengths, reverse, nonlinearity)
+
+
+class Layer(NamedTuple):
+    """One random input of a whole layer; the input holds NaN past a row's length."""
+
+    input: Tensor
+    h0: Tensor
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    lengths: Tensor | None
+    reverse: list[bool]
+    nonlinearity: str
+
+
+# How the memory of an input [T, B, I] is laid out; "one row" repeats it along the batch with stride 0.
+MEMORY = ["time first", "batch first", "features first", "wide rows", "one row"]
+
+
+def layer(
+    T: int,
+    B: int,
+    I: int,  # noqa: E741
+    H: int,
+    S: int,
+    bias: bool = True,
+    memory: str = "time first",
+    seed: int = 0,
+    **options: Any,
+) -> Layer:
+    """Random inputs of a layer, of these sizes; ``options`` are those of ``scan``."""
+    inputs = scan(T, B, H, S, I=I, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(inputs.h0.dtype)
+
+    input = inputs.input
+    if memory == "batch first":
+        input = input.transpose(0, 1).contiguous().transpose(0, 1)
+    elif memory == "features first":
+        input = input.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    elif memory == "wide rows":
+        input = torch.cat([normal(T, B, 2), input, normal(T, B, 3)], dim=2)[..., 2 : 2 + I]
+    elif memory == "one row":
+        input = normal(T, 1, I).expand(T, B, I)
+    weight_ih, b = normal(S, H, I) / max(I, 1) ** 0.5, normal(S, H) / 2 if bias else None
+    return Layer(input, inputs.h0, weight_ih, inputs.weight_hh, b, *inputs[-3:])
 
 
 def assert_close_to_oracle(
-    op: Callable[..., Any], oracle: Callable[..., Any], arguments: Sequence[Any], *, oracle_error: float = 0.0
+    op: Callable[..., Any],
+    oracle: Callable[..., Any],
+    arguments: Sequence[Any],
+    *,
+    terms: int | None = None,
+    oracle_error: float = 0.0,
 ) -> None:
     """Assert that ``op`` gives what ``oracle`` gives for the same arguments, up to derived rounding.
 
     The oracle runs in longdouble on the same numbers. Allowed is, for each vector along the last axis of each output::
 
-        4 * eps * sqrt(H + T) * growth
+        4 * eps * sqrt(terms) * growth,   terms = H + T unless given
 
     The growth is measured: the greatest size of the vector, plus its change divided by ``eps`` when every element of
     every input is off by ``eps``, at worst of four tries. Rounding errors inside a scan act like such errors, except
@@ -163,8 +225,8 @@ def assert_close_to_oracle(
     actual = outputs(op(*arguments))
     expected = outputs(oracle(*(widened(argument, 0) for argument in arguments)))
     disturbed = [outputs(oracle(*(widened(argument, eps) for argument in arguments))) for _ in range(4)]
-    steps = max(argument.shape[1] for argument in arguments if isinstance(argument, Tensor) and argument.dim() == 4)
-    width = max(argument.shape[-1] for argument in arguments if isinstance(argument, Tensor) and argument.dim() == 4)
+    if terms is None:
+        terms = max(a.shape[1] + a.shape[3] for a in arguments if isinstance(a, Tensor) and a.dim() == 4)
     for index, (got, want, *others) in enumerate(zip(actual, expected, *disturbed, strict=True)):
         if want is None:
             assert got.shape == (0,), f"output {index} was not asked for and must be empty, got {list(got.shape)}"
@@ -175,7 +237,7 @@ def assert_close_to_oracle(
             continue
         change = np.max([np.abs(other - want) for other in others], axis=0)
         growth = np.max(np.abs(want) + change / eps, axis=-1, keepdims=True)
-        allowed = 4 * eps * np.sqrt(steps + width) * growth + width * torch.finfo(dtype).tiny + oracle_error
+        allowed = 4 * eps * np.sqrt(terms) * growth + terms * torch.finfo(dtype).tiny + oracle_error
         error = np.abs(got.numpy().astype(np.longdouble) - want)
         worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error / allowed)), error.shape)
         assert error[worst] <= allowed_at(allowed, worst), (
@@ -189,20 +251,25 @@ def allowed_at(allowed: np.ndarray, index: tuple[Any, ...]) -> Any:
     return allowed[(*index[:-1], 0)]
 
 
-def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+    """The same numbers; NaN where there is NaN."""
     for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
-        assert torch.equal(a, b), f"output {index} differs by up to {(a - b).abs().max().item()!r}"
+        assert a.shape == b.shape, f"output {index}: got {list(a.shape)}, expected {list(b.shape)}"
+        same = (a == b) | (a.isnan() & b.isnan())
+        assert same.all(), f"output {index} differs at {same.logical_not().nonzero()[0].tolist()}"
 
 
-def batch_rows(inputs: Scan, rows: slice) -> Scan:
-    """The same input for some rows of the batch."""
-    return inputs._replace(
-        x_proj=inputs.x_proj[:, :, rows],
-        h0=inputs.h0[:, rows],
-        states=inputs.states[:, :, rows],
-        grad_states=inputs.grad_states[:, :, rows],
-        lengths=None if inputs.lengths is None else inputs.lengths[rows],
-    )
+def select(inputs: Scan, steps: slice = slice(None), rows: slice = slice(None)) -> Scan:
+    """The same input for some steps and some rows of the batch."""
+
+    index = {
+        **dict.fromkeys(("x_proj", "states", "grad_states"), (slice(None), steps, rows)),
+        **dict.fromkeys(("h0", "at_end", "credit_at_end"), (slice(None), rows)),
+        "input": (steps, rows),
+        "lengths": (rows,),
+    }
+    tensors = {key: getattr(inputs, key) for key in index}
+    return inputs._replace(**{key: None if t is None else t[index[key]] for key, t in tensors.items()})
 
 
 class SameBits:
@@ -218,7 +285,7 @@ class SameBits:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("H", [33, 100])
     def test_thread_count_and_repetition(self, dtype: torch.dtype, H: int) -> None:
-        inputs = scan(17, 37, H, 2, dtype, ragged=True, direction="mixed")
+        inputs = scan(17, 37, H, 2, dtype, ragged=True, direction="mixed", enters="both")
         torch.set_num_threads(1)
         expected = self.run(inputs)
         assert_same_bits(self.run(inputs), expected)
@@ -227,45 +294,89 @@ class SameBits:
             assert_same_bits(self.run(inputs), expected)
 
     @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize(
+        ("B", "H", "threads", "direction"),
+        [
+            (1, 256, 2, "forward"),
+            (1, 265, 3, "reverse"),
+            (1, 300, 4, "forward"),
+            (2, 281, 4, "reverse"),
+            (3, 256, 4, "forward"),
+        ],
+    )
+    def test_threads_that_share_a_row(self, dtype: torch.dtype, B: int, H: int, threads: int, direction: str) -> None:
+        """With fewer rows than threads each computes some columns of a row, and meets the others at every step."""
+        inputs = scan(19, B, H, 1, dtype, ragged=B == 2, direction=direction, enters="end")
+        torch.set_num_threads(1)
+        expected = self.run(inputs)
+        torch.set_num_threads(threads)
+        assert_same_bits(self.run(inputs), expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_rows_by_a_team_and_rows_by_one_thread(self, dtype: torch.dtype) -> None:
+        inputs = scan(19, 3, 257, 1, dtype, enters="both")
+        expected = self.run(inputs)
+        torch.set_num_threads(3)
+        parts = [self.run(select(inputs, rows=rows)) for rows in (slice(1), slice(1, 3))]
+        assert_same_bits([torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)], expected)
+
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("split", [1, 5, 6, 16])
-    def test_batch_split(self, dtype: torch.dtype, split: int) -> None:
-        inputs = scan(7, 17, 33, 2, dtype, ragged=True, direction="mixed")
-        parts = [self.run(batch_rows(inputs, rows)) for rows in (slice(0, split), slice(split, None))]
+    @pytest.mark.parametrize("enters", ["both", "end"])
+    def test_batch_split(self, dtype: torch.dtype, split: int, enters: str) -> None:
+        inputs = scan(7, 17, 33, 2, dtype, ragged=True, direction="mixed", enters=enters)
+        parts = [self.run(select(inputs, rows=rows)) for rows in (slice(0, split), slice(split, None))]
         assert_same_bits([torch.cat(pair, dim=2) for pair in zip(*parts, strict=True)], self.run(inputs))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_stack_and_its_members_alone(self, dtype: torch.dtype) -> None:
-        inputs = scan(7, 9, 31, 5, dtype, ragged=True, direction="mixed")
-        tensors, (lengths, reverse, nonlinearity) = inputs[:5], inputs[5:]
-        parts = [
-            self.run(Scan(*(tensor[s : s + 1] for tensor in tensors), lengths, [reverse[s]], nonlinearity))
+        inputs = scan(7, 9, 31, 5, dtype, ragged=True, direction="mixed", enters="both")
+        shared = ("input", "lengths", "nonlinearity")
+        members = [
+            inputs._replace(**{key: value[s : s + 1] for key, value in inputs._asdict().items() if key not in shared})
             for s in range(5)
         ]
+        parts = [self.run(member) for member in members]
         assert_same_bits([torch.cat(members) for members in zip(*parts, strict=True)], self.run(inputs))
 
     @pytest.mark.parametrize("direction", ["forward", "reverse"])
     def test_padded_row_and_its_unpadded_run(self, direction: str) -> None:
         T = 7
-        inputs = scan(T, 9, 33, 2, ragged=True, direction=direction)
+        inputs = scan(T, 9, 33, 2, ragged=True, direction=direction, enters="both")
         padded = self.run(inputs)
         for b, length in enumerate(inputs.lengths.tolist()):
-            row = batch_rows(inputs, slice(b, b + 1))
-            alone = row._replace(
-                x_proj=row.x_proj[:, :length],
-                states=row.states[:, :length],
-                grad_states=row.grad_states[:, :length],
-                lengths=None,
-            )
+            alone = select(inputs, slice(length), slice(b, b + 1))._replace(lengths=None)
             valid = [output[:, : length if output.shape[1] == T else 1, b : b + 1] for output in padded]
             assert_same_bits(valid, self.run(alone))
             assert not any(output[:, length:, b].any() for output in padded if output.shape[1] == T)
 
     def test_reverse_and_a_flipped_run(self) -> None:
-        inputs = scan(7, 9, 33, 2, direction="reverse")
+        inputs = scan(7, 9, 33, 2, direction="reverse", enters="both")
         flipped = inputs._replace(
             x_proj=inputs.x_proj.flip(1),
             states=inputs.states.flip(1),
             grad_states=inputs.grad_states.flip(1),
+            input=inputs.input.flip(0),
             reverse=[False, False],
         )
         assert_same_bits(self.run(inputs), [output.flip(1) for output in self.run(flipped)])
+
+
+def pieces(inputs: Scan, cut: int) -> list[Scan]:
+    """The steps before and from ``cut`` on as inputs of their own, the one where each run ends first.
+
+    All members must run in one direction. What reaches the second piece at its end is what the first one finds.
+    """
+    T, reverse = inputs.states.shape[1], inputs.reverse[0]
+    early, late = select(inputs, slice(cut)), select(inputs, slice(cut, T))
+    if inputs.lengths is not None:
+        early, late = (
+            early._replace(lengths=inputs.lengths.clamp(max=cut)),
+            late._replace(lengths=(inputs.lengths - cut).clamp(min=0)),
+        )
+    if not reverse:
+        return [late._replace(h0=inputs.states[:, cut - 1]), early]
+    start = inputs.states[:, cut]
+    if inputs.lengths is not None:
+        start = torch.where((inputs.lengths > cut)[:, None], start, inputs.h0)
+    return [early._replace(h0=start), late]

@@ -181,6 +181,24 @@ def test_compiles_whole(rule):
         assert_same(run(compiled, rnn, lengths), run(rnn, rnn, lengths))
 
 
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compiles_whole_without_outputs(rule, every):
+    rnn = tpext.nn.RNN(I, H, rule=rule, return_sequence=False, checkpoint_every=every)
+    compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
+    for lengths in (None, torch.tensor(LENGTHS)):
+        found = []
+        for module in (compiled, rnn):
+            rnn.zero_grad()
+            x = torch.ones(T, B, I, requires_grad=True)
+            output, h_n = module(x, None, lengths)
+            assert output is None
+            h_n.square().sum().backward()
+            found.append({"h_n": h_n, "x": x.grad} | gradients(rnn))
+        assert_same(*found)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_with_the_default_backend():
     rnn = tpext.nn.RNN(I, H, batch_first=False)
@@ -303,6 +321,24 @@ def test_autocast_bfloat16(rule, options):
     for name, expected in gradients(ours).items():
         assert found[name].dtype == torch.float32
         assert (found[name] - expected).norm() <= 0.05 * expected.norm(), name
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("options", [{}, {"return_sequence": False, "checkpoint_every": 2}], ids=repr)
+def test_backward_inside_autocast_is_that_outside(rule, options):
+    rnn = tpext.nn.RNN(I, H, rule=rule, **options)
+    found = []
+    for inside in (False, True):
+        rnn.zero_grad()
+        x = torch.ones(T, B, I, requires_grad=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = rnn(x)[1].float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append({"x": x.grad} | gradients(rnn))
+    assert_same(*found)
 
 
 def test_autocast_leaves_float64_alone():

@@ -182,6 +182,29 @@ def test_rows_do_not_see_their_padding(rule):
         torch.testing.assert_close(together["hx"][:, b : b + 1], alone[b]["hx"], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "rule",
+    [Backprop(), RegularizedInverse(), RegularizedInverse(correction="none", input_rule="target"), LearnedInverse()],
+)
+def test_padding_may_hold_anything(rule, value):
+    rnn = tpext.nn.RNN(I, H, 2, bidirectional=True, dtype=DOUBLE, rule=rule)
+    padded = (torch.arange(T)[:, None] >= torch.tensor(LENGTHS)).unsqueeze(2)
+    plain = torch.randn(T, B, I, dtype=DOUBLE)
+    found = []
+    for x in (plain, plain.masked_fill(padded, value)):
+        rnn.zero_grad()
+        x.requires_grad_()
+        output, h_n = rnn(x, None, torch.tensor(LENGTHS))
+        (output.sin().sum() + h_n.cos().sum()).backward()
+        gradients = {name: p.grad.clone() for name, p in rnn.named_parameters() if p.grad is not None}
+        found.append({"output": output, "h_n": h_n, "x": x.grad} | gradients)
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        assert torch.equal(found[1][name], expected), name
+    assert found[1]["x"].masked_select(padded).eq(0).all()
+
+
 def test_a_row_of_length_zero_keeps_its_state():
     for rule in (Backprop(), RegularizedInverse()):
         rnn = tpext.nn.RNN(I, H, bidirectional=True, dtype=DOUBLE, rule=rule)
@@ -519,6 +542,147 @@ def test_a_rule_that_does_not_fit_says_what_does(nonlinearity):
         tpext.nn.RNN(I, H, nonlinearity=nonlinearity, rule=LearnedInverse())
     for rule in (Backprop(), *(RegularizedInverse(correction=c) for c in ("linearized", "difference", "none"))):
         tpext.nn.RNN(I, H, nonlinearity=nonlinearity, rule=rule)(torch.randn(T, B, I))[0].sum().backward()
+
+
+# Without the sequence of outputs, and in pieces
+
+FINAL_RULES = [
+    Backprop(),
+    RegularizedInverse(),
+    RegularizedInverse(credit="local", correction="difference"),
+    RegularizedInverse(correction="none", target_step=0.1, input_rule="target"),
+    LearnedInverse(),
+]
+
+
+def final_results(module: tpext.nn.RNN, form: str, lengths: list[int] | None = None) -> dict[str, Tensor]:
+    """The final state, and all gradients of a random linear loss of it."""
+    module.zero_grad()
+    x = sequences(form, module.batch_first)
+    stack = module.num_layers * (2 if module.bidirectional else 1)
+    torch.manual_seed(2)
+    hx = torch.randn(*((stack, H) if form == "unbatched" else (stack, B, H)), dtype=DOUBLE, requires_grad=True)
+    arguments = (x, hx) if lengths is None else (x, hx, torch.tensor(lengths))
+    output, h_n = module(*arguments)
+    assert (output is None) != module.return_sequence
+    (h_n * torch.randn_like(h_n)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    return {
+        "h_n": h_n.detach(),
+        "input": x.data.grad if form.startswith("packed") else x.grad,
+        "hx": hx.grad,
+    } | gradients
+
+
+@pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
+@pytest.mark.parametrize("form", ["padded", "unbatched", "packed", "packed sorted"])
+def test_without_outputs_the_rest_is_the_same(rule, form):
+    for options in ({}, {"num_layers": 2, "bidirectional": True, "batch_first": True}):
+        whole = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, **options)
+        final = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, return_sequence=False, **options)
+        final.load_state_dict(whole.state_dict())
+        assert_same(final_results(final, form), final_results(whole, form), 0.0)
+
+
+@pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
+@pytest.mark.parametrize("every", [1, 2, 4, T, T + 1])
+def test_checkpoints_change_results_by_rounding_alone(rule, every):
+    for options in ({}, {"batch_first": True, "bias": False}):
+        whole = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, **options)
+        pieces = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, return_sequence=False, checkpoint_every=every, **options)
+        pieces.load_state_dict(whole.state_dict())
+        for form in ("padded", "unbatched", "packed", "packed sorted"):
+            assert_same(final_results(pieces, form), final_results(whole, form))
+        assert_same(final_results(pieces, "padded", [0, T, 1, 4]), final_results(whole, "padded", [0, T, 1, 4]))
+
+
+@pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
+def test_checkpoints_of_frozen_parts(rule):
+    wholes, parts = [], []
+    for frozen in ([], ["weight_ih_l0"], ["weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]):
+        for found, options in ((wholes, {}), (parts, {"return_sequence": False, "checkpoint_every": 4})):
+            torch.manual_seed(3)
+            rnn = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, **options)
+            for name in frozen:
+                getattr(rnn, name).requires_grad_(False)
+            rnn(torch.ones(T, B, I, dtype=DOUBLE))[1].square().sum().backward()
+            found.append({name: p.grad for name, p in rnn.named_parameters() if p.grad is not None})
+    for part, whole in zip(parts, wholes, strict=True):
+        assert_same(part, whole)
+
+
+def test_a_gradient_that_fades_between_checkpoints():
+    """What lies further back gets zeros, of its full size."""
+    steps = 400
+    for rule in (Backprop(), RegularizedInverse(reg=1e4), RegularizedInverse(reg=1e4, credit="local")):
+        whole = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule)
+        pieces = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, return_sequence=False, checkpoint_every=16)
+        with torch.no_grad():
+            whole.weight_hh_l0.mul_(1e-4)
+        pieces.load_state_dict(whole.state_dict())
+        found = []
+        for module in (pieces, whole):
+            torch.manual_seed(1)
+            x, hx = torch.randn(steps, B, I, dtype=DOUBLE), torch.randn(1, B, H, dtype=DOUBLE)
+            x.requires_grad_(), hx.requires_grad_()
+            module(x, hx)[1].square().sum().backward()
+            found.append({"x": x.grad, "hx": hx.grad} | {name: p.grad for name, p in module.named_parameters()})
+        assert found[1]["x"][-1].all()
+        assert not found[1]["x"][0].any()
+        assert_same(*found)
+
+
+def kept_numbers(rnn: tpext.nn.RNN, x: Tensor) -> int:
+    """How many numbers a forward pass keeps for its backward pass, apart from its input and parameters."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in (x, *rnn.parameters())}
+    kept = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        rnn(x)
+    return sum(count for pointer, count in kept.items() if pointer not in known)
+
+
+@pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
+def test_checkpoints_keep_one_state_a_piece(rule):
+    x = torch.randn(100, 8, I)
+    whole, pieces = (
+        kept_numbers(tpext.nn.RNN(I, 16, rule=rule, return_sequence=False, checkpoint_every=every), x)
+        for every in (None, 10)
+    )
+    assert whole >= 100 * 8 * 16
+    assert pieces <= 12 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "text"),
+    [
+        ({"checkpoint_every": 4}, ValueError, "checkpoint_every needs return_sequence=False"),
+        ({"checkpoint_every": 4, "return_sequence": False, "num_layers": 2}, ValueError, "num_layers=1"),
+        ({"checkpoint_every": 4, "return_sequence": False, "bidirectional": True}, ValueError, "bidirectional=False"),
+        ({"checkpoint_every": 0, "return_sequence": False}, ValueError, "checkpoint_every must be at least 1, got 0"),
+        ({"checkpoint_every": 2.0, "return_sequence": False}, TypeError, "checkpoint_every should be of type int"),
+        ({"checkpoint_every": True, "return_sequence": False}, TypeError, "checkpoint_every should be of type int"),
+        ({"return_sequence": 0}, TypeError, "return_sequence should be of type bool"),
+    ],
+)
+def test_wrong_options_of_the_outputs(options, kind, text):
+    with pytest.raises(kind, match=text):
+        tpext.nn.RNN(I, H, **options)
+
+
+def test_options_of_the_outputs_are_shown_and_copied():
+    rnn = tpext.nn.RNN(I, H, return_sequence=False, checkpoint_every=4)
+    assert repr(rnn) == "RNN(3, 5, return_sequence=False, checkpoint_every=4)"
+    x = torch.randn(T, B, I)
+    for twin in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn)), tpext.nn.convert(rnn, RegularizedInverse())):
+        assert repr(twin) == repr(rnn)
+        assert twin(x)[0] is None
+        assert torch.equal(twin(x)[1], rnn(x)[1])
+    torch.testing.assert_close(rnn.to_torch()(x)[1], rnn(x)[1])
 
 
 # Target propagation

@@ -1,6 +1,8 @@
-"""regularized_inverse: equal to the oracle, differentiable twice, clear when it cannot invert."""
+"""regularized_inverse: equal to the oracle, the same to the bit on any threads, differentiable twice, clear errors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tpext
-from tpext import reference
+from tpext import _C, reference
 
 regularized_inverse = torch.ops.tpext.regularized_inverse
 
+# Around the kernel's vectors, blocks of rows, groups of panels, blocks of pivots and slices of the depth.
+EDGES = [3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 48, 49, 64, 65, 97, 128, 129, 193, 260]
 SHAPES = [(1, 1), (2, 2), (5, 3), (3, 5), (32, 32), (100, 64), (31, 257), (4, 6, 6), (3, 17, 9), (2, 3, 4, 5)]
 
 
@@ -71,10 +75,53 @@ def test_with_a_great_ridge_it_is_the_transpose_over_the_ridge() -> None:
     torch.testing.assert_close(1e12 * regularized_inverse(weight, 1e12), weight.mT, rtol=1e-10, atol=1e-10)
 
 
-def test_batch_equals_its_matrices_alone() -> None:
-    weight = torch.randn(4, 9, 9)
+@pytest.mark.parametrize("size", EDGES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_oracle_at_block_edges(size: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
+    for shape in [(size, size), (size, 40), (40, size), (2, size, size + 1)]:
+        check(torch.randn(shape, dtype=torch.float64).to(dtype), 1.0)
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (1, 100, 100), (131, 131), (3, 140, 70), (5, 60, 200), (40, 20, 20)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_any_number_of_threads(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, dtype=dtype)
+    torch.set_num_threads(1)
+    expected = regularized_inverse(weight, 0.1)
+    for threads in (1, 2, 3, 4, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(regularized_inverse(weight, 0.1), expected), f"{threads} threads"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 9), (30, 7), (7, 30), (150, 150)], ids=str)
+@pytest.mark.parametrize("batch", [2, 5])
+def test_same_bits_for_a_batch_and_its_matrices_alone(batch: int, shape: tuple[int, int]) -> None:
+    torch.set_num_threads(2)
+    weight = torch.randn(batch, *shape)
     alone = torch.stack([regularized_inverse(matrix, 1.0) for matrix in weight])
-    torch.testing.assert_close(regularized_inverse(weight, 1.0), alone, rtol=1e-6, atol=1e-6)
+    assert torch.equal(regularized_inverse(weight, 1.0), alone)
+
+
+@pytest.mark.parametrize("n", [5, 60, 130, 200])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_status_of_each_matrix_and_no_harm_to_its_neighbours(n: int, threads: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(7, n, n, dtype=dtype) + 3 * n**0.5 * torch.eye(n, dtype=dtype)
+    weight[1, -1, 0] = torch.nan
+    weight[2, 0, -1] = torch.inf
+    weight[4, :, n // 2] = 0
+    weight[5] *= torch.finfo(dtype).max ** 0.75
+    inverse, status = torch.full_like(weight, 7.0), torch.full((7,), -1)
+    assert _C.regularized_inverse(weight, 0.0, inverse, status, threads) == 4
+    assert status.tolist() == [0, 1, 1, 0, 2, 2, 0]
+    assert (inverse[status != 0] == 7).all(), "the inverse of a matrix that has none is left as it was"
+    alone, usable = torch.empty_like(weight[:1]), torch.zeros(1, dtype=torch.int64)
+    for i in (0, 3, 6):
+        assert _C.regularized_inverse(weight[i : i + 1], 0.0, alone, usable, 1) == 0
+        assert torch.equal(inverse[i], alone[0])
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0), (0, 3, 4), (2, 0, 4), (2, 4, 0)], ids=str)
@@ -136,6 +183,55 @@ def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
     weight[1, 0, 2] = value
     with pytest.raises(ValueError, match=r"regularized_inverse: weight.*\b1\b"):
         regularized_inverse(weight, 1.0)
+
+
+def test_elements_that_are_not_finite_are_reported_before_singular_matrices() -> None:
+    weight = torch.eye(3).repeat(2, 2, 1, 1)
+    weight[0, 0] = 0
+    weight[1, 0, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"weight\[1, 0\] has NaN"):
+        regularized_inverse(weight, 0.0)
+
+
+@pytest.mark.parametrize("n", [2, 65, 150])
+def test_a_matrix_of_low_rank_is_refused_without_a_ridge_and_inverted_with_one(n: int) -> None:
+    weight = torch.randn(n, n - 1, dtype=torch.float64) @ torch.randn(n - 1, n, dtype=torch.float64)
+    with pytest.raises(tpext.SingularError, match=r"reg=0\.0 is singular"):
+        regularized_inverse(weight, 0.0)
+    check(weight, 1e-2)
+
+
+def test_overflow_is_refused() -> None:
+    with pytest.raises(tpext.SingularError, match="overflows"):
+        regularized_inverse(torch.full((3, 3), 1e30), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(3, 4)}, r"weight must be \[batch, M, N\], got \[3, 4\]"),
+        ({"weight": torch.zeros(2, 3, 4).half()}, "weight must be float32"),
+        ({"weight": torch.zeros(2, 4, 3).mT}, "weight must be contiguous"),
+        ({"inverse": torch.zeros(2, 3, 4)}, r"inverse must be \[batch=2, N=4, M=3\], got \[2, 3, 4\]"),
+        ({"inverse": torch.zeros(2, 4, 3).double()}, "inverse must be float32, got float64"),
+        ({"status": torch.zeros(3).long()}, r"status must be \[batch=2\], got \[3\]"),
+        ({"status": torch.zeros(2)}, "status must be int64, got float32"),
+        ({"reg": -1.0}, "reg must be >= 0"),
+        ({"reg": float("nan")}, "reg must be >= 0"),
+        ({"num_threads": 0}, r"num_threads must lie in 1\.\.1024, got 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "weight": torch.zeros(2, 3, 4),
+        "reg": 1.0,
+        "inverse": torch.zeros(2, 4, 3),
+        "status": torch.zeros(2).long(),
+        "num_threads": 1,
+    }
+    with pytest.raises(ValueError, match=f"regularized_inverse: {message}"):
+        _C.regularized_inverse(**arguments | change)
 
 
 @pytest.mark.parametrize("reg", [-1.0, -1e-30, float("nan"), float("inf"), -float("inf")])

@@ -15,8 +15,10 @@ from comparison import (
     SameBits,
     Scan,
     assert_close_to_oracle,
+    assert_same_bits,
     name,
     pairwise,
+    pieces,
     scan,
 )
 from hypothesis import given, settings
@@ -49,7 +51,11 @@ def backward_arguments(inputs: Scan) -> tuple[Any, ...]:
         inputs.lengths,
         inputs.reverse,
         inputs.nonlinearity,
+        inputs.credit_at_end,
     )
+
+
+ENTERS = ["states", "end", "both"]
 
 
 def check_both(inputs: Scan) -> None:
@@ -70,7 +76,7 @@ class TestSameBits(SameBits):
 # Against the oracle.
 
 
-@pytest.mark.parametrize("case", pairwise(**SIZES, **LAYOUTS), ids=name)
+@pytest.mark.parametrize("case", pairwise(**SIZES, **LAYOUTS, enters=ENTERS), ids=name)
 def test_equals_the_oracle(case: dict[str, Any]) -> None:
     torch.set_num_threads(case.pop("threads"))
     check_both(scan(**case))
@@ -86,6 +92,7 @@ def test_equals_the_oracle(case: dict[str, Any]) -> None:
     nonlinearity=st.sampled_from(NONLINEARITIES),
     ragged=st.booleans(),
     direction=st.sampled_from(LAYOUTS["direction"]),
+    enters=st.sampled_from(ENTERS),
     seed=st.integers(0, 2**16),
 )
 def test_equals_the_oracle_at_random_sizes(**case: Any) -> None:
@@ -101,10 +108,62 @@ def test_size_zero_gives_empty_or_zero_outputs(empty: str, ragged: bool) -> None
     assert grad_h0.shape == inputs.h0.unsqueeze(1).shape
     assert not grad_h0.any()
     variables = differentiable(inputs.x_proj, inputs.h0, inputs.weight_hh)
-    gradients = torch.autograd.grad(rnn_scan(*variables, *inputs[5:]).sum(), variables)
+    gradients = torch.autograd.grad(rnn_scan(*variables, *inputs[-3:]).sum(), variables)
     assert all(gradient.shape == variable.shape for gradient, variable in zip(gradients, variables, strict=True))
     if empty in "TB":
         assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("enters", ["end", "both"])
+def test_rows_without_steps_pass_the_final_gradient_on(direction: str, enters: str) -> None:
+    for T in (0, 3):
+        inputs = scan(T, 5, 9, 2, direction=direction, enters=enters)
+        inputs = inputs._replace(lengths=torch.tensor([T, 0, T, 0, 0]))
+        grad_h0 = rnn_scan_backward(*backward_arguments(inputs))[1]
+        empty = inputs.lengths == 0
+        assert torch.equal(grad_h0[:, empty], inputs.credit_at_end[:, empty])
+
+
+def test_no_gradient_at_all_gives_zeros() -> None:
+    inputs = scan(5, 4, 9, 2, ragged=True, direction="mixed")._replace(grad_states=None)
+    assert not any(output.any() for output in rnn_scan_backward(*backward_arguments(inputs)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("enters", ["end", "both"])
+def test_backward_in_two_pieces_is_the_whole(dtype: torch.dtype, direction: str, ragged: bool, enters: str) -> None:
+    inputs = scan(9, 7, 33, 2, dtype, ragged=ragged, direction=direction, enters=enters)
+    expected = rnn_scan_backward(*backward_arguments(inputs))
+    for cut in (1, 4, 8):
+        first, second = pieces(inputs, cut)
+        later, between = rnn_scan_backward(*backward_arguments(first))
+        earlier, grad_h0 = rnn_scan_backward(*backward_arguments(second._replace(credit_at_end=between)))
+        in_time = [later, earlier] if direction == "reverse" else [earlier, later]
+        assert_same_bits([torch.cat(in_time, dim=1), grad_h0], expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("place", ["nowhere", "states", "weight_hh"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_fades_leaves_what_zeros_would(
+    dtype: torch.dtype, direction: str, place: str, value: float
+) -> None:
+    """Without ``grad_states`` the kernel stops where a gradient has died out; with zeros it goes to the end."""
+    T = 200
+    inputs = scan(T, 7, 9, 2, dtype, direction=direction, enters="end")
+    inputs = inputs._replace(weight_hh=inputs.weight_hh * (1e-3 if dtype == torch.float32 else 1e-9))
+    if place == "states":
+        inputs.states[1, 1 if direction == "reverse" else T - 2, 3, 5] = value
+    if place == "weight_hh":
+        inputs.weight_hh[1, 3, 5] = value
+    expected = rnn_scan_backward(*backward_arguments(inputs._replace(grad_states=torch.zeros_like(inputs.states))))
+    assert not expected[0][0, T // 2].any(), "the gradient must die out on the way"
+    assert place != "weight_hh" or not expected[0].isfinite().all()
+    assert_same_bits(rnn_scan_backward(*backward_arguments(inputs)), expected)
 
 
 def test_input_projection_is_the_affine_map_of_each_member() -> None:
@@ -201,7 +260,7 @@ def differentiable(*tensors: Tensor) -> list[Tensor]:
 
 def small(nonlinearity: str = "tanh", dtype: torch.dtype = torch.float64) -> Scan:
     """A ragged, two-way input without NaN, which numerical differentiation cannot pass."""
-    inputs = scan(3, 3, 4, 2, dtype, nonlinearity, ragged=True, direction="mixed")
+    inputs = scan(3, 3, 4, 2, dtype, nonlinearity, ragged=True, direction="mixed", enters="both")
     return inputs._replace(x_proj=inputs.x_proj.nan_to_num(), grad_states=inputs.grad_states.nan_to_num())
 
 
@@ -218,15 +277,20 @@ def test_scan_has_its_true_first_and_second_derivatives(nonlinearity: str) -> No
 
 
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
-def test_backward_has_its_true_derivatives(nonlinearity: str) -> None:
+@pytest.mark.parametrize("enters", ENTERS)
+def test_backward_has_its_true_derivatives(nonlinearity: str, enters: str) -> None:
     inputs = small(nonlinearity)
     # relu's slope jumps at 0: numerical differences are taken away from it.
     states = inputs.states + 0.1 if nonlinearity == "relu" else inputs.states
 
-    def run(grad_states: Tensor, states: Tensor, weight_hh: Tensor) -> tuple[Tensor, Tensor]:
-        return rnn_scan_backward(grad_states, states, weight_hh, inputs.lengths, inputs.reverse, nonlinearity)
+    def run(states: Tensor, weight_hh: Tensor, *entering: Tensor) -> tuple[Tensor, Tensor]:
+        grad_states = entering[0] if enters != "end" else None
+        grad_h_n = entering[-1] if enters != "states" else None
+        return rnn_scan_backward(grad_states, states, weight_hh, inputs.lengths, inputs.reverse, nonlinearity, grad_h_n)
 
-    variables = differentiable(inputs.grad_states, states, inputs.weight_hh)
+    entering = {"states": [inputs.grad_states], "end": [inputs.credit_at_end]}
+    entering["both"] = entering["states"] + entering["end"]
+    variables = differentiable(states, inputs.weight_hh, *entering[enters])
     assert torch.autograd.gradcheck(run, variables)
     assert torch.autograd.gradgradcheck(run, variables)
 
@@ -247,11 +311,12 @@ def test_gradients_of_some_inputs_alone(wanted: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    pairwise(dtype=DTYPES, requires_grad=[False, True], ragged=[False, True], contiguous=[False, True]),
+    pairwise(dtype=DTYPES, requires_grad=[False, True], ragged=[False, True], contiguous=[False, True], enters=ENTERS),
     ids=name,
 )
 def test_opcheck(case: dict[str, Any]) -> None:
-    inputs = scan(3, 3, 4, 2, case["dtype"], direction="mixed", contiguous=case["contiguous"])
+    options = {key: case[key] for key in ("dtype", "contiguous", "enters")}
+    inputs = scan(3, 3, 4, 2, direction="mixed", **options)
     inputs = inputs._replace(lengths=torch.tensor([3, 0, 2]) if case["ragged"] else None)
 
     def prepared(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

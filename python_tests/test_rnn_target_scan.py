@@ -18,8 +18,10 @@ from comparison import (
     SameBits,
     Scan,
     assert_close_to_oracle,
+    assert_same_bits,
     name,
     pairwise,
+    pieces,
     scan,
 )
 from hypothesis import given, settings
@@ -36,6 +38,7 @@ rnn_learned_target_scan = torch.ops.tpext.rnn_learned_target_scan
 CORRECTIONS = ["linearized", "difference", "none"]
 CREDITS = ["local", "through_time"]
 RULES = list(itertools.product(CORRECTIONS, CREDITS))
+ENTERS = ["states", "end", "both"]
 # What the plain differences in the oracle can lose next to states of order one, in longdouble.
 ORACLE_ERROR = 64 * float(np.finfo(np.longdouble).eps)
 # Steps and clips that float32 holds exactly: the oracle then sees the same numbers.
@@ -72,6 +75,8 @@ def target_arguments(
         clip,
         return_norms,
         return_displacement,
+        inputs.at_end,
+        inputs.credit_at_end,
     )
 
 
@@ -89,14 +94,31 @@ def learned_arguments(inputs: Scan, credit: str, return_norms: bool = True) -> t
         credit,
         STEP,
         return_norms,
+        inputs.at_end,
+        inputs.credit_at_end,
     )
 
 
+# Every target pass there is: its name, correction and credit for `target_pass`.
+PASSES = [*RULES, *(("learned", credit) for credit in CREDITS)]
+each_pass = pytest.mark.parametrize(("correction", "credit"), PASSES)
+
+
+def target_pass(inputs: Scan, correction: str, credit: str) -> tuple[Tensor, ...]:
+    """All outputs of one pass."""
+    if correction == "learned":
+        return rnn_learned_target_scan(*learned_arguments(inputs, credit))
+    return rnn_target_scan(*target_arguments(inputs, correction, credit))
+
+
 def every_output(inputs: Scan) -> list[Tensor]:
-    """All outputs by all rules, ``disp_h0`` as ``[S, 1, B, H]``."""
-    results = [rnn_target_scan(*target_arguments(inputs, *rule)) for rule in RULES]
-    results += [rnn_learned_target_scan(*learned_arguments(inputs, credit)) for credit in CREDITS]
-    return [output for delta, disp_h0, *rest in results for output in (delta, disp_h0.unsqueeze(1), *rest)]
+    """All outputs by all rules, those without time as ``[S, 1, B, H]``."""
+    found = []
+    for correction, credit in PASSES:
+        delta, disp_h0, *rest, credit_h0 = target_pass(inputs, correction, credit)
+        found += [delta, disp_h0.unsqueeze(1), *rest]
+        found += [credit_h0.unsqueeze(1)] if credit == "through_time" else []
+    return found
 
 
 class TestSameBits(SameBits):
@@ -109,7 +131,7 @@ Layer = dict[str, Any]
 
 
 def layer(nonlinearity: str = "tanh", ragged: bool = True) -> Layer:
-    """A random layer of two directions, with the gradient of its states, in float64."""
+    """A random layer of two directions, with the gradients of its states and final states, in float64."""
     T, B, inputs, H, S = 7, 4, 3, 6, 2
     lengths = torch.tensor([T, 0, 1, 5]) if ragged else None
     return {
@@ -122,6 +144,7 @@ def layer(nonlinearity: str = "tanh", ragged: bool = True) -> Layer:
         "lengths": lengths,
         "reverse": [s % 2 == 1 for s in range(S)],
         "nonlinearity": nonlinearity,
+        "grad_h_n": torch.randn(S, B, H).double(),
     }
 
 
@@ -145,14 +168,21 @@ def by_ops(layer: Layer, **options: Any) -> RNNGradients:
     return gradients(target_rnn, layer, **OPTIONS | options)
 
 
-def gradients(function: Callable[..., Tensor], layer: Layer, **options: Any) -> RNNGradients:
+def gradients(function: Callable[..., tuple[Tensor, Tensor]], layer: Layer, **options: Any) -> RNNGradients:
     """What autograd hands to each input of a layer function."""
     variables = {key: layer[key].clone().requires_grad_() for key in RNNGradients._fields}
     rest = {key: layer[key] for key in ("lengths", "reverse", "nonlinearity")}
-    states = function(**variables, **rest, **options)
+    outputs = function(**variables, **rest, **options)
+    entering = [(o, layer[key]) for o, key in zip(outputs, GRADIENTS, strict=True) if layer[key] is not None]
     return RNNGradients(
-        *(g.numpy() for g in torch.autograd.grad(states, list(variables.values()), layer["grad_states"]))
+        *(
+            g.numpy()
+            for g in torch.autograd.grad([o for o, _ in entering], list(variables.values()), [g for _, g in entering])
+        )
     )
+
+
+GRADIENTS = ("grad_states", "grad_h_n")
 
 
 def by_learned_oracle(layer: Layer, **options: Any) -> RNNGradients:
@@ -193,15 +223,20 @@ def golden(request: pytest.FixtureRequest) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def golden_layer(golden: dict[str, Tensor]) -> Layer:
-    """The layer of the file, and the gradient of the batch-mean cross-entropy of the last state's read-out."""
+def golden_layer(golden: dict[str, Tensor], enters: str = "states") -> Layer:
+    """The layer of the file, and the gradient of the batch-mean cross-entropy of the last state's read-out.
+
+    It comes as that of the last of all "states", or of the state at the "end".
+    """
     final = golden["h"][:, -1].requires_grad_()
     loss = torch.nn.functional.cross_entropy(final @ golden["Wo"].T + golden["bo"], golden["labels"])
     B, T, H = (size - extra for size, extra in zip(golden["h"].shape, (0, 1, 0), strict=True))
+    grad_h_n = torch.autograd.grad(loss, final)[0].unsqueeze(0)
     grad_states = torch.zeros(1, T, B, H, dtype=torch.float64)
-    grad_states[0, -1] = torch.autograd.grad(loss, final)[0]
+    grad_states[:, -1] = grad_h_n
     return {
-        "grad_states": grad_states,
+        "grad_states": grad_states if enters == "states" else None,
+        "grad_h_n": grad_h_n if enters == "end" else None,
         "input": golden["x"].transpose(0, 1),
         "h0": golden["h"][None, :, 0].detach(),
         "weight_ih": golden["Wi"][None],
@@ -215,11 +250,17 @@ def golden_layer(golden: dict[str, Tensor]) -> Layer:
 
 @pytest.mark.parametrize(("gradients_of", "rtol"), [(by_oracle, 1e-12), (by_ops, 1e-10)], ids=["oracle", "ops"])
 @pytest.mark.parametrize(("credit", "suffix"), [("local", "local"), ("through_time", "bptt")])
+@pytest.mark.parametrize("enters", ["states", "end"])
 def test_gradients_equal_the_published_codes(
-    golden: dict[str, Tensor], gradients_of: Callable[..., RNNGradients], rtol: float, credit: str, suffix: str
+    golden: dict[str, Tensor],
+    gradients_of: Callable[..., RNNGradients],
+    rtol: float,
+    credit: str,
+    suffix: str,
+    enters: str,
 ) -> None:
     published = {"reg": golden["r"].item(), "target_step": golden["lr_target"].item(), "clip": golden["clip"].item()}
-    actual = gradients_of(golden_layer(golden), credit=credit, normalize=False, **published)
+    actual = gradients_of(golden_layer(golden, enters), credit=credit, normalize=False, **published)
     for gradient, key in [(actual.weight_hh, "gWh"), (actual.weight_ih, "gWi"), (actual.bias, "gb")]:
         expected = golden[f"{key}_{suffix}"].numpy()
         assert np.abs(gradient[0] - expected).max() <= rtol * np.abs(expected).max(), key
@@ -282,6 +323,7 @@ def check_learned(arguments: tuple[Any, ...]) -> None:
         **LAYOUTS,
         correction=CORRECTIONS,
         credit=CREDITS,
+        enters=ENTERS,
         last_step_only=[False, True],
         return_norms=[False, True],
         return_displacement=[False, True],
@@ -298,8 +340,8 @@ def test_equals_the_oracle(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize(("correction", "credit"), RULES)
 def test_every_combination_of_options(dtype: torch.dtype, nonlinearity: str, correction: str, credit: str) -> None:
-    inputs = scan(5, 7, 19, 2, dtype, nonlinearity, ragged=True, direction="mixed")
-    for norms, displacement in itertools.product([False, True], repeat=2):
+    for enters, norms, displacement in itertools.product(ENTERS, [False, True], [False, True]):
+        inputs = scan(5, 7, 19, 2, dtype, nonlinearity, ragged=True, direction="mixed", enters=enters)
         arguments = target_arguments(inputs, correction, credit, norms, displacement)
         check(arguments)
 
@@ -314,6 +356,7 @@ def test_every_combination_of_options(dtype: torch.dtype, nonlinearity: str, cor
     nonlinearity=st.sampled_from(NONLINEARITIES),
     ragged=st.booleans(),
     direction=st.sampled_from(LAYOUTS["direction"]),
+    enters=st.sampled_from(ENTERS),
     rule=st.sampled_from(RULES),
     target_step=st.sampled_from([2.0**-7, 0.5, 2.0]),
     clip=st.sampled_from([2.0**-10, 2.0**-4, 0.5]),
@@ -324,7 +367,9 @@ def test_equals_the_oracle_at_random_sizes(rule: tuple[str, str], target_step: f
     check(arguments)
 
 
-@pytest.mark.parametrize("case", pairwise(**SIZES, **LAYOUTS, credit=CREDITS, return_norms=[False, True]), ids=name)
+@pytest.mark.parametrize(
+    "case", pairwise(**SIZES, **LAYOUTS, enters=ENTERS, credit=CREDITS, return_norms=[False, True]), ids=name
+)
 def test_learned_pass_equals_the_oracle(case: dict[str, Any]) -> None:
     torch.set_num_threads(case.pop("threads"))
     options = [case.pop(key) for key in ("credit", "return_norms")]
@@ -332,19 +377,124 @@ def test_learned_pass_equals_the_oracle(case: dict[str, Any]) -> None:
     check_learned(arguments)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    T=st.integers(0, 12),
+    B=st.integers(0, 19),
+    H=st.integers(1, 50),
+    S=st.integers(1, 3),
+    dtype=st.sampled_from(DTYPES),
+    nonlinearity=st.sampled_from(NONLINEARITIES),
+    ragged=st.booleans(),
+    direction=st.sampled_from(LAYOUTS["direction"]),
+    enters=st.sampled_from(ENTERS),
+    credit=st.sampled_from(CREDITS),
+    seed=st.integers(0, 2**16),
+)
+def test_learned_pass_equals_the_oracle_at_random_sizes(credit: str, **case: Any) -> None:
+    check_learned(learned_arguments(scan(**case), credit))
+
+
 @pytest.mark.parametrize("empty", ["T", "B", "H", "S"])
 @pytest.mark.parametrize("ragged", [False, True])
-def test_size_zero_gives_empty_or_zero_outputs(empty: str, ragged: bool) -> None:
+@each_pass
+def test_size_zero_gives_empty_or_zero_outputs(empty: str, ragged: bool, correction: str, credit: str) -> None:
     inputs = scan(**{"T": 3, "B": 4, "H": 5, "S": 2} | {empty: 0}, ragged=ragged)
-    for correction, credit in RULES:
-        delta, disp_h0, norms, displacement = rnn_target_scan(*target_arguments(inputs, correction, credit))
-        assert delta.shape == displacement.shape == inputs.states.shape
-        assert norms.shape == inputs.states.shape[:3]
-        assert disp_h0.shape == inputs.h0.shape
-        assert not disp_h0.any()
-    delta, disp_h0, norms = rnn_learned_target_scan(*learned_arguments(inputs, "local"))
-    assert (delta.shape, disp_h0.shape, norms.shape) == (inputs.states.shape, inputs.h0.shape, inputs.states.shape[:3])
+    delta, disp_h0, norms, *displacement, credit_h0 = target_pass(inputs, correction, credit)
+    assert all(output.shape == inputs.states.shape for output in (delta, *displacement))
+    assert norms.shape == inputs.states.shape[:3]
+    assert disp_h0.shape == inputs.h0.shape
+    assert credit_h0.shape == (inputs.h0.shape if credit == "through_time" else (0,))
     assert not disp_h0.any()
+    assert not credit_h0.any()
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("enters", ["end", "both"])
+@each_pass
+def test_rows_without_steps_pass_on_what_comes_from_beyond(
+    direction: str, enters: str, correction: str, credit: str
+) -> None:
+    for T in (0, 3):
+        inputs = scan(T, 5, 9, 2, direction=direction, enters=enters)._replace(lengths=torch.tensor([T, 0, T, 0, 0]))
+        _, disp_h0, *_, credit_h0 = target_pass(inputs, correction, credit)
+        empty = inputs.lengths == 0
+        assert torch.equal(disp_h0[:, empty], inputs.at_end[:, empty])
+        if credit == "through_time":
+            assert torch.equal(credit_h0[:, empty], inputs.credit_at_end[:, empty])
+
+
+def in_pieces(inputs: Scan, cut: int, correction: str, credit: str) -> list[Tensor]:
+    """All outputs of a pass in two pieces, the one where each run ends first."""
+    first, second = pieces(inputs, cut)
+    one = target_pass(first, correction, credit)
+    between = one[-1] if credit == "through_time" else None
+    two = target_pass(second._replace(at_end=one[1], credit_at_end=between), correction, credit)
+    sequences = zip((one[0], *one[2:-1]), (two[0], *two[2:-1]), strict=True)
+    joined = [torch.cat(pair if inputs.reverse[0] else pair[::-1], dim=1) for pair in sequences]
+    return [joined[0], two[1], *joined[1:], two[-1]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("correction", "credit"), [rule for rule in PASSES if rule[0] != "none"])
+def test_two_pieces_without_a_gradient_between_are_the_whole_to_the_bit(
+    dtype: torch.dtype, direction: str, ragged: bool, correction: str, credit: str
+) -> None:
+    inputs = scan(9, 7, 33, 2, dtype, ragged=ragged, direction=direction, enters="end")
+    expected = target_pass(inputs, correction, credit)
+    for cut in (1, 4, 8):
+        assert_same_bits(in_pieces(inputs, cut, correction, credit), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("enters", ["end", "both"])
+@each_pass
+def test_two_pieces_are_the_whole(
+    dtype: torch.dtype, direction: str, enters: str, correction: str, credit: str
+) -> None:
+    inputs = scan(5, 5, 9, 2, dtype, ragged=True, direction=direction, enters=enters)
+
+    def op(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(in_pieces(inputs, 2, correction, credit))
+
+    arguments, oracle = learned_arguments(inputs, credit), reference.rnn_learned_target_scan
+    if correction != "learned":
+        arguments, oracle = target_arguments(inputs, correction, credit), reference.rnn_target_scan
+    assert_close_to_oracle(op, oracle, arguments, oracle_error=0.0 if correction == "linearized" else ORACLE_ERROR)
+
+
+def fading(dtype: torch.dtype, nonlinearity: str, direction: str) -> Scan:
+    """A long input whose displacement and credit, from the end alone, die out on the way."""
+    inputs = scan(200, 7, 9, 2, dtype, nonlinearity, direction=direction, enters="end")
+    return inputs._replace(weight_hh=inputs.weight_hh * (1e-3 if dtype == torch.float32 else 1e-9))
+
+
+PLACES = ["nowhere", "states", "x_proj", "weight_hh", "at_end", "credit_at_end"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@each_pass
+def test_a_displacement_that_fades_leaves_what_zeros_would(place: str, correction: str, credit: str) -> None:
+    """Without ``grad_states`` the kernel stops where a displacement has died out; with zeros it goes to the end."""
+    torch.set_num_threads(1)
+    values = [torch.nan] if place == "nowhere" else [torch.nan, torch.inf]
+    for dtype, nonlinearity, value in itertools.product(DTYPES, NONLINEARITIES, values):
+        direction = "forward" if nonlinearity == "relu" else "reverse"
+        inputs = fading(dtype, nonlinearity, direction)
+        T = inputs.states.shape[1]
+        tensor = None if place == "nowhere" else getattr(inputs, place)
+        if tensor is not None and tensor.dim() == 4:
+            tensor[1, 1 if direction == "reverse" else T - 2, 3, 5] = value
+        elif tensor is not None:
+            tensor[1, 3, 5] = value
+        zeros = torch.zeros_like(inputs.states)
+        expected = target_pass(inputs._replace(grad_states=zeros), correction, credit)
+        if correction != "none":
+            assert not expected[0][0, T // 2].any(), "the displacement must die out on the way"
+        assert_same_bits(target_pass(inputs, correction, credit), expected)
 
 
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
@@ -374,6 +524,7 @@ def test_learned_layer_hands_down_what_the_oracle_does(nonlinearity: str, normal
 def test_layer_without_steps_or_rows_has_zero_gradients(empty: str, ragged: bool) -> None:
     case = layer()
     case["grad_states"] = case["grad_states"][:, :0] if empty == "T" else case["grad_states"][:, :, :0]
+    case["grad_h_n"] = None if empty == "T" else case["grad_h_n"][:, :0]
     case["input"] = case["input"][:0] if empty == "T" else case["input"][:, :0]
     case["h0"] = case["h0"] if empty == "T" else case["h0"][:, :0]
     case["lengths"] = torch.zeros(case["h0"].shape[1], dtype=torch.int64) if ragged else None
@@ -385,12 +536,72 @@ def test_layer_without_steps_or_rows_has_zero_gradients(empty: str, ragged: bool
             assert not gradient.any()
 
 
+@pytest.mark.parametrize("every", [1, 3, 7, 8])
+@pytest.mark.parametrize("input_rule", ["gradient", "target"])
+@pytest.mark.parametrize(("correction", "credit"), RULES)
+def test_layer_in_pieces_hands_down_what_the_oracle_does(
+    every: int, input_rule: str, correction: str, credit: str
+) -> None:
+    case = layer() | {"reverse": [False, False], "grad_states": None}
+    options = {"correction": correction, "credit": credit, "input_rule": input_rule}
+    assert_equal_gradients(by_ops(case, checkpoint_every=every, **options), by_oracle(case, **options), 1e-10)
+
+
+@pytest.mark.parametrize("every", [1, 3, 7, 8])
+@pytest.mark.parametrize("credit", CREDITS)
+def test_learned_layer_in_pieces_hands_down_what_the_oracle_does(every: int, credit: str) -> None:
+    case = layer() | {"reverse": [False, False], "grad_states": None}
+    reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double() / 2, "reverse_bias": torch.randn(2, 6).double()}
+    options = {**reverse_layer, "target_step": 0.1, "credit": credit, "normalize": True}
+    assert_equal_gradients(
+        by_learned_ops(case, checkpoint_every=every, **options), by_learned_oracle(case, **options), 1e-10
+    )
+
+
+@pytest.mark.parametrize("missing", GRADIENTS)
+def test_layer_of_which_one_output_is_used(missing: str) -> None:
+    case = layer() | {missing: None}
+    assert_equal_gradients(by_ops(case), by_oracle(case), 1e-10)
+    reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double() / 2, "reverse_bias": torch.randn(2, 6).double()}
+    options = {**reverse_layer, "target_step": 0.1, "credit": "through_time", "normalize": True}
+    assert_equal_gradients(by_learned_ops(case, **options), by_learned_oracle(case, **options), 1e-10)
+
+
+def test_layer_returns_states_and_final_states() -> None:
+    case = layer()
+    case = {key: value for key, value in case.items() if key not in GRADIENTS}
+    expected = reference.rnn_layer(**{k: v.numpy() if isinstance(v, Tensor) else v for k, v in case.items()})
+    reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double(), "reverse_bias": torch.randn(2, 6).double()}
+    options = {"target_step": 0.1, "credit": "local", "normalize": True}
+    for outputs in (target_rnn(**case, **OPTIONS), learned_target_rnn(**case, **reverse_layer, **options)):
+        for a, b in zip(outputs, expected, strict=True):
+            np.testing.assert_allclose(a.numpy(), b, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("input_rule", ["gradient", "target"])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_what_stands_in_the_padding_reaches_no_gradient(value: float, input_rule: str, correction: str) -> None:
+    case = layer()
+    padded = torch.arange(len(case["input"]))[:, None] >= case["lengths"]
+    filled = case | {"input": case["input"].masked_fill(padded[..., None], value)}
+    options = {"input_rule": input_rule, "correction": correction, "credit": "through_time"}
+    actual, expected = by_ops(filled, **options), by_ops(case, **options)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not actual.input[padded.numpy()].any()
+    reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double(), "reverse_bias": torch.randn(2, 6).double()}
+    options = {**reverse_layer, "target_step": 0.1, "credit": "through_time", "normalize": True}
+    for a, b in zip(by_learned_ops(filled, **options), by_learned_ops(case, **options), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_layer_without_a_bias() -> None:
     case = layer()
     variables = {key: case[key].clone().requires_grad_() for key in ("input", "h0", "weight_ih", "weight_hh")}
     rest = {key: case[key] for key in ("lengths", "reverse", "nonlinearity")}
-    states = target_rnn(**variables, bias=None, **rest, **OPTIONS)
-    actual = torch.autograd.grad(states, list(variables.values()), case["grad_states"])
+    outputs = target_rnn(**variables, bias=None, **rest, **OPTIONS)
+    actual = torch.autograd.grad(outputs, list(variables.values()), [case[key] for key in GRADIENTS])
     expected = by_oracle(case | {"bias": torch.zeros(2, 6).double()})
     for a, b in zip(actual, expected[:4], strict=True):
         np.testing.assert_allclose(a.numpy(), b, rtol=1e-10, atol=1e-12)
@@ -407,6 +618,7 @@ def local_losses(
     Targets by definition: ``v_{t-1} = G(v_t) - step * g_{t-1}``, if corrected plus ``h_{t-1} - G(h_t)``, held fixed.
     """
     g, W, U, bias = (layer[key][0].clone() for key in ("grad_states", "weight_hh", "weight_ih", "bias"))
+    g[-1] += layer["grad_h_n"][0]
     parameters = [parameter.requires_grad_() for parameter in (U, W, bias)]
     states = [layer["h0"][0]]
     for x in layer["input"]:
@@ -474,9 +686,11 @@ def test_a_great_ridge_through_time_is_backprop(
 ) -> None:
     """Targets then reach no earlier step, and the local losses' gradients through time are the loss's."""
     case = layer(nonlinearity=nonlinearity)
-    actual = gradients_of(case, reg=1e14, credit="through_time", correction=correction)
+    actual = gradients_of(case, reg=1e16, credit="through_time", correction=correction)
     assert_equal_gradients(actual, backprop(case)._replace(h0=actual.h0), 1e-12)
-    assert np.abs(actual.h0).max() < 1e-12
+    # A row without a step has its initial state for its final one.
+    passed_on = case["grad_h_n"] * (case["lengths"] == 0)[:, None]
+    assert np.abs(actual.h0 - passed_on.numpy()).max() < 1e-12
 
 
 @both_implementations
@@ -494,7 +708,7 @@ def test_without_ridge_no_correction_is_the_difference(gradients_of: Callable[..
     """An exact inverse needs no correction: it maps an undisplaced state to the state before."""
     case = layer()
     case["weight_hh"] = torch.linalg.qr(case["weight_hh"])[0] * 1.2
-    case["input"], case["grad_states"] = case["input"] / 4, case["grad_states"] / 4
+    case |= {key: case[key] / 4 for key in ("input", *GRADIENTS)}
     options = {"reg": 0.0, "credit": credit, "input_rule": "target"}
     plain, difference = (gradients_of(case, correction=correction, **options) for correction in ("none", "difference"))
     assert_equal_gradients(plain, difference, 1e-10)
@@ -527,8 +741,9 @@ def test_corrections_agree_for_small_steps(gradients_of: Callable[..., RNNGradie
 @pytest.mark.parametrize("credit", CREDITS)
 def test_linearized_scales_with_the_gradient(dtype: torch.dtype, credit: str) -> None:
     """Exactly, for a power of two: so loss scaling and accumulation change nothing."""
-    inputs = scan(7, 5, 33, 2, dtype, ragged=True, direction="mixed")
-    scaled = inputs._replace(grad_states=inputs.grad_states * 1024)
+    inputs = scan(7, 5, 33, 2, dtype, ragged=True, direction="mixed", enters="both")
+    entering = ("grad_states", "at_end", "credit_at_end")
+    scaled = inputs._replace(**{key: getattr(inputs, key) * 1024 for key in entering})
     for actual, expected in zip(
         rnn_target_scan(*target_arguments(scaled, "linearized", credit)),
         rnn_target_scan(*target_arguments(inputs, "linearized", credit)),
@@ -543,12 +758,10 @@ def test_no_gradient_gives_exact_zeros(dtype: torch.dtype, nonlinearity: str) ->
     """Saturated units included, where a difference of inverses could leave rounding noise."""
     inputs = scan(7, 5, 33, 2, dtype, nonlinearity, ragged=True, direction="mixed")
     inputs.states[:, :, :, :4] = torch.tensor([1.0, 1 - CLIP, 0.999, 0.0])
-    inputs = inputs._replace(grad_states=torch.zeros_like(inputs.grad_states))
-    for correction, credit in itertools.product(["linearized", "difference"], CREDITS):
-        outputs = rnn_target_scan(*target_arguments(inputs, correction, credit))
-        assert not any(output.any() for output in outputs)
-    for credit in CREDITS:
-        assert not any(output.any() for output in rnn_learned_target_scan(*learned_arguments(inputs, credit)))
+    for grad_states in (torch.zeros_like(inputs.grad_states), None):
+        nothing = inputs._replace(grad_states=grad_states)
+        for correction, credit in itertools.product(["linearized", "difference", "learned"], CREDITS):
+            assert not any(output.any() for output in target_pass(nothing, correction, credit))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -593,17 +806,17 @@ def test_small_differences_keep_their_digits(size: float, credit: str) -> None:
 # Not a derivative, and not to be differentiated.
 
 
-@pytest.mark.parametrize("variable", range(5))
+@pytest.mark.parametrize("variable", [0, 1, 2, 3, 4, 15, 16])
 def test_differentiating_the_target_scan_raises(variable: int) -> None:
-    arguments = list(target_arguments(scan(3, 2, 4, 1), "linearized", "local"))
+    arguments = list(target_arguments(scan(3, 2, 4, 1, enters="both"), "linearized", "local"))
     arguments[variable] = arguments[variable].requires_grad_()
     with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
         torch.autograd.grad(rnn_target_scan(*arguments)[0].sum(), arguments[variable])
 
 
-@pytest.mark.parametrize("variable", range(5))
+@pytest.mark.parametrize("variable", [0, 1, 2, 3, 4, 11, 12])
 def test_differentiating_the_learned_target_scan_raises(variable: int) -> None:
-    arguments = list(learned_arguments(scan(3, 2, 4, 1), "local"))
+    arguments = list(learned_arguments(scan(3, 2, 4, 1, enters="both"), "local"))
     arguments[variable] = arguments[variable].requires_grad_()
     with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
         torch.autograd.grad(rnn_learned_target_scan(*arguments)[0].sum(), arguments[variable])
@@ -613,17 +826,17 @@ def test_differentiating_the_learned_target_scan_raises(variable: int) -> None:
 def test_second_derivatives_of_a_layer_raise(grad_of: str) -> None:
     case = layer()
     case[grad_of].requires_grad_()
-    arguments = {key: value for key, value in case.items() if key != "grad_states"}
-    states = target_rnn(**arguments, **OPTIONS)
-    with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
-        torch.autograd.grad(states.sum(), case[grad_of], create_graph=True)
+    arguments = {key: value for key, value in case.items() if key not in GRADIENTS}
+    for output in target_rnn(**arguments, **OPTIONS):
+        with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
+            torch.autograd.grad(output.sum(), case[grad_of], create_graph=True)
 
 
 def test_function_transforms_of_a_layer_raise() -> None:
     case = layer()
-    arguments = {key: value for key, value in case.items() if key not in ("grad_states", "input")}
+    arguments = {key: value for key, value in case.items() if key not in (*GRADIENTS, "input")}
     with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
-        torch.func.grad(lambda input: target_rnn(input, **arguments, **OPTIONS).sum())(case["input"])
+        torch.func.grad(lambda input: target_rnn(input, **arguments, **OPTIONS)[0].sum())(case["input"])
 
 
 # Fakes, checkpointing, autocast.
@@ -638,11 +851,12 @@ def test_function_transforms_of_a_layer_raise() -> None:
         credit=CREDITS,
         norms=[False, True],
         moved=[False, True],
+        enters=ENTERS,
     ),
     ids=name,
 )
 def test_opcheck(case: dict[str, Any]) -> None:
-    inputs = scan(3, 3, 4, 2, case["dtype"], direction="mixed")
+    inputs = scan(3, 3, 4, 2, case["dtype"], direction="mixed", enters=case["enters"])
     inputs = inputs._replace(lengths=torch.tensor([3, 0, 2]) if case["ragged"] else None)
     options = [case[key] for key in ("correction", "credit", "norms", "moved")]
     torch.library.opcheck(rnn_target_scan.default, target_arguments(inputs, *options))
@@ -657,7 +871,7 @@ def test_opcheck_of_empty_inputs(empty: str) -> None:
 
 
 def test_layer_under_checkpointing() -> None:
-    def checkpointed(**arguments: Any) -> Tensor:
+    def checkpointed(**arguments: Any) -> tuple[Tensor, Tensor]:
         return torch.utils.checkpoint.checkpoint(target_rnn, use_reentrant=False, **arguments)
 
     case = layer()
@@ -667,14 +881,15 @@ def test_layer_under_checkpointing() -> None:
 def test_layer_under_autocast_works_in_float32() -> None:
     case = layer(ragged=False)
     case = {key: value.float() if isinstance(value, Tensor) else value for key, value in case.items()}
-    grad_states = case.pop("grad_states")
+    entering = [case.pop(key) for key in GRADIENTS]
     variables = [case[key].requires_grad_() for key in RNNGradients._fields]
-    expected_states = target_rnn(**case, **OPTIONS)
-    expected = torch.autograd.grad(expected_states, variables, grad_states.bfloat16().float())
+    expected_outputs = target_rnn(**case, **OPTIONS)
+    expected = torch.autograd.grad(expected_outputs, variables, [g.bfloat16().float() for g in entering])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = target_rnn(**case, **OPTIONS)
-    assert states.dtype == torch.bfloat16
-    torch.testing.assert_close(states.float(), expected_states, rtol=2e-2, atol=2e-2)
-    for a, b in zip(torch.autograd.grad(states, variables, grad_states.bfloat16()), expected, strict=True):
+        outputs = target_rnn(**case, **OPTIONS)
+    for a, b in zip(outputs, expected_outputs, strict=True):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.float(), b, rtol=2e-2, atol=2e-2)
+    for a, b in zip(torch.autograd.grad(outputs, variables, [g.bfloat16() for g in entering]), expected, strict=True):
         assert a.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=5e-2, atol=5e-2)

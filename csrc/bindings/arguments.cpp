@@ -1,5 +1,9 @@
 #include "bindings/arguments.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 
 namespace tpext::bindings {
@@ -73,7 +77,8 @@ void Argument::require_shape(const std::vector<Dim>& dims) const {
   throw py::value_error(label() + " must be " + expected + "], got " + shape_text());
 }
 
-void Argument::require_dense(dlpack::DataType dtype) const {
+// Checks device, dtype and memory; returns whether the tensor is empty.
+bool Argument::require_readable(dlpack::DataType dtype) const {
   require();
   if (tensor().device.type != dlpack::kCpu)
     throw py::value_error(label() + " must be on the CPU (DLPack device type 1), got device type " +
@@ -84,14 +89,46 @@ void Argument::require_dense(dlpack::DataType dtype) const {
   const bool empty = std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n == 0; });
   if (tensor().data == nullptr && !empty)
     throw py::value_error(label() + " must have memory, got a null pointer (a fake tensor, or storage that was freed)");
-  if (tensor().strides == nullptr) return;
+  return empty;
+}
+
+void Argument::require_dense(dlpack::DataType dtype) const {
+  if (require_readable(dtype) || tensor().strides == nullptr) return;
   int64_t expected = 1;
-  for (int64_t i = rank() - 1; i >= 0 && !empty; --i) {
+  for (int64_t i = rank() - 1; i >= 0; --i) {
     if (size(i) != 1 && tensor().strides[i] != expected)
       throw py::value_error(label() + " must be contiguous, got strides that skip or repeat elements at axis " +
                             std::to_string(i) + " of " + shape_text());
     expected *= size(i);
   }
+}
+
+void Argument::require_dense_rows(dlpack::DataType dtype) const {
+  if (require_readable(dtype)) return;
+  const int64_t last = rank() - 1;
+  if (last >= 0 && size(last) != 1 && stride(last) != 1)
+    throw py::value_error(label() + " must be contiguous along its last axis, got stride " +
+                          std::to_string(stride(last)));
+}
+
+int64_t Argument::stride(int64_t axis) const {
+  if (tensor().strides != nullptr) return tensor().strides[axis];
+  int64_t stride = 1;
+  for (int64_t i = rank() - 1; i > axis; --i) stride *= size(i);
+  return stride;
+}
+
+void Argument::prefer_huge_pages() const {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
+  uintptr_t bytes = tensor().dtype.bits / 8;
+  for (int64_t i = 0; i < rank(); ++i) bytes *= static_cast<uintptr_t>(size(i));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data<char>());
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
+                  last = (begin + bytes) / kHugePage * kHugePage;
+  // Advice: where the system refuses it, nothing is lost.
+  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 int choose(const char* op, const char* name, const std::string& value, const std::vector<const char*>& choices) {

@@ -39,6 +39,13 @@ class Argument {
   void require_shape(const std::vector<Dim>& dims) const;
   // Dense, row-major, on the CPU, of this dtype.
   void require_dense(dlpack::DataType dtype) const;
+  // On the CPU, of this dtype, dense along the last axis.
+  void require_dense_rows(dlpack::DataType dtype) const;
+  // Elements from one index of an axis to the next.
+  int64_t stride(int64_t axis) const;
+  // Asks the system to back a large output with huge pages where it offers them: the first touch of 4 KiB pages can
+  // take longer than the computation. Changes no content.
+  void prefer_huge_pages() const;
 
   template <class T>
   T* data() const {
@@ -47,6 +54,7 @@ class Argument {
 
  private:
   const dlpack::Tensor& tensor() const { return managed_->tensor; }
+  bool require_readable(dlpack::DataType dtype) const;
   std::string shape_text() const;
   std::string label() const { return std::string(op_) + ": " + name_; }
 

@@ -23,21 +23,37 @@ struct RnnSizes {
   const uint8_t* reverse;  // [S] 1: the member runs from its last valid step to its first
 };
 
+// The input [T, B, I] of a layer, its rows dense, its other strides free: batch-first inputs need no copy.
+template <class T>
+struct RnnInput {
+  const T* data;
+  int64_t size;  // I
+  int64_t time_stride, batch_stride;
+
+  const T* row(int64_t t, int64_t b) const { return data + t * time_stride + b * batch_stride; }
+};
+
+// Either x_proj is given, or it is x_t U^T + bias of the input, which then never stands in memory.
 template <class T>
 struct RnnScan {
   RnnSizes sizes;
   Nonlinearity nonlinearity;
-  const T* x_proj;     // [S, T, B, H]
+  const T* x_proj;     // [S, T, B, H], or null
+  RnnInput<T> input;   // used without x_proj
+  const T* weight_ih;  // U [S, H, I], used without x_proj
+  const T* bias;       // [S, H], used without x_proj; or null
   const T* h0;         // [S, B, H]
   const T* weight_hh;  // [S, H, H]
   T* states;           // [S, T, B, H]
+  T* h_n;              // [S, B, H] state after the last valid step, h0 without one; or null
 };
 
 template <class T>
 struct RnnScanBackward {
   RnnSizes sizes;
   Nonlinearity nonlinearity;
-  const T* grad_states;  // [S, T, B, H]
+  const T* grad_states;  // [S, T, B, H], or null: zero
+  const T* grad_h_n;     // [S, B, H] what comes back from beyond the last valid step, or null: zero
   const T* states;       // [S, T, B, H]
   const T* weight_hh;    // [S, H, H]
   T* grad_x_proj;        // [S, T, B, H]
@@ -52,7 +68,9 @@ struct RnnTargetScan {
   bool through_time;  // credit: the sum of local losses through the whole unrolled network, else each step alone
   T target_step;
   T clip;
-  const T* grad_states;  // [S, T, B, H]
+  const T* grad_states;  // [S, T, B, H], or null: zero
+  const T* disp_n;       // [S, B, H] displacement that comes from beyond the last valid step, or null: zero
+  const T* credit_n;     // [S, B, H] e W from there, through_time only; or null: zero
   const T* states;       // [S, T, B, H]
   const T* h0;           // [S, B, H]; correction none only
   const T* weight_hh;    // [S, H, H]; through_time only
@@ -61,8 +79,23 @@ struct RnnTargetScan {
   const T* reverse_pre;  // [S, T, B, H] pre-activations of the reverse layer; correction learned only
   T* delta;              // [S, T, B, H]
   T* disp_h0;            // [S, B, H]
+  T* credit_h0;          // [S, B, H] e_1 W, through_time only; or null
   T* norms;              // [S, T, B] or null
   T* displacement;       // [S, T, B, H] displacement of the pre-activation, or null
+};
+
+// [dU, dW, db] = scale * sum over t and rows of delta_t' [x_t, h_{t-1}, 1]
+template <class T>
+struct RnnWeightGradients {
+  RnnSizes sizes;
+  T scale;
+  const T* delta;     // [S, T, B, H]
+  const T* states;    // [S, T, B, H]
+  const T* h0;        // [S, B, H]
+  RnnInput<T> input;  // used for grad_weight_ih
+  T* grad_weight_ih;  // dU [S, H, I], or null
+  T* grad_weight_hh;  // dW [S, H, H], or null
+  T* grad_bias;       // db [S, H], or null
 };
 
 }  // namespace tpext

@@ -1,25 +1,42 @@
 // The kernels of one instruction set as a table of functions, and the choice of the table when the module is loaded.
 #pragma once
 
+#include "core/regularized_inverse.h"
 #include "core/rnn.h"
 
 namespace tpext::cpu {
 
 struct Kernels {
   const char* capability;
+  void (*regularized_inverse_float)(const RegularizedInverse<float>&, int threads);
+  void (*regularized_inverse_double)(const RegularizedInverse<double>&, int threads);
   void (*rnn_scan_float)(const RnnScan<float>&, int threads);
   void (*rnn_scan_double)(const RnnScan<double>&, int threads);
   void (*rnn_scan_backward_float)(const RnnScanBackward<float>&, int threads);
   void (*rnn_scan_backward_double)(const RnnScanBackward<double>&, int threads);
   void (*rnn_target_scan_float)(const RnnTargetScan<float>&, int threads);
   void (*rnn_target_scan_double)(const RnnTargetScan<double>&, int threads);
+  void (*rnn_weight_gradients_float)(const RnnWeightGradients<float>&, int threads);
+  void (*rnn_weight_gradients_double)(const RnnWeightGradients<double>&, int threads);
 
+  void operator()(const RegularizedInverse<float>& args, int threads) const {
+    regularized_inverse_float(args, threads);
+  }
+  void operator()(const RegularizedInverse<double>& args, int threads) const {
+    regularized_inverse_double(args, threads);
+  }
   void operator()(const RnnScan<float>& args, int threads) const { rnn_scan_float(args, threads); }
   void operator()(const RnnScan<double>& args, int threads) const { rnn_scan_double(args, threads); }
   void operator()(const RnnScanBackward<float>& args, int threads) const { rnn_scan_backward_float(args, threads); }
   void operator()(const RnnScanBackward<double>& args, int threads) const { rnn_scan_backward_double(args, threads); }
   void operator()(const RnnTargetScan<float>& args, int threads) const { rnn_target_scan_float(args, threads); }
   void operator()(const RnnTargetScan<double>& args, int threads) const { rnn_target_scan_double(args, threads); }
+  void operator()(const RnnWeightGradients<float>& args, int threads) const {
+    rnn_weight_gradients_float(args, threads);
+  }
+  void operator()(const RnnWeightGradients<double>& args, int threads) const {
+    rnn_weight_gradients_double(args, threads);
+  }
 };
 
 // The best compiled instruction set that this processor runs, or the one that the environment variable

@@ -1,10 +1,10 @@
-// rnn_scan:           h_t = a(x_proj_t + h_{t-1} W')
+// rnn_scan:           h_t = a(x_proj_t + h_{t-1} W')   or   h_t = a(x_t U' + b + h_{t-1} W')
 // rnn_scan_backward:  e_t = (g_t + e_{t+1} W) * a'(h_t),  grad_h0 = e_1 W
 //
 // Layouts stand in core/rnn.h, the split of the work in sweep.h. Both are one sweep over time per row tile; a step is
-// one product of the tile's rows with the packed weights (2 H^2 operations a row) whose epilogue reads x_proj (or g and
-// h) once and writes the state (or e) once. Memory: the packed weights, S * H * ceil(H) numbers. Deterministic: an
-// element is one sum over k in ascending order, on whichever thread.
+// one product of the tile's rows with the packed weights (2 H^2 operations a row, 2 H I more with an input) whose
+// epilogue reads x_proj (or g and h) once and writes the state (or e) once. Memory: the packed weights, S * ceil(H) *
+// (H + I + 1) numbers. Deterministic: an element is one sum in ascending order, on whichever thread.
 #include "cpu/activations.h"
 #include "cpu/backward_sweep.h"
 #include "cpu/sweep.h"
@@ -17,59 +17,85 @@ void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, const Tile&
   const RnnSizes& sizes = args.sizes;
   const int64_t H = sizes.hidden;
   const bool reverse = sizes.reverse[tile.member] != 0;
-  const PanelGroups groups(panel_count<T>(H), ceil_div(tile.rows, tile.blocks));
+  const PanelGroups groups(panel_count<T>(H), tile);
+  const T one = 1;
   int64_t steps[kTileRows];
-  const T* h0[kTileRows];
+  const T *h0[kTileRows], *previous[kTileRows], *inputs[kTileRows], *ones[kTileRows];
   int64_t longest = 0;
   for (int64_t r = 0; r < tile.rows; ++r) {
     steps[r] = valid_steps(sizes, tile.row + r);
     longest = steps[r] > longest ? steps[r] : longest;
     h0[r] = args.h0 + (tile.member * sizes.batch + tile.row + r) * H;
+    ones[r] = &one;
   }
+  const bool project = args.x_proj == nullptr;
+  const int64_t row_size = static_cast<int64_t>(sizeof(T)) * H;
   for (int64_t j = 0; j < sizes.time; ++j) {
     const int64_t t = reverse ? sizes.time - 1 - j : j;
     const int64_t current = ((tile.member * sizes.time + t) * sizes.batch + tile.row) * H;
     if (t >= longest) {
-      std::memset(args.states + current, 0, static_cast<size_t>(tile.rows * H) * sizeof(T));
+      if (tile.part == 0) std::memset(args.states + current, 0, static_cast<size_t>(tile.rows * row_size));
       continue;
     }
-    const T* before = args.states + current + (reverse ? 1 : -1) * sizes.batch * H;
-    const T* previous[kTileRows];
+    const int64_t next = (reverse ? -1 : 1) * sizes.batch * H;
+    const T* before = args.states + current - next;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const bool first = reverse ? t + 1 >= steps[r] : t == 0;
       previous[r] = first ? h0[r] : before + r * H;
+      if (project) inputs[r] = args.input.row(t, tile.row + r);
     }
-    for (int64_t group = 0; group < groups.groups; ++group) {
+    for (int64_t group = 0; group < groups.count(); ++group) {
       const int64_t panel = groups.begin(group);
       const int panels = static_cast<int>(groups.begin(group + 1) - panel);
       for (int64_t block = 0; block < tile.blocks; ++block) {
         const int64_t row = tile.block_begin(block);
         const int rows = static_cast<int>(tile.block_begin(block + 1) - row);
+        Piece<T> pieces[3];
+        int count = 0;
+        if (project && args.input.size != 0) pieces[count++] = {args.input.size, inputs + row};
+        if (project && args.bias != nullptr) pieces[count++] = {1, ones};
+        pieces[count++] = {H, previous + row};
         Vec<T> sums[kMaxRows * kMaxPanels];
-        find_product<T>(rows, panels)(H, previous + row, weight.panel(tile.member, panel), weight.panel_stride(), sums);
+        find_product<T, false>(rows, panels)(pieces, count, weight.panel(tile.member, panel), weight.panel_stride(), {},
+                                             sums);
         for (int r = 0; r < rows; ++r) {
           const int64_t offset = current + (row + r) * H;
           const bool valid = t < steps[row + r];
           for (int p = 0; p < panels; ++p) {
-            const int64_t column = (panel + p) * kLanes<T>;
-            const Vec<T> u = sums[r * kMaxPanels + p] + load_part(args.x_proj + offset + column, H - column);
+            const int64_t column = panel_column<T>(H, panel + p);
+            Vec<T> u = sums[r * kMaxPanels + p];
+            if (!project) {
+              u += load_part(args.x_proj + offset + column, H - column);
+              prefetch(args.x_proj, offset + column + next);
+            }
+            prefetch(args.states, offset + column + next);
             store_part(args.states + offset + column, valid ? activate<A, T>(u) : Vec<T>{}, H - column);
           }
         }
       }
     }
+    tile.barrier->wait(tile.parts);
+  }
+  if (args.h_n == nullptr || tile.part != 0) return;
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    const int64_t last = reverse ? 0 : steps[r] - 1, row = tile.row + r;
+    const T* from = steps[r] == 0 ? h0[r] : args.states + ((tile.member * sizes.time + last) * sizes.batch + row) * H;
+    std::memcpy(args.h_n + (tile.member * sizes.batch + row) * H, from, static_cast<size_t>(row_size));
   }
 }
 
 template <class T>
 void scan(const RnnScan<T>& args, int max_threads) {
-  const int threads = useful_threads(args.sizes, 1, max_threads);
-  PackedStack<T> weight(args.weight_hh, true, args.sizes);
+  const int threads = useful_threads<T>(args.sizes, 1, max_threads);
+  const bool project = args.x_proj == nullptr;
+  PackedStack<T> weight(args.weight_hh, true, args.sizes, project ? args.weight_ih : nullptr, args.input.size,
+                        project ? args.bias : nullptr);
+  const Buffer<Barrier> barriers(threads, true);
 #pragma omp parallel num_threads(threads)
   {
     const FlushSubnormals flush;
     weight.pack();
-    for_each_tile(args.sizes, thread_index(), thread_count(), [&](const Tile& tile) {
+    for_each_tile<T>(args.sizes, 1, barriers.get(), [&](const Tile& tile, int64_t) {
       switch (args.nonlinearity) {
         case Nonlinearity::tanh: return scan_tile<T, Nonlinearity::tanh>(args, weight, tile);
         case Nonlinearity::relu: return scan_tile<T, Nonlinearity::relu>(args, weight, tile);
@@ -81,40 +107,37 @@ void scan(const RnnScan<T>& args, int max_threads) {
 
 template <class T, Nonlinearity A>
 struct GradientStep {
-  static constexpr bool displaces = false;
+  static constexpr bool displaces = false, zero_stays_zero = true;
   const RnnScanBackward<T>& args;
 
-  Stepped<T> operator()(const RowStep& at, int64_t column, int64_t count, Vec<T>, Vec<T> credit) const {
+  template <bool Last>
+  Stepped<T> at(const RowStep& at, int64_t column, int64_t count, Vec<T>, Vec<T> credit) const {
     const Vec<T> h = load_part(args.states + at.current + column, count);
-    const Vec<T> m = load_part(args.grad_states + at.current + column, count) + credit;
-    return {times_derivative<A, T>(m, h), Vec<T>{}, Vec<T>{}};
+    if (args.grad_states != nullptr) credit += load_part(args.grad_states + at.current + column, count);
+    return {times_derivative<A, T>(credit, h), Vec<T>{}, Vec<T>{}};
   }
-  Vec<T> initial(const RowStep&, int64_t, int64_t, Vec<T>, Vec<T> credit) const { return credit; }
+  Vec<T> initial(const RowStep&, int64_t, int64_t, Vec<T>) const { return Vec<T>{}; }
 };
 
 template <class T>
 void scan_backward(const RnnScanBackward<T>& args, int max_threads) {
-  const int threads = useful_threads(args.sizes, 1, max_threads);
-  PackedStack<T> inverse(nullptr, false, args.sizes), weight(args.weight_hh, false, args.sizes);
-  const BackwardOutputs<T> outputs{args.grad_x_proj, args.grad_h0, nullptr, nullptr};
-#pragma omp parallel num_threads(threads)
-  {
-    const FlushSubnormals flush;
-    weight.pack();
-    for_each_tile(args.sizes, thread_index(), thread_count(), [&](const Tile& tile) {
-      switch (args.nonlinearity) {
-        case Nonlinearity::tanh:
-          return backward_tile(args.sizes, tile, inverse, weight, GradientStep<T, Nonlinearity::tanh>{args}, outputs,
-                               static_cast<T*>(nullptr));
-        case Nonlinearity::relu:
-          return backward_tile(args.sizes, tile, inverse, weight, GradientStep<T, Nonlinearity::relu>{args}, outputs,
-                               static_cast<T*>(nullptr));
-        case Nonlinearity::identity:
-          return backward_tile(args.sizes, tile, inverse, weight, GradientStep<T, Nonlinearity::identity>{args},
-                               outputs, static_cast<T*>(nullptr));
-      }
-    });
-  }
+  const BackwardArrays<T> arrays{.states = args.states,
+                                 .grad_states = args.grad_states,
+                                 .disp_n = nullptr,
+                                 .credit_n = args.grad_h_n,
+                                 .delta = args.grad_x_proj,
+                                 .disp_h0 = nullptr,
+                                 .credit_h0 = args.grad_h0,
+                                 .norms = nullptr,
+                                 .displacement = nullptr};
+  BackwardSweep<T> sweep(args.sizes, nullptr, args.weight_hh, arrays, max_threads);
+  sweep.run([&](const auto& tile) {
+    switch (args.nonlinearity) {
+      case Nonlinearity::tanh: return tile(GradientStep<T, Nonlinearity::tanh>{args});
+      case Nonlinearity::relu: return tile(GradientStep<T, Nonlinearity::relu>{args});
+      case Nonlinearity::identity: return tile(GradientStep<T, Nonlinearity::identity>{args});
+    }
+  });
 }
 
 }  // namespace

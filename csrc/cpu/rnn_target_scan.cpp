@@ -18,7 +18,7 @@ namespace {
 
 template <class T, Nonlinearity A, Correction C>
 struct TargetStep {
-  static constexpr bool displaces = true;
+  static constexpr bool displaces = true, zero_stays_zero = C != Correction::none;
   const RnnTargetScan<T>& args;
 
   // What the inverse of step t + 1 adds to the displacement at t.
@@ -28,10 +28,14 @@ struct TargetStep {
     return displaced;
   }
 
-  Stepped<T> operator()(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced, Vec<T> credit) const {
+  template <bool Last>
+  Stepped<T> at(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced, Vec<T> credit) const {
     const Vec<T> h = load_part(args.states + at.current + column, count);
-    Vec<T> d = load_part(args.grad_states + at.current + column, count) * -args.target_step;
-    if (at.place != Place::last) {
+    Vec<T> d = {};
+    if (args.grad_states != nullptr) d = load_part(args.grad_states + at.current + column, count) * -args.target_step;
+    if constexpr (Last) {
+      d += displaced;
+    } else {
       d += propagated(at, column, count, displaced);
       if constexpr (C == Correction::none) d -= h;
     }
@@ -43,7 +47,7 @@ struct TargetStep {
     return {times_derivative<A, T>(credit - d, h), carried, d};
   }
 
-  Vec<T> initial(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced, Vec<T>) const {
+  Vec<T> initial(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced) const {
     const Vec<T> d = propagated(at, column, count, displaced);
     if constexpr (C == Correction::none) return d - load_part(args.h0 + at.initial + column, count);
     return d;
@@ -60,48 +64,35 @@ struct TargetStep {
   }
 };
 
-template <class T, Nonlinearity A>
-void target_tile(const RnnTargetScan<T>& args, const Tile& tile, const PackedStack<T>& inverse,
-                 const PackedStack<T>& weight, const BackwardOutputs<T>& outputs, T* scratch) {
+template <class T, Nonlinearity A, class Tile>
+void target_tile(const RnnTargetScan<T>& args, const Tile& tile) {
   switch (args.correction) {
-    case Correction::linearized:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::linearized>{args}, outputs,
-                           scratch);
-    case Correction::difference:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::difference>{args}, outputs,
-                           scratch);
-    case Correction::none:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::none>{args}, outputs,
-                           scratch);
-    case Correction::learned:
-      return backward_tile(args.sizes, tile, inverse, weight, TargetStep<T, A, Correction::learned>{args}, outputs,
-                           scratch);
+    case Correction::linearized: return tile(TargetStep<T, A, Correction::linearized>{args});
+    case Correction::difference: return tile(TargetStep<T, A, Correction::difference>{args});
+    case Correction::none: return tile(TargetStep<T, A, Correction::none>{args});
+    case Correction::learned: return tile(TargetStep<T, A, Correction::learned>{args});
   }
 }
 
 template <class T>
 void target_scan(const RnnTargetScan<T>& args, int max_threads) {
-  const int threads = useful_threads(args.sizes, args.through_time ? 2 : 1, max_threads);
-  PackedStack<T> inverse(args.inverse, true, args.sizes);
-  PackedStack<T> weight(args.through_time ? args.weight_hh : nullptr, false, args.sizes);
-  const int64_t per_thread = backward_scratch<T>(args.sizes, args.norms != nullptr);
-  const Buffer<T> scratch(threads * per_thread);
-  const BackwardOutputs<T> outputs{args.delta, args.disp_h0, args.norms, args.displacement};
-#pragma omp parallel num_threads(threads)
-  {
-    const FlushSubnormals flush;
-    inverse.pack();
-    weight.pack();
-    T* own = scratch.get() + thread_index() * per_thread;
-    for_each_tile(args.sizes, thread_index(), thread_count(), [&](const Tile& tile) {
-      switch (args.nonlinearity) {
-        case Nonlinearity::tanh: return target_tile<T, Nonlinearity::tanh>(args, tile, inverse, weight, outputs, own);
-        case Nonlinearity::relu: return target_tile<T, Nonlinearity::relu>(args, tile, inverse, weight, outputs, own);
-        case Nonlinearity::identity:
-          return target_tile<T, Nonlinearity::identity>(args, tile, inverse, weight, outputs, own);
-      }
-    });
-  }
+  const BackwardArrays<T> arrays{.states = args.states,
+                                 .grad_states = args.grad_states,
+                                 .disp_n = args.disp_n,
+                                 .credit_n = args.through_time ? args.credit_n : nullptr,
+                                 .delta = args.delta,
+                                 .disp_h0 = args.disp_h0,
+                                 .credit_h0 = args.through_time ? args.credit_h0 : nullptr,
+                                 .norms = args.norms,
+                                 .displacement = args.displacement};
+  BackwardSweep<T> sweep(args.sizes, args.inverse, args.through_time ? args.weight_hh : nullptr, arrays, max_threads);
+  sweep.run([&](const auto& tile) {
+    switch (args.nonlinearity) {
+      case Nonlinearity::tanh: return target_tile<T, Nonlinearity::tanh>(args, tile);
+      case Nonlinearity::relu: return target_tile<T, Nonlinearity::relu>(args, tile);
+      case Nonlinearity::identity: return target_tile<T, Nonlinearity::identity>(args, tile);
+    }
+  });
 }
 
 }  // namespace

@@ -72,28 +72,46 @@ inline void copy_part(T* to, const T* from, int64_t count) {
   if (count & 1) *to = *from;
 }
 
-// The first `count` lanes; the others are zero.
+// Asks for the cache line of any address, in an array or not.
 template <class T>
-inline Vec<T> load_part(const T* from, int64_t count) {
-  if (count >= kLanes<T>) return load(from);
+inline void prefetch(const T* array, int64_t offset) {
+  __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(array) + offset * int64_t{sizeof(T)}));
+}
+
+template <class T>
+[[gnu::noinline]] Vec<T> load_few(const T* from, int64_t count) {
   alignas(TPEXT_VECTOR_BYTES) T lanes[kLanes<T>] = {};
   copy_part(lanes, from, count);
   return load(lanes);
 }
 
 template <class T>
-inline void store_part(T* to, Vec<T> v, int64_t count) {
-  if (count >= kLanes<T>) return store(to, v);
+[[gnu::noinline]] void store_few(T* to, const Vec<T>& v, int64_t count) {
   alignas(TPEXT_VECTOR_BYTES) T lanes[kLanes<T>];
   store(lanes, v);
   copy_part(to, lanes, count);
 }
 
+// The first `count` lanes; the others are zero. Short vectors come only with rows shorter than a vector.
 template <class T>
-inline bool any(Bits<T> mask) {
-  typename std::remove_reference<decltype(mask[0])>::type bits = 0;
-  for (int i = 0; i < kLanes<T>; ++i) bits |= mask[i];
-  return bits != 0;
+inline Vec<T> load_part(const T* from, int64_t count) {
+  return __builtin_expect(count >= kLanes<T>, 1) ? load(from) : load_few(from, count);
+}
+
+template <class T>
+inline void store_part(T* to, Vec<T> v, int64_t count) {
+  if (__builtin_expect(count >= kLanes<T>, 1))
+    store(to, v);
+  else
+    store_few(to, v, count);
+}
+
+// Whether a number other than zero is among those whose bits were joined by "or".
+template <class T>
+inline bool any_nonzero(Bits<T> joined) {
+  typename std::remove_reference<decltype(joined[0])>::type bits = 0;
+  for (int i = 0; i < kLanes<T>; ++i) bits |= joined[i];
+  return (bits << 1) != 0;
 }
 
 template <class T>

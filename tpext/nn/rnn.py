@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
@@ -17,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from tpext.ops._library import autocasts
-from tpext.ops.rnn_scan import input_projection
+from tpext.ops._library import autocasts, full_precision
+from tpext.ops.rnn_scan import backprop_rnn, input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 from tpext.rules import LearnedInverse, RegularizedInverse, Rule, exact_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -94,6 +92,11 @@ class RNN(nn.Module):
         bidirectional: True adds a second set of weights per layer that runs backwards in time.
         device, dtype: of the parameters; float32 or float64 on the CPU.
         rule: what the backward pass computes; None means ``RegularizedInverse()``.
+        return_sequence: False returns ``(None, h_n)``: the outputs are not needed.
+        checkpoint_every: K >= 1: for long sequences with ``return_sequence=False``, one layer and one direction, keep
+            the state before every K-th step only and compute the others anew in the backward pass, K at a time. The
+            memory of a step falls from about ``2 T`` to ``T / K + 2 K`` states ``[B, H]``, for at most one more forward
+            pass. Gradients are summed piece by piece, equal to rounding. None: keep all.
 
     Attributes:
         weight_ih_l[k], weight_hh_l[k], bias_ih_l[k], bias_hh_l[k]: of layer k, with ``_reverse`` appended for the
@@ -134,6 +137,8 @@ class RNN(nn.Module):
         dtype: torch.dtype | None = None,
         *,
         rule: Rule | None = None,
+        return_sequence: bool = True,
+        checkpoint_every: int | None = None,
         **unsupported: object,
     ) -> None:
         if "proj_size" in unsupported:
@@ -155,7 +160,10 @@ class RNN(nn.Module):
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
         self.proj_size = 0
+        self.return_sequence = return_sequence
+        self.checkpoint_every = checkpoint_every
         self._check_sizes(dropout)
+        self._check_checkpointing()
         self._rule: Rule = rule
         self._reverse = [False, True] if bidirectional else [False]
         self._all_weights: list[list[str]] = []
@@ -199,6 +207,23 @@ class RNN(nn.Module):
                 raise ValueError(f"{name} must be greater than zero")
         if self.num_layers <= 0:
             raise ValueError("num_layers must be greater than zero")
+
+    def _check_checkpointing(self) -> None:
+        if not isinstance(self.return_sequence, bool):
+            raise TypeError(f"return_sequence should be of type bool, got: {type(self.return_sequence).__name__}")
+        every = self.checkpoint_every
+        if every is None:
+            return
+        if not isinstance(every, int) or isinstance(every, bool):
+            raise TypeError(f"checkpoint_every should be of type int or None, got: {type(every).__name__}")
+        if every < 1:
+            raise ValueError(f"checkpoint_every must be at least 1, got {every}")
+        if self.return_sequence or self.num_layers != 1 or self.bidirectional:
+            raise ValueError(
+                "checkpoint_every needs return_sequence=False, num_layers=1 and bidirectional=False, got "
+                f"return_sequence={self.return_sequence}, num_layers={self.num_layers}, "
+                f"bidirectional={self.bidirectional}"
+            )
 
     # Parameters
 
@@ -312,7 +337,7 @@ class RNN(nn.Module):
     def to_torch(self) -> nn.RNN:
         """Return a ``torch.nn.RNN`` that shares the parameters, for export or inference elsewhere.
 
-        Reverse parameters (``LearnedInverse``) are left out.
+        Reverse parameters (``LearnedInverse``) are left out, and the plain module returns its outputs in any case.
 
         Returns:
             The plain module, in the same training mode.
@@ -371,10 +396,11 @@ class RNN(nn.Module):
             lengths: ``[B]`` int64, 0..T: the valid steps of each row of a padded batch; None: all T. The result is
                 that of the packed batch: outputs beyond are zero, the second direction starts at the last valid step,
                 ``h_n`` is the state after the last valid step (``hx`` for a row of length 0). Unlike a
-                ``PackedSequence`` it compiles. The padding may hold any finite numbers.
+                ``PackedSequence`` it compiles. The padding may hold anything.
 
         Returns:
-            ``output``: ``[T, B, D*H]`` (as ``input``: batch first, single or packed), the last layer's states;
+            ``output``: ``[T, B, D*H]`` (as ``input``: batch first, single or packed), the last layer's states, or None
+            with ``return_sequence=False``;
             ``h_n``: ``[num_layers * D, B, H]``, the final state of each layer and direction. With one direction
             ``output`` is the memory that the backward pass reads, not a copy: to change it in place (``mul_``, dropout
             or relu with ``inplace=True``) change ``output.clone()``. ``h_n`` is a copy.
@@ -385,11 +411,13 @@ class RNN(nn.Module):
         """
         rows, hx, steps = self._time_major(input, hx, lengths)
         output, h_n = self._run(rows, hx, steps)
+        if isinstance(input, PackedSequence) and input.unsorted_indices is not None:
+            h_n = h_n.index_select(1, input.unsorted_indices)
+        if not self.return_sequence:
+            return None, h_n.squeeze(1) if isinstance(input, Tensor) and input.dim() == 2 else h_n  # type: ignore[return-value]
         if isinstance(input, PackedSequence):
             assert steps is not None
             data = pack_padded_sequence(output, steps.cpu()).data
-            if input.unsorted_indices is not None:
-                h_n = h_n.index_select(1, input.unsorted_indices)
             return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
         if input.dim() == 2:
             return output.squeeze(1), h_n.squeeze(1)
@@ -506,7 +534,7 @@ class RNN(nn.Module):
                 output = self._between_layers(output)
             weight_ih, weight_hh, bias = self._layer_parameters(layer, input)
             if isinstance(rule, RegularizedInverse):
-                states = target_rnn(
+                states, h_n = target_rnn(
                     output,
                     h0,
                     weight_ih,
@@ -522,10 +550,11 @@ class RNN(nn.Module):
                     clip=exact_number(rule, "clip"),
                     normalize=rule.normalize,
                     input_rule=rule.input_rule,
+                    checkpoint_every=self.checkpoint_every,
                 )
             elif isinstance(rule, LearnedInverse):
                 reverse_weight, reverse_bias = self._reverse_parameters(layer, input)
-                states = learned_target_rnn(
+                states, h_n = learned_target_rnn(
                     output,
                     h0,
                     weight_ih,
@@ -539,17 +568,23 @@ class RNN(nn.Module):
                     target_step=exact_number(rule, "target_step"),
                     credit=rule.credit,
                     normalize=rule.normalize,
+                    checkpoint_every=self.checkpoint_every,
                 )
             else:
-                x_proj = input_projection(output, weight_ih, bias)
-                states = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
-            output = _join_directions(states)
-            final = _final_states(states, lengths)
-            if lengths is not None and hx is not None:
-                final = torch.where((lengths > 0).unsqueeze(1), final, h0.to(final.dtype))
-            finals.append(final)
-        # a copy in any case: as in torch.nn.RNN, h_n may be changed in place and does not keep all states alive
-        return output, torch.cat(finals)
+                states, h_n = backprop_rnn(
+                    output,
+                    h0,
+                    weight_ih,
+                    weight_hh,
+                    bias,
+                    lengths,
+                    reverse,
+                    nonlinearity,
+                    checkpoint_every=self.checkpoint_every,
+                )
+            output = states if self.checkpoint_every is not None else _join_directions(states)
+            finals.append(h_n)
+        return output, finals[0] if len(finals) == 1 else torch.cat(finals)
 
     def _between_layers(self, output: Tensor) -> Tensor:
         return functional.dropout(output, self.dropout) if self.training and self.dropout > 0 else output
@@ -597,7 +632,7 @@ class RNN(nn.Module):
             raise RuntimeError(f"RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), the rule is {rule}")
         std = rule.noise if noise is None else LearnedInverse(noise=noise).noise
         rows, hx, lengths = self._time_major(input, hx, lengths)
-        with _full_precision(rows.device):
+        with full_precision(rows.device.type):
             output = rows.to(self.weight_ih_l0.dtype)
             hx = None if hx is None else hx.to(output.dtype)
             loss = output.new_zeros(())
@@ -633,16 +668,14 @@ class RNN(nn.Module):
             "dropout": 0.0,
             "bidirectional": False,
             "rule": RegularizedInverse(),
+            "return_sequence": True,
+            "checkpoint_every": None,
         }
         for name, default in options.items():
             value = getattr(self, name)
             if value != default:
                 parts.append(f"{name}={value}")
         return ", ".join(parts)
-
-
-def _full_precision(device: torch.device) -> AbstractContextManager[object]:
-    return torch.autocast(device.type, enabled=False) if autocasts(device.type) else nullcontext()
 
 
 def _stack(members: list[Tensor]) -> Tensor:
@@ -662,17 +695,6 @@ def _valid(lengths: Tensor, steps: int) -> Tensor:
 def _join_directions(states: Tensor) -> Tensor:
     """``[S, T, B, H] -> [T, B, S*H]``."""
     return states.squeeze(0) if states.size(0) == 1 else states.permute(1, 2, 0, 3).flatten(2)
-
-
-def _final_states(states: Tensor, lengths: Tensor | None) -> Tensor:
-    """State after the last step of each member, ``[S, B, H]``; zero for rows of length 0."""
-    if lengths is None:
-        last = states[:1, -1]
-    else:
-        # a row of length 0 reads its first step, which is zero
-        at = (lengths - 1).clamp(min=0).view(1, 1, -1, 1).expand(1, 1, -1, states.size(3))
-        last = states[:1].gather(1, at).squeeze(1)
-    return last if states.size(0) == 1 else torch.cat((last, states[1:, 0]))
 
 
 def _previous_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: list[bool]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,29 +16,64 @@ LIBRARY = torch.library.Library("tpext", "DEF")  # type: ignore[no-untyped-call]
 NONLINEARITIES = ("tanh", "relu", "identity")
 CREDITS = ("local", "through_time")
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 
-def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_outputs: bool) -> None:
+
+def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_outputs: bool) -> Callable[..., Any]:
     """Register an op: ``schema`` with its CPU and fake implementations and its autocast rule.
 
     Under autocast the low-precision floating-point arguments become float32, and with ``cast_outputs`` the outputs
     get the autocast dtype. Float64 arguments stay as they are.
+
+    Returns:
+        The op for use where no gradient is recorded, in the passes of an ``autograd.Function``: on plain CPU tensors
+        it goes straight to the kernel, past torch's dispatcher, which takes some 20 us a call.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tpext::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.tpext, name).default
 
     def autocast(*args: Any) -> Any:
         with torch.autocast("cpu", enabled=False):
-            outputs = getattr(torch.ops.tpext, name)(*(to_float32(arg) for arg in args))
+            outputs = op(*(to_float32(arg) for arg in args))
         return autocast_outputs(outputs, "cpu") if cast_outputs else outputs
 
     LIBRARY.impl(name, autocast, "AutocastCPU")  # type: ignore[no-untyped-call]
+
+    def call(*args: Any) -> Any:
+        return cpu(*args) if _are_plain(args) else op(*args)
+
+    return call
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Whether nothing but the CPU kernels has to see a call: no compiler, no dispatch mode, no tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(type(a) in _PLAIN and a.is_cpu for a in args if isinstance(a, Tensor))
+    )
+
+
+def refuse_derivative(name: str, message: str) -> None:
+    """Make differentiating an op raise RuntimeError with this message."""
+
+    def refuse(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(message)
+
+    torch.library.register_autograd(f"tpext::{name}", refuse, lib=LIBRARY)
 
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device. The meta device has none, and asking whether it is on raises."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def full_precision(device: str) -> AbstractContextManager[object]:
+    """Autocast switched off, where it is on, for what runs on this type of device."""
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def to_float32(value: Any) -> Any:
@@ -55,7 +91,16 @@ def autocast_outputs(outputs: Any, device: str) -> Any:
 
 def dense(tensor: Tensor | None) -> object:
     """A DLPack capsule of ``tensor``, made row-major if it is not, for the kernels; None stays None."""
-    return None if tensor is None else torch.utils.dlpack.to_dlpack(tensor.contiguous())  # type: ignore[attr-defined]
+    return None if tensor is None else _capsule(tensor.contiguous())
+
+
+def dense_rows(tensor: Tensor) -> object:
+    """As ``dense``, but only the last axis needs to be dense: a transposed view of whole rows is not copied."""
+    return _capsule(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+
+
+def _capsule(tensor: Tensor) -> object:
+    return torch.utils.dlpack.to_dlpack(tensor)  # type: ignore[attr-defined]
 
 
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
@@ -67,26 +112,28 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
 def check_scan(
     op: str,
     leading: str,
-    tensors: Mapping[str, tuple[Tensor, str]],
+    tensors: Mapping[str, tuple[Tensor | None, str]],
     lengths: Tensor | None,
     reverse: Sequence[bool],
-    nonlinearity: str,
+    nonlinearity: str | None = None,
 ) -> None:
     """Check the arguments of a recurrent op: one dtype, one device, sizes that fit.
 
     Args:
         op: name in error messages.
-        leading: the argument of ``tensors`` that defines S, T, B and H.
-        tensors: each tensor with its dimensions as symbols, such as ``{"x_proj": (x_proj, "STBH")}``.
+        leading: the argument of ``tensors`` that defines the sizes.
+        tensors: each tensor with its dimensions as symbols, such as ``{"x_proj": (x_proj, "STBH")}``. None is skipped;
+            a symbol that the leading tensor lacks means the size that the first tensor with it has.
         lengths: ``[B]`` int64 on the same device, or None.
         reverse: S flags.
-        nonlinearity: one of ``NONLINEARITIES``.
+        nonlinearity: one of ``NONLINEARITIES``, or None for an op without.
 
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
     refuse_forward_mode(op)
     first, symbols = tensors[leading]
+    assert first is not None
     if first.dim() != len(symbols):
         raise ValueError(f"{op}: {leading} must be [{', '.join(symbols)}], got {list(first.shape)}")
     sizes = dict(zip(symbols, first.shape, strict=True))
@@ -95,8 +142,13 @@ def check_scan(
             f"{op}: {leading} must be float32 or float64, got {_dtype(first)}; for lower precision use torch.autocast"
         )
     for name, (tensor, dims) in tensors.items():
-        if tensor.shape != torch.Size([sizes[d] for d in dims]):
-            expected = ", ".join(f"{d}={sizes[d]}" for d in dims)
+        if tensor is None:
+            continue
+        if tensor.dim() == len(dims):
+            for symbol, size in zip(dims, tensor.shape, strict=True):
+                sizes.setdefault(symbol, size)
+        if tensor.shape != torch.Size([sizes.get(d, -1) for d in dims]):
+            expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
             raise ValueError(f"{op}: {name} must be [{expected}], got {list(tensor.shape)}")
         if tensor.dtype != first.dtype:
             raise ValueError(f"{op}: {name} must be {_dtype(first)} as {leading} is, got {_dtype(tensor)}")
@@ -111,7 +163,8 @@ def check_scan(
             raise ValueError(f"{op}: lengths must be on {first.device} as {leading} is, got {lengths.device}")
     if len(reverse) != sizes["S"]:
         raise ValueError(f"{op}: reverse must have S={sizes['S']} values, got {len(reverse)}")
-    check_choice(op, "nonlinearity", nonlinearity, NONLINEARITIES)
+    if nonlinearity is not None:
+        check_choice(op, "nonlinearity", nonlinearity, NONLINEARITIES)
 
 
 def refuse_forward_mode(op: str) -> None:

@@ -3,7 +3,8 @@
 ``torch.ops.tpext.regularized_inverse(weight, reg)`` maps ``W [..., M, N]`` to ``R = (W'W + reg I)^-1 W' = W'(WW' +
 reg I)^-1  [..., N, M]``, the map ``y -> argmin_x ||W x - y||^2 + reg ||x||^2``, by a Cholesky factorisation of the
 smaller Gram matrix. Float32 or float64; low precision is computed in float32 under autocast. Exact: it has first and
-second derivatives. Cost: about ``min(M, N)^2 (M + N) + min(M, N)^3 / 3`` multiply-adds a matrix.
+second derivatives. Cost: ``k^2 (3 m + k / 3)`` operations a matrix, ``k = min(M, N)``, ``m = max(M, N)``; the result is
+bitwise the same on any number of threads.
 
 The Gram matrix squares the condition number: the relative error is some ``eps (s_max^2 + reg) / (s_min^2 + reg)`` with
 the extreme singular values of ``W``, so a small ``reg`` and nearly singular weights ask for float64. Without
@@ -26,20 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpext.ops._library import LIBRARY, define, refuse_forward_mode
+from tpext import _C
+from tpext.ops._library import LIBRARY, define, dense, refuse_forward_mode
+
+# The kernel's status of a matrix whose elements are not finite (csrc/core/regularized_inverse.h).
+_NOT_FINITE = 1
 
 
 class SingularError(torch.linalg.LinAlgError):  # type: ignore[name-defined,misc]
     """A matrix whose inverse was asked for is singular to working precision; the message says which of the batch."""
-
-
-def _gram(weight: Tensor, reg: float) -> Tensor:
-    """``W'W + reg I`` or ``WW' + reg I``, whichever is smaller."""
-    rows, columns = weight.shape[-2:]
-    gram = weight.mT @ weight if columns <= rows else weight @ weight.mT
-    if reg:
-        gram.diagonal(dim1=-2, dim2=-1).add_(reg)
-    return gram
 
 
 def _check(weight: Tensor, reg: float) -> None:
@@ -65,27 +61,26 @@ def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
     _check(weight, reg)
     if reg == 0 and weight.dtype == torch.float32:
         return _regularized_inverse(weight.double(), reg).float()
-    rows, columns = weight.shape[-2:]
-    output = weight.new_empty(*weight.shape[:-2], columns, rows)
-    if output.numel() == 0:
-        return output
-    factor, info = torch.linalg.cholesky_ex(_gram(weight, reg))
-    low, high = torch.aminmax(factor.diagonal(dim1=-2, dim2=-1), dim=-1)
-    # Without regularisation rounding can turn the zero pivot of a singular matrix into a tiny positive one.
-    least = torch.finfo(weight.dtype).eps * min(rows, columns) * high * high if reg == 0 else 0
-    # A NaN or infinity of the weight stands on the Gram matrix's diagonal, so it shows in a pivot.
-    failed = ~((info == 0) & (low * low > least) & high.isfinite())
-    if failed.any():
-        unusable = ~weight.isfinite().flatten(-2).all(-1)
-        if unusable.any():
-            raise ValueError(f"regularized_inverse: {_first(unusable)} has NaN or infinite elements")
-        raise SingularError(
-            f"regularized_inverse: the Gram matrix of {_first(failed)} plus reg={reg} is singular to the precision of "
-            f"{str(weight.dtype).removeprefix('torch.')}, or overflows it; use a larger reg or smaller weights"
-        )
-    if columns <= rows:
-        return output.copy_(torch.cholesky_solve(weight.mT, factor))
-    return output.copy_(torch.cholesky_solve(weight, factor).mT)
+    batch, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
+    inverse = weight.new_empty(*batch, columns, rows)
+    if inverse.numel() == 0:
+        return inverse
+    status = torch.empty(math.prod(batch), dtype=torch.int64)
+    stacked, stacked_inverse = weight.reshape(-1, rows, columns), inverse.view(-1, columns, rows)
+    if _C.regularized_inverse(dense(stacked), reg, dense(stacked_inverse), dense(status), torch.get_num_threads()):
+        _raise_error(status.view(batch), weight.dtype, reg)
+    return inverse
+
+
+def _raise_error(status: Tensor, dtype: torch.dtype, reg: float) -> None:
+    """Raise the error that the kernel's status of each matrix stands for."""
+    unusable = status == _NOT_FINITE
+    if unusable.any():
+        raise ValueError(f"regularized_inverse: {_first(unusable)} has NaN or infinite elements")
+    raise SingularError(
+        f"regularized_inverse: the Gram matrix of {_first(status != 0)} plus reg={reg} is singular to the precision of "
+        f"{str(dtype).removeprefix('torch.')}, or overflows it; use a larger reg or smaller weights"
+    )
 
 
 def _fake(weight: Tensor, reg: float) -> Tensor:
@@ -117,5 +112,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return (k_transposed - (inverse.mT @ k_transposed.mT + k_transposed @ inverse) @ weight).to(dtype), None
 
 
-define("regularized_inverse(Tensor weight, float reg) -> Tensor", _regularized_inverse, _fake, cast_outputs=False)
+regularized_inverse = define(
+    "regularized_inverse(Tensor weight, float reg) -> Tensor", _regularized_inverse, _fake, cast_outputs=False
+)
 torch.library.register_autograd("tpext::regularized_inverse", _backward, setup_context=_setup_context, lib=LIBRARY)

@@ -1,10 +1,10 @@
 """``rnn_target_scan``, ``rnn_learned_target_scan``: target propagation through a simple RNN, and the layers made of it.
 
 ``torch.ops.tpext.rnn_target_scan(grad_states, states, h0, weight_hh, inverse, x_proj, lengths, reverse, nonlinearity,
-correction, credit, target_step, clip, return_norms, return_displacement) -> (delta, disp_h0, norms, displacement)``
-goes once from the last step to the first. With ``g`` the gradient of the loss with respect to each state, ``s =
-target_step``, ``R = inverse = regularized_inverse(W, reg) [S, H, H]``, ``P = R'`` and ``clip(v)`` = ``v`` kept within
-``+-(1 - clip)``::
+correction, credit, target_step, clip, return_norms, return_displacement, disp_n=None, credit_n=None) -> (delta,
+disp_h0, norms, displacement, credit_h0)`` goes once from the last step to the first. With ``g`` the gradient of the
+loss with respect to each state, ``s = target_step``, ``R = inverse = regularized_inverse(W, reg) [S, H, H]``, ``P =
+R'`` and ``clip(v)`` = ``v`` kept within ``+-(1 - clip)``::
 
     "linearized"  d_{t-1} = -s g_{t-1} + z_t P             z_t = d_t / a'(u_t), a' of clip(h_t) for tanh
     "difference"  d_{t-1} = -s g_{t-1} + z_t P             z_t = a^-1(h_t + d_t) - a^-1(h_t)
@@ -14,9 +14,9 @@ from ``d_T = -s g_T``; the target of step ``t`` is ``h_t + d_t``. ``a^-1(v)`` is
 ``v`` for tanh, relu and identity; an inactive relu unit passes nothing in "linearized".
 
 ``torch.ops.tpext.rnn_learned_target_scan(grad_states, states, weight_hh, reverse_weight, reverse_pre, lengths,
-reverse, nonlinearity, credit, target_step, return_norms) -> (delta, disp_h0, norms)`` takes a learned reverse layer
-``G`` instead, with ``q_t = h_t V' + c + x_t U'`` (``reverse_pre [S, T, B, H]``) and ``V = reverse_weight [S, H,
-H]``::
+reverse, nonlinearity, credit, target_step, return_norms, disp_n=None, credit_n=None) -> (delta, disp_h0, norms,
+credit_h0)`` takes a learned reverse layer ``G`` instead, with ``q_t = h_t V' + c + x_t U'`` (``reverse_pre [S, T, B,
+H]``) and ``V = reverse_weight [S, H, H]``::
 
     d_{t-1} = -s g_{t-1} + G(x_t, h_t + d_t) - G(x_t, h_t) = -s g_{t-1} + tanh(q_t + d_t V') - tanh(q_t)
 
@@ -27,6 +27,13 @@ empty tensors::
 
     credit "local"         delta_t = -d_t * a'(h_t)                      each step's own loss alone
     credit "through_time"  delta_t = (-d_t + delta_{t+1} W) * a'(h_t)    their sum through the unrolled layer
+
+``grad_states`` may be None (zero). What comes back from beyond the last valid step enters there: ``disp_n [S, B, H]``
+is added to ``d_T`` and ``credit_n [S, B, H]`` stands for ``delta_{T+1} W``; ``disp_h0`` and ``credit_h0`` = ``delta_1
+W`` ``[S, B, H]`` (empty under "local") are the same at the other end. So a displacement of the final state alone is
+``disp_n``, and a long sequence can be taken in pieces, the last one first. Without ``grad_states`` a displacement that
+has faded to nothing ends the work; states further back are not read, so that a NaN there goes unseen if it has not
+reached the last state, which one from a forward pass has.
 
 Stack, ``reverse``, ``lengths``, dtypes, determinism and errors are those of ``rnn_scan``; under autocast they compute
 and return float32. These are no derivatives of anything: differentiating through them raises RuntimeError. Cost:
@@ -39,9 +46,8 @@ Networks": the learned inverse; Lee, Zhang, Fischer and Bengio (2015), "Differen
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,17 +56,17 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     CREDITS,
-    LIBRARY,
-    autocast_outputs,
-    autocasts,
     check_choice,
     check_lengths,
     check_scan,
     define,
     dense,
-    to_float32,
+    full_precision,
+    refuse_derivative,
+    refuse_forward_mode,
 )
-from tpext.ops.rnn_scan import input_projection, recurrent_weight_gradient
+from tpext.ops.regularized_inverse import regularized_inverse
+from tpext.ops.rnn_scan import Gradients, Layer, Piece, Sweep, input_projection, run_layer, sum_members
 
 CORRECTIONS = ("linearized", "difference", "none")
 INPUT_RULES = ("gradient", "target")
@@ -71,18 +77,14 @@ NOT_A_DERIVATIVE = (
 )
 
 
-def _empty(grad_states: Tensor, wanted: bool, *shape: int) -> Tensor:
-    """An output to fill, or an empty stand-in for one that is not wanted (an op cannot return None)."""
-    return grad_states.new_empty(shape if wanted else 0)
-
-
-def _outputs(grad_states: Tensor, return_norms: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Empty ``delta``, ``disp_h0`` and ``norms``."""
-    stack, time, batch, hidden = grad_states.shape
+def _outputs(states: Tensor, return_norms: bool, credit: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty ``delta``, ``disp_h0``, ``norms`` and ``credit_h0``; an op cannot return None for those not wanted."""
+    stack, time, batch, hidden = states.shape
     return (
-        grad_states.new_empty(grad_states.shape),
-        grad_states.new_empty(stack, batch, hidden),
-        _empty(grad_states, return_norms, stack, time, batch),
+        states.new_empty(states.shape),
+        states.new_empty(stack, batch, hidden),
+        states.new_empty((stack, time, batch) if return_norms else 0),
+        states.new_empty((stack, batch, hidden) if credit == "through_time" else 0),
     )
 
 
@@ -92,7 +94,7 @@ def _check_step(op: str, target_step: float) -> None:
 
 
 def _prepare_target(
-    grad_states: Tensor,
+    grad_states: Tensor | None,
     states: Tensor,
     h0: Tensor,
     weight_hh: Tensor,
@@ -107,35 +109,38 @@ def _prepare_target(
     clip: float,
     return_norms: bool,
     return_displacement: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    disp_n: Tensor | None = None,
+    credit_n: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Check the arguments and return empty outputs: all that the fake implementation does."""
     op = "rnn_target_scan"
     tensors = {
-        "grad_states": (grad_states, "STBH"),
         "states": (states, "STBH"),
+        "grad_states": (grad_states, "STBH"),
         "h0": (h0, "SBH"),
         "weight_hh": (weight_hh, "SHH"),
         "inverse": (inverse, "SHH"),
+        "x_proj": (x_proj, "STBH"),
+        "disp_n": (disp_n, "SBH"),
+        "credit_n": (credit_n, "SBH"),
     }
-    if x_proj is not None:
-        tensors["x_proj"] = (x_proj, "STBH")
-    check_scan(op, "grad_states", tensors, lengths, reverse, nonlinearity)
+    check_scan(op, "states", tensors, lengths, reverse, nonlinearity)
     check_choice(op, "correction", correction, CORRECTIONS)
     check_choice(op, "credit", credit, CREDITS)
     if correction == "none" and x_proj is None:
         raise ValueError(f"{op}: x_proj must be given for correction 'none', got None")
-    least = torch.finfo(grad_states.dtype).eps
+    least = torch.finfo(states.dtype).eps
     if not least <= clip < 1:
         raise ValueError(
-            f"{op}: clip must be at least {least:.2g}, the precision of {grad_states.dtype}, and below 1, got {clip}"
+            f"{op}: clip must be at least {least:.2g}, the precision of {states.dtype}, and below 1, got {clip}"
         )
     _check_step(op, target_step)
-    displacement = _empty(grad_states, return_displacement, *grad_states.shape)
-    return *_outputs(grad_states, return_norms), displacement
+    delta, disp_h0, norms, credit_h0 = _outputs(states, return_norms, credit)
+    return delta, disp_h0, norms, states.new_empty(states.shape if return_displacement else 0), credit_h0
 
 
 def _rnn_target_scan(
-    grad_states: Tensor,
+    grad_states: Tensor | None,
     states: Tensor,
     h0: Tensor,
     weight_hh: Tensor,
@@ -150,8 +155,10 @@ def _rnn_target_scan(
     clip: float,
     return_norms: bool,
     return_displacement: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    delta, disp_h0, norms, displacement = _prepare_target(
+    disp_n: Tensor | None = None,
+    credit_n: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _prepare_target(
         grad_states,
         states,
         h0,
@@ -167,10 +174,15 @@ def _rnn_target_scan(
         clip,
         return_norms,
         return_displacement,
+        disp_n,
+        credit_n,
     )
     check_lengths("rnn_target_scan", lengths, states.shape[1])
+    delta, disp_h0, norms, displacement, credit_h0 = outputs
     _C.rnn_target_scan(
         dense(grad_states),
+        dense(disp_n),
+        dense(credit_n),
         dense(states),
         dense(h0),
         dense(weight_hh),
@@ -185,15 +197,16 @@ def _rnn_target_scan(
         clip,
         dense(delta),
         dense(disp_h0),
+        dense(credit_h0) if credit == "through_time" else None,
         dense(norms) if return_norms else None,
         dense(displacement) if return_displacement else None,
         torch.get_num_threads(),
     )
-    return delta, disp_h0, norms, displacement
+    return outputs
 
 
 def _prepare_learned(
-    grad_states: Tensor,
+    grad_states: Tensor | None,
     states: Tensor,
     weight_hh: Tensor,
     reverse_weight: Tensor,
@@ -204,24 +217,28 @@ def _prepare_learned(
     credit: str,
     target_step: float,
     return_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    disp_n: Tensor | None = None,
+    credit_n: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Check the arguments and return empty outputs: all that the fake implementation does."""
     op = "rnn_learned_target_scan"
     tensors = {
-        "grad_states": (grad_states, "STBH"),
         "states": (states, "STBH"),
+        "grad_states": (grad_states, "STBH"),
         "weight_hh": (weight_hh, "SHH"),
         "reverse_weight": (reverse_weight, "SHH"),
         "reverse_pre": (reverse_pre, "STBH"),
+        "disp_n": (disp_n, "SBH"),
+        "credit_n": (credit_n, "SBH"),
     }
-    check_scan(op, "grad_states", tensors, lengths, reverse, nonlinearity)
+    check_scan(op, "states", tensors, lengths, reverse, nonlinearity)
     check_choice(op, "credit", credit, CREDITS)
     _check_step(op, target_step)
-    return _outputs(grad_states, return_norms)
+    return _outputs(states, return_norms, credit)
 
 
 def _rnn_learned_target_scan(
-    grad_states: Tensor,
+    grad_states: Tensor | None,
     states: Tensor,
     weight_hh: Tensor,
     reverse_weight: Tensor,
@@ -232,8 +249,10 @@ def _rnn_learned_target_scan(
     credit: str,
     target_step: float,
     return_norms: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    delta, disp_h0, norms = _prepare_learned(
+    disp_n: Tensor | None = None,
+    credit_n: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outputs = _prepare_learned(
         grad_states,
         states,
         weight_hh,
@@ -245,10 +264,15 @@ def _rnn_learned_target_scan(
         credit,
         target_step,
         return_norms,
+        disp_n,
+        credit_n,
     )
     check_lengths("rnn_learned_target_scan", lengths, states.shape[1])
+    delta, disp_h0, norms, credit_h0 = outputs
     _C.rnn_learned_target_scan(
         dense(grad_states),
+        dense(disp_n),
+        dense(credit_n),
         dense(states),
         dense(weight_hh),
         dense(reverse_weight),
@@ -260,82 +284,62 @@ def _rnn_learned_target_scan(
         target_step,
         dense(delta),
         dense(disp_h0),
+        dense(credit_h0) if credit == "through_time" else None,
         dense(norms) if return_norms else None,
         torch.get_num_threads(),
     )
-    return delta, disp_h0, norms
+    return outputs
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(NOT_A_DERIVATIVE)
-
-
-define(
-    "rnn_target_scan(Tensor grad_states, Tensor states, Tensor h0, Tensor weight_hh, Tensor inverse, Tensor? x_proj, "
+rnn_target_scan = define(
+    "rnn_target_scan(Tensor? grad_states, Tensor states, Tensor h0, Tensor weight_hh, Tensor inverse, Tensor? x_proj, "
     "Tensor? lengths, bool[] reverse, str nonlinearity, str correction, str credit, float target_step, float clip, "
-    "bool return_norms, bool return_displacement) -> (Tensor delta, Tensor disp_h0, Tensor norms, Tensor displacement)",
+    "bool return_norms, bool return_displacement, Tensor? disp_n=None, Tensor? credit_n=None) -> "
+    "(Tensor delta, Tensor disp_h0, Tensor norms, Tensor displacement, Tensor credit_h0)",
     _rnn_target_scan,
     _prepare_target,
     cast_outputs=False,
 )
-define(
-    "rnn_learned_target_scan(Tensor grad_states, Tensor states, Tensor weight_hh, Tensor reverse_weight, "
+refuse_derivative("rnn_target_scan", NOT_A_DERIVATIVE)
+
+rnn_learned_target_scan = define(
+    "rnn_learned_target_scan(Tensor? grad_states, Tensor states, Tensor weight_hh, Tensor reverse_weight, "
     "Tensor reverse_pre, Tensor? lengths, bool[] reverse, str nonlinearity, str credit, float target_step, "
-    "bool return_norms) -> (Tensor delta, Tensor disp_h0, Tensor norms)",
+    "bool return_norms, Tensor? disp_n=None, Tensor? credit_n=None) -> "
+    "(Tensor delta, Tensor disp_h0, Tensor norms, Tensor credit_h0)",
     _rnn_learned_target_scan,
     _prepare_learned,
     cast_outputs=False,
 )
-for _name in ("rnn_target_scan", "rnn_learned_target_scan"):
-    torch.library.register_autograd(f"tpext::{_name}", _refuse, lib=LIBRARY)
+refuse_derivative("rnn_learned_target_scan", NOT_A_DERIVATIVE)
 
 
-def _sum_members(stacked: Tensor) -> Tensor:
-    """Sum over the stack axis, without a copy where there is one member."""
-    return stacked.squeeze(0) if stacked.shape[0] == 1 else stacked.sum(0)
-
-
-class _TargetLayer(torch.autograd.Function):
+class _TargetLayer(Layer):
     """What the layers below share: a backward pass that hands out what a target pass found instead of derivatives.
 
-    Their ``forward`` takes what only ``backward`` needs by name: torch's compiler counts the signature's parameters.
+    Parameters get the local gradient, divided by ``target_step`` if it is to be normalised. The layer below and ``h0``
+    always get gradient units: minus what they are to move by over the step.
     """
 
     @staticmethod
-    def vmap(*args: Any) -> Any:
-        raise RuntimeError(NOT_A_DERIVATIVE)
+    def run_target_backward(
+        ctx: Any,
+        saved: Sequence[Tensor],
+        sweep: Sweep,
+        grad_states: Tensor | None,
+        grad_h_n: Tensor | None,
+        zero_stays_zero: bool,
+    ) -> Gradients:
+        arriving = None if grad_h_n is None else grad_h_n * -ctx.target_step
+        grads = Layer.run_backward(ctx, saved, sweep, grad_states, arriving, zero_stays_zero)
+        if grads[1] is not None:
+            grads[1] = grads[1] / -ctx.target_step
+        return grads
 
     @staticmethod
-    def gradients(
-        ctx: Any,
-        delta: Tensor,
-        disp_h0: Tensor,
-        input: Tensor,
-        h0: Tensor,
-        states: Tensor,
-        lengths: Tensor | None,
-        below: Callable[[], Tensor],
-    ) -> list[Tensor | None]:
-        """Gradients of input, h0, weight_ih, weight_hh and bias.
-
-        Parameters get the local gradient, divided by ``target_step`` if it is to be normalised. The layer below and
-        ``h0`` always get gradient units: minus what they are to move by, ``below() [T * B, I]`` and ``disp_h0``, over
-        the step.
-        """
-        scale = 1 / ctx.target_step if ctx.normalize else 1.0
-        grads: list[Tensor | None] = [None] * 5
-        rows = delta.flatten(1, 2)
-        if ctx.needs_input_grad[0]:
-            grads[0] = below().view(input.shape) / -ctx.target_step
-        if ctx.needs_input_grad[1]:
-            grads[1] = disp_h0 / -ctx.target_step
-        if ctx.needs_input_grad[2]:
-            grads[2] = torch.bmm(rows.mT, input.flatten(0, 1).expand(rows.shape[0], -1, -1)) * scale
-        if ctx.needs_input_grad[3]:
-            grads[3] = recurrent_weight_gradient(delta, states, h0, lengths, ctx.reverse) * scale
-        if ctx.needs_input_grad[4]:
-            grads[4] = rows.sum(1) * scale
-        return grads
+    def target_gradients(ctx: Any, piece: Piece, delta: Tensor, weight_ih: Tensor) -> Gradients:
+        scale = 1 / ctx.target_step
+        return Layer.gradients(ctx, piece, delta, weight_ih, scale if ctx.normalize else 1.0, scale)
 
 
 def _check_target_backward() -> None:
@@ -347,6 +351,7 @@ def _check_target_backward() -> None:
 class _RegularizedTargetLayer(_TargetLayer):
     @staticmethod
     def forward(
+        ctx: Any,
         input: Tensor,
         h0: Tensor,
         weight_ih: Tensor,
@@ -355,6 +360,7 @@ class _RegularizedTargetLayer(_TargetLayer):
         lengths: Tensor | None,
         reverse: Sequence[bool],
         nonlinearity: str,
+        checkpoint_every: int | None,
         reg: float,
         target_step: float,
         correction: str,
@@ -362,54 +368,61 @@ class _RegularizedTargetLayer(_TargetLayer):
         clip: float,
         normalize: bool,
         input_rule: str,
-    ) -> Tensor:
-        x_proj = input_projection(input, weight_ih, bias)
-        states: Tensor = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
-        return states
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.reverse, ctx.nonlinearity, ctx.reg, ctx.target_step = inputs[:10]
-        ctx.correction, ctx.credit, ctx.clip, ctx.normalize, ctx.input_rule = inputs[10:]
-        ctx.save_for_backward(*tensors, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_target_backward()
-        input, h0, weight_ih, weight_hh, bias, lengths, states = ctx.saved_tensors
-        by_target = ctx.input_rule == "target" and ctx.needs_input_grad[0]
-        # Recomputing the projection is one product; keeping it would cost as much memory as the states.
-        x_proj = input_projection(input, weight_ih, bias) if ctx.correction == "none" else None
-        delta, disp_h0, _, displacement = torch.ops.tpext.rnn_target_scan(
-            grad,
-            states,
-            h0,
-            weight_hh,
-            torch.ops.tpext.regularized_inverse(weight_hh, ctx.reg),
-            x_proj,
-            lengths,
-            ctx.reverse,
-            ctx.nonlinearity,
-            ctx.correction,
-            ctx.credit,
-            ctx.target_step,
-            ctx.clip,
-            False,
-            by_target,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.reg, ctx.target_step, ctx.correction, ctx.credit = reg, target_step, correction, credit
+        ctx.clip, ctx.normalize, ctx.input_rule = clip, normalize, input_rule
+        return Layer.run_forward(
+            ctx, input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity, checkpoint_every
         )
 
-        def below() -> Tensor:
-            if by_target:
-                inverse = torch.ops.tpext.regularized_inverse(weight_ih, ctx.reg)
-                return _sum_members(torch.bmm(displacement.flatten(1, 2), inverse.mT))
-            return -_sum_members(torch.bmm(delta.flatten(1, 2), weight_ih))
+    @staticmethod
+    def backward(ctx: Any, grad_states: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_target_backward()
+        saved = ctx.saved_tensors
+        weight_ih, weight_hh, bias = saved[2:5]
+        by_target = ctx.input_rule == "target" and ctx.needs_input_grad[0]
+        inverse = regularized_inverse(weight_hh, ctx.reg)
+        inverse_ih = regularized_inverse(weight_ih, ctx.reg) / -ctx.target_step if by_target else None
 
-        return *_TargetLayer.gradients(ctx, delta, disp_h0, input, h0, states, lengths, below), *[None] * 10
+        def sweep(
+            piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
+        ) -> tuple[Gradients, Tensor, Tensor | None]:
+            input, h0, states, lengths = piece
+            # Recomputing the projection is one product; keeping it would cost as much memory as the states.
+            x_proj = input_projection(input, weight_ih, bias) if ctx.correction == "none" else None
+            delta, disp_h0, _, displacement, credit_h0 = rnn_target_scan(
+                grad_states,
+                states,
+                h0,
+                weight_hh,
+                inverse,
+                x_proj,
+                lengths,
+                ctx.reverse,
+                ctx.nonlinearity,
+                ctx.correction,
+                ctx.credit,
+                ctx.target_step,
+                ctx.clip,
+                False,
+                by_target,
+                arriving,
+                credit,
+            )
+            grads = _TargetLayer.target_gradients(ctx, piece, delta, weight_ih)
+            if inverse_ih is not None:
+                grads[0] = sum_members(torch.bmm(displacement.flatten(1, 2), inverse_ih.mT)).view(input.shape)
+            return grads, disp_h0, credit_h0 if ctx.credit == "through_time" else None
+
+        fades = ctx.correction != "none"
+        with full_precision(weight_hh.device.type):
+            return *_TargetLayer.run_target_backward(ctx, saved, sweep, grad_states, grad_h_n, fades), *[None] * 11
 
 
 class _LearnedTargetLayer(_TargetLayer):
     @staticmethod
     def forward(
+        ctx: Any,
         input: Tensor,
         h0: Tensor,
         weight_ih: Tensor,
@@ -420,59 +433,67 @@ class _LearnedTargetLayer(_TargetLayer):
         lengths: Tensor | None,
         reverse: Sequence[bool],
         nonlinearity: str,
+        checkpoint_every: int | None,
         target_step: float,
         credit: str,
         normalize: bool,
-    ) -> Tensor:
-        x_proj = input_projection(input, weight_ih, bias)
-        states: Tensor = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
-        return states
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, h0, weight_ih, weight_hh, _, reverse_weight, reverse_bias, lengths = inputs[:8]
-        ctx.reverse, ctx.nonlinearity, ctx.target_step, ctx.credit, ctx.normalize = inputs[8:]
-        ctx.save_for_backward(input, h0, weight_ih, weight_hh, reverse_weight, reverse_bias, lengths, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_target_backward()
-        input, h0, weight_ih, weight_hh, reverse_weight, reverse_bias, lengths, states = ctx.saved_tensors
-        from_input = input_projection(input, weight_ih, reverse_bias).flatten(1, 2)
-        reverse_pre = torch.baddbmm(from_input, states.flatten(1, 2), reverse_weight.mT).view(states.shape)
-        delta, disp_h0, _ = torch.ops.tpext.rnn_learned_target_scan(
-            grad,
-            states,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.target_step, ctx.credit, ctx.normalize = target_step, credit, normalize
+        return Layer.run_forward(
+            ctx,
+            input,
+            h0,
+            weight_ih,
             weight_hh,
-            reverse_weight,
-            reverse_pre,
+            bias,
             lengths,
-            ctx.reverse,
-            ctx.nonlinearity,
-            ctx.credit,
-            ctx.target_step,
-            False,
+            reverse,
+            nonlinearity,
+            checkpoint_every,
+            reverse_weight,
+            reverse_bias,
         )
 
-        def below() -> Tensor:
-            return -_sum_members(torch.bmm(delta.flatten(1, 2), weight_ih))
+    @staticmethod
+    def backward(ctx: Any, grad_states: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
+        _check_target_backward()
+        saved = ctx.saved_tensors
+        weight_ih, weight_hh = saved[2:4]
+        reverse_weight, reverse_bias = saved[7:]
 
-        return *_TargetLayer.gradients(ctx, delta, disp_h0, input, h0, states, lengths, below), *[None] * 8
+        def sweep(
+            piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
+        ) -> tuple[Gradients, Tensor, Tensor | None]:
+            input, _, states, lengths = piece
+            from_input = input_projection(input, weight_ih, reverse_bias).flatten(1, 2)
+            reverse_pre = torch.baddbmm(from_input, states.flatten(1, 2), reverse_weight.mT).view(states.shape)
+            delta, disp_h0, _, credit_h0 = rnn_learned_target_scan(
+                grad_states,
+                states,
+                weight_hh,
+                reverse_weight,
+                reverse_pre,
+                lengths,
+                ctx.reverse,
+                ctx.nonlinearity,
+                ctx.credit,
+                ctx.target_step,
+                False,
+                arriving,
+                credit,
+            )
+            grads = _TargetLayer.target_gradients(ctx, piece, delta, weight_ih)
+            return grads, disp_h0, credit_h0 if ctx.credit == "through_time" else None
+
+        with full_precision(weight_hh.device.type):
+            return *_TargetLayer.run_target_backward(ctx, saved, sweep, grad_states, grad_h_n, True), *[None] * 9
 
 
-for _layer in (_RegularizedTargetLayer, _LearnedTargetLayer):
-    # torch looks the signature up at every call, which costs as much as a small kernel unless it is stored.
-    _layer.forward.__signature__ = inspect.signature(_layer.forward)  # type: ignore[union-attr]
-
-
-def _run_layer(layer: type[_TargetLayer], tensors: tuple[Tensor | None, ...], *settings: Any) -> Tensor:
-    """Apply a layer; under autocast in float32, with the states in the autocast dtype."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
-    if not autocasts(device):
-        return layer.apply(*tensors, *settings)  # type: ignore[no-any-return,no-untyped-call]
-    with torch.autocast(device, enabled=False):
-        states = layer.apply(*(to_float32(tensor) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
-    return autocast_outputs(states, device)  # type: ignore[no-any-return]
+def _run(layer: type[_TargetLayer], tensors: tuple[Tensor | None, ...], *settings: Any) -> tuple[Tensor, Tensor]:
+    if torch._C._are_functorch_transforms_active():
+        refuse_forward_mode("rnn_layer")
+        raise RuntimeError(NOT_A_DERIVATIVE)
+    return run_layer(layer, tensors, *settings)
 
 
 def target_rnn(
@@ -492,7 +513,8 @@ def target_rnn(
     clip: float,
     normalize: bool,
     input_rule: str,
-) -> Tensor:
+    checkpoint_every: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """A stack of simple recurrent layers whose backward pass is target propagation by regularised inverses.
 
     ``h_t = a(x_t U' + b + h_{t-1} W')``; backward, with ``delta``, ``z`` and ``d`` of ``rnn_target_scan`` and
@@ -512,9 +534,11 @@ def target_rnn(
         reverse: S flags: the member runs from the last valid step to the first.
         nonlinearity: "tanh", "relu" or "identity".
         reg, target_step, correction, credit, clip, normalize, input_rule: see ``tpext.RegularizedInverse``.
+        checkpoint_every: as in ``backprop_rnn``.
 
     Returns:
-        States ``[S, T, B, H]``, zero beyond ``lengths``.
+        States ``[S, T, B, H]``, zero beyond ``lengths`` (an empty tensor with ``checkpoint_every``), and the states
+        after the last valid steps ``[S, B, H]``.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -525,8 +549,19 @@ def target_rnn(
     check_choice("target_rnn", "credit", credit, CREDITS)
     check_choice("target_rnn", "input_rule", input_rule, INPUT_RULES)
     tensors = (input, h0, weight_ih, weight_hh, bias, lengths)
-    settings = (list(reverse), nonlinearity, reg, target_step, correction, credit, clip, normalize, input_rule)
-    return _run_layer(_RegularizedTargetLayer, tensors, *settings)
+    settings = (
+        list(reverse),
+        nonlinearity,
+        checkpoint_every,
+        reg,
+        target_step,
+        correction,
+        credit,
+        clip,
+        normalize,
+        input_rule,
+    )
+    return _run(_RegularizedTargetLayer, tensors, *settings)
 
 
 def learned_target_rnn(
@@ -544,7 +579,8 @@ def learned_target_rnn(
     target_step: float,
     credit: str,
     normalize: bool,
-) -> Tensor:
+    checkpoint_every: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """A stack of simple recurrent layers whose backward pass is target propagation by a learned reverse layer.
 
     As ``target_rnn``, with displacements from ``rnn_learned_target_scan`` and ``G(x, h) = tanh(h V' + c + x U')``. The
@@ -555,9 +591,11 @@ def learned_target_rnn(
         reverse_weight: V, ``[S, H, H]``.
         reverse_bias: c, ``[S, H]``.
         target_step, credit, normalize: see ``tpext.LearnedInverse``.
+        checkpoint_every: as in ``backprop_rnn``.
 
     Returns:
-        States ``[S, T, B, H]``, zero beyond ``lengths``.
+        States ``[S, T, B, H]``, zero beyond ``lengths`` (an empty tensor with ``checkpoint_every``), and the states
+        after the last valid steps ``[S, B, H]``.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -566,5 +604,5 @@ def learned_target_rnn(
     check_choice("learned_target_rnn", "credit", credit, CREDITS)
     # Detached: a layer whose only trainable parameters are the reverse ones has no backward pass to run.
     tensors = (input, h0, weight_ih, weight_hh, bias, reverse_weight.detach(), reverse_bias.detach(), lengths)
-    settings = (list(reverse), nonlinearity, target_step, credit, normalize)
-    return _run_layer(_LearnedTargetLayer, tensors, *settings)
+    settings = (list(reverse), nonlinearity, checkpoint_every, target_step, credit, normalize)
+    return _run(_LearnedTargetLayer, tensors, *settings)

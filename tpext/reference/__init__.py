@@ -7,7 +7,14 @@ Nothing in here imports the rest of the package, and only tests and documentatio
 """
 
 from tpext.reference.regularized_inverse import regularized_inverse
-from tpext.reference.rnn_scan import RNNGradients, rnn_gradients, rnn_scan, rnn_scan_backward
+from tpext.reference.rnn_scan import (
+    RNNGradients,
+    rnn_gradients,
+    rnn_layer,
+    rnn_scan,
+    rnn_scan_backward,
+    rnn_weight_gradients,
+)
 from tpext.reference.rnn_target_scan import (
     learned_target_rnn_gradients,
     rnn_learned_target_scan,
@@ -20,9 +27,11 @@ __all__ = [
     "learned_target_rnn_gradients",
     "regularized_inverse",
     "rnn_gradients",
+    "rnn_layer",
     "rnn_learned_target_scan",
     "rnn_scan",
     "rnn_scan_backward",
     "rnn_target_scan",
+    "rnn_weight_gradients",
     "target_rnn_gradients",
 ]

@@ -1,4 +1,4 @@
-"""Oracles of the recurrent scan and of its back-propagation.
+"""Oracles of the recurrent scan, of its back-propagation and of the layer around them.
 
 Notation: S stack, T time, B batch, I input, H hidden; ``a`` the nonlinearity. Member ``s`` with ``reverse[s]`` runs
 from the last valid step of each row to its first. Row ``b`` has ``lengths[b]`` valid steps (all ``T`` without
@@ -66,6 +66,11 @@ def slope(h: Array, nonlinearity: str) -> Array:
     raise ValueError(f"nonlinearity must be 'tanh', 'relu' or 'identity', got {nonlinearity!r}")
 
 
+def given_or_zeros(array: ArrayLike | None, shape: Sequence[int]) -> Array:
+    """The array in float64 or longdouble, or zeros where there is none."""
+    return np.zeros(shape) if array is None else promote(array)[0]
+
+
 def rnn_scan(
     x_proj: ArrayLike,
     h0: ArrayLike,
@@ -98,31 +103,36 @@ def rnn_scan(
 
 
 def rnn_scan_backward(
-    grad_states: ArrayLike,
+    grad_states: ArrayLike | None,
     states: ArrayLike,
     weight_hh: ArrayLike,
     lengths: ArrayLike | None,
     reverse: Sequence[bool],
     nonlinearity: str,
+    grad_h_n: ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     """Back-propagation through time: ``e_t = (g_t + e_{t+1} W) * a'(h_t)``.
 
     Args:
-        grad_states: ``g``, ``[S, T, B, H]``, ignored at ``t >= lengths[b]``.
+        grad_states: ``g``, ``[S, T, B, H]``, ignored at ``t >= lengths[b]``; None: zero.
         states: ``h``, ``[S, T, B, H]``.
         weight_hh, lengths, reverse, nonlinearity: as in :func:`rnn_scan`.
+        grad_h_n: gradient of the state after the last valid step of the run, ``[S, B, H]``, which stands for ``e_{t+1}
+            W`` there; None: zero.
 
     Returns:
-        ``grad_x_proj = e``, ``[S, T, B, H]``, and ``grad_h0 = e_1 W``, ``[S, B, H]``.
+        ``grad_x_proj = e``, ``[S, T, B, H]``, and ``grad_h0 = e_1 W``, ``[S, B, H]``; ``grad_h_n`` for rows without a
+        valid step.
     """
-    grad_states, states, weight_hh = promote(grad_states, states, weight_hh)
+    states, weight_hh = promote(states, weight_hh)
     S, _, B, H = states.shape
+    g, at_end = given_or_zeros(grad_states, states.shape), given_or_zeros(grad_h_n, (S, B, H))
     grad_x_proj = np.zeros_like(states)
     grad_h0 = np.zeros((S, B, H), states.dtype)
     for s, b, times in rows(states.shape, lengths, reverse):
-        from_above = np.zeros(H, states.dtype)
+        from_above = at_end[s, b]
         for t in reversed(times):
-            e = (grad_states[s, t, b] + from_above) * slope(states[s, t, b], nonlinearity)
+            e = (g[s, t, b] + from_above) * slope(states[s, t, b], nonlinearity)
             grad_x_proj[s, t, b] = e
             from_above = e @ weight_hh[s]
         grad_h0[s, b] = from_above
@@ -136,15 +146,62 @@ def input_projection(input: ArrayLike, weight_ih: ArrayLike, bias: ArrayLike | N
     return x_proj if bias is None else x_proj + np.asarray(bias)[:, None, None, :]
 
 
-def weight_gradients(
-    delta: Array,
-    input: Array,
-    h0: Array,
-    states: Array,
+def rnn_layer(
+    input: ArrayLike,
+    h0: ArrayLike,
+    weight_ih: ArrayLike,
+    weight_hh: ArrayLike,
+    bias: ArrayLike | None,
     lengths: ArrayLike | None,
     reverse: Sequence[bool],
+    nonlinearity: str,
+) -> tuple[Array, Array]:
+    """Hidden states of a layer, ``h_t = a(x_t U' + b + h_{t-1} W')``.
+
+    Args:
+        input: ``x``, ``[T, B, I]``, shared by the members of the stack.
+        weight_ih: ``U``, ``[S, H, I]``.
+        bias: ``b``, ``[S, H]``, or None.
+        h0, weight_hh, lengths, reverse, nonlinearity: as in :func:`rnn_scan`.
+
+    Returns:
+        States ``[S, T, B, H]``, 0 at ``t >= lengths[b]``, and the state after the last valid step of the run,
+        ``[S, B, H]``: ``h0`` for rows without one.
+    """
+    states = rnn_scan(input_projection(input, weight_ih, bias), h0, weight_hh, lengths, reverse, nonlinearity)
+    h_n = np.array(h0, states.dtype)
+    for s, b, times in rows(states.shape, lengths, reverse):
+        if times:
+            h_n[s, b] = states[s, times[-1], b]
+    return states, h_n
+
+
+def rnn_weight_gradients(
+    delta: ArrayLike,
+    states: ArrayLike,
+    h0: ArrayLike,
+    input: ArrayLike,
+    lengths: ArrayLike | None,
+    reverse: Sequence[bool],
+    scale: float,
 ) -> tuple[Array, Array, Array]:
-    """Sums over time and rows of ``delta_t' input_t``, ``delta_t' h_{t-1}`` and ``delta_t``."""
+    """Gradients of a layer's parameters from those of its pre-activations.
+
+    ``dU = scale sum_t delta_t' x_t``, ``dW = scale sum_t delta_t' h_{t-1}`` and ``db = scale sum_t delta_t``, over the
+    valid steps of all rows.
+
+    Args:
+        delta: ``[S, T, B, H]``, ignored at ``t >= lengths[b]``.
+        states: ``h``, ``[S, T, B, H]``.
+        h0: state before the first step of the run, ``[S, B, H]``.
+        input: ``x``, ``[T, B, I]``, shared by the members of the stack; ignored at ``t >= lengths[b]``.
+        lengths, reverse: as in :func:`rnn_scan`.
+        scale: factor of all three.
+
+    Returns:
+        ``dU [S, H, I]``, ``dW [S, H, H]``, ``db [S, H]``.
+    """
+    delta, states, h0, input = promote(delta, states, h0, input)
     S, _, _, H = delta.shape
     weight_ih = np.zeros((S, H, input.shape[-1]), delta.dtype)
     weight_hh = np.zeros((S, H, H), delta.dtype)
@@ -156,11 +213,11 @@ def weight_gradients(
             weight_hh[s] += np.outer(delta[s, t, b], previous)
             bias[s] += delta[s, t, b]
             previous = states[s, t, b]
-    return weight_ih, weight_hh, bias
+    return scale * weight_ih, scale * weight_hh, scale * bias
 
 
 def rnn_gradients(
-    grad_states: ArrayLike,
+    grad_states: ArrayLike | None,
     input: ArrayLike,
     h0: ArrayLike,
     weight_ih: ArrayLike,
@@ -169,23 +226,24 @@ def rnn_gradients(
     lengths: ArrayLike | None,
     reverse: Sequence[bool],
     nonlinearity: str,
+    grad_h_n: ArrayLike | None = None,
 ) -> RNNGradients:
-    """Gradients of a whole layer by back-propagation, given those of its states.
+    """Gradients of a whole layer by back-propagation, given those of its states and of the final one.
 
     Args:
-        grad_states: ``[S, T, B, H]``.
+        grad_states: ``[S, T, B, H]``, or None.
         input: ``[T, B, I]``, shared by the members of the stack.
         h0: ``[S, B, H]``.
         weight_ih: ``[S, H, I]``.
         weight_hh: ``[S, H, H]``.
         bias: ``[S, H]`` or None (its gradient is returned all the same).
         lengths, reverse, nonlinearity: as in :func:`rnn_scan`.
+        grad_h_n: ``[S, B, H]``, or None.
 
     Returns:
         The gradient of each input.
     """
-    states = rnn_scan(input_projection(input, weight_ih, bias), h0, weight_hh, lengths, reverse, nonlinearity)
-    input, h0, weight_ih = promote(input, h0, weight_ih)
-    delta, grad_h0 = rnn_scan_backward(grad_states, states, weight_hh, lengths, reverse, nonlinearity)
-    grad_input = np.einsum("stbh,shi->tbi", delta, weight_ih)
-    return RNNGradients(grad_input, grad_h0, *weight_gradients(delta, input, h0, states, lengths, reverse))
+    states, _ = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
+    delta, grad_h0 = rnn_scan_backward(grad_states, states, weight_hh, lengths, reverse, nonlinearity, grad_h_n)
+    grad_input = np.einsum("stbh,shi->tbi", delta, np.asarray(weight_ih))
+    return RNNGradients(grad_input, grad_h0, *rnn_weight_gradients(delta, states, h0, input, lengths, reverse, 1.0))

@@ -16,12 +16,13 @@ from tpext.reference.regularized_inverse import regularized_inverse
 from tpext.reference.rnn_scan import (
     Array,
     RNNGradients,
+    given_or_zeros,
     input_projection,
     promote,
     rnn_scan,
+    rnn_weight_gradients,
     rows,
     slope,
-    weight_gradients,
 )
 
 
@@ -69,7 +70,7 @@ def local_residual(d: Array, from_next: Array, h: Array, nonlinearity: str, cred
 
 
 def rnn_target_scan(
-    grad_states: ArrayLike,
+    grad_states: ArrayLike | None,
     states: ArrayLike,
     h0: ArrayLike,
     weight_hh: ArrayLike,
@@ -84,10 +85,12 @@ def rnn_target_scan(
     clip: float,
     return_norms: bool,
     return_displacement: bool,
-) -> tuple[Array, Array, Array | None, Array | None]:
+    disp_n: ArrayLike | None = None,
+    credit_n: ArrayLike | None = None,
+) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
     """Target pass with the regularised inverse, from the last step of the run to the first.
 
-    With ``P = R'`` and ``d = -target_step * g`` at the last step::
+    With ``P = R'`` and ``d = -target_step * g + disp_n`` at the last step::
 
         linearized, difference:  d_{t-1} = -target_step * g_{t-1} + z_t P
         none:                    d_{t-1} = -target_step * g_{t-1} + (a^-1(h_t + d_t) - x_proj_t) P - h_{t-1}
@@ -95,7 +98,7 @@ def rnn_target_scan(
     where the state before the first step is ``h0`` and has no ``g``.
 
     Args:
-        grad_states: ``g``, ``[S, T, B, H]``, ignored at ``t >= lengths[b]``.
+        grad_states: ``g``, ``[S, T, B, H]``, ignored at ``t >= lengths[b]``; None: zero.
         states: ``h``, ``[S, T, B, H]``.
         h0: ``[S, B, H]``.
         weight_hh: ``W``, ``[S, H, H]``.
@@ -108,26 +111,30 @@ def rnn_target_scan(
         clip: distance kept from the edges of tanh's range, in (0, 1).
         return_norms: whether to return the norms of ``d_t``.
         return_displacement: whether to return ``z_t``.
+        disp_n: displacement that reaches the last valid step of the run from beyond, ``[S, B, H]``; None: zero.
+        credit_n: ``e_{t+1} W`` there, ``[S, B, H]``, which "local" ignores; None: zero.
 
     Returns:
         ``delta = e``, ``[S, T, B, H]``; ``disp_h0 = d_0``, ``[S, B, H]``; ``||d_t||``, ``[S, T, B]``, or None; ``z_t``,
-        ``[S, T, B, H]``, or None (for "none", that of "difference").
+        ``[S, T, B, H]``, or None (for "none", that of "difference"); ``credit_h0 = e_1 W``, ``[S, B, H]``, or None for
+        "local". A row without a valid step passes ``disp_n`` and ``credit_n`` on.
 
     Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion for RNNs" (TMLR 2023).
     """
-    grad_states, states, h0, weight_hh, inverse = promote(grad_states, states, h0, weight_hh, inverse)
+    states, h0, weight_hh, inverse = promote(states, h0, weight_hh, inverse)
     S, T, B, H = states.shape
+    g = given_or_zeros(grad_states, states.shape)
+    disp_at_end, credit_at_end = given_or_zeros(disp_n, (S, B, H)), given_or_zeros(credit_n, (S, B, H))
     delta = np.zeros_like(states)
-    disp_h0 = np.zeros((S, B, H), states.dtype)
+    disp_h0, credit_h0 = np.zeros((S, B, H), states.dtype), np.zeros((S, B, H), states.dtype)
     norms = np.zeros((S, T, B), states.dtype)
     displacement = np.zeros_like(states)
     for s, b, times in rows(states.shape, lengths, reverse):
-        from_next_state = np.zeros(H, states.dtype)
-        from_next_residual = np.zeros(H, states.dtype)
+        from_next_state, from_next_residual = disp_at_end[s, b], credit_at_end[s, b]
         for position in reversed(range(len(times))):
             t = times[position]
             h = states[s, t, b]
-            d = -target_step * grad_states[s, t, b] + from_next_state
+            d = -target_step * g[s, t, b] + from_next_state
             norms[s, t, b] = np.sqrt(np.sum(d**2))
             if correction == "none":
                 before = states[s, times[position - 1], b] if position > 0 else h0[s, b]
@@ -141,12 +148,18 @@ def rnn_target_scan(
             e = local_residual(d, from_next_residual, h, nonlinearity, credit)
             delta[s, t, b] = e
             from_next_residual = e @ weight_hh[s]
-        disp_h0[s, b] = from_next_state
-    return delta, disp_h0, norms if return_norms else None, displacement if return_displacement else None
+        disp_h0[s, b], credit_h0[s, b] = from_next_state, from_next_residual
+    return (
+        delta,
+        disp_h0,
+        norms if return_norms else None,
+        displacement if return_displacement else None,
+        credit_h0 if credit == "through_time" else None,
+    )
 
 
 def rnn_learned_target_scan(
-    grad_states: ArrayLike,
+    grad_states: ArrayLike | None,
     states: ArrayLike,
     weight_hh: ArrayLike,
     reverse_weight: ArrayLike,
@@ -157,44 +170,45 @@ def rnn_learned_target_scan(
     credit: str,
     target_step: float,
     return_norms: bool,
-) -> tuple[Array, Array, Array | None]:
+    disp_n: ArrayLike | None = None,
+    credit_n: ArrayLike | None = None,
+) -> tuple[Array, Array, Array | None, Array | None]:
     """Target pass with a learned reverse layer ``G(x_t, h) = tanh(h V' + c + x_t U')``.
 
-    With ``q_t = h_t V' + c + x_t U'`` and ``d = -target_step * g`` at the last step::
+    With ``q_t = h_t V' + c + x_t U'`` and ``d = -target_step * g + disp_n`` at the last step::
 
         d_{t-1} = -target_step * g_{t-1} + tanh(q_t + d_t V') - tanh(q_t)
 
     Args:
-        grad_states, states, weight_hh, lengths, reverse, nonlinearity, credit, target_step, return_norms: as in
-            :func:`rnn_target_scan`.
+        grad_states, states, weight_hh, lengths, reverse, nonlinearity, credit, target_step, return_norms, disp_n,
+            credit_n: as in :func:`rnn_target_scan`.
         reverse_weight: ``V``, ``[S, H, H]``.
         reverse_pre: ``q``, ``[S, T, B, H]``.
 
     Returns:
-        ``delta``, ``disp_h0`` and norms (or None), as :func:`rnn_target_scan`.
+        ``delta``, ``disp_h0``, norms (or None) and ``credit_h0`` (or None), as :func:`rnn_target_scan`.
 
     Source: Manchev and Spratling, "Target Propagation in Recurrent Neural Networks" (JMLR 21, 2020).
     """
-    grad_states, states, weight_hh, reverse_weight, reverse_pre = promote(
-        grad_states, states, weight_hh, reverse_weight, reverse_pre
-    )
+    states, weight_hh, reverse_weight, reverse_pre = promote(states, weight_hh, reverse_weight, reverse_pre)
     S, T, B, H = states.shape
+    g = given_or_zeros(grad_states, states.shape)
+    disp_at_end, credit_at_end = given_or_zeros(disp_n, (S, B, H)), given_or_zeros(credit_n, (S, B, H))
     delta = np.zeros_like(states)
-    disp_h0 = np.zeros((S, B, H), states.dtype)
+    disp_h0, credit_h0 = np.zeros((S, B, H), states.dtype), np.zeros((S, B, H), states.dtype)
     norms = np.zeros((S, T, B), states.dtype)
     for s, b, times in rows(states.shape, lengths, reverse):
-        from_next_state = np.zeros(H, states.dtype)
-        from_next_residual = np.zeros(H, states.dtype)
+        from_next_state, from_next_residual = disp_at_end[s, b], credit_at_end[s, b]
         for t in reversed(times):
-            d = -target_step * grad_states[s, t, b] + from_next_state
+            d = -target_step * g[s, t, b] + from_next_state
             norms[s, t, b] = np.sqrt(np.sum(d**2))
             q = reverse_pre[s, t, b]
             from_next_state = np.tanh(q + d @ reverse_weight[s].T) - np.tanh(q)
             e = local_residual(d, from_next_residual, states[s, t, b], nonlinearity, credit)
             delta[s, t, b] = e
             from_next_residual = e @ weight_hh[s]
-        disp_h0[s, b] = from_next_state
-    return delta, disp_h0, norms if return_norms else None
+        disp_h0[s, b], credit_h0[s, b] = from_next_state, from_next_residual
+    return delta, disp_h0, norms if return_norms else None, credit_h0 if credit == "through_time" else None
 
 
 def target_rnn_gradients(
@@ -215,6 +229,7 @@ def target_rnn_gradients(
     clip: float,
     normalize: bool,
     input_rule: str,
+    grad_h_n: ArrayLike | None = None,
 ) -> RNNGradients:
     """What a whole layer's backward gives under target propagation with the regularised inverse.
 
@@ -230,6 +245,7 @@ def target_rnn_gradients(
         correction, credit, target_step, clip: as in :func:`rnn_target_scan`.
         normalize: divide the weights' gradients by ``target_step``.
         input_rule: "gradient" or "target".
+        grad_h_n: gradient of the state after the last valid step of the run, ``[S, B, H]``, or None.
 
     Returns:
         What each input of the layer receives.
@@ -238,7 +254,7 @@ def target_rnn_gradients(
     states = rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
     input, h0, weight_ih = promote(input, h0, weight_ih)
     inverse = regularized_inverse(weight_hh, reg)
-    delta, disp_h0, _, displacement = rnn_target_scan(
+    delta, disp_h0, _, displacement, _ = rnn_target_scan(
         grad_states,
         states,
         h0,
@@ -254,6 +270,7 @@ def target_rnn_gradients(
         clip,
         False,
         True,
+        None if grad_h_n is None else -target_step * np.asarray(grad_h_n),
     )
     if input_rule == "gradient":
         grad_input = np.einsum("stbh,shi->tbi", delta, weight_ih) / target_step
@@ -263,7 +280,7 @@ def target_rnn_gradients(
     else:
         raise ValueError(f"input_rule must be 'gradient' or 'target', got {input_rule!r}")
     scale = 1 / target_step if normalize else 1.0
-    weights = (scale * gradient for gradient in weight_gradients(delta, input, h0, states, lengths, reverse))
+    weights = rnn_weight_gradients(delta, states, h0, input, lengths, reverse, scale)
     return RNNGradients(grad_input, -disp_h0 / target_step, *weights)
 
 
@@ -283,6 +300,7 @@ def learned_target_rnn_gradients(
     target_step: float,
     credit: str,
     normalize: bool,
+    grad_h_n: ArrayLike | None = None,
 ) -> RNNGradients:
     """What a whole layer's backward gives under target propagation with a learned reverse layer.
 
@@ -291,7 +309,7 @@ def learned_target_rnn_gradients(
             :func:`tpext.reference.rnn_gradients`.
         reverse_weight: ``V``, ``[S, H, H]``.
         reverse_bias: ``c``, ``[S, H]``.
-        target_step, credit, normalize: as in :func:`target_rnn_gradients`.
+        target_step, credit, normalize, grad_h_n: as in :func:`target_rnn_gradients`.
 
     Returns:
         What each input of the layer receives; the reverse layer's own parameters receive nothing from this pass.
@@ -300,7 +318,7 @@ def learned_target_rnn_gradients(
     states = rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
     input, h0, weight_ih, reverse_weight, reverse_bias = promote(input, h0, weight_ih, reverse_weight, reverse_bias)
     reverse_pre = np.einsum("stbh,sgh->stbg", states, reverse_weight) + input_projection(input, weight_ih, reverse_bias)
-    delta, disp_h0, _ = rnn_learned_target_scan(
+    delta, disp_h0, _, _ = rnn_learned_target_scan(
         grad_states,
         states,
         weight_hh,
@@ -312,8 +330,9 @@ def learned_target_rnn_gradients(
         credit,
         target_step,
         False,
+        None if grad_h_n is None else -target_step * np.asarray(grad_h_n),
     )
     grad_input = np.einsum("stbh,shi->tbi", delta, weight_ih) / target_step
     scale = 1 / target_step if normalize else 1.0
-    weights = (scale * gradient for gradient in weight_gradients(delta, input, h0, states, lengths, reverse))
+    weights = rnn_weight_gradients(delta, states, h0, input, lengths, reverse, scale)
     return RNNGradients(grad_input, -disp_h0 / target_step, *weights)

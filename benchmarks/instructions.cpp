@@ -1,0 +1,129 @@
+// Runs one kernel once, in float32 on one thread, for instructions.py to count its instructions:
+//     kernel_driver KERNEL        the instruction set is the one of TPEXT_CPU_CAPABILITY
+//     kernel_driver compiler      prints the compiler's name and version
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+// Not powers of two: partial vectors and a remainder of rows are part of the count.
+constexpr int64_t T = 24, B = 19, H = 100, I = 6;
+
+// Uniform in +-scale, the same numbers on every machine.
+std::vector<float> numbers(int64_t count, float scale) {
+  static uint32_t state = 1;
+  std::vector<float> values(static_cast<size_t>(count));
+  for (float& value : values) {
+    state = state * 1664525u + 1013904223u;
+    value = scale * (static_cast<float>(state >> 8) / 8388608.0f - 1.0f);
+  }
+  return values;
+}
+
+// What is counted is this function and all that it calls; the name stands in instructions.py.
+template <class Args>
+__attribute__((noinline)) void run_kernel(const Args& args) {
+  tpext::cpu::kernels()(args, 1);
+}
+
+int run(const std::string& kernel) {
+  const uint8_t reverse = 0;
+  const auto states_like = [](float scale) { return numbers(T * B * H, scale); };
+  const std::vector<float> weight = numbers(H * H, 0.15f), inverse = numbers(H * H, 0.15f), h0 = numbers(B * H, 1);
+  const std::vector<float> x_proj = states_like(1), states = states_like(0.9f), grad_states = states_like(1);
+  std::vector<float> large(static_cast<size_t>(T * B * H)), small(static_cast<size_t>(B * H));
+
+  const auto set_sizes = [&](tpext::RnnSizes& sizes) {
+    sizes.stack = 1;
+    sizes.time = T;
+    sizes.batch = B;
+    sizes.hidden = H;
+    sizes.reverse = &reverse;
+  };
+  const auto set_common = [&](auto& args) {
+    set_sizes(args.sizes);
+    args.nonlinearity = tpext::Nonlinearity::tanh;
+    args.weight_hh = weight.data();
+  };
+  if (kernel == "rnn_scan") {
+    tpext::RnnScan<float> args{};
+    set_common(args);
+    args.x_proj = x_proj.data();
+    args.h0 = h0.data();
+    args.states = large.data();
+    run_kernel(args);
+  } else if (kernel == "rnn_scan_backward") {
+    tpext::RnnScanBackward<float> args{};
+    set_common(args);
+    args.grad_states = grad_states.data();
+    args.states = states.data();
+    args.grad_x_proj = large.data();
+    args.grad_h0 = small.data();
+    run_kernel(args);
+  } else if (kernel == "rnn_weight_gradients") {
+    const std::vector<float> input = numbers(T * B * I, 1);
+    large.resize(static_cast<size_t>(H * H));
+    small.resize(static_cast<size_t>(H * I));
+    std::vector<float> grad_bias(static_cast<size_t>(H));
+    tpext::RnnWeightGradients<float> args{};
+    set_sizes(args.sizes);
+    args.scale = 1;
+    args.delta = grad_states.data();
+    args.states = states.data();
+    args.h0 = h0.data();
+    args.input = {input.data(), I, B * I, I};
+    args.grad_weight_ih = small.data();
+    args.grad_weight_hh = large.data();
+    args.grad_bias = grad_bias.data();
+    run_kernel(args);
+  } else if (kernel.rfind("rnn_target_scan ", 0) == 0) {
+    tpext::RnnTargetScan<float> args{};
+    set_common(args);
+    args.correction =
+        kernel == "rnn_target_scan difference" ? tpext::Correction::difference : tpext::Correction::linearized;
+    args.through_time = kernel == "rnn_target_scan through_time";
+    args.target_step = 1;
+    args.clip = 1e-3f;
+    args.grad_states = grad_states.data();
+    args.states = states.data();
+    args.h0 = h0.data();
+    args.inverse = inverse.data();
+    args.delta = large.data();
+    args.disp_h0 = small.data();
+    run_kernel(args);
+  } else {
+    std::fprintf(stderr, "kernel_driver: no kernel %s\n", kernel.c_str());
+    return 2;
+  }
+  // A kernel that did nothing, or not all, would look fast.
+  for (const float value : large)
+    if (!(value != 0)) {
+      std::fprintf(stderr, "kernel_driver: %s left a zero or a NaN\n", kernel.c_str());
+      return 1;
+    }
+  return 0;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 2) {
+    std::fputs("usage: kernel_driver KERNEL | compiler\n", stderr);
+    return 2;
+  }
+  if (std::strcmp(arguments[1], "compiler") == 0) {
+    std::puts(TPEXT_COMPILER);
+    return 0;
+  }
+  try {
+    return run(arguments[1]);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "kernel_driver: %s\n", error.what());
+    return 3;
+  }
+}

@@ -1,0 +1,234 @@
+"""Make README.md's tables, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rows import Results, Row, read
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+RULES = {"local": "local", "through_time": "through_time", "backprop": "`Backprop()`"}
+# Okabe and Ito: apart in print and for colour-blind readers. Markers and dashes tell the lines apart without colour.
+STYLES = {"local": ("#0072B2", "o", "-"), "through_time": ("#D55E00", "s", "--"), "backprop": ("#009E73", "^", ":")}
+INK = "#333333"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; columns are numbers, aligned to the right, unless their header begins with a space."""
+    lines = [[name.strip() for name in header], ["---" if name.startswith(" ") else "--:" for name in header]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *rows])
+
+
+def sizes(row: Row) -> str:
+    return ", ".join(str(row[name]) for name in ("I", "H", "B", "T"))
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits, whole from 100 on."""
+    value = seconds * 1e3
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3}f}"
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:,.0f}"
+
+
+def rates(results: Results) -> dict[int, float]:
+    """The median over the rows of the sgemm rate in GFLOP/s, by thread count."""
+    found: dict[int, list[float]] = {}
+    for row in results.rows:
+        if "sgemm_gflops" in row:
+            found.setdefault(row["threads"], []).append(row["sgemm_gflops"])
+    return {threads: statistics.median(found[threads]) for threads in sorted(found)}
+
+
+def disturbed(results: Results) -> list[str]:
+    """Names of the rows before which sgemm was far below its usual rate: something else was running."""
+    usual = rates(results)
+    return [r["name"] for r in results.rows if "sgemm_gflops" in r and r["sgemm_gflops"] < 0.8 * usual[r["threads"]]]
+
+
+def machine(results: Results) -> str:
+    """The processor, versions and sgemm rates of a run in one line."""
+    first = next(row for row in results.rows if "torch" in row)
+    usual = rates(results)
+    peaks = " and ".join(f"{rate:.0f}" for rate in usual.values())
+    return (
+        f"{results.cpu}, {first['cpu_capability']}, torch {first['torch']}, float32, "
+        f"sgemm at {peaks} GFLOP/s on {' and '.join(map(str, usual))} threads"
+    )
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> list[dict[str, Row]]:
+    """Rows of equal key together, by rule, in the order in which they first appear."""
+    groups: dict[object, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(key(row), {})[row["rule"]] = row
+    return list(groups.values())
+
+
+def summary(results: Results) -> str:
+    """README.md's part: whole steps on two threads, the picture, memory and long sequences."""
+    lines = []
+    for rules in grouped(results.of("test_step", threads=2), lambda r: (sizes(r), r["loss"])):
+        first = next(iter(rules.values()))
+        cells = [sizes(first), f"{first['loss']} step", ms(statistics.median(r["peer_median"] for r in rules.values()))]
+        cells += [f"{ms(rules[n]['seconds'])} **{rules[n]['ratio']:.1f}**" if n in rules else "" for n in RULES]
+        cells += [" / ".join(f"{rules[n]['limit_ratio']:.1f}" for n in ("local", "through_time") if n in rules)]
+        lines.append(cells)
+    parts = [f"{machine(results)}; two threads, medians of interleaved rounds, ms, and **torch's time by ours**:"]
+    parts += [table([" I, H, B, T", " loss on", "`torch.nn.RNN`", *RULES.values(), "limit"], lines)]
+    parts += ["![How many times faster than torch.nn.RNN, over T and over H](docs/speed.png)"]
+    return "\n\n".join([*parts, *memory(results)])
+
+
+def memory(results: Results) -> list[str]:
+    """Peak memory beside torch's, and long sequences whole and by chunks."""
+    parts = []
+    peaks = {(row["model"], sizes(row)): row for row in results.of("test_peak")}
+    torch_rows = results.of("test_peak", model="torch.nn.RNN")
+    for reference in torch_rows:
+        size = sizes(reference)
+        said = [f"{RULES[name]} {mib(peaks[name, size]['peak_bytes'])} MiB" for name in RULES if (name, size) in peaks]
+        array = 4 * reference["T"] * reference["B"] * reference["H"]
+        parts.append(
+            f"Peak memory of one step at {size}, beyond what was resident before it: `torch.nn.RNN` "
+            f"{mib(reference['peak_bytes'])} MiB, {', '.join(said)}; one array of all states is {mib(array)} MiB."
+        )
+    lines = []
+    for row in results.of("test_long_sequence"):
+        size = sizes(row)
+        found = [peaks.get((model, size)) for model in ("through_time", "checkpointed")]
+        whole, chunked = [mib(peak["peak_bytes"]) if peak else "" for peak in found]
+        times = f"{1 / row['ratio']:.2f}"
+        lines.append([size, ms(row["peer_median"]), whole, ms(row["seconds"]), chunked, times])
+    if lines:
+        every = results.of("test_long_sequence")[0]["checkpoint_every"]
+        parts.append(f"Long sequences, through_time: the whole at once, and with `checkpoint_every={every}`:")
+        parts.append(table([" I, H, B, T", "whole, ms", "MiB", "by chunks, ms", "MiB", "times as long"], lines))
+    return parts
+
+
+def timing(row: Row) -> list[str]:
+    """Peer, ours, ratio with its quartiles."""
+    low, _, high = row["ratio_quartiles"]
+    return [
+        f"{ms(row['peer_median'])} ± {ms(row['peer_iqr'] / 2)}",
+        f"{ms(row['seconds'])} ± {ms(row['iqr'] / 2)}",
+        f"**{row['ratio']:.2f}**",
+        f"{low:.2f} to {high:.2f}",
+    ]
+
+
+TIMING = ["peer, ms", "ours, ms", "ratio", "quartiles"]
+LIMIT = ["limit, ms", "limit ratio", "of sgemm"]
+
+
+def limit(row: Row) -> list[str]:
+    return [ms(row["limit_seconds"]), f"{row['limit_ratio']:.1f}", f"{row['fraction_of_sgemm']:.0%}"]
+
+
+def details(results: Results, source: str) -> str:
+    """The whole of docs/benchmarks.md."""
+    parts = [
+        "# Benchmarks",
+        f"Made by `python benchmarks/report.py` from `{source}`. {machine(results)}.",
+        "Each row runs its peer right before every round of ours. Times are medians ± half the interquartile range; "
+        "the ratio is the peer's median by ours, beside the quartiles of single rounds. The limit is what the step's "
+        "products (recurrent weights and inputs) and its inverse cost at the rate of torch's own sgemm, 1024 x 1024, "
+        "measured right before the row, and the ratio that this would be. A step can beat it where kernels are faster "
+        "than that sgemm, or skip products of zeros (loss on the last step).",
+    ]
+
+    def section(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]], limited: bool) -> None:
+        if rows:
+            header = [*(" " + name for name in columns), *TIMING, *(LIMIT if limited else [])]
+            cells = [[*(get(r) for get in columns.values()), *timing(r), *(limit(r) if limited else [])] for r in rows]
+            parts.extend([f"## {title}", table(header, cells)])
+
+    threads = {"threads": lambda row: str(row["threads"])}
+    size = {"I, H, B, T": sizes}
+    rule = {"rule": lambda row: row["rule"]}
+    loss = {"loss on": lambda row: f"{row['loss']} step"}
+    steps = "Whole training step against `torch.nn.RNN` with BPTT"
+    section(steps, results.of("test_step"), {**size, **threads, **loss, **rule}, True)
+    section(f"{steps}: over T and over H", results.of("test_sweep"), {**size, **threads, **loss, **rule}, True)
+    eager = results.of("test_eager_loop")
+    peer = {"peer": lambda row: row["peer"]}
+    section("Whole training step against loops of torch operations", eager, {**size, **threads, **peer}, False)
+    scan = {"H, B, T": lambda row: f"{row['H']}, {row['B']}, {row['T']}"}
+    section("Forward scan alone", results.of("test_forward"), {**scan, **threads, **peer}, True)
+    inverse = {"batch x n x n": lambda row: f"{row['batch']} x {row['n']} x {row['n']}"}
+    section("Regularised inverse", results.of("test_inverse"), {**inverse, **threads, **peer}, False)
+    peaks = results.of("test_peak")
+    if peaks:
+        cells = [[r["model"], sizes(r), mib(r["peak_bytes"]), f"{r['peak_arrays']:.2f}"] for r in peaks]
+        parts.append("## Peak memory of a step")
+        parts.append("Beyond what was resident before it, in a process of its own; and in arrays of all states.")
+        parts.append(table([" model", " I, H, B, T", "MiB", "arrays [T, B, H]"], cells))
+    section("A step by chunks against the whole sequence", results.of("test_long_sequence"), {**size, **threads}, False)
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(results: Results, path: Path) -> None:
+    """The ratio over T and over H as a picture; shaded: the middle half of single rounds."""
+    from matplotlib.figure import Figure
+
+    sweep = results.of("test_sweep")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, over, fixed in zip(panels, ("T", "H"), ("H", "T"), strict=True):
+        # The rows that vary `over` are those whose other size is the commonest.
+        others = [row[fixed] for row in sweep]
+        value = max(set(others), key=others.count)
+        rows = sorted((row for row in sweep if row[fixed] == value), key=lambda row: row[over])
+        for rule, (colour, marker, dashes) in STYLES.items():
+            line = [row for row in rows if row["rule"] == rule]
+            x = [row[over] for row in line]
+            axes.plot(x, [r["ratio"] for r in line], color=colour, marker=marker, ls=dashes, lw=2, ms=6, label=rule)
+            low, high = ([row["ratio_quartiles"][end] for row in line] for end in (0, 2))
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+        ticks = sorted({row[over] for row in rows})
+        axes.axhline(1, color="#999999", lw=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.minorticks_off()
+        axes.grid(visible=True, color="#e6e6e6", lw=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        names = {"T": "time steps T", "H": "hidden units H"}
+        axes.set_xlabel(names[over], color=INK)
+        axes.set_title(f"{fixed} = {value}, B = {rows[0]['B']}", fontsize=10, color=INK)
+    ratios = [row["ratio"] for row in sweep]
+    marks = [mark for mark in (0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if min(1, *ratios) <= mark <= 2 * max(ratios)]
+    panels[0].set_yticks(marks, [f"{mark:g}" for mark in marks])
+    panels[0].set_ylabel("torch.nn.RNN's time by ours", color=INK)
+    panels[1].legend(frameon=False, labelcolor=INK)
+    threads = sweep[0]["threads"]
+    figure.suptitle(f"One training step against torch.nn.RNN with BPTT, {threads} threads", fontsize=12, color=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+
+
+def write(source: Path, root: Path = ROOT) -> None:
+    results = read(source)
+    readme = root / "README.md"
+    before, rest = readme.read_text().split(BEGIN)
+    after = rest.split(END)[1]
+    readme.write_text(f"{before}{BEGIN}\n{summary(results)}\n{END}{after}")
+    (root / "docs").mkdir(exist_ok=True)
+    (root / "docs" / "benchmarks.md").write_text(details(results, source.name))
+    if results.of("test_sweep"):
+        draw(results, root / "docs" / "speed.png")
+    if names := disturbed(results):
+        print("the machine was busy before these rows, which makes them worthless:", *names, sep="\n  ")
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))

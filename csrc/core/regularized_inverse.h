@@ -1,0 +1,28 @@
+// What the kernel of the regularised inverse needs to know: sizes and pointers, shared by every backend.
+#pragma once
+
+#include <cstdint>
+
+namespace tpext {
+
+// R = (W'W + reg I)^-1 W' = W'(WW' + reg I)^-1 of each matrix of a batch. Arrays are dense and row-major.
+//
+// A matrix that has no inverse to working precision harms no other: its own inverse is left as it was.
+template <class T>
+struct RegularizedInverse {
+  enum Status : int64_t {
+    ok = 0,
+    not_finite = 1,  // the weight has NaN or infinite elements
+    singular = 2,    // a pivot of the Gram matrix is zero to working precision, or overflows
+  };
+
+  int64_t batch;
+  int64_t rows;     // M
+  int64_t columns;  // N
+  T reg;            // >= 0
+  const T* weight;  // [batch, M, N]
+  T* inverse;       // [batch, N, M]
+  int64_t* status;  // [batch]
+};
+
+}  // namespace tpext

@@ -1,0 +1,491 @@
+// regularized_inverse:  R = (W'W + reg I)^-1 W'      if N <= M
+//                       R = W' (WW' + reg I)^-1      else
+//
+// Both are one computation: with B = W (or W'), of m = max(M, N) rows and k = min(M, N) columns, and U the Cholesky
+// factor of the smaller Gram matrix, U'U = A = B'B + reg I, solve U' Y = B' and U X = Y for X [k, m], which is R (or
+// R'). Four steps, k^2 m, k^3 / 3 and twice k^2 m operations:
+//   pack    B in panels
+//   gram    the upper triangle of A, over which the factor is written
+//   factor  blocks of rows of U: their square on the diagonal by one thread, then the rest of the rows, then what they
+//           subtract from all rows below
+//   solve   for a group of columns of B', a thread carries both substitutions from packing to output without waiting
+// Every matrix is kept in panels one vector wide (L lanes), panel p holding the columns p*L .. p*L + L - 1 of all rows
+// one after another. All heavy work is one block: kRows rows times up to kGroup panels accumulate in registers
+//     c[r][p] = sum_k a(r, k) * x[k][p]
+// where a(r, k) is read from panels as well, down a column (U', B') or along a row (U). The depth k goes in slices, so
+// that the three panels of x stay in the first-level cache while the rows pass by. The order k is padded to whole
+// blocks of rows with an identity.
+//
+// The triangular solves substitute within blocks rather than multiply by inverted ones: the vector lanes are different
+// columns of B', so that a substitution is as parallel as a product and nothing is lost in accuracy.
+//
+// Of a batch, each thread inverts as many whole matrices as every other; the matrices left over, or a single one, are
+// shared by panels with a barrier after each step. A matrix too small to share stays on one thread. Memory: m k + k^2
+// numbers for a matrix in work, 3 L k a thread. Deterministic: which rows and panels are computed together, and by
+// which thread, changes no operation of an element.
+#include "core/regularized_inverse.h"
+
+#include <utility>
+
+#include "cpu/microkernel.h"
+#include "cpu/threads.h"
+
+namespace tpext::cpu::TPEXT_CAPABILITY {
+namespace {
+
+// 8 x 3 accumulators of 32 registers, or 4 x 3 of 16. A block of rows never leaves its panel.
+template <class T>
+constexpr int kRows = TPEXT_VECTOR_BYTES == 64 ? 8
+                      : kLanes<T> < 4          ? kLanes<T>
+                                               : 4;
+constexpr int kGroup = 3;
+
+// Depth of a slice: 3 panels of 128 vectors are half a first-level cache.
+constexpr int64_t kDepth = 128;
+// Rows of U that are eliminated together: the square on the diagonal is work for a single thread, and three barriers
+// follow from each, which cost far more than arithmetic where other programs want the processors.
+constexpr int64_t kPivots = 128;
+// Operations worth a further thread, some 5 microseconds.
+constexpr double kOperationsPerThread = 1e6;
+
+// A matrix in panels.
+template <class T>
+struct Panels {
+  T* data;
+  int64_t rows;
+
+  int64_t stride() const { return rows * kLanes<T>; }
+  T* at(int64_t panel, int64_t row) const { return data + panel * stride() + row * kLanes<T>; }
+  // Element (row, column).
+  T* element(int64_t row, int64_t column) const { return at(column / kLanes<T>, row) + column % kLanes<T>; }
+};
+
+// Panels [first, end) in groups of at most kGroup, their number a multiple of `parts` as far as panels go.
+struct Groups {
+  int64_t first, panels, count;
+
+  Groups(int64_t first_panel, int64_t end, int64_t parts) : first(first_panel), panels(end - first_panel) {
+    count = ceil_div(ceil_div(panels, kGroup), parts) * parts;
+    count = count < panels ? count : panels;
+  }
+  int64_t begin(int64_t group) const { return first + part_begin(panels, count, group); }
+};
+
+// task.operator()<Count>() for count = 1 .. kGroup.
+template <class Task>
+inline void with_count(int64_t count, const Task& task) {
+  static_assert(kGroup == 3);
+  switch (count) {
+    case 1: return task.template operator()<1>();
+    case 2: return task.template operator()<2>();
+    default: return task.template operator()<3>();
+  }
+}
+
+// Runs task(0) .. task(count - 1), shared among the threads of the team unless the thread works alone; all are done
+// when it returns.
+template <class Task>
+inline void share(bool alone, int64_t count, const Task& task) {
+  if (alone) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+template <class T, int Count>
+using Block = Vec<T>[kRows<T>][Count];
+
+// block[r][p] += sum_k a[r * RowStep + k * DepthStep] * x[k][p] over `depth` terms.
+template <int RowStep, int DepthStep, class T, int Count>
+[[gnu::always_inline]] inline void accumulate(int64_t depth, const T* a, const T* x, int64_t stride,
+                                              Vec<T> (&block)[kRows<T>][Count]) {
+  for (int64_t k = 0; k < depth; ++k, a += DepthStep, x += kLanes<T>) {
+    Vec<T> row[Count];
+#pragma GCC unroll 8
+    for (int p = 0; p < Count; ++p) row[p] = *reinterpret_cast<const Vec<T>*>(x + p * stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows<T>; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < Count; ++p) block[r][p] += row[p] * a[r * RowStep];
+  }
+}
+
+// Visits every vector of a block at x.
+template <int Count, class T, class Visit>
+[[gnu::always_inline]] inline void for_block(T* x, int64_t stride, const Visit& visit) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows<T>; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < Count; ++p) visit(r, p, *reinterpret_cast<Vec<T>*>(x + r * kLanes<T> + p * stride));
+}
+
+// Lane i of the result is element I_i of a and b put end to end.
+template <class T, int... I>
+inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, Bits<T>{I...});
+#endif
+}
+
+// Elements start, start + 1, ... of a and b in turn.
+template <class T, int Start, int... I>
+inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
+  return shuffle<T>(a, b, std::integer_sequence<int, (Start + I / 2 + I % 2 * kLanes<T>)...>());
+}
+
+// Transposes a square of L vectors: each of log2(L) perfect shuffles of its L^2 elements turns their index by one bit.
+template <class T>
+[[gnu::always_inline]] inline void transpose(Vec<T> (&square)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  constexpr std::make_integer_sequence<int, L> lanes;
+#pragma GCC unroll 4
+  for (int turns = 1; turns < L; turns *= 2) {
+    Vec<T> turned[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) {
+      turned[2 * i] = interleave<T, 0>(square[i], square[i + L / 2], lanes);
+      turned[2 * i + 1] = interleave<T, L / 2>(square[i], square[i + L / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = turned[i];
+  }
+}
+
+// A panel of the transposed of from [rows, depth], rows <= L: panel[k][r] = from[r][k]; the lanes beyond are zero.
+template <class T>
+void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t depth, T* panel) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k = 0; k < depth; k += L) {
+    const int64_t count = depth - k < L ? depth - k : L;
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) square[r] = r < rows ? load_part(from + r * stride + k, count) : Vec<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < count; ++i) store(panel + (k + i) * L, square[i]);
+  }
+}
+
+// The way back: to[r][k] = panel[k][r].
+template <class T>
+void unpack_transposed(const T* panel, int64_t rows, int64_t depth, T* to, int64_t stride) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k = 0; k < depth; k += L) {
+    const int64_t count = depth - k < L ? depth - k : L;
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = i < count ? load(panel + (k + i) * L) : Vec<T>{};
+    transpose<T>(square);
+    for (int r = 0; r < rows; ++r) store_part(to + r * stride + k, square[r], count);
+  }
+}
+
+// The same without transposing: L columns of from [depth, ...], of which the first `columns` are there, and back.
+template <class T>
+void pack_straight(const T* from, int64_t stride, int64_t columns, int64_t depth, T* panel) {
+  for (int64_t k = 0; k < depth; ++k) store(panel + k * kLanes<T>, load_part(from + k * stride, columns));
+}
+
+template <class T>
+void unpack_straight(const T* panel, int64_t columns, int64_t depth, T* to, int64_t stride) {
+  for (int64_t k = 0; k < depth; ++k) store_part(to + k * stride, load(panel + k * kLanes<T>), columns);
+}
+
+template <class T>
+class Inverter {
+ public:
+  static constexpr int64_t L = kLanes<T>, R = kRows<T>;
+
+  Inverter(int64_t rows, int64_t columns, T reg)
+      : rows_(rows),
+        columns_(columns),
+        tall_(columns <= rows),
+        order_(tall_ ? columns : rows),
+        terms_(tall_ ? rows : columns),
+        padded_(ceil_div(order_, R) * R),
+        panels_(ceil_div(order_, L)),
+        reg_(reg) {}
+
+  // Of whole panels, and what the smallest matrix costs anyway.
+  double operations() const {
+    const double k = static_cast<double>(panels_ * L), m = static_cast<double>(ceil_div(terms_, L) * L);
+    return 5e4 + k * k * (3 * m + k / 3);
+  }
+  // Numbers of the memory for a matrix and for a thread; multiples of a vector.
+  int64_t shared_size() const { return panels_ * L * (terms_ + padded_) + 2 * ceil_div(padded_, L) * L; }
+  int64_t private_size() const { return kGroup * padded_ * L; }
+
+  // Inverts one matrix, by one thread or by all of a team, and returns its status.
+  int64_t run(const T* weight, T* inverse, T* shared, T* own, bool alone) const {
+    const Panels<T> b{shared, terms_}, u{b.data + panels_ * b.stride(), padded_};
+    T* const reciprocal = u.data + panels_ * u.stride();
+    T* const squared = reciprocal + ceil_div(padded_, L) * L;
+    const int64_t threads = alone ? 1 : thread_count();
+
+    share(alone, panels_, [&](int64_t panel) { pack(weight, panel, b); });
+    // Long panels first.
+    const Groups groups(0, panels_, 2 * threads);
+    share(alone, groups.count, [&](int64_t i) {
+      const int64_t group = groups.count - 1 - i;
+      gram(b, u, groups.begin(group), groups.begin(group + 1));
+    });
+    factor(u, reciprocal, squared, threads, alone);
+    if (!regular(squared)) return finite(weight) ? RegularizedInverse<T>::singular : RegularizedInverse<T>::not_finite;
+    const Groups columns(0, ceil_div(terms_, L), threads);
+    share(alone, columns.count, [&](int64_t group) {
+      solve(weight, inverse, u, reciprocal, {own, padded_}, columns.begin(group), columns.begin(group + 1));
+    });
+    return RegularizedInverse<T>::ok;
+  }
+
+ private:
+  // Panel `panel` of B [m, k].
+  void pack(const T* weight, int64_t panel, Panels<T> b) const {
+    const int64_t first = panel * L, columns = order_ - first < L ? order_ - first : L;
+    if (tall_)
+      pack_straight(weight + first, columns_, columns, terms_, b.at(panel, 0));
+    else
+      pack_transposed(weight + first * columns_, columns_, columns, terms_, b.at(panel, 0));
+  }
+
+  // Panels [begin, end) of B'B + reg I on and above the diagonal.
+  void gram(Panels<T> b, Panels<T> u, int64_t begin, int64_t end) const {
+    const int64_t last_row = end * L < padded_ ? end * L : padded_;
+    for (int64_t k = 0; k < terms_; k += kDepth) {
+      const int64_t depth = terms_ - k < kDepth ? terms_ - k : kDepth;
+      for (int64_t row = 0; row < last_row; row += R) {
+        const int64_t first = row / L > begin ? row / L : begin;
+        with_count(end - first, [&]<int Count>() {
+          Block<T, Count> sum = {};
+          accumulate<1, L>(depth, b.element(k, row), b.at(first, k), b.stride(), sum);
+          for_block<Count>(u.at(first, row), u.stride(),
+                           [&](int r, int p, Vec<T>& a) { a = k == 0 ? sum[r][p] : a + sum[r][p]; });
+        });
+      }
+    }
+    for (int64_t i = begin * L; i < last_row; ++i) *u.element(i, i) = i < order_ ? *u.element(i, i) + reg_ : T(1);
+  }
+
+  // Rows row .. row + R - 1 of x, in the panels [first, first + Count), minus what the rows [from, to) of U subtract
+  // from them: x[row + r] -= sum_k U[k][row + r] x[k]; then, if `substitute`, the block's own U' is solved for.
+  template <int Count>
+  static void forward(Panels<T> u, const T* reciprocal, Panels<T> x, int64_t first, int64_t row, int64_t from,
+                      int64_t to, bool substitute) {
+    Block<T, Count> c = {};
+    accumulate<1, L>(to - from, u.element(from, row), x.at(first, from), x.stride(), c);
+    T* const block = x.at(first, row);
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { c[r][p] = v - c[r][p]; });
+    if (substitute) {
+      const T* const diagonal = u.element(row, row);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int p = 0; p < Count; ++p) c[r][p] *= reciprocal[row + r];
+#pragma GCC unroll 8
+        for (int s = r + 1; s < R; ++s)
+#pragma GCC unroll 8
+          for (int p = 0; p < Count; ++p) c[s][p] -= c[r][p] * diagonal[r * L + s];
+      }
+    }
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { v = c[r][p]; });
+  }
+
+  // The same from below: x[row + r] -= sum_k U[row + r][k] x[k].
+  template <int Count>
+  static void backward(Panels<T> u, const T* reciprocal, Panels<T> x, int64_t row, int64_t from, int64_t to,
+                       bool substitute) {
+    Block<T, Count> c = {};
+    for (int64_t k = from; k < to;) {
+      const int64_t next = (k / L + 1) * L < to ? (k / L + 1) * L : to;
+      accumulate<L, 1>(next - k, u.element(row, k), x.at(0, k), x.stride(), c);
+      k = next;
+    }
+    T* const block = x.at(0, row);
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { c[r][p] = v - c[r][p]; });
+    if (substitute) {
+      const T* const diagonal = u.element(row, row);
+#pragma GCC unroll 8
+      for (int r = R - 1; r >= 0; --r) {
+#pragma GCC unroll 8
+        for (int p = 0; p < Count; ++p) c[r][p] *= reciprocal[row + r];
+#pragma GCC unroll 8
+        for (int s = 0; s < r; ++s)
+#pragma GCC unroll 8
+          for (int p = 0; p < Count; ++p) c[s][p] -= c[r][p] * diagonal[s * L + r];
+      }
+    }
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { v = c[r][p]; });
+  }
+
+  // Rows row .. row + R - 1 of U within their own panel; the rows [from, row) above are not yet subtracted. The square
+  // on the diagonal is factored in scalars: it is a chain of roots and divisions. The rest of the panel then follows by
+  // substitution, which rounds the square differently: it is written once for that to read and again over what it made.
+  static void pivots(Panels<T> u, T* reciprocal, T* squared, int64_t row, int64_t from) {
+    forward<1>(u, reciprocal, u, row / L, row, from, row, false);
+    T* const diagonal = u.element(row, row);
+    T d[R][R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int s = r; s < R; ++s) d[r][s] = diagonal[r * L + s];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      squared[row + r] = d[r][r];
+      d[r][r] = sizeof(T) == 4 ? __builtin_sqrtf(d[r][r]) : __builtin_sqrt(d[r][r]);
+      reciprocal[row + r] = T(1) / d[r][r];
+#pragma GCC unroll 8
+      for (int s = r + 1; s < R; ++s) d[r][s] *= reciprocal[row + r];
+#pragma GCC unroll 8
+      for (int s = r + 1; s < R; ++s)
+#pragma GCC unroll 8
+        for (int t = s; t < R; ++t) d[s][t] -= d[r][s] * d[r][t];
+    }
+    const auto write = [&] {
+      for (int r = 0; r < R; ++r)
+        for (int s = r; s < R; ++s) diagonal[r * L + s] = d[r][s];
+    };
+    write();
+    forward<1>(u, reciprocal, u, row / L, row, row, row, true);
+    write();
+  }
+
+  // U over the upper triangle of A; the reciprocals and the squares of its diagonal.
+  void factor(Panels<T> u, T* reciprocal, T* squared, int64_t threads, bool alone) const {
+    for (int64_t from = 0; from < padded_; from += kPivots) {
+      const int64_t to = padded_ - from < kPivots ? padded_ : from + kPivots;
+      const int64_t right = ceil_div(to, L);
+      share(alone, 1, [&](int64_t) {
+        for (int64_t row = from; row < to; row += R) {
+          pivots(u, reciprocal, squared, row, from);
+          const Groups groups(row / L + 1, right, 1);
+          for (int64_t i = 0; i < groups.count; ++i)
+            with_count(groups.begin(i + 1) - groups.begin(i),
+                       [&]<int Count>() { forward<Count>(u, reciprocal, u, groups.begin(i), row, from, row, true); });
+        }
+      });
+      const Groups groups(right, panels_, threads);
+      if (groups.count == 0) return;
+      share(alone, groups.count, [&](int64_t i) {
+        with_count(groups.begin(i + 1) - groups.begin(i), [&]<int Count>() {
+          for (int64_t row = from; row < to; row += R)
+            forward<Count>(u, reciprocal, u, groups.begin(i), row, from, row, true);
+        });
+      });
+      share(alone, groups.count, [&](int64_t i) {
+        const int64_t group = groups.count - 1 - i, end = groups.begin(group + 1);
+        for (int64_t row = to; row < end * L && row < padded_; row += R) {
+          const int64_t first = row / L > groups.begin(group) ? row / L : groups.begin(group);
+          with_count(end - first, [&]<int Count>() { forward<Count>(u, reciprocal, u, first, row, from, to, false); });
+        }
+      });
+    }
+  }
+
+  // Whether the factorisation came to its end. Without regularisation rounding can turn the zero pivot of a singular
+  // matrix into a tiny positive one. Comparisons are written to fail for NaN.
+  bool regular(const T* squared) const {
+    T greatest = 0;
+    for (int64_t i = 0; i < order_; ++i) greatest = squared[i] > greatest ? squared[i] : greatest;
+    constexpr T epsilon = T(1) / static_cast<T>(int64_t{1} << Constants<T>::mantissa);
+    const T least = reg_ == T(0) ? epsilon * static_cast<T>(order_) * greatest : T(0);
+    bool all = true;
+    for (int64_t i = 0; i < order_; ++i) all = all && squared[i] > least && squared[i] <= Constants<T>::largest;
+    return all;
+  }
+
+  // Asked of failures only: NaN or infinity stands on the Gram matrix's diagonal, so it shows in a pivot.
+  bool finite(const T* weight) const {
+    T check = 0;
+    for (int64_t i = 0; i < rows_ * columns_; ++i) check += weight[i] * T(0);
+    return check == T(0);
+  }
+
+  // Columns [begin, end) of X, in panels.
+  void solve(const T* weight, T* inverse, Panels<T> u, const T* reciprocal, Panels<T> x, int64_t begin,
+             int64_t end) const {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * L, columns = terms_ - first < L ? terms_ - first : L;
+      T* const to = x.at(panel - begin, 0);
+      if (tall_)
+        pack_transposed(weight + first * columns_, columns_, columns, order_, to);
+      else
+        pack_straight(weight + first, columns_, columns, order_, to);
+      std::memset(to + order_ * L, 0, static_cast<size_t>((padded_ - order_) * L) * sizeof(T));
+    }
+    with_count(end - begin, [&]<int Count>() {
+      for (int64_t from = 0; from < padded_; from += kDepth) {
+        const int64_t to = padded_ - from < kDepth ? padded_ : from + kDepth;
+        for (int64_t row = from; row < padded_; row += R)
+          forward<Count>(u, reciprocal, x, 0, row, from, row < to ? row : to, row < to);
+      }
+      for (int64_t from = (padded_ - 1) / kDepth * kDepth; from >= 0; from -= kDepth) {
+        const int64_t to = padded_ - from < kDepth ? padded_ : from + kDepth;
+        for (int64_t row = to - R; row >= 0; row -= R)
+          backward<Count>(u, reciprocal, x, row, row < from ? from : row + R, to, row >= from);
+      }
+    });
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * L, columns = terms_ - first < L ? terms_ - first : L;
+      const T* const from = x.at(panel - begin, 0);
+      if (tall_)
+        unpack_straight(from, columns, order_, inverse + first, rows_);
+      else
+        unpack_transposed(from, columns, order_, inverse + first * rows_, rows_);
+    }
+  }
+
+  int64_t rows_, columns_;
+  bool tall_;
+  int64_t order_;   // k
+  int64_t terms_;   // m
+  int64_t padded_;  // k in whole blocks of rows
+  int64_t panels_;  // of B and U
+  T reg_;
+};
+
+template <class T>
+void invert(const RegularizedInverse<T>& args, int max_threads) {
+  const int64_t size = args.rows * args.columns;
+  if (size == 0 || args.batch == 0) {
+    for (int64_t i = 0; i < args.batch; ++i) args.status[i] = RegularizedInverse<T>::ok;
+    return;
+  }
+  const Inverter<T> inverter(args.rows, args.columns, args.reg);
+  const double work = inverter.operations() / kOperationsPerThread;
+  const double worth = static_cast<double>(args.batch) * work + 1;
+  int64_t threads = worth < max_threads ? static_cast<int64_t>(worth) : max_threads;
+  // Matrices [0, whole) are inverted by single threads; what is left of the batch, if it is worth sharing, by all.
+  if (work < 1 && args.batch < threads) threads = args.batch;
+  const int64_t whole = work < 1 ? args.batch : args.batch / threads * threads;
+  const int64_t shared = inverter.shared_size(), own = inverter.private_size();
+  const Buffer<T> memory(threads * own + (whole > 0 ? threads : 1) * shared);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    const int64_t thread = thread_index(), team = thread_count();
+    T* const mine = memory.get() + thread * own;
+    T* const common = memory.get() + threads * own;
+    const auto invert_one = [&](int64_t i, T* work_space, bool alone) {
+      return inverter.run(args.weight + i * size, args.inverse + i * size, work_space, mine, alone);
+    };
+    for (int64_t i = part_begin(whole, team, thread); i < part_begin(whole, team, thread + 1); ++i)
+      args.status[i] = invert_one(i, common + thread * shared, true);
+    if (whole > 0 && whole < args.batch) {
+      // The first thread's memory becomes everyone's.
+#pragma omp barrier
+    }
+    for (int64_t i = whole; i < args.batch; ++i) {
+      const int64_t status = invert_one(i, common, false);
+      if (thread == 0) args.status[i] = status;
+    }
+  }
+}
+
+}  // namespace
+
+void regularized_inverse(const RegularizedInverse<float>& args, int threads) { invert(args, threads); }
+void regularized_inverse(const RegularizedInverse<double>& args, int threads) { invert(args, threads); }
+
+}  // namespace tpext::cpu::TPEXT_CAPABILITY
