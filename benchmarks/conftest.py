@@ -13,6 +13,9 @@ import torch
 import tpext
 
 LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+# A round runs each side as often in a row as fills this many seconds. In a training loop a step follows its like; one
+# of half a millisecond between two of the peer's would spend a third of its time refilling caches.
+ROUND_SECONDS = 0.02
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
@@ -63,11 +66,12 @@ def environment() -> dict[str, object]:
 def against(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """``against(ours, peer, peer_name=..., flops=None, seconds=1.2, **extra)`` times both in turns.
 
-    Recorded beside pytest-benchmark's figures of ours: the peer's median and interquartile range, ``ratio`` of the
-    medians (peer by ours), quartiles of the ratio of single rounds, and with ``flops``, the operations of ours that
-    cannot be saved, the sgemm peak measured right before, what they cost at it (``limit_seconds``), the ratio that this
-    would be (``limit_ratio``), and the fraction of the peak that ours reaches. A row takes about ``seconds``, but at
-    least 5 rounds. Without ``--benchmark-enable`` both run once.
+    A round is a timing of the peer and one of ours, each of as many calls in a row as fill 20 ms together. Recorded:
+    median and interquartile range of a call of either, ``ratio`` of the medians (peer by ours), quartiles of the ratio
+    of single rounds, and with ``flops``, the operations of ours that cannot be saved, the sgemm peak measured right
+    before, what they cost at it (``limit_seconds``), the ratio that this would be (``limit_ratio``), and the fraction
+    of the peak that ours reaches. A row takes about ``seconds``, but at least 5 rounds. Without ``--benchmark-enable``
+    both run once.
     """
 
     def run(
@@ -94,20 +98,31 @@ def against(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
             # First calls allocate and load; the row of a small size is judged by its second.
             pair = once()
         peak = None if flops is None else sgemm_peak()
+        repeats = max(1, round(ROUND_SECONDS / pair))
         peer_seconds: list[float] = []
 
         def time_peer() -> None:
             start = time.perf_counter()
-            peer()
-            peer_seconds.append(time.perf_counter() - start)
+            for _ in range(repeats):
+                peer()
+            peer_seconds.append((time.perf_counter() - start) / repeats)
 
-        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / pair)))
-        benchmark.pedantic(ours, setup=time_peer, rounds=rounds, iterations=1)
-        median = benchmark.stats.stats.median
-        peer_quartiles = statistics.quantiles(peer_seconds, n=4)
-        ratios = [p / o for p, o in zip(peer_seconds, benchmark.stats.stats.data, strict=True)]
+        def repeated() -> None:
+            for _ in range(repeats):
+                ours()
+
+        rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, int(seconds / pair / repeats)))
+        benchmark.pedantic(repeated, setup=time_peer, rounds=rounds, iterations=1)
+        our_seconds = [duration / repeats for duration in benchmark.stats.stats.data]
+        our_quartiles, peer_quartiles = (statistics.quantiles(values, n=4) for values in (our_seconds, peer_seconds))
+        median = our_quartiles[1]
+        ratios = [p / o for p, o in zip(peer_seconds, our_seconds, strict=True)]
         info = {
             **extra,
+            "seconds": median,
+            "iqr": our_quartiles[2] - our_quartiles[0],
+            "repeats": repeats,
+            "rounds": rounds,
             "peer": peer_name,
             "peer_median": peer_quartiles[1],
             "peer_iqr": peer_quartiles[2] - peer_quartiles[0],

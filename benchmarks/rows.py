@@ -21,15 +21,13 @@ class Results(NamedTuple):
 
 
 def read(path: Path) -> Results:
-    """Each row is the test's own ``extra_info`` with ``name``, ``test`` (the function), ``seconds`` and ``iqr``."""
+    """Each row is the test's own ``extra_info`` with ``name`` and ``test`` (the function)."""
     data = json.loads(path.read_text())
     rows = [
         {
             **row["extra_info"],
             "name": row["name"],
             "test": row["name"].partition("[")[0],
-            "seconds": row["stats"]["median"],
-            "iqr": row["stats"]["iqr"],
         }
         for row in data["benchmarks"]
     ]

@@ -136,31 +136,34 @@ def check_scan(
     assert first is not None
     if first.dim() != len(symbols):
         raise ValueError(f"{op}: {leading} must be [{', '.join(symbols)}], got {list(first.shape)}")
+    dtype, device = first.dtype, first.device
     sizes = dict(zip(symbols, first.shape, strict=True))
-    if first.dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{op}: {leading} must be float32 or float64, got {_dtype(first)}; for lower precision use torch.autocast"
         )
     for name, (tensor, dims) in tensors.items():
         if tensor is None:
             continue
-        if tensor.dim() == len(dims):
-            for symbol, size in zip(dims, tensor.shape, strict=True):
-                sizes.setdefault(symbol, size)
-        if tensor.shape != torch.Size([sizes.get(d, -1) for d in dims]):
-            expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
-            raise ValueError(f"{op}: {name} must be [{expected}], got {list(tensor.shape)}")
-        if tensor.dtype != first.dtype:
+        # Every call of every op comes through here: what follows the comparison is for the first tensor with a symbol.
+        if tensor.shape != tuple(map(sizes.get, dims)):
+            if tensor.dim() == len(dims):
+                for symbol, size in zip(dims, tensor.shape, strict=True):
+                    sizes.setdefault(symbol, size)
+            if tensor.shape != tuple(map(sizes.get, dims)):
+                expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
+                raise ValueError(f"{op}: {name} must be [{expected}], got {list(tensor.shape)}")
+        if tensor.dtype != dtype:
             raise ValueError(f"{op}: {name} must be {_dtype(first)} as {leading} is, got {_dtype(tensor)}")
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {name} must be on {first.device} as {leading} is, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name} must be on {device} as {leading} is, got {tensor.device}")
     if lengths is not None:
         if lengths.dtype != torch.int64:
             raise ValueError(f"{op}: lengths must be int64, got {_dtype(lengths)}")
         if lengths.shape != (sizes["B"],):
             raise ValueError(f"{op}: lengths must be [B={sizes['B']}], got {list(lengths.shape)}")
-        if lengths.device != first.device:
-            raise ValueError(f"{op}: lengths must be on {first.device} as {leading} is, got {lengths.device}")
+        if lengths.device != device:
+            raise ValueError(f"{op}: lengths must be on {device} as {leading} is, got {lengths.device}")
     if len(reverse) != sizes["S"]:
         raise ValueError(f"{op}: reverse must have S={sizes['S']} values, got {len(reverse)}")
     if nonlinearity is not None:
