@@ -55,12 +55,18 @@ class Rows {
 
   // Whether the rows have neither NaN nor infinity.
   bool finite(int64_t first, int64_t count) const {
-    T check = 0;  // turns NaN for either
+    Bits<T> unusable = {};
+    const auto look = [&](const T* row, int64_t size) {
+      for (int64_t i = 0; i + kLanes<T> <= size; i += kLanes<T>) unusable |= not_finite<T>(load(row + i));
+      for (int64_t i = size - size % kLanes<T>; i < size; i += kLanes<T>)
+        unusable |= not_finite<T>(load_part(row + i, size - i));
+    };
     for_each_row(first, count, [&](int64_t, bool valid, const T* before, const T* x) {
-      for (int64_t i = 0; valid && i < hidden_; ++i) check += before[i] * T(0);
-      for (int64_t i = 0; valid && i < inputs_; ++i) check += x[i] * T(0);
+      if (!valid) return;
+      look(before, hidden_);
+      look(x, inputs_);
     });
-    return check == T(0);
+    return !any_nonzero<T>(unusable);
   }
 
   // Writes a row of the result, of `columns` numbers.

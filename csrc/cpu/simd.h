@@ -114,6 +114,12 @@ inline bool any_nonzero(Bits<T> joined) {
   return (bits << 1) != 0;
 }
 
+// All ones where v is NaN or infinite.
+template <class T>
+inline Bits<T> not_finite(Vec<T> v) {
+  return (Bits<T>)(v - v != 0);
+}
+
 template <class T>
 struct Constants;
 

@@ -485,12 +485,15 @@ class Layer(torch.autograd.Function):
             states, h_n = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
             kept = states
         else:
-            starts, h_n = [], h0
-            for begin in range(0, max(input.shape[0], 1), checkpoint_every):
-                starts.append(h_n)
-                piece, valid = _cut(input, lengths, begin, checkpoint_every)
-                _, h_n = rnn_layer(piece, h_n, weight_ih, weight_hh, bias, valid, reverse, nonlinearity)
-            states, kept = h_n.new_empty(0), torch.stack(starts)
+            pieces = max(1, -(-input.shape[0] // checkpoint_every))
+            kept = h0.new_empty(pieces, *h0.shape)
+            kept[0].copy_(h0)
+            for index in range(pieces):
+                piece, valid = _cut(input, lengths, index * checkpoint_every, checkpoint_every)
+                h_n = rnn_layer(piece, kept[index], weight_ih, weight_hh, bias, valid, reverse, nonlinearity)[1]
+                if index + 1 < pieces:
+                    kept[index + 1].copy_(h_n)
+            states = h_n.new_empty(0)
             ctx.mark_non_differentiable(states)
         ctx.save_for_backward(input, h0, weight_ih, weight_hh, bias, lengths, kept, *others)
         return states, h_n
@@ -524,19 +527,25 @@ class Layer(torch.autograd.Function):
         every = ctx.checkpoint_every
         sums: Gradients = [None] * 5
         inputs = input.new_zeros(input.shape) if ctx.needs_input_grad[0] else None
+        # What goes from piece to piece stands in memory of its own. A small tensor that outlives its piece would lie in
+        # the hole that the large ones leave, which then do not fit there again, and the heap would grow piece by piece.
+        arrived, credited = torch.zeros_like(h0), torch.zeros_like(h0)
         credit: Tensor | None = None
         for index in range(kept.shape[0] - 1, -1, -1):
             part, valid = _cut(input, lengths, index * every, every)
-            states, _ = rnn_layer(part, kept[index], weight_ih, weight_hh, bias, valid, ctx.reverse, ctx.nonlinearity)
-            grads, arriving, credit = sweep((part, kept[index], states, valid), None, arriving, credit)
+            states = rnn_layer(part, kept[index], weight_ih, weight_hh, bias, valid, ctx.reverse, ctx.nonlinearity)[0]
+            grads, first, first_credit = sweep((part, kept[index], states, valid), None, arriving, credit)
+            arriving = arrived.copy_(first)
+            credit = None if first_credit is None else credited.copy_(first_credit)
             if inputs is not None:
                 inputs[index * every : index * every + part.shape[0]].copy_(grads[0])  # type: ignore[arg-type]
             for place in (2, 3, 4):
                 new, old = grads[place], sums[place]
-                sums[place] = new if old is None or new is None else old + new
+                sums[place] = new if old is None or new is None else old.add_(new)
+            del states, grads, first, first_credit, new
             # What has faded leaves nothing to do further back. A compiler cannot look.
             looks = zero_stays_zero and not torch.compiler.is_compiling()
-            if looks and not arriving.any() and (credit is None or not credit.any()):
+            if looks and not arrived.any() and not credited.any():
                 break
         sums[0], sums[1] = inputs, arriving if ctx.needs_input_grad[1] else None
         return sums
