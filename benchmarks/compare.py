@@ -3,7 +3,8 @@
 A timed row is judged by its ratio to the peer of the same run, which another day's clock changes least: it moved if the
 middle halves of the single rounds' ratios do not overlap and the median changed by more than the tolerance. It got
 slower if its own time grew as well; a ratio that falls while our time does too is the peer's doing, and only named.
-Peaks of memory have no spread and are judged by the tolerance alone. Exit status 1 if anything got slower.
+Peaks of memory have no spread and are judged by the tolerance alone. Exit status 1 if anything got slower, 2
+if nothing could be compared.
 """
 
 from __future__ import annotations
@@ -96,6 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{title}:", *lines, sep="\n  ")
     compared = sum(1 for row in old.rows if figures(row)) - len(found.only_old)
     print(f"{compared} rows compared, {len(found.slower)} slower, {len(found.faster)} faster")
+    if compared == 0:
+        print("the files have no row in common that can be compared")
+        return 2
     return 1 if found.slower else 0
 
 

@@ -50,10 +50,25 @@ int run(const std::string& kernel) {
     args.nonlinearity = tpext::Nonlinearity::tanh;
     args.weight_hh = weight.data();
   };
-  if (kernel == "rnn_scan") {
+  const std::vector<float> input = numbers(T * B * I, 1), weight_ih = numbers(H * I, 0.15f);
+  if (kernel == "regularized_inverse") {
+    int64_t status = 0;
+    large.resize(static_cast<size_t>(H * H));
+    tpext::RegularizedInverse<float> args{};
+    args.batch = 1;
+    args.rows = args.columns = H;
+    args.reg = 1;
+    args.weight = weight.data();
+    args.inverse = large.data();
+    args.status = &status;
+    run_kernel(args);
+  } else if (kernel == "rnn_scan" || kernel == "rnn_layer") {
     tpext::RnnScan<float> args{};
     set_common(args);
-    args.x_proj = x_proj.data();
+    if (kernel == "rnn_scan") args.x_proj = x_proj.data();
+    args.input = {input.data(), I, B * I, I};
+    args.weight_ih = weight_ih.data();
+    args.bias = weight.data();
     args.h0 = h0.data();
     args.states = large.data();
     run_kernel(args);
@@ -66,7 +81,6 @@ int run(const std::string& kernel) {
     args.grad_h0 = small.data();
     run_kernel(args);
   } else if (kernel == "rnn_weight_gradients") {
-    const std::vector<float> input = numbers(T * B * I, 1);
     large.resize(static_cast<size_t>(H * H));
     small.resize(static_cast<size_t>(H * I));
     std::vector<float> grad_bias(static_cast<size_t>(H));
@@ -84,8 +98,10 @@ int run(const std::string& kernel) {
   } else if (kernel.rfind("rnn_target_scan ", 0) == 0) {
     tpext::RnnTargetScan<float> args{};
     set_common(args);
-    args.correction =
-        kernel == "rnn_target_scan difference" ? tpext::Correction::difference : tpext::Correction::linearized;
+    args.correction = kernel == "rnn_target_scan difference" ? tpext::Correction::difference
+                      : kernel == "rnn_target_scan learned"  ? tpext::Correction::learned
+                                                             : tpext::Correction::linearized;
+    args.reverse_pre = x_proj.data();
     args.through_time = kernel == "rnn_target_scan through_time";
     args.target_step = 1;
     args.clip = 1e-3f;

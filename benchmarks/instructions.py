@@ -22,12 +22,15 @@ RECORD = ROOT / "benchmarks" / "results" / "instructions.json"
 BUILD = ROOT / "build" / "kernel_driver"
 CAPABILITIES = ("baseline", "avx2")
 KERNELS = (
+    "regularized_inverse",
+    "rnn_layer",
     "rnn_scan",
     "rnn_scan_backward",
     "rnn_weight_gradients",
     "rnn_target_scan local",
     "rnn_target_scan through_time",
     "rnn_target_scan difference",
+    "rnn_target_scan learned",
 )
 TOLERANCE = 0.02
 

@@ -1,9 +1,11 @@
-"""The programs around the benchmarks: report, comparison, instruction counts. On made-up results; nothing is timed."""
+"""Report, comparison and instruction counts on made-up results; one row of the suite that is really run."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,49 @@ def test_compare_reports_and_exits(load: Any, tmp_path: Path, capsys: pytest.Cap
     assert compare.main([str(old), str(new), "--tolerance", "1.5"]) == 0
 
 
+def test_compare_of_nothing_is_no_success(load: Any, tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.json", [timed("test_step[a]")]), write(tmp_path / "b.json", [timed("test_step[b]")])
+    assert load("compare").main([str(a), str(b)]) == 2
+
+
+# The suite itself
+
+
+def test_a_row_is_recorded_a_call(load: Any, tmp_path: Path) -> None:
+    """pytest-benchmark's own statistics, the fixture's and the report's are of one call each."""
+    pytest.importorskip("pytest_benchmark")
+    file = tmp_path / "row.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-enable"]
+    row = ROOT / "benchmarks" / "bench_regularized_inverse.py::test_inverse[threads1-16-1]"
+    command += [f"--benchmark-json={file}", str(row)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    for recorded, row in zip(json.loads(file.read_text())["benchmarks"], load("rows").read(file).rows, strict=True):
+        assert row["repeats"] > 1
+        assert recorded["stats"]["median"] == pytest.approx(row["seconds"])
+        assert row["ratio"] == pytest.approx(row["peer_median"] / row["seconds"])
+        assert row["seconds"] * row["repeats"] < 0.5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_pieces_of_a_long_sequence_take_the_memory_that_they_promise(load: Any) -> None:
+    T, B, H = 20_000, 16, 128
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "bench_memory.py"),
+        "checkpointed",
+        "1",
+        str(H),
+        str(B),
+        str(T),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    every = load("bench_memory").CHECKPOINT_EVERY
+    promised = 4 * B * H * (T / every + 2 * every)
+    assert int(done.stdout) < 2 * promised
+
+
 # Report
 
 
@@ -125,6 +170,11 @@ def suite() -> list[dict[str, Any]]:
     rows = [step("test_step", rule, (6, 100, 20, 60)) for rule in ("local", "through_time", "backprop")]
     rows[1]["extra_info"].update(ratio=3.0, limit_ratio=6.0)
     rows.append(step("test_step", "local", (6, 100, 20, 60), threads=1, ratio=1.25))
+    flagship = (1, 100, 16, 784)
+    for number, rule in enumerate(("local", "through_time", "backprop")):
+        rows += [step("test_step", rule, flagship, loss=loss, ratio=9.0 - number) for loss in ("last", "every")]
+    for loop, ratio in (("published_style", 51.0), ("tuned", 7.0)):
+        rows.append(step("test_eager_loop", "local", flagship, ratio=ratio, peer=f"eager loop, {loop}"))
     for rule in ("local", "through_time", "backprop"):
         rows += [step("test_sweep", rule, (1, 100, 16, time)) for time in (30, 100, 300)]
         rows += [step("test_sweep", rule, (1, hidden, 16, 200)) for hidden in (16, 64)]
@@ -136,7 +186,12 @@ def suite() -> list[dict[str, Any]]:
 
 def test_report_summary(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:
     text = load("report").summary(load("rows").read(write(tmp_path / "a.json", suite)))
-    assert text.startswith("Abacus 9, avx2, torch 2.99, float32, sgemm at 90 and 180 GFLOP/s on 1 and 2 threads; ")
+    assert text.startswith(
+        "784 steps of 100 units, batch 16, two threads, loss on the last step (on every step): 9.0 (9.0)"
+    )
+    assert "8.0 (8.0) through time, 7.0 (7.0) with `Backprop()`" in text
+    assert ": 51 times as fast as one in the style" in text
+    assert "\n\nAbacus 9, avx2, torch 2.99, float32, torch's sgemm at 90 and 180 GFLOP/s on 1 and 2 threads; " in text
     # Only two threads; a column a rule; both limits.
     assert "| 6, 100, 20, 60 | last step | 4.00 | 1.00 **4.0** | 1.00 **3.0** | 1.00 **4.0** | 8.0 / 6.0 |" in text
     assert text.count("6, 100, 20, 60") == 1
@@ -153,7 +208,7 @@ def test_report_keeps_the_rest_of_the_readme(load: Any, tmp_path: Path, suite: l
     source = write(tmp_path / "a.json", suite)
     report.write(source, tmp_path)
     first = readme.read_text()
-    assert first.startswith(f"before\n{report.BEGIN}\nAbacus 9")
+    assert first.startswith(f"before\n{report.BEGIN}\n784 steps")
     assert first.endswith(f"\n{report.END}\nafter\n")
     assert "old" not in first
     details = (tmp_path / "docs" / "benchmarks.md").read_text()
@@ -191,7 +246,18 @@ def test_report_milliseconds(load: Any, seconds: float, text: str) -> None:
     assert load("report").ms(seconds) == text
 
 
-def test_report_reads_the_committed_readme(load: Any) -> None:
+def test_report_leaves_the_readme_alone_for_a_part_of_the_suite(
+    load: Any, tmp_path: Path, suite: list[dict[str, Any]]
+) -> None:
+    (tmp_path / "README.md").write_text("as it was")
+    for rows in (suite[:3], []):
+        with pytest.raises(SystemExit, match="is not of a whole run of the suite, nothing is written; missing: test_"):
+            load("report").write(write(tmp_path / "a.json", rows), tmp_path)
+    assert (tmp_path / "README.md").read_text() == "as it was"
+    assert not (tmp_path / "docs").exists()
+
+
+def test_the_readme_has_one_place_for_the_report(load: Any) -> None:
     report = load("report")
     readme = (ROOT / "README.md").read_text()
     assert readme.count(report.BEGIN) == readme.count(report.END) == 1

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+import tpext
 from tpext import reference
 from tpext.ops.rnn_scan import backprop_rnn
 
@@ -514,3 +515,58 @@ def test_autocast_leaves_weight_gradients_in_float32() -> None:
         actual = rnn_weight_gradients(low, *arguments[1:])
     assert all(gradient.dtype == torch.float32 for gradient in actual)
     assert_same_bits(actual, rnn_weight_gradients(low.float(), *arguments[1:]))
+
+
+# What is not a plain tensor goes by way of the dispatcher
+
+
+def test_a_lazily_negated_input_is_negated() -> None:
+    rnn = tpext.nn.RNN(3, 4, rule=tpext.Backprop())
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(rnn(torch._neg_view(x))[0], rnn(-x)[0])
+
+
+@pytest.mark.parametrize("rule", [tpext.Backprop(), tpext.RegularizedInverse()], ids=repr)
+def test_vmap_over_a_backward_pass(rule: tpext.Rule) -> None:
+    rnn = tpext.nn.RNN(3, 4, rule=rule)
+    h_n = rnn(torch.randn(5, 2, 3))[1]
+    vectors = torch.randn(6, *h_n.shape)
+
+    def gradient(vector: Tensor) -> Tensor:
+        return torch.autograd.grad(h_n, rnn.weight_hh_l0, vector, retain_graph=True)[0]
+
+    expected = torch.stack([gradient(vector) for vector in vectors])
+    torch.testing.assert_close(torch.func.vmap(gradient)(vectors), expected)
+
+
+# Pieces where they cannot be
+
+
+@pytest.mark.parametrize("lengths", [[6, 1], [2, -1]])
+def test_checkpoints_do_not_hide_lengths_out_of_range(lengths: list[int]) -> None:
+    rnn = tpext.nn.RNN(3, 4, return_sequence=False, checkpoint_every=2)
+    with pytest.raises(ValueError, match=r"rnn_layer: lengths must lie in 0\.\.T=5, got "):
+        rnn(torch.randn(5, 2, 3), lengths=torch.tensor(lengths))
+
+
+def test_checkpoints_of_members_that_run_backward_are_refused() -> None:
+    case = layer(5, 2, 3, 4, 1)
+    for reverse, every in (([True], 2), ([False], 0)):
+        with pytest.raises(ValueError, match="checkpoint_every must be at least 1 and its members must run forward"):
+            backprop_rnn(*case._replace(reverse=reverse), checkpoint_every=every)
+
+
+def test_checkpoints_assigned_to_a_module_that_cannot_have_them_are_refused() -> None:
+    whole, both = tpext.nn.RNN(3, 4), tpext.nn.RNN(3, 4, bidirectional=True, return_sequence=False)
+    whole.checkpoint_every = both.checkpoint_every = 2
+    for rnn in (whole, both):
+        with pytest.raises(ValueError, match="checkpoint_every needs return_sequence=False, num_layers=1"):
+            rnn(torch.randn(5, 2, 3))
+
+
+@pytest.mark.parametrize("rule", [tpext.Backprop(), tpext.RegularizedInverse(), tpext.LearnedInverse()], ids=repr)
+def test_checkpoints_on_the_meta_device(rule: tpext.Rule) -> None:
+    rnn = tpext.nn.RNN(3, 4, rule=rule, return_sequence=False, checkpoint_every=2, device="meta")
+    rnn(torch.randn(5, 2, 3, device="meta"))[1].sum().backward()
+    assert rnn.weight_hh_l0.grad is not None
+    assert rnn.weight_hh_l0.grad.shape == (4, 4)

@@ -466,6 +466,22 @@ def test_two_pieces_are_the_whole(
     assert_close_to_oracle(op, oracle, arguments, oracle_error=0.0 if correction == "linearized" else ORACLE_ERROR)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_atanh_is_within_four_units_in_the_last_place(dtype: torch.dtype) -> None:
+    """The displacement of "difference" from a state of zero is ``atanh(d)``."""
+    limits = torch.finfo(dtype)
+    spread = np.geomspace(limits.tiny * 4, 0.999, 100_000)
+    targets = torch.from_numpy(np.concatenate([spread, -spread, np.linspace(-0.999, 0.999, 200_001)])).to(dtype)
+    targets = targets[targets != 0]
+    grad, weight = (-targets).view(1, 1, -1, 1), torch.zeros(1, 1, 1, dtype=dtype)
+    zeros, h0 = torch.zeros_like(grad), torch.zeros(1, targets.numel(), 1, dtype=dtype)
+    options = ("tanh", "difference", "local", 1.0, 1e-3, False, True)
+    found = rnn_target_scan(grad, zeros, h0, weight, weight, None, None, [False], *options)[3].flatten()
+    exact = np.arctanh(targets.numpy().astype(np.longdouble))
+    error = np.abs(found.numpy().astype(np.longdouble) - exact) / np.spacing(np.abs(exact.astype(found.numpy().dtype)))
+    assert error.max() <= 4, f"{error.max():.3f} units in the last place at {targets[error.argmax()].item()!r}"
+
+
 def fading(dtype: torch.dtype, nonlinearity: str, direction: str) -> Scan:
     """A long input whose displacement and credit, from the end alone, die out on the way."""
     inputs = scan(200, 7, 9, 2, dtype, nonlinearity, direction=direction, enters="end")

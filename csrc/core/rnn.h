@@ -84,7 +84,7 @@ struct RnnTargetScan {
   T* displacement;       // [S, T, B, H] displacement of the pre-activation, or null
 };
 
-// [dU, dW, db] = scale * sum over t and rows of delta_t' [x_t, h_{t-1}, 1]
+// [dW, dU, db] = scale * sum over t and rows of delta_t' [h_{t-1}, x_t, 1]; delta is zero beyond a row's length
 template <class T>
 struct RnnWeightGradients {
   RnnSizes sizes;

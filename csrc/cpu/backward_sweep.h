@@ -139,6 +139,7 @@ class BackwardSweep {
         at[r].current = ((tile.member * sizes_.time + t) * sizes_.batch + row) * H;
         at[r].source = ((tile.member * sizes_.time + source) * sizes_.batch + row) * H;
         at[r].initial = (tile.member * sizes_.batch + row) * H;
+        if (j == 0) continue;
         if (Step::displaces) z_rows[r] = z_old + r * stride;
         e_rows[r] = arrays_.delta + at[r].source;
       }
@@ -151,8 +152,9 @@ class BackwardSweep {
           const int rows = static_cast<int>(tile.block_begin(block + 1) - row);
           const int64_t share = ceil_div(tile.rows * H, groups.count() * tile.blocks);
           const int64_t offset = at[0].current + next + (group * tile.blocks + block) * share;
-          const Ahead<T> ahead{{arrays_.states + offset, gradient + offset, arrays_.delta + offset},
-                               ceil_div(share * int64_t{sizeof(T)}, H)};
+          const Ahead ahead{
+              {address(arrays_.states, offset), address(gradient, offset), address(arrays_.delta, offset)},
+              ceil_div(share * int64_t{sizeof(T)}, H)};
           Vec<T> displaced[kMaxRows * kMaxPanels], credit[kMaxRows * kMaxPanels];
           multiply(Step::displaces && j > 0 && (alive.z[block] || dense_inverse), inverse_, tile.member, z_rows + row,
                    rows, panel, panels, ahead, displaced);
@@ -221,7 +223,7 @@ class BackwardSweep {
   }
 
   static void multiply(bool alive, const PackedStack<T>& matrix, int64_t member, const T* const* from, int rows,
-                       int64_t panel, int panels, const Ahead<T>& ahead, Vec<T>* sums) {
+                       int64_t panel, int panels, const Ahead& ahead, Vec<T>* sums) {
     if (!alive) {
       for (int i = 0; i < rows * kMaxPanels; ++i) sums[i] = Vec<T>{};
       return;

@@ -2,9 +2,10 @@
 //
 // A matrix M [depth, H] is packed once a call into panels one vector wide, panel p holding L neighbouring columns (L
 // lanes) of all rows one after another. The last panel is moved back to end with the last column: it overlaps the one
-// before and computes some columns twice, to the same bits, so that every load and store in an epilogue is a whole
-// vector; only where H < L a panel is padded with zeros. A product of `rows` row vectors a_r with `panels` neighbouring
-// panels keeps its rows x panels accumulators in registers through the whole depth:
+// before and computes some columns twice, to the same bits (in a team two threads may store them), so that every load
+// and store in an epilogue is a whole vector; only where H < L a panel is padded with zeros. A product of `rows` row
+// vectors a_r with `panels` neighbouring panels keeps its rows x panels accumulators in registers through the whole
+// depth:
 //     c[r][p] = sum_k a_r[k] * M[k][p]        (k ascending, one accumulator an element)
 // A row vector may come in pieces that lie apart (the input, a one for the bias, the state before). The order of the
 // sum does not depend on how rows and panels are grouped, so neither threads nor batch size change a bit.
@@ -104,23 +105,20 @@ struct Piece {
 // Memory that is needed next, to be asked for during a product: `step` bytes of each array at every k. A sweep
 // touches its rows in pieces that the processor's own prefetching does not follow, and a burst of requests before or
 // after a product would fill the few places that a core has for them and stall it. Any address may be asked for.
-template <class T>
 struct Ahead {
-  const T* from[3];
+  uintptr_t from[3];
   int64_t step;
 
   template <int Rows>
   void ask(int64_t k) const {
     // With few rows there is little to fetch, and loads are what a product waits for.
     if constexpr (Rows >= 4)
-      for (const T* array : from)
-        __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(array) + k * step));
+      for (const uintptr_t array : from) prefetch(array + static_cast<uintptr_t>(k * step));
   }
 };
 
 template <class T, int Rows, int Panels, bool Ask, int Step>
-void product(const Piece<T>* pieces, int count, const T* packed, int64_t panel_stride, const Ahead<T>& ahead,
-             Vec<T>* c) {
+void product(const Piece<T>* pieces, int count, const T* packed, int64_t panel_stride, const Ahead& ahead, Vec<T>* c) {
   Vec<T> sum[Rows][Panels] = {};
   for (int piece = 0; piece < count; ++piece) {
     const int64_t depth = pieces[piece].depth;
@@ -145,8 +143,8 @@ void product(const Piece<T>* pieces, int count, const T* packed, int64_t panel_s
 }
 
 template <class T>
-using Product = void (*)(const Piece<T>* pieces, int count, const T* packed, int64_t panel_stride,
-                         const Ahead<T>& ahead, Vec<T>* c);
+using Product = void (*)(const Piece<T>* pieces, int count, const T* packed, int64_t panel_stride, const Ahead& ahead,
+                         Vec<T>* c);
 
 template <class T, int Rows, bool Ask, int Step>
 constexpr Product<T> product_of(int panels) {

@@ -38,10 +38,9 @@ void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, const Tile&
       continue;
     }
     const int64_t next = (reverse ? -1 : 1) * sizes.batch * H;
-    const T* before = args.states + current - next;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const bool first = reverse ? t + 1 >= steps[r] : t == 0;
-      previous[r] = first ? h0[r] : before + r * H;
+      previous[r] = first ? h0[r] : args.states + (current - next + r * H);
       if (project) inputs[r] = args.input.row(t, tile.row + r);
     }
     for (int64_t group = 0; group < groups.count(); ++group) {
@@ -66,9 +65,9 @@ void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, const Tile&
             Vec<T> u = sums[r * kMaxPanels + p];
             if (!project) {
               u += load_part(args.x_proj + offset + column, H - column);
-              prefetch(args.x_proj, offset + column + next);
+              prefetch(address(args.x_proj, offset + column + next));
             }
-            prefetch(args.states, offset + column + next);
+            prefetch(address(args.states, offset + column + next));
             store_part(args.states + offset + column, valid ? activate<A, T>(u) : Vec<T>{}, H - column);
           }
         }

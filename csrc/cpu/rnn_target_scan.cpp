@@ -8,7 +8,8 @@
 //
 // Layouts stand in core/rnn.h, the split of the work in sweep.h and backward_sweep.h. A step is one product of the
 // tile's rows (local credit) or two (through time), with all elementwise work in the epilogue: h and g are read once, e
-// is written once. Memory: the packed matrices and two or three row tiles a thread. Deterministic, as sweep.h says.
+// is written once. Memory: the packed matrices and two row tiles a thread, four with norms. Deterministic, as sweep.h
+// says.
 #include "cpu/activations.h"
 #include "cpu/backward_sweep.h"
 #include "cpu/sweep.h"

@@ -4,9 +4,9 @@
 // panels (layouts in core/rnn.h and microkernel.h), multiplied with the columns of delta, and added to an accumulator.
 // Each thread computes its own rows of the result (columns of delta), so nothing is shared and an element is the same
 // sum, chunk by chunk in ascending order, on any number of threads; sums by chunks also keep float32's rounding error
-// from growing with T. Steps beyond a row's length are left out, whatever stands in the padding. A chunk in which delta
-// is zero, as far back as a displacement does not reach, is left out unless it has a NaN or an infinity. Memory: a
-// thread's share of the result, and kChunk packed rows of either side a thread.
+// from growing with T. Beyond a row's length delta is zero, and states and inputs are left out, whatever stands there.
+// A chunk in which delta is zero, as far back as a displacement does not reach, is left out unless it has a NaN or an
+// infinity. Memory: a thread's share of the result, and kChunk packed rows of either side a thread.
 #include "cpu/sweep.h"
 
 namespace tpext::cpu::TPEXT_CAPABILITY {
@@ -155,8 +155,8 @@ void weight_gradient_rows(const RnnWeightGradients<T>& args, int64_t member, int
         // The next chunk comes from memory while this one is computed.
         const int64_t share = ceil_div(kChunk * H, groups * blocks), row_size = (member * depth + first + kChunk) * H;
         const int64_t at = row_size + (group * blocks + block) * share;
-        const Ahead<T> ahead{{args.delta + at, args.states + at, args.states + at},
-                             ceil_div(share * int64_t{sizeof(T)}, kChunk * kMaxRows)};
+        const Ahead ahead{{address(args.delta, at), address(args.states, at), address(args.states, at)},
+                          ceil_div(share * int64_t{sizeof(T)}, kChunk * kMaxRows)};
         const T* const columns = packed_delta + block * kChunk * kMaxRows;
         const Piece<T> piece{count, &columns};
         Vec<T> c[kMaxRows * kMaxPanels];

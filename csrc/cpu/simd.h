@@ -72,11 +72,13 @@ inline void copy_part(T* to, const T* from, int64_t count) {
   if (count & 1) *to = *from;
 }
 
-// Asks for the cache line of any address, in an array or not.
+// The address of an element that may lie outside the array: for prefetching only.
 template <class T>
-inline void prefetch(const T* array, int64_t offset) {
-  __builtin_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(array) + offset * int64_t{sizeof(T)}));
+inline uintptr_t address(const T* array, int64_t offset) {
+  return reinterpret_cast<uintptr_t>(array) + static_cast<uintptr_t>(offset * int64_t{sizeof(T)});
 }
+
+inline void prefetch(uintptr_t at) { __builtin_prefetch(reinterpret_cast<const char*>(at)); }
 
 template <class T>
 [[gnu::noinline]] Vec<T> load_few(const T* from, int64_t count) {

@@ -1,7 +1,7 @@
 """The recurrent network: ``torch.nn.RNN``'s interface, with a rule for the backward pass.
 
-The layer loop is Python; each layer is one projection of the whole input and one scan, both directions in one call
-through the leading stack axis S of the ops.
+The layer loop is Python; each layer is one call forward and one backward, both directions in one through the leading
+stack axis S of the ops.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class RNN(nn.Module):
     errors are those of ``torch.nn.RNN``; with ``Backprop()`` so are outputs and gradients, to rounding.
 
     Two things differ. Changing ``output`` in place may make ``backward()`` raise (see :meth:`forward`). And the
-    transforms of ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``jvp``, ...) are refused with an error, except
+    transforms of ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``jvp``, ...) and ``torch.autograd.grad(...,
+    is_grads_batched=True)`` are refused with an error, except
     ``vmap`` under ``Backprop()``: use ``torch.autograd.grad``, or the plain module of :meth:`to_torch`.
 
     Args:
@@ -95,8 +96,10 @@ class RNN(nn.Module):
         return_sequence: False returns ``(None, h_n)``: the outputs are not needed.
         checkpoint_every: K >= 1: for long sequences with ``return_sequence=False``, one layer and one direction, keep
             the state before every K-th step only and compute the others anew in the backward pass, K at a time. The
-            memory of a step falls from about ``2 T`` to ``T / K + 2 K`` states ``[B, H]``, for at most one more forward
-            pass. Gradients are summed piece by piece, equal to rounding. None: keep all.
+            memory of a step falls from about ``2 T`` to ``T / K + 2 K`` states ``[B, H]`` (least at ``K = sqrt(T /
+            2)``), for at most one more forward pass. Gradients are summed piece by piece, equal to rounding; where
+            the gradient has faded to nothing the rest is left out, and a NaN or infinity there goes unseen. None: keep
+            all.
 
     Attributes:
         weight_ih_l[k], weight_hh_l[k], bias_ih_l[k], bias_hh_l[k]: of layer k, with ``_reverse`` appended for the
@@ -409,6 +412,7 @@ class RNN(nn.Module):
             ValueError, RuntimeError: as ``torch.nn.RNN`` for the same input. ``backward()`` raises ``RuntimeError``
                 ("modified by an inplace operation") where ``output`` was changed in place.
         """
+        self._check_checkpointing()
         rows, hx, steps = self._time_major(input, hx, lengths)
         output, h_n = self._run(rows, hx, steps)
         if isinstance(input, PackedSequence) and input.unsorted_indices is not None:

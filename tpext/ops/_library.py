@@ -43,17 +43,22 @@ def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_
     LIBRARY.impl(name, autocast, "AutocastCPU")  # type: ignore[no-untyped-call]
 
     def call(*args: Any) -> Any:
-        return cpu(*args) if _are_plain(args) else op(*args)
+        return cpu(*args) if are_plain(args) else op(*args)
 
     return call
 
 
-def _are_plain(args: Sequence[Any]) -> bool:
-    """Whether nothing but the CPU kernels has to see a call: no compiler, no dispatch mode, no tensor subclass."""
+def are_plain(args: Sequence[Any]) -> bool:
+    """Whether nothing but the CPU kernels has to see a call: no compiler, mode, transform, subclass or lazy tensor."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
-        and all(type(a) in _PLAIN and a.is_cpu for a in args if isinstance(a, Tensor))
+        and not torch._C._are_functorch_transforms_active()
+        and all(
+            type(a) in _PLAIN and a.is_cpu and not a.is_neg() and not a._is_zerotensor()
+            for a in args
+            if isinstance(a, Tensor)
+        )
     )
 
 

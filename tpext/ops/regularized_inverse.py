@@ -65,7 +65,7 @@ def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
     inverse = weight.new_empty(*batch, columns, rows)
     if inverse.numel() == 0:
         return inverse
-    status = torch.empty(math.prod(batch), dtype=torch.int64)
+    status = weight.new_empty(math.prod(batch), dtype=torch.int64)
     stacked, stacked_inverse = weight.reshape(-1, rows, columns), inverse.view(-1, columns, rows)
     if _C.regularized_inverse(dense(stacked), reg, dense(stacked_inverse), dense(status), torch.get_num_threads()):
         _raise_error(status.view(batch), weight.dtype, reg)

@@ -50,6 +50,7 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     LIBRARY,
+    are_plain,
     autocast_outputs,
     autocasts,
     check_lengths,
@@ -456,8 +457,8 @@ class Layer(torch.autograd.Function):
     A rule's class defines ``forward``, which calls ``run_forward``, and ``backward``, which calls ``run_backward`` with
     a function that does one piece. ``backward`` reads ``ctx.saved_tensors`` once: under activation checkpointing a
     second time is an error. Without ``checkpoint_every`` the whole sequence is one piece. With it, ``forward``
-    keeps only the state before each piece and the backward pass computes a piece's states anew: ``T / K + K`` states
-    in memory in place of ``T``, for one more forward pass.
+    keeps only the state before each piece and the backward pass computes a piece's states anew: with ``delta`` some
+    ``T / K + 2 K`` states in memory in place of ``2 T``, for one more forward pass.
 
     Contexts are filled in ``forward``, not in a ``setup_context``: with one, torch looks up and binds the signature at
     every call, which takes as long as a small kernel. ``forward`` takes what only ``backward`` needs by name: torch's
@@ -481,18 +482,25 @@ class Layer(torch.autograd.Function):
         """States (empty with ``checkpoint_every``) and ``h_n``; saves what ``run_backward`` needs, and ``others``."""
         ctx.reverse, ctx.nonlinearity, ctx.checkpoint_every = reverse, nonlinearity, checkpoint_every
         ctx.set_materialize_grads(False)
+        if checkpoint_every is not None:
+            if checkpoint_every < 1 or any(reverse):
+                raise ValueError(
+                    "checkpoint_every must be at least 1 and its members must run forward, got "
+                    f"checkpoint_every={checkpoint_every}, reverse={list(reverse)}"
+                )
+            if are_plain((lengths,)):
+                check_lengths("rnn_layer", lengths, input.shape[0])
         if checkpoint_every is None:
             states, h_n = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
             kept = states
         else:
             pieces = max(1, -(-input.shape[0] // checkpoint_every))
             kept = h0.new_empty(pieces, *h0.shape)
-            kept[0].copy_(h0)
+            h_n = h0.clone()
             for index in range(pieces):
                 piece, valid = _cut(input, lengths, index * checkpoint_every, checkpoint_every)
-                h_n = rnn_layer(piece, kept[index], weight_ih, weight_hh, bias, valid, reverse, nonlinearity)[1]
-                if index + 1 < pieces:
-                    kept[index + 1].copy_(h_n)
+                kept[index].copy_(h_n)
+                h_n.copy_(rnn_layer(piece, kept[index], weight_ih, weight_hh, bias, valid, reverse, nonlinearity)[1])
             states = h_n.new_empty(0)
             ctx.mark_non_differentiable(states)
         ctx.save_for_backward(input, h0, weight_ih, weight_hh, bias, lengths, kept, *others)
@@ -543,8 +551,8 @@ class Layer(torch.autograd.Function):
                 new, old = grads[place], sums[place]
                 sums[place] = new if old is None or new is None else old.add_(new)
             del states, grads, first, first_credit, new
-            # What has faded leaves nothing to do further back. A compiler cannot look.
-            looks = zero_stays_zero and not torch.compiler.is_compiling()
+            # What has faded leaves nothing to do further back. A compiler or a fake tensor cannot look.
+            looks = zero_stays_zero and are_plain((arrived, credited))
             if looks and not arrived.any() and not credited.any():
                 break
         sums[0], sums[1] = inputs, arriving if ctx.needs_input_grad[1] else None
@@ -669,7 +677,7 @@ def backprop_rnn(
         lengths: ``[B]`` int64 valid steps of each row, or None for all T.
         reverse: S flags: the member runs from the last valid step to the first.
         nonlinearity: "tanh", "relu" or "identity".
-        checkpoint_every: K steps a piece, see ``Layer``; for members that run forward. None: no pieces.
+        checkpoint_every: K >= 1 steps a piece, see ``Layer``; for members that run forward. None: no pieces.
 
     Returns:
         States ``[S, T, B, H]``, zero beyond ``lengths`` (an empty tensor with ``checkpoint_every``), and the states
