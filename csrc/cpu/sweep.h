@@ -118,10 +118,9 @@ struct Teams {
   int members;
 };
 
-// Operations of a step that pay for a team of two, and half as many for each further thread. A step with its barrier of
-// some 0.1 microseconds: measured on two threads, one product a step breaks even at H = 96 and gains a third at 128,
-// two products gain a third at 96 (Zen 5; H = 512: 2.2 to 2.6 times as fast, where half of the weights fit a core's
-// cache).
+// Operations of a step that pay for a team of two with its barrier of some 0.1 microseconds, and half as many for each
+// further thread. Measured on two threads: one product a step breaks even at H = 96 and gains a third at 128, two
+// products gain a third at 96 (Zen 5; H = 512: 2.2 to 2.6 times as fast, where half of the weights fit a core's cache).
 constexpr double kTeamOperations = 36e3;
 
 inline double step_operations(const RnnSizes& sizes, int products) {

@@ -482,18 +482,18 @@ class Layer(torch.autograd.Function):
         """States (empty with ``checkpoint_every``) and ``h_n``; saves what ``run_backward`` needs, and ``others``."""
         ctx.reverse, ctx.nonlinearity, ctx.checkpoint_every = reverse, nonlinearity, checkpoint_every
         ctx.set_materialize_grads(False)
-        if checkpoint_every is not None:
+        if checkpoint_every is None:
+            states, h_n = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
+            kept = states
+        else:
             if checkpoint_every < 1 or any(reverse):
                 raise ValueError(
                     "checkpoint_every must be at least 1 and its members must run forward, got "
                     f"checkpoint_every={checkpoint_every}, reverse={list(reverse)}"
                 )
+            # Each piece's lengths are cut to its size, which would hide those out of range.
             if are_plain((lengths,)):
                 check_lengths("rnn_layer", lengths, input.shape[0])
-        if checkpoint_every is None:
-            states, h_n = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
-            kept = states
-        else:
             pieces = max(1, -(-input.shape[0] // checkpoint_every))
             kept = h0.new_empty(pieces, *h0.shape)
             h_n = h0.clone()
