@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "core/low_precision.h"
+
 namespace tpext {
 
 enum class Nonlinearity { tanh, relu, identity };
@@ -66,8 +68,8 @@ struct RnnTargetScan {
   Nonlinearity nonlinearity;
   Correction correction;
   bool through_time;  // credit: the sum of local losses through the whole unrolled network, else each step alone
-  T target_step;
-  T clip;
+  Compute<T> target_step;
+  Compute<T> clip;
   const T* grad_states;  // [S, T, B, H], or null: zero
   const T* disp_n;       // [S, B, H] displacement that comes from beyond the last valid step, or null: zero
   const T* credit_n;     // [S, B, H] e W from there, through_time only; or null: zero
@@ -88,7 +90,7 @@ struct RnnTargetScan {
 template <class T>
 struct RnnWeightGradients {
   RnnSizes sizes;
-  T scale;
+  Compute<T> scale;
   const T* delta;     // [S, T, B, H]
   const T* states;    // [S, T, B, H]
   const T* h0;        // [S, B, H]

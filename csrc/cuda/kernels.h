@@ -1,0 +1,53 @@
+// The kernels of this backend. Every pointer in their arguments is one of the queue's device but `RnnSizes::reverse`;
+// they are enqueued, nothing waits for them. T is float, double, Bfloat16 or Float16; the 16-bit formats compute in
+// float. Throws CudaError.
+#pragma once
+
+#include "core/regularized_inverse.h"
+#include "core/rnn.h"
+#include "cuda/launch.h"
+
+namespace tpext::cuda {
+
+// Where the recurrent weights stay for the whole sequence, and with that how the work is split (cuda/sweep.h).
+enum class Regime {
+  automatic,
+  block,    // in the registers of one block, which keeps its batch rows for all steps
+  cluster,  // spread over the blocks of a cluster, states exchanged through distributed shared memory; sm_90
+  grid,     // spread over blocks of a cooperative grid, states exchanged through global memory
+  step,     // nowhere: a matrix product and `rnn_step` a step, by the caller
+};
+
+struct RnnPlan {
+  Regime regime;
+  int64_t workspace_bytes;  // zeroed memory that a call needs
+};
+
+// What a recurrent call needs besides its arguments. `regime` may be automatic; any other must be possible.
+struct RnnExecution {
+  Queue queue;
+  Regime regime;
+  void* workspace;  // zeroed, of at least the plan's size
+  int64_t workspace_bytes;
+};
+
+// The regime of a scan with `products` products of H x H a step (2: a target pass through time, else 1). Throws
+// std::invalid_argument where `wanted` is not automatic and cannot run such sizes on the device.
+template <class T>
+RnnPlan plan_rnn(int products, int64_t stack, int64_t batch, int64_t hidden, int device, Regime wanted);
+
+// `x_proj` must be given. The other regimes than `step`.
+template <class T>
+void rnn_scan(const RnnScan<T>& args, const RnnExecution& execution);
+template <class T>
+void rnn_scan_backward(const RnnScanBackward<T>& args, const RnnExecution& execution);
+// `norms` must be null; `displacement_of_state` [S, T, B, H] receives d_t, or is null.
+template <class T>
+void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, const RnnExecution& execution);
+
+// float and double; min(M, N) and max(M, N) at most kLargestInverse. A matrix that fails gets NaN in all its inverse.
+constexpr int64_t kLargestInverse = 128;
+template <class T>
+void regularized_inverse(const RegularizedInverse<T>& args, const Queue& queue);
+
+}  // namespace tpext::cuda
