@@ -1,10 +1,17 @@
 """Types of the native module.
 
-Tensors are DLPack capsules or objects with ``__dlpack__``, on the CPU and contiguous (``input`` along its last axis).
-Outputs must not overlap inputs.
+Tensors are DLPack capsules or objects with ``__dlpack__``, contiguous (``input`` along its last axis), and all on the
+device of the leading one: the CPU, or a CUDA device. Outputs must not overlap inputs.
+
+The CPU takes float32 and float64, and a number of threads as ``execution``. CUDA takes bfloat16 and float16 as well in
+the scans, ``lengths`` on the device, and ``(stream, regime, workspace)`` as ``execution``: the ``cudaStream_t``;
+"auto", "block", "cluster" or "grid" for the scans; zeroed uint8 ``[bytes]`` of the size that ``rnn_plan`` gives, or
+None. Kernels are enqueued on the stream, and nothing waits for them. A build without CUDA raises RuntimeError.
 """
 
-from typing import TypedDict
+from typing import TypeAlias, TypedDict
+
+Execution: TypeAlias = int | tuple[int, str, object | None]
 
 class BuildInfo(TypedDict):
     version: str
@@ -12,15 +19,34 @@ class BuildInfo(TypedDict):
     compiler: str
     cpu_capabilities: list[str]
     cuda_architectures: list[str]
+    cuda_compiler: str | None
 
 def build_info() -> BuildInfo: ...
 def cpu_capability() -> str:
     """The instruction set in use; the environment variable TPEXT_CPU_CAPABILITY overrides the choice at import."""
 
-def regularized_inverse(weight: object, reg: float, inverse: object, status: object, num_threads: int) -> int:
+def regularized_inverse(weight: object, reg: float, inverse: object, status: object, execution: Execution) -> int:
     """Write ``inverse [batch, N, M]`` and ``status [batch]``, and return how many statuses are not 0.
 
     0: inverted; 1: NaN or infinity in the weight; 2: singular or overflow. ``inverse`` is written for 0 only.
+
+    On CUDA, where M and N are at most 128, the kernel is only enqueued: the return value is 0 whatever comes of it
+    (read ``status`` yourself), and an inverse that fails is filled with NaN.
+    """
+
+def rnn_plan(
+    products: int, dtype: str, stack: int, batch: int, hidden: int, device: int, regime: str
+) -> tuple[str, int]:
+    """The regime of a scan on a CUDA device, and the bytes of zeroed workspace that a call needs.
+
+    Args:
+        products: H x H products a step: 2 for a target scan with credit "through_time", else 1.
+        dtype: "float32", "float64", "bfloat16" or "float16".
+        regime: "auto" to let sizes and device decide, or the one wanted; ValueError where it cannot run such sizes.
+
+    Returns:
+        "block", "cluster" or "grid"; or "step", which no scan takes: the weights fit on no chip, and the caller does a
+        matrix product a step.
     """
 
 def rnn_scan(
@@ -35,8 +61,10 @@ def rnn_scan(
     nonlinearity: str,
     states: object,
     h_n: object | None,
-    num_threads: int,
-) -> None: ...
+    execution: Execution,
+) -> None:
+    """On CUDA ``x_proj`` must be given, and ``input``, ``weight_ih`` and ``bias`` None."""
+
 def rnn_scan_backward(
     grad_states: object | None,
     grad_h_n: object | None,
@@ -47,7 +75,7 @@ def rnn_scan_backward(
     nonlinearity: str,
     grad_x_proj: object,
     grad_h0: object,
-    num_threads: int,
+    execution: Execution,
 ) -> None: ...
 def rnn_target_scan(
     grad_states: object | None,
@@ -70,8 +98,11 @@ def rnn_target_scan(
     credit_h0: object | None,
     norms: object | None,
     displacement: object | None,
-    num_threads: int,
-) -> None: ...
+    displacement_of_state: object | None,
+    execution: Execution,
+) -> None:
+    """On CUDA ``norms`` must be None; ``displacement_of_state`` is written there alone."""
+
 def rnn_learned_target_scan(
     grad_states: object | None,
     disp_n: object | None,
@@ -89,8 +120,11 @@ def rnn_learned_target_scan(
     disp_h0: object,
     credit_h0: object | None,
     norms: object | None,
-    num_threads: int,
-) -> None: ...
+    displacement_of_state: object | None,
+    execution: Execution,
+) -> None:
+    """On CUDA ``norms`` must be None; ``displacement_of_state`` is written there alone."""
+
 def rnn_weight_gradients(
     delta: object,
     states: object,
@@ -102,5 +136,6 @@ def rnn_weight_gradients(
     grad_weight_ih: object | None,
     grad_weight_hh: object | None,
     grad_bias: object | None,
-    num_threads: int,
-) -> None: ...
+    execution: Execution,
+) -> None:
+    """On the CPU alone."""

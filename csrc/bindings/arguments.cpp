@@ -20,6 +20,17 @@ std::string dtype_name(dlpack::DataType dtype) {
          (dtype.lanes == 1 ? "" : "x" + std::to_string(dtype.lanes));
 }
 
+std::string device_name(dlpack::Device device) {
+  const std::string type = std::to_string(device.type);
+  switch (device.type) {
+    case dlpack::kCpu: return "the CPU";
+    case dlpack::kCuda: return "CUDA device " + std::to_string(device.id);
+    case dlpack::kCudaPinned: return "pinned memory of CUDA (DLPack device type " + type + ")";
+    case dlpack::kCudaManaged: return "managed memory of CUDA (DLPack device type " + type + ")";
+    default: return "DLPack device type " + type;
+  }
+}
+
 Argument::Argument(const char* op, const char* name, const py::object& value) : op_(op), name_(name) {
   if (value.is_none()) return;
   py::object capsule = value;
@@ -78,22 +89,23 @@ void Argument::require_shape(const std::vector<Dim>& dims) const {
 }
 
 // Checks device, dtype and memory; returns whether the tensor is empty.
-bool Argument::require_readable(dlpack::DataType dtype) const {
+bool Argument::require_readable(dlpack::DataType dtype, const Argument& leading) const {
   require();
-  if (tensor().device.type != dlpack::kCpu)
-    throw py::value_error(label() + " must be on the CPU (DLPack device type 1), got device type " +
-                          std::to_string(tensor().device.type));
-  const dlpack::DataType got = tensor().dtype;
-  if (got.code != dtype.code || got.bits != dtype.bits || got.lanes != dtype.lanes)
-    throw py::value_error(label() + " must be " + dtype_name(dtype) + ", got " + dtype_name(got));
+  if (device() != leading.device())
+    throw py::value_error(label() + " must be on " + device_name(leading.device()) + " as " + leading.name() +
+                          " is, got " + device_name(device()));
+  if (tensor().dtype != dtype)
+    throw py::value_error(label() + " must be " + dtype_name(dtype) + ", got " + dtype_name(tensor().dtype));
+  if (std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n < 0; }))
+    throw py::value_error(label() + " must have sizes >= 0, got " + shape_text());
   const bool empty = std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n == 0; });
   if (tensor().data == nullptr && !empty)
     throw py::value_error(label() + " must have memory, got a null pointer (a fake tensor, or storage that was freed)");
   return empty;
 }
 
-void Argument::require_dense(dlpack::DataType dtype) const {
-  if (require_readable(dtype) || tensor().strides == nullptr) return;
+void Argument::require_dense(dlpack::DataType dtype, const Argument& leading) const {
+  if (require_readable(dtype, leading) || tensor().strides == nullptr) return;
   int64_t expected = 1;
   for (int64_t i = rank() - 1; i >= 0; --i) {
     if (size(i) != 1 && tensor().strides[i] != expected)
@@ -103,8 +115,8 @@ void Argument::require_dense(dlpack::DataType dtype) const {
   }
 }
 
-void Argument::require_dense_rows(dlpack::DataType dtype) const {
-  if (require_readable(dtype)) return;
+void Argument::require_dense_rows(dlpack::DataType dtype, const Argument& leading) const {
+  if (require_readable(dtype, leading)) return;
   const int64_t last = rank() - 1;
   if (last >= 0 && size(last) != 1 && stride(last) != 1)
     throw py::value_error(label() + " must be contiguous along its last axis, got stride " +

@@ -29,22 +29,27 @@ class Argument {
   Argument(const Argument&) = delete;
   Argument& operator=(const Argument&) = delete;
 
+  const char* name() const { return name_; }
   bool given() const { return managed_ != nullptr; }
   int64_t rank() const { return tensor().rank; }
   int64_t size(int64_t axis) const { return tensor().shape[axis]; }
   dlpack::DataType dtype() const { return tensor().dtype; }
+  dlpack::Device device() const { return tensor().device; }
 
   void require() const;
   void require_rank(const std::vector<const char*>& symbols) const;
   void require_shape(const std::vector<Dim>& dims) const;
-  // Dense, row-major, on the CPU, of this dtype.
-  void require_dense(dlpack::DataType dtype) const;
-  // On the CPU, of this dtype, dense along the last axis.
-  void require_dense_rows(dlpack::DataType dtype) const;
+  // Dense, row-major, of this dtype, on the device of the call's leading tensor.
+  void require_dense(dlpack::DataType dtype, const Argument& leading) const;
+  // The same, dense along the last axis alone.
+  void require_dense_rows(dlpack::DataType dtype, const Argument& leading) const;
   // Elements from one index of an axis to the next.
   int64_t stride(int64_t axis) const;
+  // How errors begin, and the shape as they give it.
+  std::string label() const { return std::string(op_) + ": " + name_; }
+  std::string shape_text() const;
   // Asks the system to back a large output with huge pages where it offers them: the first touch of 4 KiB pages can
-  // take longer than the computation. Changes no content.
+  // take longer than the computation. Changes no content. For memory of the CPU.
   void prefer_huge_pages() const;
 
   template <class T>
@@ -54,9 +59,7 @@ class Argument {
 
  private:
   const dlpack::Tensor& tensor() const { return managed_->tensor; }
-  bool require_readable(dlpack::DataType dtype) const;
-  std::string shape_text() const;
-  std::string label() const { return std::string(op_) + ": " + name_; }
+  bool require_readable(dlpack::DataType dtype, const Argument& leading) const;
 
   const char* op_;
   const char* name_;
@@ -67,6 +70,8 @@ class Argument {
 // One of `choices` as its index, or an error that lists them.
 int choose(const char* op, const char* name, const std::string& value, const std::vector<const char*>& choices);
 
+// Names for errors: "bfloat16"; "the CPU", "CUDA device 0".
 std::string dtype_name(dlpack::DataType dtype);
+std::string device_name(dlpack::Device device);
 
 }  // namespace tpext::bindings

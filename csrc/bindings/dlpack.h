@@ -7,14 +7,18 @@
 namespace tpext::dlpack {
 
 struct Device {
-  int32_t type;  // 1: CPU
+  int32_t type;
   int32_t id;
+
+  bool operator==(const Device&) const = default;
 };
 
 struct DataType {
-  uint8_t code;  // 0: signed integer, 2: IEEE floating point
+  uint8_t code;
   uint8_t bits;
   uint16_t lanes;
+
+  bool operator==(const DataType&) const = default;
 };
 
 struct Tensor {
@@ -33,7 +37,11 @@ struct ManagedTensor {
   void (*deleter)(ManagedTensor*);
 };
 
-constexpr int32_t kCpu = 1;
-constexpr uint8_t kInt = 0, kFloat = 2;
+// Device types. Pinned and managed memory are those of CUDA that the CPU can read as well.
+constexpr int32_t kCpu = 1, kCuda = 2, kCudaPinned = 3, kCudaManaged = 13;
+
+constexpr uint8_t kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4;
+constexpr DataType kFloat32{kFloat, 32, 1}, kFloat64{kFloat, 64, 1}, kFloat16{kFloat, 16, 1}, kBfloat16{kBfloat, 16, 1},
+    kInt64{kInt, 64, 1}, kUint8{kUint, 8, 1};
 
 }  // namespace tpext::dlpack

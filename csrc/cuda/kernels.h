@@ -15,7 +15,7 @@ enum class Regime {
   block,    // in the registers of one block, which keeps its batch rows for all steps
   cluster,  // spread over the blocks of a cluster, states exchanged through distributed shared memory; sm_90
   grid,     // spread over blocks of a cooperative grid, states exchanged through global memory
-  step,     // nowhere: a matrix product and `rnn_step` a step, by the caller
+  step,     // nowhere: a matrix product by the caller and one call a step
 };
 
 struct RnnPlan {
@@ -24,11 +24,17 @@ struct RnnPlan {
 };
 
 // What a recurrent call needs besides its arguments. `regime` may be automatic; any other must be possible.
+//
+// With the regime `step` a call does one step of the sweep, number `step` of 0 .. T, or what follows the last one
+// (number T): the caller has multiplied.
 struct RnnExecution {
   Queue queue;
   Regime regime;
   void* workspace;  // zeroed, of at least the plan's size
   int64_t workspace_bytes;
+  int64_t step;      // regime step only, as the two below
+  const void* sums;  // [P, S, B, H] the products of `carried` with the weights
+  void* carried;     // [P, S, B, H] what the next step multiplies, replaced in place: h, or z and e (core/rnn.h)
 };
 
 // The regime of a scan with `products` products of H x H a step (2: a target pass through time, else 1). Throws
@@ -36,7 +42,7 @@ struct RnnExecution {
 template <class T>
 RnnPlan plan_rnn(int products, int64_t stack, int64_t batch, int64_t hidden, int device, Regime wanted);
 
-// `x_proj` must be given. The other regimes than `step`.
+// `x_proj` must be given.
 template <class T>
 void rnn_scan(const RnnScan<T>& args, const RnnExecution& execution);
 template <class T>

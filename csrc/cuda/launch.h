@@ -5,9 +5,13 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <utility>
 
+// A host compiler knows no device code; to call kernels it needs none.
+#if defined(__CUDACC__) || defined(TPEXT_CUDA_EMULATION)
 #include "cuda/device.h"
+#endif
 
 namespace tpext::cuda {
 
@@ -25,10 +29,10 @@ struct Queue {
 
 // What the choice of a kernel needs to know of a device; read once a device. Throws CudaError without one.
 struct Limits {
-  int capability;       // 90 for sm_90
+  int capability;  // 90 for sm_90
   int multiprocessors;
-  int shared_memory;    // bytes of dynamic shared memory that a block can ask for
-  bool cooperative;     // can launch grids that synchronise
+  int shared_memory;  // bytes of dynamic shared memory that a block can ask for
+  bool cooperative;   // can launch grids that synchronise
 };
 const Limits& limits(int device);
 
@@ -41,17 +45,43 @@ struct Shape {
 };
 
 namespace detail {
-void launch(const void* kernel, const Shape& shape, const Queue& queue, void** arguments);
+#ifdef TPEXT_CUDA_EMULATION
+void launch(void (*thread)(const void* call), const void* call, const Shape& shape, const Queue& queue);
+int resident(const Shape& shape, int device);
+#else
+void launch(const void* kernel, void** arguments, const Shape& shape, const Queue& queue);
 int resident(const void* kernel, const Shape& shape, int device);
+#endif
 }  // namespace detail
 
 // Enqueues kernel(arguments...) on the queue's stream with its device current, and raises the dynamic shared memory
 // limit (and the cluster limit above 8) where the shape asks for it. A launch of no blocks is none. Nothing waits.
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), const Shape& shape, const Queue& queue, Arguments&&... arguments);
+void launch(void (*kernel)(Parameters...), const Shape& shape, const Queue& queue, Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument a parameter");
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...), "arguments reach the device as bytes");
+  std::tuple<std::remove_cv_t<Parameters>...> values(std::forward<Arguments>(arguments)...);
+#ifdef TPEXT_CUDA_EMULATION
+  const auto call = [kernel, &values] { std::apply(kernel, values); };
+  detail::launch([](const void* at) { (*static_cast<decltype(call)*>(at))(); }, &call, shape, queue);
+#else
+  std::apply(
+      [&](auto&... value) {
+        void* pointers[] = {&value..., nullptr};
+        detail::launch(reinterpret_cast<const void*>(kernel), pointers, shape, queue);
+      },
+      values);
+#endif
+}
 
 // How many clusters (blocks, for clusters of one) of this shape the device holds at once; 0 where it cannot run one.
 template <class... Parameters>
-int resident(void (*kernel)(Parameters...), const Shape& shape, int device);
+int resident([[maybe_unused]] void (*kernel)(Parameters...), const Shape& shape, int device) {
+#ifdef TPEXT_CUDA_EMULATION
+  return detail::resident(shape, device);
+#else
+  return detail::resident(reinterpret_cast<const void*>(kernel), shape, device);
+#endif
+}
 
 }  // namespace tpext::cuda

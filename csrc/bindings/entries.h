@@ -1,0 +1,11 @@
+// The entries of `_C` by family; csrc/bindings/module.cpp puts them together.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace tpext::bindings {
+
+void define_regularized_inverse(pybind11::module_& m);
+void define_rnn(pybind11::module_& m);
+
+}  // namespace tpext::bindings

@@ -1,0 +1,218 @@
+// Products of a tile of states with weights that never leave the registers of a block:
+//     y[row][column] = sum_k state[row][k] M(k, column)
+// for a few batch rows and the block's share of the columns. Two ways, with one interface:
+//
+//   Multiply    float and double, fused multiply-adds. kDepthLanes neighbouring lanes share the depth k of kColumns
+//               columns; a lane keeps kColumns x (depth / kDepthLanes) weights, reads its part of each row in 16-byte
+//               pieces (neighbouring lanes, neighbouring pieces: no bank conflict) and the lanes add up by a
+//               reduce-scatter of shuffles, which leaves each output with one lane.
+//   MatrixUnit  16-bit formats, mma.m16n8k16 with float accumulators. The weights are the 16 x 16 operand, eight batch
+//               rows the 8 columns of the other. A warp has 16 columns; `kSplit` warps may share their depth.
+//
+// Every weight is a register of a known number: all loops over them are unrolled. Depth and columns beyond H hold zero
+// weights and zero states. Deterministic: the order of a sum depends on the type alone.
+//
+//   Storage, Compute          type of weights and states in memory; of sums
+//   kRows, kDepth, kColumns   the tile: batch rows, depth (>= H), columns of a block
+//   kStride                   elements from a row of states to the next
+//   kOutputs                  sums that a thread ends up with; output(i) says which, owns() whether they count
+//   kScratchBytes             shared memory that products need
+//   load(weight)              weight(k, column) -> Storage, called for every pair that counts
+//   product(states, scratch, y)
+#pragma once
+
+#include "core/low_precision.h"
+#include "cuda/device.h"
+
+namespace tpext::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+
+// Place of a sum in the tile.
+struct Output {
+  int row, column;
+};
+
+template <class T, int kDepthLanes, int kLaneColumns, int kPieces, int kTail, int kTileRows>
+class Multiply {
+ public:
+  using Storage = T;
+  using Compute = T;
+  static constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kRows = kTileRows;
+  static constexpr int kDepth = kDepthLanes * (kPiece * kPieces + kTail);
+  static constexpr int kColumns = kThreads / kDepthLanes * kLaneColumns;
+  static constexpr int kStride = (kDepth + kPiece - 1) / kPiece * kPiece;
+  static constexpr int kSums = kRows * kLaneColumns;
+  static constexpr int kOutputs = kSums > kDepthLanes ? kSums / kDepthLanes : 1;
+  static constexpr int kScratchBytes = 0;
+  static_assert((kSums & (kSums - 1)) == 0 && kTail <= 1);
+
+  // Depth of a lane's weight number `index`.
+  TPEXT_HOST_DEVICE static constexpr int depth(int depth_lane, int index) {
+    return index < kPiece * kPieces ? (index / kPiece * kDepthLanes + depth_lane) * kPiece + index % kPiece
+                                    : kDepthLanes * kPiece * kPieces + depth_lane;
+  }
+  TPEXT_HOST_DEVICE static constexpr Output output(int thread, int index) {
+    const int lane = thread % kDepthLanes;
+    int first = 0;
+    for (int mask = kDepthLanes / 2, count = kSums; mask > 0 && count > 1; mask /= 2) {
+      count /= 2;
+      if ((lane & mask) != 0) first += count;
+    }
+    const int sum = first + index;
+    return {sum / kLaneColumns, thread / kDepthLanes * kLaneColumns + sum % kLaneColumns};
+  }
+  // Where there are fewer sums than lanes, several lanes hold the same.
+  TPEXT_HOST_DEVICE static constexpr bool owns(int thread) {
+    return kSums >= kDepthLanes || thread % (kDepthLanes / kSums) == 0;
+  }
+
+  template <class Weight>
+  __device__ void load(const Weight& weight) {
+    const int lane = thread_index() % kDepthLanes, column = thread_index() / kDepthLanes * kLaneColumns;
+#pragma unroll
+    for (int c = 0; c < kLaneColumns; ++c)
+#pragma unroll
+      for (int i = 0; i < kWeights; ++i) weights_[c][i] = weight(depth(lane, i), column + c);
+  }
+
+  __device__ void product(const T* states, char*, T (&y)[kOutputs]) const {
+    const int lane = thread_index() % kDepthLanes;
+    T sums[kSums] = {};
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const Piece piece = *reinterpret_cast<const Piece*>(states + r * kStride + depth(lane, i * kPiece));
+#pragma unroll
+        for (int k = 0; k < kPiece; ++k)
+#pragma unroll
+          for (int c = 0; c < kLaneColumns; ++c)
+            sums[r * kLaneColumns + c] += piece.values[k] * weights_[c][i * kPiece + k];
+      }
+    if constexpr (kTail == 1) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const T value = states[r * kStride + depth(lane, kWeights - 1)];
+#pragma unroll
+        for (int c = 0; c < kLaneColumns; ++c) sums[r * kLaneColumns + c] += value * weights_[c][kWeights - 1];
+      }
+    }
+    add_up<kSums, kDepthLanes / 2>(sums, lane);
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) y[i] = sums[i];
+  }
+
+ private:
+  static constexpr int kWeights = kPiece * kPieces + kTail;
+  struct alignas(16) Piece {
+    T values[kPiece];
+  };
+
+  // Halves the number of sums with each exchange, until there is one a lane; then all lanes add the same.
+  template <int kCount, int kMask>
+  __device__ static void add_up(T (&sums)[kSums], int lane) {
+    if constexpr (kMask > 0) {
+      if constexpr (kCount > 1) {
+        const bool upper = (lane & kMask) != 0;
+#pragma unroll
+        for (int i = 0; i < kCount / 2; ++i) {
+          const T given = upper ? sums[i] : sums[i + kCount / 2], kept = upper ? sums[i + kCount / 2] : sums[i];
+          sums[i] = kept + shuffle_xor(given, kMask);
+        }
+        add_up<kCount / 2, kMask / 2>(sums, lane);
+      } else {
+        sums[0] += shuffle_xor(sums[0], kMask);
+        add_up<1, kMask / 2>(sums, lane);
+      }
+    }
+  }
+
+  T weights_[kLaneColumns][kWeights];
+};
+
+template <class T, int kTileDepth, int kSplit>
+class MatrixUnit {
+ public:
+  using Storage = T;
+  using Compute = float;
+  static constexpr int kRows = 8;
+  static constexpr int kDepth = kTileDepth;
+  static constexpr int kColumns = kWarps / kSplit * 16;
+  // A quarter warp's 16-byte reads are of two rows: 64 bytes more than a multiple of 128 keep them apart.
+  static constexpr int kStride = kDepth + 32;
+  static constexpr int kOutputs = 4 / kSplit;
+  // Two buffers, used in turns, so that one barrier a product is enough.
+  static constexpr int kScratchBytes = kSplit == 1 ? 0 : 2 * kThreads * 16;
+  static_assert(kDepth % (64 * kSplit) == 0);
+
+  // Lanes take eight neighbouring k at a time, 16 bytes, for two instructions. Which k stands where in an instruction
+  // is free as long as both operands agree: register `half` of instruction i has two, from this one on.
+  TPEXT_HOST_DEVICE static constexpr int depth(int thread, int i, int half) {
+    const int warp = thread / kWarp, q = thread % 4;
+    return warp % kSplit * (kDepth / kSplit) + i / 2 * 32 + q * 8 + i % 2 * 4 + half * 2;
+  }
+  TPEXT_HOST_DEVICE static constexpr Output output(int thread, int index) {
+    const int warp = thread / kWarp, lane = thread % kWarp, c = warp % kSplit * kOutputs + index;
+    return {lane % 4 * 2 + c % 2, warp / kSplit * 16 + lane / 4 + c / 2 * 8};
+  }
+  TPEXT_HOST_DEVICE static constexpr bool owns(int) { return true; }
+
+  template <class Weight>
+  __device__ void load(const Weight& weight) {
+    const int thread = thread_index(), column = thread / kWarp / kSplit * 16 + thread % kWarp / 4;
+#pragma unroll
+    for (int i = 0; i < kInstructions; ++i)
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        const int k = depth(thread, i, part / 2), n = column + part % 2 * 8;
+        weights_[i][part] = weight(k, n).bits | static_cast<uint32_t>(weight(k + 1, n).bits) << 16;
+      }
+  }
+
+  __device__ void product(const T* states, char* scratch, float (&y)[kOutputs]) {
+    const int thread = thread_index();
+    const T* const row = states + thread % kWarp / 4 * kStride;
+    // Two sums side by side: an instruction waits for its own accumulator.
+    float sums[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < kInstructions; i += 2) {
+      const Piece piece = *reinterpret_cast<const Piece*>(row + depth(thread, i, 0));
+      mma(sums[0], weights_[i], piece.pairs[0], T());
+      mma(sums[1], weights_[i + 1], piece.pairs[1], T());
+    }
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sums[0][c] += sums[1][c];
+    if constexpr (kSplit == 1) {
+#pragma unroll
+      for (int c = 0; c < kOutputs; ++c) y[c] = sums[0][c];
+    } else {
+      const int part = thread / kWarp % kSplit;
+      float* const buffer = reinterpret_cast<float*>(scratch) + turn_ * kThreads * 4;
+      turn_ ^= 1;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) buffer[c * kThreads + thread] = sums[0][c];
+      block_barrier();
+#pragma unroll
+      for (int c = 0; c < kOutputs; ++c) {
+        const float* const at = buffer + (part * kOutputs + c) * kThreads + thread - part * kWarp;
+        y[c] = at[0];
+#pragma unroll
+        for (int p = 1; p < kSplit; ++p) y[c] += at[p * kWarp];
+      }
+    }
+  }
+
+ private:
+  static constexpr int kInstructions = kDepth / 16 / kSplit;
+  struct alignas(16) Piece {
+    uint32_t pairs[2][2];
+  };
+
+  uint32_t weights_[kInstructions][4];
+  int turn_ = 0;
+};
+
+}  // namespace tpext::cuda
