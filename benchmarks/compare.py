@@ -78,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tolerance", type=float, default=0.1, help="least change that counts (default %(default)s)")
     options = parser.parse_args(arguments)
     old, new = read(options.old), read(options.new)
-    for what, before, after in [("processor", {old.cpu}, {new.cpu})] + [
+    machines = [("processor", old.cpu, new.cpu), ("GPU", old.gpu.get("name", "none"), new.gpu.get("name", "none"))]
+    for what, before, after in [(what, {before}, {after}) for what, before, after in machines] + [
         (field, {r[field] for r in old.rows if field in r}, {r[field] for r in new.rows if field in r})
         for field in ("torch", "cpu_capability")
     ]:

@@ -1,12 +1,17 @@
-"""Paired timing: each row runs its peer right before every round of ours, so that drift of the machine hits both."""
+"""Paired timing: each row runs its peer right before every round of ours, so that drift of the machine hits both.
+
+Rows on a GPU are marked ``gpu`` and timed by gpu.py; without one they are skipped.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpu as gpu_timing
 import pytest
 import torch
 
@@ -16,11 +21,37 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 200
 # A round runs each side as often in a row as fills this many seconds. In a training loop a step follows its like; one
 # of half a millisecond between two of the peer's would spend a third of its time refilling caches.
 ROUND_SECONDS = 0.02
+NO_GPU = "needs a CUDA device, and torch sees none"
+START = time.monotonic()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A profiler may slow down what runs after it.
+    items.sort(key=lambda item: "kernels_of_a_step" in item.name)
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where TPEXT_BENCHMARK_SECONDS are up, skip what is left, so that the result file is written in time."""
+    limit = float(os.environ.get("TPEXT_BENCHMARK_SECONDS", "inf"))
+    if time.monotonic() - START > limit:
+        pytest.skip(f"the {limit:g} s of TPEXT_BENCHMARK_SECONDS are up")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_GPU in str(report.longrepr)]
+    terminalreporter.write_line(f"gpu rows skipped: {len(skipped)}" + (f" ({NO_GPU})" if skipped else ""))
 
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     # The result files are published; the host's name is nobody's business.
     machine_info.pop("node", None)
+    if gpu_timing.machine.cache_info().currsize:
+        machine_info["gpu"] = gpu_timing.machine()
 
 
 def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
@@ -30,6 +61,15 @@ def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
         row["stats"].pop("data", None)
         for field in ("options", "params", "param"):
             row.pop(field, None)
+
+
+@pytest.fixture
+def gpu(benchmark: Any, request: pytest.FixtureRequest) -> Iterator[gpu_timing.Timer]:
+    """Timing on the GPU, TF32 off."""
+    if not benchmark.disabled:
+        gpu_timing.machine()
+    with gpu_timing.cudnn_tf32(False):
+        yield gpu_timing.Timer(benchmark, gpu_timing.Gpu(), request.node.name)
 
 
 @pytest.fixture(params=[1, 2], ids=lambda n: f"threads{n}")

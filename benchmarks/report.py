@@ -1,36 +1,24 @@
-"""Make README.md's tables, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``."""
+"""Make README.md's tables, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``.
+
+Results on a GPU are taken from gpu.json beside that file.
+"""
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rows import Results, Row, read
+import gpu_report
+from rows import RULES, Results, Row, ms, read, sizes, table
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-RULES = {"local": "local", "through_time": "through_time", "backprop": "`Backprop()`"}
+GPU_BEGIN, GPU_END = "<!-- gpu benchmarks: begin -->", "<!-- gpu benchmarks: end -->"
 # Okabe and Ito: apart in print and for colour-blind readers. Markers and dashes tell the lines apart without colour.
 STYLES = {"local": ("#0072B2", "o", "-"), "through_time": ("#D55E00", "s", "--"), "backprop": ("#009E73", "^", ":")}
 INK = "#333333"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; columns are numbers, aligned to the right, unless their header begins with a space."""
-    lines = [[name.strip() for name in header], ["---" if name.startswith(" ") else "--:" for name in header]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *rows])
-
-
-def sizes(row: Row) -> str:
-    return ", ".join(str(row[name]) for name in ("I", "H", "B", "T"))
-
-
-def ms(seconds: float) -> str:
-    """Milliseconds with three digits, whole from 100 on."""
-    value = seconds * 1e3
-    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3}f}"
 
 
 def mib(count: int) -> str:
@@ -247,19 +235,31 @@ def missing_rows(results: Results) -> list[str]:
     return [f"{test} {wanted}" for test, wanted in needed if not results.of(test, **wanted)]
 
 
+def put(text: str, begin: str, end: str, into: str) -> str:
+    before, rest = into.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
+
+
 def write(source: Path, root: Path = ROOT) -> None:
+    """The rows on a GPU come from gpu.json beside ``source``, if there is one."""
     results = read(source)
     missing = missing_rows(results)
     if missing:
         raise SystemExit(
             f"{source} is not of a whole run of the suite, nothing is written; missing: {', '.join(missing)}"
         )
-    readme = root / "README.md"
-    before, rest = readme.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    readme.write_text(f"{before}{BEGIN}\n{summary(results)}\n{END}{after}")
+    pages = {"README.md": (root / "README.md").read_text(), "docs/benchmarks.md": details(results, source.name)}
+    pages["README.md"] = put(summary(results), BEGIN, END, pages["README.md"])
+    gpu = source.with_name("gpu.json")
+    if gpu.is_file():
+        on_gpu = read(gpu)
+        if GPU_BEGIN not in pages["README.md"]:
+            pages["README.md"] = pages["README.md"].replace(END, f"{END}\n\n{GPU_BEGIN}\n{GPU_END}")
+        pages["README.md"] = put(gpu_report.summary(on_gpu), GPU_BEGIN, GPU_END, pages["README.md"])
+        pages["docs/benchmarks.md"] += f"\n{gpu_report.details(on_gpu)}\n"
     (root / "docs").mkdir(exist_ok=True)
-    (root / "docs" / "benchmarks.md").write_text(details(results, source.name))
+    for name, text in pages.items():
+        (root / name).write_text(text)
     draw(results, root / "docs" / "speed.png")
     if names := disturbed(results):
         print("the machine was busy before these rows, which makes them worthless:", *names, sep="\n  ")

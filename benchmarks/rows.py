@@ -1,19 +1,23 @@
-"""Rows of a JSON file of pytest-benchmark, as the suite's conftest.py fills it."""
+"""Rows of a JSON file of pytest-benchmark, as the suite's conftest.py fills it, and how their values are written."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Row = dict[str, Any]
 
+RULES = {"local": "local", "through_time": "through_time", "backprop": "`Backprop()`"}
+
 
 class Results(NamedTuple):
-    """A result file: ``rows`` in the order in which they ran, ``cpu`` the processor's name."""
+    """A result file: ``rows`` in the order in which they ran, ``cpu`` the processor's name, ``gpu`` its facts."""
 
     rows: list[Row]
     cpu: str
+    gpu: Row
 
     def of(self, test: str, **wanted: object) -> list[Row]:
         """The rows of one test function that have these values."""
@@ -31,4 +35,21 @@ def read(path: Path) -> Results:
         }
         for row in data["benchmarks"]
     ]
-    return Results(rows, data["machine_info"]["cpu"].get("brand_raw", "unknown processor"))
+    machine = data["machine_info"]
+    return Results(rows, machine["cpu"].get("brand_raw", "unknown processor"), machine.get("gpu", {}))
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; columns are numbers, aligned to the right, unless their header begins with a space."""
+    lines = [[name.strip() for name in header], ["---" if name.startswith(" ") else "--:" for name in header]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [*lines, *rows])
+
+
+def sizes(row: Row) -> str:
+    return ", ".join(str(row[name]) for name in ("I", "H", "B", "T"))
+
+
+def ms(seconds: float) -> str:
+    """Milliseconds with three digits, whole from 100 on."""
+    value = seconds * 1e3
+    return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3}f}"

@@ -1,5 +1,5 @@
-// The nonlinearities a, their derivatives from the state h = a(u), and the inverses that a target needs; one number at a
-// time. The same functions as cpu/activations.h has for vectors, to within rounding.
+// The nonlinearities a, their derivatives from the state h = a(u), and the inverses that a target needs; one number at
+// a time. The same functions as cpu/activations.h has for vectors, to within rounding.
 #pragma once
 
 #include <cmath>

@@ -14,18 +14,18 @@ struct BackwardArrays {
   bool displaces;  // a target pass; else back-propagation: delta is (g + credit) a'(h)
   Correction correction;
   Compute<T> target_step, clip;
-  const T* weight_hh;    // product e W: back-propagation and credit through time
-  const T* inverse;      // product z P, P = inverse': target passes
-  const T* grad_states;  // [S, T, B, H]
-  const T* disp_n;       // [S, B, H]
-  const T* credit_n;     // [S, B, H]
-  const T* states;       // [S, T, B, H]
-  const T* h0;           // [S, B, H], correction none
-  const T* extra;        // [S, T, B, H]: x_proj for correction none, reverse_pre for learned
-  T* delta;              // [S, T, B, H]
-  T* disp_h0;            // [S, B, H]
-  T* credit_h0;          // [S, B, H]
-  T* displacement;       // [S, T, B, H] z_t, for "none" the z_t of "difference"
+  const T* weight_hh;        // product e W: back-propagation and credit through time
+  const T* inverse;          // product z P, P = inverse': target passes
+  const T* grad_states;      // [S, T, B, H]
+  const T* disp_n;           // [S, B, H]
+  const T* credit_n;         // [S, B, H]
+  const T* states;           // [S, T, B, H]
+  const T* h0;               // [S, B, H], correction none
+  const T* extra;            // [S, T, B, H]: x_proj for correction none, reverse_pre for learned
+  T* delta;                  // [S, T, B, H]
+  T* disp_h0;                // [S, B, H]
+  T* credit_h0;              // [S, B, H]
+  T* displacement;           // [S, T, B, H] z_t, for "none" the z_t of "difference"
   T* displacement_of_state;  // [S, T, B, H] d_t
 };
 

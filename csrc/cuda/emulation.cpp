@@ -1,9 +1,8 @@
 // The fibers behind cuda/emulation.h, their schedule, and the emulated side of cuda/launch.h.
 //
-// A fiber is entered once through makecontext; from then on fibers switch by _setjmp and _longjmp, which make no system
-// call, straight from one to the next. It runs one thread of a launch after another and is kept between launches. A
-// round takes every runnable fiber once; those that become runnable meanwhile make up the next round. One launch runs
-// at a time, whichever host thread asks for it.
+// Fibers switch straight from one to the next, without a system call. A fiber runs one thread of a launch after another
+// and is kept between launches. A round takes every runnable fiber once; those that become runnable meanwhile make up
+// the next round. One launch runs at a time, whichever host thread asks for it.
 
 // The checked longjmp of the C library takes a jump to another stack for an error.
 #undef _FORTIFY_SOURCE
@@ -43,6 +42,70 @@ constexpr int kMostIdleRounds = 10000;  // after which threads that only spin co
 constexpr int kMostThreads = 1024, kLargestCluster = 16;
 
 [[noreturn]] void throw_error(const std::string& text) { throw CudaError("CUDA emulation: " + text); }
+
+#if defined(__x86_64__) && !defined(TPEXT_PORTABLE_FIBERS)
+
+// Every fiber comes here by the same calls, which keeps the processor's prediction of returns right; after longjmp it
+// is wrong, and a switch takes four times as long. noipa: callers must not look which registers it changes.
+[[gnu::naked, gnu::noipa]] void switch_stack(void** /*from*/, void* /*to*/) {
+  asm("pushq %rbp\n\tpushq %rbx\n\tpushq %r12\n\tpushq %r13\n\tpushq %r14\n\tpushq %r15\n\t"
+      "movq %rsp, (%rdi)\n\tmovq %rsi, %rsp\n\t"
+      "popq %r15\n\tpopq %r14\n\tpopq %r13\n\tpopq %r12\n\tpopq %rbx\n\tpopq %rbp\n\tret");
+}
+
+class Context {
+ public:
+  // So that the first switch to it calls `body`, which must not return.
+  void prepare(char* stack, size_t bytes, void (*body)()) {
+    constexpr size_t saved_registers = 6;
+    void** top = reinterpret_cast<void**>(stack + bytes / 16 * 16);
+    *--top = nullptr;
+    *--top = reinterpret_cast<void*>(body);
+    top_ = top - saved_registers;
+  }
+  void switch_to(const Context& other) {
+    if (this != &other) switch_stack(&top_, other.top_);
+  }
+
+ private:
+  void* top_;
+};
+
+#else
+
+// For the other hosts; TPEXT_PORTABLE_FIBERS chooses it on x86-64, to test it. makecontext and setcontext enter the
+// stack; they make system calls, and are not used for more.
+class Context {
+ public:
+  void prepare(char* stack, size_t bytes, void (*body)()) {
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = bytes;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+    prepared_ = this;
+    body_ = body;
+    if (_setjmp(preparer_) == 0) setcontext(&context);
+  }
+  void switch_to(const Context& other) {
+    if (_setjmp(saved_) == 0) _longjmp(const_cast<jmp_buf&>(other.saved_), 1);
+  }
+
+ private:
+  static void enter() {
+    void (*const body)() = body_;
+    if (_setjmp(prepared_->saved_) == 0) _longjmp(preparer_, 1);
+    body();
+  }
+
+  static inline jmp_buf preparer_;
+  static inline Context* prepared_;
+  static inline void (*body_)();
+  jmp_buf saved_;
+};
+
+#endif
 
 size_t page_bytes() { return static_cast<size_t>(sysconf(_SC_PAGESIZE)); }
 
@@ -118,7 +181,7 @@ struct Block {
 };
 
 struct Fiber {
-  jmp_buf context;
+  Context context;
   Thread thread;
   Block* block;
   Warp* warp;
@@ -152,7 +215,7 @@ struct Machine {
   int used_fibers;
   std::vector<char*> chunks;  // of stacks
 
-  jmp_buf launcher;
+  Context launcher;
   Fiber* current;
   int alive;
   // A fiber is in one of these at most, so that none outgrows the number of fibers.
@@ -239,7 +302,9 @@ std::string where_threads_are() {
 
 [[noreturn]] void abort_launch(const std::string& text) {
   machine.failure = text + "; threads: " + where_threads_are();
-  _longjmp(machine.launcher, 1);
+  Context stopped;
+  stopped.switch_to(machine.launcher);
+  __builtin_unreachable();
 }
 [[noreturn]] void abort_thread(const std::string& text) { abort_launch(describe(*machine.current) + ": " + text); }
 
@@ -294,7 +359,7 @@ bool new_round() {
     if (m.alive == 0) return false;
     abort_launch("no thread can go on");
   }
-  m.idle_rounds = m.progress || m.held_size > 0 ? 0 : m.idle_rounds + 1;
+  m.idle_rounds = m.progress ? 0 : m.idle_rounds + 1;
   if (m.idle_rounds > kMostIdleRounds) abort_launch("threads spin for ever");
   if (m.seed != 0) {
     permute_round();
@@ -308,23 +373,20 @@ bool new_round() {
   return true;
 }
 
-[[noreturn]] void run_next() {
+// From the running fiber, or the launcher, to the next fiber; to the launcher at the end.
+void switch_from(Context& from) {
   Machine& m = machine;
-  if (m.round_position == m.round_size && !new_round()) _longjmp(m.launcher, 1);
+  if (m.round_position == m.round_size && !new_round()) {
+    from.switch_to(m.launcher);
+    return;
+  }
   Fiber* fiber = m.round[m.round_position++];
   m.current = fiber;
   running = &fiber->thread;
-  _longjmp(fiber->context, 1);
+  from.switch_to(fiber->context);
 }
 
-[[gnu::noinline]] void switch_away() {
-  if (_setjmp(machine.current->context) == 0) run_next();
-}
-
-void yield() {
-  make_runnable(machine.current);
-  switch_away();
-}
+void switch_away() { switch_from(machine.current->context); }
 
 void end_thread() {
   Machine& m = machine;
@@ -333,8 +395,9 @@ void end_thread() {
   fiber.wait = Wait::ended;
   if (fiber.arrived_in_cluster) abort_thread("ended between cluster_arrive and cluster_wait");
   if (block.arrived > 0) abort_thread("ended while others of its block wait at block_barrier");
-  if (fiber.warp->arrived > 0)
+  if (fiber.warp->arrived > 0) {
     abort_thread("ended while others of its warp wait at " + std::string(name(fiber.warp->kind)));
+  }
   ++fiber.warp->ended;
   ++block.ended;
   --m.alive;
@@ -344,17 +407,11 @@ void end_thread() {
   switch_away();
 }
 
-// Comes back to the launcher before the first thread.
 void run_fiber() {
-  if (_setjmp(machine.current->context) == 0) _longjmp(machine.launcher, 1);
   for (;;) {
     machine.call.thread(machine.call.call);
     end_thread();
   }
-}
-
-void enter(const ucontext_t& context) {
-  if (_setjmp(machine.launcher) == 0) setcontext(&context);
 }
 
 // Stacks come in chunks, each stack above an inaccessible page as long as there are not too many, with its fiber at the
@@ -367,15 +424,7 @@ void add_fiber() {
   if (m.fibers.size() < kGuardedStacks) protect(stack, page_bytes(), PROT_NONE);
   const size_t top = (kStackBytes - place % 16 * 128 - sizeof(Fiber)) / 64 * 64;
   m.fibers.push_back(new (stack + top) Fiber);
-
-  ucontext_t context;
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = top;
-  context.uc_link = nullptr;
-  makecontext(&context, run_fiber, 0);
-  m.current = m.fibers.back();
-  enter(context);
+  m.fibers.back()->context.prepare(stack, top, run_fiber);
 }
 
 void make_gang(int64_t first_block, int blocks) {
@@ -415,10 +464,6 @@ void make_gang(int64_t first_block, int blocks) {
   }
 }
 
-void run_gang() {
-  if (_setjmp(machine.launcher) == 0) run_next();
-}
-
 // The last lane to come: the others wait.
 bool last_of_warp(Wait kind) {
   Fiber& fiber = *machine.current;
@@ -454,8 +499,8 @@ void multiply_warp(const Warp& warp, int set) {
   std::array<const Operands*, kWarp> operands;
   float a[16][16], b[16][8], c[16][8];
   for (int lane = 0; lane < kWarp; ++lane) {
-    uint64_t address = warp.values[set][lane];
-    operands[static_cast<size_t>(lane)] = reinterpret_cast<const Operands*>(static_cast<uintptr_t>(address));
+    const auto address = static_cast<uintptr_t>(warp.values[set][lane]);
+    operands[static_cast<size_t>(lane)] = reinterpret_cast<const Operands*>(address);
     const Operands& of = *operands[static_cast<size_t>(lane)];
     const int g = lane / 4, q = lane % 4;
     for (int i = 0; i < 4; ++i) {
@@ -491,8 +536,9 @@ std::string refusal(const Shape& shape) {
            std::to_string(l.shared_memory);
   }
   if (shape.cluster < 1 || shape.cluster > kLargestCluster) return "clusters must have 1 to 16 blocks";
-  if (shape.cluster > 1 && l.capability < 90)
+  if (shape.cluster > 1 && l.capability < 90) {
     return "clusters need capability 90, here " + std::to_string(l.capability);
+  }
   return {};
 }
 
@@ -500,11 +546,18 @@ std::string refusal(const Shape& shape) {
 
 void interrupt() {
   draw_interruption();
-  machine.progress = true;
-  yield();
+  Fiber& fiber = *machine.current;
+  const Wait before = fiber.wait;
+  if (before != Wait::spin) machine.progress = true;
+  make_runnable(&fiber);
+  fiber.wait = before;
+  switch_away();
 }
 
-void made_progress() { machine.progress = true; }
+void made_progress() {
+  machine.current->wait = Wait::none;
+  machine.progress = true;
+}
 
 uint64_t exchange(Wait kind, uint64_t bits, int source) {
   may_interrupt();
@@ -543,8 +596,9 @@ void* in_cluster(void* shared, int rank) {
   const Fiber& fiber = *machine.current;
   const Shape& shape = machine.call.shape;
   const ptrdiff_t offset = static_cast<char*>(shared) - fiber.thread.shared;
-  if (offset < 0 || offset > shape.shared_bytes)
+  if (offset < 0 || offset > shape.shared_bytes) {
     abort_thread("in_cluster of an address outside its block's shared memory");
+  }
   if (rank < 0 || rank >= shape.cluster) {
     abort_thread("in_cluster of rank " + std::to_string(rank) + " in a cluster of " + std::to_string(shape.cluster));
   }
@@ -557,14 +611,16 @@ void launch(void (*thread)(const void*), const void* call, const Shape& shape, c
   Machine& m = machine;
   const std::string what = "launch of " + describe(shape) + " on device " + std::to_string(queue.device) + ": ";
   if (shape.blocks == 0) return;
-  if (shape.blocks < 0 || shape.blocks > std::numeric_limits<int32_t>::max()) throw_error(what + "impossible grid");
+  if (shape.blocks < 0 || shape.blocks > std::numeric_limits<int32_t>::max())
+    throw_error(what + "a grid has 0 to 2147483647 blocks");
   if (const std::string why = refusal(shape); !why.empty()) throw_error(what + why);
   if (shape.blocks % shape.cluster != 0) throw_error(what + "the grid must be whole clusters");
   if (shape.cooperative) {
     const int64_t possible = static_cast<int64_t>(resident(shape, queue.device)) * shape.cluster;
     if (!emulated_limits.cooperative) throw_error(what + "the device has no cooperative launches");
-    if (shape.blocks > possible)
+    if (shape.blocks > possible) {
       throw_error(what + "of a cooperative grid " + std::to_string(possible) + " blocks fit");
+    }
   }
 
   const std::lock_guard<std::mutex> lock(m.one_launch);
@@ -584,7 +640,7 @@ void launch(void (*thread)(const void*), const void* call, const Shape& shape, c
   }
   for (const int64_t gang : gangs) {
     make_gang(gang * together, together);
-    run_gang();
+    switch_from(m.launcher);
     if (m.failure.empty()) continue;
     const std::string failure = std::exchange(m.failure, {});
     // The fibers stand where they were stopped: they are of no more use.
@@ -670,7 +726,6 @@ void spin() {
   make_runnable(machine.current);
   machine.current->wait = Wait::spin;
   switch_away();
-  machine.current->wait = Wait::none;
 }
 
 }  // namespace tpext::cuda

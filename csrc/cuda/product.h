@@ -143,7 +143,7 @@ class MatrixUnit {
   static constexpr int kColumns = kWarps / kSplit * 16;
   // A quarter warp's 16-byte reads are of two rows: 64 bytes more than a multiple of 128 keep them apart.
   static constexpr int kStride = kDepth + 32;
-  static constexpr int kOutputs = 4 / kSplit;
+  static constexpr int kOutputs = kSplit < 4 ? 4 / kSplit : 1;
   // Two buffers, used in turns, so that one barrier a product is enough.
   static constexpr int kScratchBytes = kSplit == 1 ? 0 : 2 * kThreads * 16;
   static_assert(kDepth % (64 * kSplit) == 0);
@@ -155,10 +155,11 @@ class MatrixUnit {
     return warp % kSplit * (kDepth / kSplit) + i / 2 * 32 + q * 8 + i % 2 * 4 + half * 2;
   }
   TPEXT_HOST_DEVICE static constexpr Output output(int thread, int index) {
-    const int warp = thread / kWarp, lane = thread % kWarp, c = warp % kSplit * kOutputs + index;
+    const int warp = thread / kWarp, lane = thread % kWarp, c = (warp % kSplit * kOutputs + index) % 4;
     return {lane % 4 * 2 + c % 2, warp / kSplit * 16 + lane / 4 + c / 2 * 8};
   }
-  TPEXT_HOST_DEVICE static constexpr bool owns(int) { return true; }
+  // Of eight warps that share a sum four end up with it.
+  TPEXT_HOST_DEVICE static constexpr bool owns(int thread) { return thread / kWarp % kSplit * kOutputs < 4; }
 
   template <class Weight>
   __device__ void load(const Weight& weight) {
@@ -197,7 +198,7 @@ class MatrixUnit {
       block_barrier();
 #pragma unroll
       for (int c = 0; c < kOutputs; ++c) {
-        const float* const at = buffer + (part * kOutputs + c) * kThreads + thread - part * kWarp;
+        const float* const at = buffer + (part * kOutputs + c) % 4 * kThreads + thread - part * kWarp;
         y[c] = at[0];
 #pragma unroll
         for (int p = 1; p < kSplit; ++p) y[c] += at[p * kWarp];

@@ -84,9 +84,9 @@ void rnn_scan_backward(const RnnScanBackward<T>& args, const RnnExecution& execu
   run_backward_sweep(1, arrays, args.sizes, execution);
 }
 
-#define TPEXT_INSTANTIATE(T)                                                      \
-  template RnnPlan plan_rnn<T>(int, int64_t, int64_t, int64_t, int, Regime);      \
-  template void rnn_scan<T>(const RnnScan<T>&, const RnnExecution&);              \
+#define TPEXT_INSTANTIATE(T)                                                 \
+  template RnnPlan plan_rnn<T>(int, int64_t, int64_t, int64_t, int, Regime); \
+  template void rnn_scan<T>(const RnnScan<T>&, const RnnExecution&);         \
   template void rnn_scan_backward<T>(const RnnScanBackward<T>&, const RnnExecution&);
 TPEXT_INSTANTIATE(float)
 TPEXT_INSTANTIATE(double)

@@ -71,7 +71,8 @@ struct BackwardStep {
     loads.g = arrays.grad_states == nullptr ? T{} : arrays.grad_states[element];
     // The reverse layer's pre-activation is that of the step which the sweep comes from.
     const bool learned = arrays.correction == Correction::learned;
-    loads.extra = arrays.extra == nullptr || (learned && begins) ? T{} : arrays.extra[learned ? element - next : element];
+    loads.extra =
+        arrays.extra == nullptr || (learned && begins) ? T{} : arrays.extra[learned ? element - next : element];
   }
 
   __device__ C beyond(const T* array, const Position& at) const {
@@ -124,7 +125,8 @@ struct BackwardStep {
     if (arrays.disp_h0 == nullptr) return;
     C d = y[0];
     if (!at.valid) d = beyond(arrays.disp_n, at);
-    if (at.valid && arrays.correction == Correction::learned) d = tanh_difference(to_compute(arrays.extra[at.element]), d);
+    if (at.valid && arrays.correction == Correction::learned)
+      d = tanh_difference(to_compute(arrays.extra[at.element]), d);
     if (at.valid && arrays.correction == Correction::none) d -= to_compute(arrays.h0[at.initial]);
     arrays.disp_h0[at.initial] = from_compute<T>(d);
   }
@@ -168,7 +170,7 @@ void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, con
                                  .credit_n = args.through_time ? args.credit_n : nullptr,
                                  .states = args.states,
                                  .h0 = args.h0,
-                                 .extra = learned                                ? args.reverse_pre
+                                 .extra = learned                               ? args.reverse_pre
                                           : args.correction == Correction::none ? args.x_proj
                                                                                 : nullptr,
                                  .delta = args.delta,
@@ -179,8 +181,8 @@ void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, con
   run_backward_sweep(args.through_time ? 2 : 1, arrays, args.sizes, execution);
 }
 
-#define TPEXT_INSTANTIATE(T)                                                                             \
-  template RnnPlan plan_backward_sweep<T>(int, const RnnSizes&, int, Regime);                            \
+#define TPEXT_INSTANTIATE(T)                                                                                \
+  template RnnPlan plan_backward_sweep<T>(int, const RnnSizes&, int, Regime);                               \
   template void run_backward_sweep<T>(int, const BackwardArrays<T>&, const RnnSizes&, const RnnExecution&); \
   template void rnn_target_scan<T>(const RnnTargetScan<T>&, T*, const RnnExecution&);
 TPEXT_INSTANTIATE(float)

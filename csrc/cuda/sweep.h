@@ -10,9 +10,9 @@
 //            the shared memory of all of them, one cluster barrier a step. sm_90.
 //   grid     the same over blocks of a cooperative grid: states go through global memory, a counter is the barrier.
 //
-// The rows of a member of the stack are dealt to groups (a block, or the blocks that share columns), in tiles of as many
-// rows as a product takes; a group does all its tiles at a step, then one barrier. Two copies of the states in turns:
-// what a step writes is read at the next, and nobody still reads what it overwrites.
+// The rows of a member of the stack are dealt to groups (a block, or the blocks that share columns), in tiles of as
+// many rows as a product takes; a group does all its tiles at a step, then one barrier. Two copies of the states in
+// turns: what a step writes is read at the next, and nobody still reads what it overwrites.
 //
 // Memory of a block: the weights in registers (at most 128 a thread), 2 P rows stride states in shared memory. Traffic
 // a step and row: what the Step says, read `kAhead` items before it is needed. A step costs
@@ -221,8 +221,8 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
           // A row keeps its state before its first step and after its last.
-          const T kept = at.valid ? from_compute<T>(results[i].carried[p])
-                                  : state_at(turn, p)[row * kStride + column_of[i]];
+          const T kept =
+              at.valid ? from_compute<T>(results[i].carried[p]) : state_at(turn, p)[row * kStride + column_of[i]];
           pass_on(turn ^ 1, p, row, column_of[i], kept);
         }
       }
@@ -438,8 +438,8 @@ Choice<Step> choose(const Variants& variants, int64_t stack, int64_t batch, int6
     if (best.variant != nullptr) return best;
   }
   if (wanted != Regime::automatic)
-    throw std::invalid_argument(std::string("regime '") + regime_name(wanted) + "' cannot run H=" +
-                                std::to_string(hidden) + ", B=" + std::to_string(batch) + " with " +
+    throw std::invalid_argument(std::string("regime '") + regime_name(wanted) +
+                                "' cannot run H=" + std::to_string(hidden) + ", B=" + std::to_string(batch) + " with " +
                                 std::to_string(Step::kProducts) + " products a step in this dtype on device " +
                                 std::to_string(device));
   return best;
@@ -447,8 +447,8 @@ Choice<Step> choose(const Variants& variants, int64_t stack, int64_t batch, int6
 
 template <class Product, class Step, bool kShared>
 constexpr Variant<Step> variant_of() {
-  return {sweep<Product, Step, kShared>, kShared,           Product::kRows,        Product::kDepth,
-          Product::kColumns,             Product::kStride, Product::kScratchBytes};
+  return {sweep<Product, Step, kShared>, kShared, Product::kRows, Product::kDepth, Product::kColumns, Product::kStride,
+          Product::kScratchBytes};
 }
 
 // The variants of a storage type and number of products. Registers bound them: depth x columns x products weights of
@@ -511,7 +511,7 @@ struct MatrixUnitVariants {
       variant_of<MatrixUnit<T, 128, 1>, Step, false>(),
       variant_of<MatrixUnit<T, 256, 1>, Step, true>(),
       variant_of<MatrixUnit<T, 512, kProducts>, Step, true>(),
-      variant_of<MatrixUnit<T, 1024, 2 * kProducts>, Step, true>(),
+      variant_of<MatrixUnit<T, 1024, kProducts == 1 ? 2 : 8>, Step, true>(),
   };
 };
 template <int kProducts>

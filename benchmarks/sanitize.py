@@ -1,0 +1,62 @@
+"""Each CUDA kernel once, small, in every regime and dtype: what gpu_check.sh runs under compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from gpu import REGIMES, cannot_run
+
+import tpext  # noqa: F401
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# T, B, H: odd, so that tiles are cut in every direction; from less than one tile to several of rows and columns.
+SIZES = ((3, 2, 7), (5, 3, 70), (2, 17, 257))
+INVERSES = ((3, 5, 7), (2, 33, 20), (2, 100, 100))
+
+
+def scans(device: str, dtype: torch.dtype, time: int, batch: int, hidden: int) -> list[torch.Tensor]:
+    """Every output of the scans: two members, one reversed, rows of several lengths."""
+
+    def randn(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(shape) * scale).to(device, dtype)
+
+    x_proj, gradients, h0 = randn(2, time, batch, hidden), randn(2, time, batch, hidden), randn(2, batch, hidden)
+    # Small enough that displacements do not overflow float16.
+    weight, inverse = (randn(2, hidden, hidden, scale=0.05 / hidden**0.5) for _ in range(2))
+    lengths = torch.arange(time, time - batch, -1).clamp(min=0).to(device)
+    reverse = [False, True]
+    states = torch.ops.tpext.rnn_scan(x_proj, h0, weight, lengths, reverse, "tanh")
+    found = [states, *torch.ops.tpext.rnn_scan_backward(gradients, states, weight, lengths, reverse, "tanh")]
+    for credit in ("local", "through_time"):
+        for correction in ("linearized", "none"):
+            settings = (lengths, reverse, "tanh", correction, credit, 0.5, 1e-2, True, True)
+            found += torch.ops.tpext.rnn_target_scan(gradients, states, h0, weight, inverse, x_proj, *settings)
+    return found
+
+
+def run(device: str = "cuda", dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
+    """Run all; returns how many combinations of size, dtype and regime there were."""
+    torch.manual_seed(0)
+    count = 0
+    for dtype in dtypes:
+        for sizes in SIZES:
+            for regime in REGIMES:
+                reasons = [cannot_run(regime, products, dtype, *sizes[1:], stack=2) for products in (1, 2)]
+                if any(reasons):
+                    print(f"{dtype}, {sizes}, {regime}: {'; '.join(filter(None, reasons))}")
+                    continue
+                os.environ["TPEXT_CUDA_REGIME"] = regime
+                outputs = scans(device, dtype, *sizes)
+                assert all(output.isfinite().all() for output in outputs), (dtype, sizes, regime)
+                count += 1
+        if dtype.itemsize >= 4:
+            for sizes in INVERSES:
+                inverse = torch.ops.tpext.regularized_inverse(torch.randn(sizes).to(device, dtype), 1.0)
+                assert inverse.isfinite().all(), (dtype, sizes)
+                count += 1
+    return count
+
+
+if __name__ == "__main__":
+    print(f"{run()} combinations ran")
