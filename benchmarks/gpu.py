@@ -57,7 +57,6 @@ class Device(Protocol):
     def synchronize(self) -> None: ...
     def capture(self, step: Step) -> Step: ...
     def clock_ghz(self) -> float: ...
-    def multiprocessors(self) -> int: ...
 
 
 class Gpu:
@@ -175,33 +174,6 @@ def machine() -> dict[str, object]:
     }
 
 
-def predicted_scan_us(
-    hidden: int,
-    batch: int,
-    time: int,
-    products: int,
-    multiprocessors: int,
-    clock_ghz: float,
-    regime: str = "block",
-    dtype: torch.dtype = torch.float32,
-) -> float | None:
-    """Microseconds of a scan alone: ``T (latency + rows products H columns / rate)`` cycles; None for "step".
-
-    H is padded to 32. A multiprocessor has the columns of its share and as many batch rows as then are left for it:
-    all columns in a block, a sixteenth in a cluster of 16, one of as many parts as there are multiprocessors in a
-    grid. The latency of a step is that of its dependent operations: 250 cycles, 400 more for a cluster's barrier and
-    3,500 more for a grid's. The rate is 128 multiply-adds a cycle, and 1,024 by the matrix units in 16-bit formats.
-    """
-    if regime == "step":
-        return None
-    latency, share = {"block": (250, 1), "cluster": (650, 16), "grid": (3750, multiprocessors)}[regime]
-    rate = 1024 if dtype.itemsize == 2 else 128
-    padded = -(-hidden // 32) * 32
-    rows = -(-batch // max(1, multiprocessors // share))
-    cycles = latency + rows * products * padded * padded / share / rate
-    return time * cycles / clock_ghz / 1e3
-
-
 def kernels(device: Device, step: Step, most: int = 6) -> dict[str, object]:
     """The kernels that a call launches: how many, and those that take longest. Empty where they cannot be traced."""
     step()
@@ -314,16 +286,10 @@ class Timer:
         key = ("ours", "graph")
         self.benchmark.pedantic(lambda: times.extend(in_turns(self.device, {key: replay}, seconds)[key]))
         environment = self.environment()
-        predicted = predicted_scan_us(
-            extra["H"],
-            extra["B"],
-            time,
-            products,
-            self.device.multiprocessors(),
-            environment["clock_ghz"],
-            extra["regime"],
-            dtype,
-        )
+        cycles = 0.0
+        if extra["regime"] != "step":
+            cycles = plan(extra["regime"], products, dtype, extra["B"], extra["H"])[2]
+        predicted = cycles / environment["clock_ghz"] / 1e3 or None
         median = statistics.median(times) / calls * 1e6 / time
         self.record(
             [value / calls for value in times],
@@ -332,9 +298,9 @@ class Timer:
             T=time,
             dtype=name_dtype(dtype),
             us_per_step=median,
-            predicted_us_per_step=None if predicted is None else predicted / time,
+            predicted_us_per_step=predicted,
         )
-        said = "" if predicted is None else f", predicted {predicted / time:.3f}"
+        said = "" if predicted is None else f", predicted {predicted:.3f}"
         print(f", {median:.3f} us a step{said}", end="")
 
     def environment(self) -> dict[str, Any]:
@@ -353,11 +319,18 @@ class Timer:
         print(f"\n{self.name}: {median * 1e3:.4f} ms", end="")
 
 
+def plan(
+    regime: str, products: int, dtype: torch.dtype, batch: int, hidden: int, stack: int = 1
+) -> tuple[str, int, float]:
+    """How a scan with so many products of H x H a step runs: regime, bytes of workspace, predicted cycles a step."""
+    return tpext._C.rnn_plan(products, str(name_dtype(dtype)), stack, batch, hidden, 0, regime)
+
+
 def cannot_run(regime: str, products: int, dtype: torch.dtype, batch: int, hidden: int, stack: int = 1) -> str | None:
-    """Why scans with so many products of H x H a step cannot run in this regime, or None."""
+    """Why such scans cannot run in this regime, or None."""
     if regime != "step":
         try:
-            tpext._C.rnn_plan(products, str(name_dtype(dtype)), stack, batch, hidden, 0, regime)
+            plan(regime, products, dtype, batch, hidden, stack)
         except ValueError as error:
             return str(error)
     return None

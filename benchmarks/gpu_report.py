@@ -165,7 +165,10 @@ def sections(results: Results, level: str = "###") -> list[str]:
     )
     alone = [row for row in results.rows if "us_per_step" in row]
     if alone:
-        parts += [f"{level} Scans alone", "Microseconds a step by regime, and what the model of gpu.py predicts."]
+        parts += [
+            f"{level} Scans alone",
+            "Microseconds a step by regime, and what the model of csrc/cuda/sweep.h predicts.",
+        ]
         parts.append(kernels_alone(alone))
     traced = results.of("test_gpu_kernels_of_a_step")
     if traced:

@@ -6,12 +6,15 @@ device of the leading one: the CPU, or a CUDA device. Outputs must not overlap i
 The CPU takes float32 and float64, and a number of threads as ``execution``. CUDA takes bfloat16 and float16 as well in
 the scans, ``lengths`` on the device, and ``(stream, regime, workspace)`` as ``execution``: the ``cudaStream_t``;
 "auto", "block", "cluster" or "grid" for the scans; zeroed uint8 ``[bytes]`` of the size that ``rnn_plan`` gives, or
-None. Kernels are enqueued on the stream, and nothing waits for them. A build without CUDA raises RuntimeError.
+None. In regime "step" a scan's entry does the elementwise work of one step, number 0..T-1, or of what follows the
+last, number T; ``execution`` is ``(stream, "step", None, number, sums, carried)``, the last two ``[P, S, B, H]``: the
+products of ``carried`` with each matrix of a step, and what the next products take, in place. Kernels are enqueued on
+the stream, and nothing waits for them. A build without CUDA raises RuntimeError.
 """
 
 from typing import TypeAlias, TypedDict
 
-Execution: TypeAlias = int | tuple[int, str, object | None]
+Execution: TypeAlias = int | tuple[int, str, object | None] | tuple[int, str, None, int, object, object]
 
 class BuildInfo(TypedDict):
     version: str
@@ -36,8 +39,8 @@ def regularized_inverse(weight: object, reg: float, inverse: object, status: obj
 
 def rnn_plan(
     products: int, dtype: str, stack: int, batch: int, hidden: int, device: int, regime: str
-) -> tuple[str, int]:
-    """The regime of a scan on a CUDA device, and the bytes of zeroed workspace that a call needs.
+) -> tuple[str, int, float]:
+    """How a scan runs on a CUDA device: its regime, the bytes of zeroed workspace, the cycles predicted for a step.
 
     Args:
         products: H x H products a step: 2 for a target scan with credit "through_time", else 1.
@@ -45,8 +48,8 @@ def rnn_plan(
         regime: "auto" to let sizes and device decide, or the one wanted; ValueError where it cannot run such sizes.
 
     Returns:
-        "block", "cluster" or "grid"; or "step", which no scan takes: the weights fit on no chip, and the caller does a
-        matrix product a step.
+        "block", "cluster" or "grid"; or "step", with 0 bytes and cycles: the weights fit on no chip, and the caller
+        does a matrix product a step.
     """
 
 def rnn_scan(

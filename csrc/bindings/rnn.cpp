@@ -359,7 +359,7 @@ void rnn_weight_gradients(const py::object& delta_, const py::object& states_, c
   });
 }
 
-// What a scan of these sizes runs as on a CUDA device: the regime and the bytes of zeroed workspace.
+// What a scan of these sizes runs as on a CUDA device: the regime, the bytes of zeroed workspace, predicted cycles.
 py::tuple rnn_plan(int products, const std::string& dtype, int64_t stack, int64_t batch, int64_t hidden, int device,
                    const std::string& regime) {
   constexpr const char* op = "rnn_plan";
@@ -380,7 +380,7 @@ py::tuple rnn_plan(int products, const std::string& dtype, int64_t stack, int64_
   if constexpr (kWithCuda)
     plan = with_storage_type(
         type, [&]<class T>(T) { return cuda::plan_rnn<T>(products, stack, batch, hidden, device, wanted); });
-  return py::make_tuple(kRegimes[static_cast<size_t>(plan.regime)], plan.workspace_bytes);
+  return py::make_tuple(kRegimes[static_cast<size_t>(plan.regime)], plan.workspace_bytes, plan.cycles);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ enum class Regime {
 struct RnnPlan {
   Regime regime;
   int64_t workspace_bytes;  // zeroed memory that a call needs
+  double cycles;            // predicted, of a step; 0 in regime step
 };
 
 // What a recurrent call needs besides its arguments. `regime` may be automatic; any other must be possible.

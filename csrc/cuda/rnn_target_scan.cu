@@ -135,7 +135,7 @@ struct BackwardStep {
 template <class T, int kProducts>
 RnnPlan plan_of(const RnnSizes& sizes, int device, Regime wanted) {
   const auto choice = choose_sweep<BackwardStep<T, kProducts>>(sizes, device, wanted);
-  return {choice.regime, choice.workspace_bytes};
+  return {choice.regime, choice.workspace_bytes, choice.cycles};
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from tpext.ops._library import autocasts, full_precision
+from tpext.ops._library import are_plain, autocasts, check_lengths, full_precision
 from tpext.ops.rnn_scan import backprop_rnn, input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 from tpext.rules import LearnedInverse, RegularizedInverse, Rule, exact_number
@@ -91,15 +91,15 @@ class RNN(nn.Module):
         batch_first: True takes and gives ``[B, T, ...]`` in place of ``[T, B, ...]`` (not for ``hx`` and ``h_n``).
         dropout: probability of zeroing an output of every layer but the last, in training.
         bidirectional: True adds a second set of weights per layer that runs backwards in time.
-        device, dtype: of the parameters; float32 or float64 on the CPU.
+        device, dtype: of the parameters; float32 or float64, on CUDA also bfloat16 or float16.
         rule: what the backward pass computes; None means ``RegularizedInverse()``.
         return_sequence: False returns ``(None, h_n)``: the outputs are not needed.
         checkpoint_every: K >= 1: for long sequences with ``return_sequence=False``, one layer and one direction, keep
             the state before every K-th step only and compute the others anew in the backward pass, K at a time. The
             memory of a step falls from about ``2 T`` to ``T / K + 2 K`` states ``[B, H]`` (least at ``K = sqrt(T /
             2)``), for at most one more forward pass. Gradients are summed piece by piece, equal to rounding; where
-            the gradient has faded to nothing the rest is left out, and a NaN or infinity there goes unseen. None: keep
-            all.
+            the gradient has faded to nothing the rest is left out (on the CPU), and a NaN or infinity there goes
+            unseen. None: keep all.
 
     Attributes:
         weight_ih_l[k], weight_hh_l[k], bias_ih_l[k], bias_hh_l[k]: of layer k, with ``_reverse`` appended for the
@@ -399,7 +399,8 @@ class RNN(nn.Module):
             lengths: ``[B]`` int64, 0..T: the valid steps of each row of a padded batch; None: all T. The result is
                 that of the packed batch: outputs beyond are zero, the second direction starts at the last valid step,
                 ``h_n`` is the state after the last valid step (``hx`` for a row of length 0). Unlike a
-                ``PackedSequence`` it compiles. The padding may hold anything.
+                ``PackedSequence`` it compiles. The padding may hold anything. For an input on a GPU it may be on the
+                CPU, where its range is checked, or there too, where it is brought into range without a word.
 
         Returns:
             ``output``: ``[T, B, D*H]`` (as ``input``: batch first, single or packed), the last layer's states, or None
@@ -420,8 +421,7 @@ class RNN(nn.Module):
         if not self.return_sequence:
             return None, h_n.squeeze(1) if isinstance(input, Tensor) and input.dim() == 2 else h_n  # type: ignore[return-value]
         if isinstance(input, PackedSequence):
-            assert steps is not None
-            data = pack_padded_sequence(output, steps.cpu()).data
+            data = pack_padded_sequence(output, _packed_lengths(input)).data
             return PackedSequence(data, input.batch_sizes, input.sorted_indices, input.unsorted_indices), h_n
         if input.dim() == 2:
             return output.squeeze(1), h_n.squeeze(1)
@@ -437,7 +437,7 @@ class RNN(nn.Module):
             self._check_input(input.data, dim=2)
             # without the indices, the rows stay in the sorted order of the packed data
             padded, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
-            lengths = lengths.to(padded.device)
+            lengths = lengths.to(padded.device, non_blocking=True)
             if hx is not None and input.sorted_indices is not None:
                 hx = hx.index_select(1, input.sorted_indices)
         else:
@@ -469,6 +469,10 @@ class RNN(nn.Module):
         if lengths is not None:
             if lengths.dtype != torch.int64 or lengths.shape != (batch,):
                 raise ValueError(f"RNN: lengths must be int64 [B={batch}], got {lengths.dtype} {list(lengths.shape)}")
+            if lengths.is_cpu and padded.is_cuda:
+                if are_plain((lengths,)):
+                    check_lengths("RNN", lengths, steps)
+                lengths = lengths.to(padded.device, non_blocking=True)
             self._check_device("lengths", lengths, padded)
         return padded, hx, lengths
 
@@ -684,6 +688,12 @@ class RNN(nn.Module):
 
 def _stack(members: list[Tensor]) -> Tensor:
     return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
+
+
+def _packed_lengths(packed: PackedSequence) -> Tensor:
+    """The lengths of the rows in packed order, on the CPU as the batch sizes are."""
+    rows = torch.arange(int(packed.batch_sizes[0])).unsqueeze(1)
+    return (rows < packed.batch_sizes).sum(1)
 
 
 def _rows_times(rows: Tensor, weight: Tensor) -> Tensor:

@@ -2,60 +2,79 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from tpext import _C
+
 LIBRARY = torch.library.Library("tpext", "DEF")  # type: ignore[no-untyped-call]
 
 NONLINEARITIES = ("tanh", "relu", "identity")
+# How a kernel is to run: CPU threads; or the CUDA stream, a scan's regime and the capsule of its workspace; or for a
+# single step of a scan the stream, "step", None, the step's number and the capsules of sums and carried states.
+Execution: TypeAlias = int | tuple[int, str, object | None] | tuple[int, str, None, int, object, object]
+
 CREDITS = ("local", "through_time")
+
+LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def define(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], cast_outputs: bool) -> Callable[..., Any]:
-    """Register an op: ``schema`` with its CPU and fake implementations and its autocast rule.
+def define(
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    cast_outputs: bool,
+    low_precision: bool = False,
+) -> Callable[..., Any]:
+    """Register an op: ``schema`` with its implementation on CPU and CUDA, its fake one and its autocast rules.
 
     Under autocast the low-precision floating-point arguments become float32, and with ``cast_outputs`` the outputs
-    get the autocast dtype. Float64 arguments stay as they are.
+    get the autocast dtype. On CUDA those of an op with ``low_precision`` kernels become the autocast dtype, as float32
+    ones do, and so are its outputs. Float64 arguments stay as they are.
 
     Returns:
-        The op for use where no gradient is recorded, in the passes of an ``autograd.Function``: on plain CPU tensors
-        it goes straight to the kernel, past torch's dispatcher, which takes some 20 us a call.
+        The op for use where no gradient is recorded, in the passes of an ``autograd.Function``: on plain tensors it
+        goes straight to the kernel, past torch's dispatcher, which takes some 20 us a call.
     """
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))  # type: ignore[no-untyped-call]
-    LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"tpext::{name}", fake, lib=LIBRARY)
     op = getattr(torch.ops.tpext, name).default
 
-    def autocast(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            outputs = op(*(to_float32(arg) for arg in args))
-        return autocast_outputs(outputs, "cpu") if cast_outputs else outputs
+    def autocast(device: str, *args: Any) -> Any:
+        dtype = torch.get_autocast_dtype(device) if low_precision and device == "cuda" else torch.float32
+        with torch.autocast(device, enabled=False):
+            outputs = op(*(cast(arg, dtype) for arg in args))
+        return autocast_outputs(outputs, device) if cast_outputs else outputs
 
-    LIBRARY.impl(name, autocast, "AutocastCPU")  # type: ignore[no-untyped-call]
+    for device, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+        LIBRARY.impl(name, kernel, key)  # type: ignore[no-untyped-call]
+        LIBRARY.impl(name, functools.partial(autocast, device), f"Autocast{key}")  # type: ignore[no-untyped-call]
 
     def call(*args: Any) -> Any:
-        return cpu(*args) if are_plain(args) else op(*args)
+        return kernel(*args) if are_plain(args) else op(*args)
 
     return call
 
 
 def are_plain(args: Sequence[Any]) -> bool:
-    """Whether nothing but the CPU kernels has to see a call: no compiler, mode, transform, subclass or lazy tensor."""
+    """Whether nothing but the kernels has to see a call: no compiler, mode, transform, subclass or lazy tensor."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
         and all(
-            type(a) in _PLAIN and a.is_cpu and not a.is_neg() and not a._is_zerotensor()
+            type(a) in _PLAIN and (a.is_cpu or a.is_cuda) and not a.is_neg() and not a._is_zerotensor()
             for a in args
             if isinstance(a, Tensor)
         )
@@ -81,10 +100,11 @@ def full_precision(device: str) -> AbstractContextManager[object]:
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
-def to_float32(value: Any) -> Any:
-    """``value``, or its float32 copy if it is a float16 or bfloat16 tensor."""
-    low = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
-    return value.float() if low else value
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """``value``, in ``dtype`` if it is a tensor of float32 or lower precision."""
+    if isinstance(value, Tensor) and (value.dtype == torch.float32 or value.dtype in LOW_PRECISION):
+        return value.to(dtype)
+    return value
 
 
 def autocast_outputs(outputs: Any, device: str) -> Any:
@@ -92,6 +112,75 @@ def autocast_outputs(outputs: Any, device: str) -> Any:
     if isinstance(outputs, Tensor):
         return outputs.to(torch.get_autocast_dtype(device)) if outputs.dtype == torch.float32 else outputs
     return tuple(autocast_outputs(output, device) for output in outputs)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the CUDA kernels take ``tensor``: the one question by which the ops choose between the two backends."""
+    return tensor.is_cuda
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which the kernels compute on the values of ``tensor``."""
+    return torch.float32 if tensor.dtype in LOW_PRECISION else tensor.dtype
+
+
+def stream_of(tensor: Tensor) -> int:
+    """The current stream (a ``cudaStream_t``) of the tensor's device."""
+    return torch._C._cuda_getCurrentRawStream(tensor.get_device())
+
+
+def execution(tensor: Tensor) -> Execution:
+    """How to run a kernel that needs nothing but threads or a stream, for the last argument of its call."""
+    return (stream_of(tensor), "auto", None) if on_cuda(tensor) else torch.get_num_threads()
+
+
+def run_scan(
+    run: Callable[[Execution], None],
+    states: Tensor,
+    products: Sequence[tuple[Tensor, bool]],
+    start: Tensor | None = None,
+) -> None:
+    """Run a scan over ``states [S, T, B, H]``: ``run`` calls its kernel, with what it is given for last argument.
+
+    On CUDA the regime (where the weights stay during the scan) follows from the sizes; the environment variable
+    ``TPEXT_CUDA_REGIME`` ("block", "cluster", "grid" or "step") demands one. In regime "step", for weights that no
+    kernel keeps on the chip, every step is a matrix product by torch and one call for all the rest.
+
+    Args:
+        run: the call.
+        states: gives sizes, dtype and device.
+        products: what a step multiplies by, ``[S, H, H]`` each, and whether transposed.
+        start: what the first step multiplies, ``[S, B, H]``; None: zero.
+    """
+    if not on_cuda(states):
+        return run(torch.get_num_threads())
+    stack, time, batch, hidden = states.shape
+    regime = os.environ.get("TPEXT_CUDA_REGIME", "auto")
+    size = 0
+    if regime != "step":
+        device = max(states.get_device(), 0)
+        regime, size, _ = rnn_plan(len(products), _dtype(states), stack, batch, hidden, device, regime)
+    stream = stream_of(states)
+    if regime != "step":
+        workspace = torch.zeros(size, dtype=torch.uint8, device=states.device) if size else None
+        return run((stream, regime, dense(workspace)))
+    matrices = [matrix.mT if transposed else matrix for matrix, transposed in products]
+    carried = states.new_zeros(len(products), stack, batch, hidden)
+    if start is not None:
+        carried[0].copy_(start)
+    sums = torch.zeros_like(carried)
+    for step in range(time + 1):
+        for into, left, right in zip(sums, carried, matrices, strict=True):
+            torch.bmm(left, right, out=into)
+        run((stream, "step", None, step, dense(sums), dense(carried)))
+
+
+@functools.lru_cache(maxsize=1024)
+def rnn_plan(
+    products: int, dtype: str, stack: int, batch: int, hidden: int, device: int, regime: str
+) -> tuple[str, int, float]:
+    """``_C.rnn_plan``, remembered: it asks the driver what fits on the device."""
+    return _C.rnn_plan(products, dtype, stack, batch, hidden, device, regime)
 
 
 def dense(tensor: Tensor | None) -> object:
@@ -143,7 +232,7 @@ def check_scan(
         raise ValueError(f"{op}: {leading} must be [{', '.join(symbols)}], got {list(first.shape)}")
     dtype, device = first.dtype, first.device
     sizes = dict(zip(symbols, first.shape, strict=True))
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in (torch.float32, torch.float64) and not (dtype in LOW_PRECISION and on_cuda(first)):
         raise ValueError(
             f"{op}: {leading} must be float32 or float64, got {_dtype(first)}; for lower precision use torch.autocast"
         )
@@ -188,8 +277,10 @@ def refuse_forward_mode(op: str) -> None:
 
 
 def check_lengths(op: str, lengths: Tensor | None, time: int) -> None:
-    """Raise ValueError unless all of the CPU tensor ``lengths`` lie in 0..T."""
-    if lengths is not None and lengths.numel() and not bool(((lengths >= 0) & (lengths <= time)).all()):
+    """Raise ValueError unless all of ``lengths`` lie in 0..T; on CUDA, where looking would wait, kernels clamp them."""
+    if lengths is None or on_cuda(lengths):
+        return
+    if lengths.numel() and not bool(((lengths >= 0) & (lengths <= time)).all()):
         raise ValueError(f"{op}: lengths must lie in 0..T={time}, got {lengths.tolist()}")
 
 

@@ -18,30 +18,37 @@ The layer around the scan, which training steps are made of::
     torch.ops.tpext.rnn_weight_gradients(delta, states, h0, input, lengths, reverse, scale) -> (dU, dW, db)
     dU = scale sum_t delta_t' x_t,   dW = scale sum_t delta_t' h_{t-1},   db = scale sum_t delta_t
 
-The projection of the input is computed inside the scan, and the three gradients are one product with ``[h_{t-1}, x_t,
-1]``; neither it nor the projection ever stands in memory. ``h_n [S, B, H]`` is the state after each row's last valid
+On the CPU the projection of the input is computed inside the scan, and the three gradients are one product with
+``[h_{t-1}, x_t, 1]``; neither it nor the projection ever stands in memory. On CUDA they are torch's products, and the
+projection ``[S, T, B, H]`` stands in memory during the scan. ``h_n [S, B, H]`` is the state after each row's last valid
 step, ``h0`` without one; ``delta`` must be zero beyond ``lengths``. These two have no derivative of their own:
 ``backprop_rnn``, which is made of them, has, of every order. Where ``grad_states`` is None and the gradient has faded
-to nothing, the sweep ends; it does not read the states further back.
+to nothing, the sweep may end, and does on the CPU; it then does not read the states further back.
 
 ``S`` members with weights of their own run side by side (directions, ensembles); where ``reverse[s]`` is set, a
 member runs from its last valid step to its first, and ``states[s, t]`` belongs to input step ``t`` all the same.
 ``nonlinearity`` is "tanh", "relu" or "identity". ``lengths [B]`` (int64, None: all T) are the valid steps of each
-row: beyond them states and gradients are zero, and inputs and incoming gradients are ignored. Float32 and float64;
-under CPU autocast computed in float32, output in the autocast dtype.
+row: beyond them states and gradients are zero, and inputs and incoming gradients are ignored. On CUDA their range is
+not checked, which would wait for the device: values outside 0..T are brought into it.
+
+Dtypes: float32 and float64, on CUDA also bfloat16 and float16, with products accumulated and all else computed in
+float32. Under CPU autocast computed in float32, output in the autocast dtype. Under CUDA autocast, as by cuDNN, all
+arguments are cast to the autocast dtype, and outputs have it; a layer's backward pass then runs in it too. Float64
+stays float64 under either.
 
 ``rnn_scan`` and ``rnn_scan_backward`` are exact and have derivatives of every order (from the second on by plain torch
-operations). ``2 S T B H^2`` operations each; the result is bitwise the same on any number of threads. Numbers below the
-smallest normal one count as zero.
+operations). ``2 S T B H^2`` operations each; the result is bitwise the same on any number of threads, and on CUDA the
+same at every call. On the CPU numbers below the smallest normal one count as zero.
 
 Raises:
-    ValueError: a wrong size, dtype or device, lengths outside 0..T, an unknown nonlinearity; the message names the
-    argument.
+    ValueError: a wrong size, dtype or device, lengths outside 0..T on the CPU, an unknown nonlinearity; the message
+    names the argument.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -50,17 +57,21 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     LIBRARY,
+    Execution,
     are_plain,
     autocast_outputs,
     autocasts,
+    cast,
     check_lengths,
     check_scan,
     define,
     dense,
     dense_rows,
+    execution,
     full_precision,
+    on_cuda,
     refuse_derivative,
-    to_float32,
+    run_scan,
 )
 
 
@@ -77,21 +88,39 @@ def _rnn_scan(
     _check_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
     check_lengths("rnn_scan", lengths, x_proj.shape[1])
     states = x_proj.new_empty(x_proj.shape)
-    _C.rnn_scan(
-        dense(x_proj),
-        None,
-        None,
-        None,
-        dense(h0),
-        dense(weight_hh),
-        dense(lengths),
-        list(reverse),
-        nonlinearity,
-        dense(states),
-        None,
-        torch.get_num_threads(),
-    )
+    _scan_projected(x_proj, h0, weight_hh, lengths, reverse, nonlinearity, states, None)
     return states
+
+
+def _scan_projected(
+    x_proj: Tensor,
+    h0: Tensor,
+    weight_hh: Tensor,
+    lengths: Tensor | None,
+    reverse: Sequence[bool],
+    nonlinearity: str,
+    states: Tensor,
+    h_n: Tensor | None,
+) -> None:
+    """Fill ``states``, and ``h_n`` where it is given."""
+
+    def run(execution: Execution) -> None:
+        _C.rnn_scan(
+            dense(x_proj),
+            None,
+            None,
+            None,
+            dense(h0),
+            dense(weight_hh),
+            dense(lengths),
+            list(reverse),
+            nonlinearity,
+            dense(states),
+            dense(h_n),
+            execution,
+        )
+
+    run_scan(run, states, ((weight_hh, True),), h0)
 
 
 def _rnn_scan_fake(
@@ -136,6 +165,10 @@ def _rnn_layer(
 ) -> tuple[Tensor, Tensor]:
     states, h_n = _prepare_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
     check_lengths("rnn_layer", lengths, input.shape[0])
+    if on_cuda(states):
+        x_proj = input_projection(input, weight_ih, bias)
+        _scan_projected(x_proj, h0, weight_hh, lengths, reverse, nonlinearity, states, h_n)
+        return states, h_n
     _C.rnn_scan(
         None,
         dense_rows(input),
@@ -148,7 +181,7 @@ def _rnn_layer(
         nonlinearity,
         dense(states),
         dense(h_n),
-        torch.get_num_threads(),
+        execution(states),
     )
     return states, h_n
 
@@ -187,18 +220,22 @@ def _rnn_scan_backward(
         grad_states, states, weight_hh, lengths, reverse, nonlinearity, grad_h_n
     )
     check_lengths("rnn_scan_backward", lengths, states.shape[1])
-    _C.rnn_scan_backward(
-        dense(grad_states),
-        dense(grad_h_n),
-        dense(states),
-        dense(weight_hh),
-        dense(lengths),
-        list(reverse),
-        nonlinearity,
-        dense(grad_x_proj),
-        dense(grad_h0),
-        torch.get_num_threads(),
-    )
+
+    def run(execution: Execution) -> None:
+        _C.rnn_scan_backward(
+            dense(grad_states),
+            dense(grad_h_n),
+            dense(states),
+            dense(weight_hh),
+            dense(lengths),
+            list(reverse),
+            nonlinearity,
+            dense(grad_x_proj),
+            dense(grad_h0),
+            execution,
+        )
+
+    run_scan(run, states, ((weight_hh, False),))
     return grad_x_proj, grad_h0
 
 
@@ -235,6 +272,8 @@ def _rnn_weight_gradients(
         delta, states, h0, input, lengths, reverse, scale
     )
     check_lengths("rnn_weight_gradients", lengths, states.shape[1])
+    if on_cuda(delta):
+        return _weight_gradients_on_cuda(delta, states, h0, input, lengths, reverse, scale)
     _C.rnn_weight_gradients(
         dense(delta),
         dense(states),
@@ -246,9 +285,54 @@ def _rnn_weight_gradients(
         dense(grad_weight_ih),
         dense(grad_weight_hh),
         dense(grad_bias),
-        torch.get_num_threads(),
+        execution(delta),
     )
     return grad_weight_ih, grad_weight_hh, grad_bias
+
+
+def _weight_gradients_on_cuda(
+    delta: Tensor,
+    states: Tensor,
+    h0: Tensor,
+    input: Tensor,
+    lengths: Tensor | None,
+    reverse: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if lengths is not None:
+        # The padding may hold NaN, which times the zeros of delta is no zero.
+        input = torch.where(_valid_steps(lengths, input.shape[0]), input, 0)
+    rows = input.flatten(0, 1).expand(delta.shape[0], -1, -1)
+    grads = (
+        _sum_over_rows(delta.flatten(1, 2), rows),
+        recurrent_weight_gradient(delta, states, h0, lengths, reverse),
+        delta.sum((1, 2)),
+    )
+    return grads if scale == 1 else (grads[0] * scale, grads[1] * scale, grads[2] * scale)
+
+
+# Rows that one product of a long sum takes, and the size of a result from which on none is cut.
+_CHUNK = 2048
+_LARGE = 512 * 512
+
+
+def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """``left[s]' right[s]`` of each member, ``[S, R, M]`` and ``[S, R, N]`` to ``[S, M, N]``.
+
+    A small result of a long sum would keep few of a GPU's multiprocessors busy: hundreds of thousands of rows, and a
+    tile or two of 128 x 128. So the rows go in chunks, as one batch of products, whose results are then added. Where
+    they are cut depends on sizes alone, so that the bits of the result do too.
+    """
+    chunks = left.shape[1] // _CHUNK
+    if chunks < 2 or left.shape[2] * right.shape[2] >= _LARGE:
+        return torch.bmm(left.mT, right)
+    cut = chunks * _CHUNK
+    sums = []
+    for a, b in zip(left, right, strict=True):
+        chunked_a, chunked_b = (rows[:cut].unflatten(0, (chunks, _CHUNK)) for rows in (a, b))
+        parts = torch.bmm(chunked_a.mT, chunked_b)
+        sums.append(torch.addmm(parts.sum(0), a[cut:].mT, b[cut:]))
+    return torch.stack(sums)
 
 
 def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
@@ -273,7 +357,7 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
 def recurrent_weight_gradient(
     delta: Tensor, states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]
 ) -> Tensor:
-    """Gradient of the recurrent weights, ``sum_t delta_t' h_{t-1}``, one large product a member.
+    """Gradient of the recurrent weights, ``sum_t delta_t' h_{t-1}``, by large products.
 
     Args:
         delta: ``[S, T, B, H]`` gradient with respect to the pre-activations, zero beyond ``lengths``.
@@ -288,20 +372,37 @@ def recurrent_weight_gradient(
     if delta.shape[0] == 0 or delta.shape[1] == 0:
         return delta.new_zeros(h0.shape[0], h0.shape[2], h0.shape[2])
     gradients = []
-    for member, backwards in enumerate(reverse):
-        d, h = delta[member], states[member]
+    for members, backwards in _directions(reverse):
+        d, h = delta[members], states[members]
         if not backwards:
-            first, later, before = d[0], d[1:], h[:-1]
+            first, later, before = d[:, 0], d[:, 1:], h[:, :-1]
         else:
-            later, before = d[:-1], h[1:]
-            if lengths is None:
-                first = d[-1]
-            else:
-                last_valid = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, d.shape[-1])
-                first = d.gather(0, last_valid)[0]
+            later, before = d[:, :-1], h[:, 1:]
+            first = d[:, -1] if lengths is None else _at_last_valid(d, lengths)
         # Beyond a row's length both delta and the state are zero, so padding adds nothing here.
-        gradients.append(torch.addmm(first.mT @ h0[member], later.flatten(0, 1).mT, before.flatten(0, 1)))
-    return gradients[0].unsqueeze(0) if len(gradients) == 1 else torch.stack(gradients)
+        over_time = _sum_over_rows(later.flatten(1, 2), before.flatten(1, 2))
+        gradients.append(torch.baddbmm(over_time, first.mT, h0[members]))
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+def _directions(reverse: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
+    """The stretches of members that run in the same direction, and whether that is backwards."""
+    begin = 0
+    for backwards, members in itertools.groupby(reverse):
+        end = begin + len(list(members))
+        yield slice(begin, end), backwards
+        begin = end
+
+
+def _valid_steps(lengths: Tensor, time: int) -> Tensor:
+    """``[T, B, 1]``: whether the step is one of the row's."""
+    return (torch.arange(time, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(2)
+
+
+def _at_last_valid(tensor: Tensor, lengths: Tensor) -> Tensor:
+    """What ``tensor [S, T, B, H]`` holds at each row's last valid step (at step 0 without one), ``[S, B, H]``."""
+    at = (lengths - 1).clamp(0, tensor.shape[1] - 1).view(1, 1, -1, 1)
+    return tensor.gather(1, at.expand(tensor.shape[0], 1, -1, tensor.shape[3])).squeeze(1)
 
 
 def _scan_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -374,6 +475,7 @@ define(
     _rnn_scan,
     _rnn_scan_fake,
     cast_outputs=True,
+    low_precision=True,
 )
 torch.library.register_autograd("tpext::rnn_scan", _scan_gradient, setup_context=_scan_setup_context, lib=LIBRARY)
 
@@ -383,6 +485,7 @@ rnn_scan_backward = define(
     _rnn_scan_backward,
     _prepare_scan_backward,
     cast_outputs=True,
+    low_precision=True,
 )
 torch.library.register_autograd(
     "tpext::rnn_scan_backward", _backward_gradient, setup_context=_backward_setup_context, lib=LIBRARY
@@ -398,6 +501,7 @@ rnn_layer = define(
     _rnn_layer,
     _prepare_layer,
     cast_outputs=True,
+    low_precision=True,
 )
 refuse_derivative("rnn_layer", f"rnn_layer {_HAS_NO_DERIVATIVE}")
 
@@ -407,6 +511,7 @@ rnn_weight_gradients = define(
     _rnn_weight_gradients,
     _prepare_weight_gradients,
     cast_outputs=False,
+    low_precision=True,
 )
 refuse_derivative("rnn_weight_gradients", f"rnn_weight_gradients {_HAS_NO_DERIVATIVE}")
 
@@ -420,8 +525,7 @@ def final_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Se
         if backwards or lengths is None:
             last = states[member, 0 if backwards else -1]
         else:
-            at = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, states.shape[3])
-            last = states[member].gather(0, at)[0]
+            last = _at_last_valid(states[member : member + 1], lengths)[0]
         members.append(last if lengths is None else torch.where((lengths > 0).unsqueeze(1), last, h0[member]))
     return torch.stack(members)
 
@@ -551,8 +655,9 @@ class Layer(torch.autograd.Function):
                 new, old = grads[place], sums[place]
                 sums[place] = new if old is None or new is None else old.add_(new)
             del states, grads, first, first_credit, new
-            # What has faded leaves nothing to do further back. A compiler or a fake tensor cannot look.
-            looks = zero_stays_zero and are_plain((arrived, credited))
+            # What has faded leaves nothing to do further back. A compiler or a fake tensor cannot look, and on CUDA
+            # looking would wait for the device.
+            looks = zero_stays_zero and not on_cuda(arrived) and are_plain((arrived, credited))
             if looks and not arrived.any() and not credited.any():
                 break
         sums[0], sums[1] = inputs, arriving if ctx.needs_input_grad[1] else None
@@ -643,12 +748,15 @@ class _BackpropLayer(Layer):
 
 
 def run_layer(layer: type[Layer], tensors: tuple[Tensor | None, ...], *settings: Any) -> tuple[Tensor, Tensor]:
-    """Apply a layer; under autocast in float32, with states and ``h_n`` in the autocast dtype."""
-    device = tensors[0].device.type  # type: ignore[union-attr]
+    """Apply a layer; under autocast it runs in float32, on CUDA in the autocast dtype, which its outputs get."""
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
     if not autocasts(device):
         return layer.apply(*tensors, *settings)  # type: ignore[no-any-return,no-untyped-call]
+    dtype = torch.get_autocast_dtype(device) if on_cuda(first) else torch.float32
     with torch.autocast(device, enabled=False):
-        outputs = layer.apply(*(to_float32(tensor) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
+        outputs = layer.apply(*(cast(tensor, dtype) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
     return autocast_outputs(outputs, device)  # type: ignore[no-any-return]
 
 
@@ -669,7 +777,8 @@ def backprop_rnn(
     ``h_t = a(x_t U' + b + h_{t-1} W')``
 
     Args:
-        input: ``[T, B, I]``, float32 or float64; batch-first memory is read in place.
+        input: ``[T, B, I]``, float32 or float64, on CUDA also bfloat16 or float16; on the CPU batch-first memory is
+            read in place.
         h0: ``[S, B, H]``.
         weight_ih: U, ``[S, H, I]``.
         weight_hh: W, ``[S, H, H]``.

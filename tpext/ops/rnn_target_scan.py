@@ -32,12 +32,13 @@ empty tensors::
 is added to ``d_T`` and ``credit_n [S, B, H]`` stands for ``delta_{T+1} W``; ``disp_h0`` and ``credit_h0`` = ``delta_1
 W`` ``[S, B, H]`` (empty under "local") are the same at the other end. So a displacement of the final state alone is
 ``disp_n``, and a long sequence can be taken in pieces, the last one first. Without ``grad_states`` a displacement that
-has faded to nothing ends the work; states further back are not read, so that a NaN there goes unseen if it has not
-reached the last state, which one from a forward pass has.
+has faded to nothing may end the work, and does on the CPU; states further back are then not read, so that a NaN there
+goes unseen if it has not reached the last state, which one from a forward pass has.
 
-Stack, ``reverse``, ``lengths``, dtypes, determinism and errors are those of ``rnn_scan``; under autocast they compute
-and return float32. These are no derivatives of anything: differentiating through them raises RuntimeError. Cost:
-``2 S T B H^2`` operations, twice that through time.
+Stack, ``reverse``, ``lengths``, dtypes, determinism and errors are those of ``rnn_scan``; under CPU autocast they
+compute and return float32, under CUDA autocast its dtype. The layers take regularised inverses in float32 at least and
+round them to the dtype of their pass. These are no derivatives of anything: differentiating through them raises
+RuntimeError. Cost: ``2 S T B H^2`` operations, twice that through time.
 
 Sources: Roulet and Harchaoui (2021), "Target Propagation via Regularized Inversion": section 3 (the inverse,
 "difference" and "linearized"); Manchev and Spratling (JMLR 21(7), 2020), "Target Propagation in Recurrent Neural
@@ -56,14 +57,19 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     CREDITS,
+    Execution,
+    cast,
     check_choice,
     check_lengths,
     check_scan,
+    compute_dtype,
     define,
     dense,
     full_precision,
+    on_cuda,
     refuse_derivative,
     refuse_forward_mode,
+    run_scan,
 )
 from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.ops.rnn_scan import Gradients, Layer, Piece, Sweep, input_projection, run_layer, sum_members
@@ -129,10 +135,11 @@ def _prepare_target(
     check_choice(op, "credit", credit, CREDITS)
     if correction == "none" and x_proj is None:
         raise ValueError(f"{op}: x_proj must be given for correction 'none', got None")
-    least = torch.finfo(states.dtype).eps
+    computed_in = compute_dtype(states)
+    least = torch.finfo(computed_in).eps
     if not least <= clip < 1:
         raise ValueError(
-            f"{op}: clip must be at least {least:.2g}, the precision of {states.dtype}, and below 1, got {clip}"
+            f"{op}: clip must be at least {least:.2g}, the precision of {computed_in}, and below 1, got {clip}"
         )
     _check_step(op, target_step)
     delta, disp_h0, norms, credit_h0 = _outputs(states, return_norms, credit)
@@ -179,30 +186,44 @@ def _rnn_target_scan(
     )
     check_lengths("rnn_target_scan", lengths, states.shape[1])
     delta, disp_h0, norms, displacement, credit_h0 = outputs
-    _C.rnn_target_scan(
-        dense(grad_states),
-        dense(disp_n),
-        dense(credit_n),
-        dense(states),
-        dense(h0),
-        dense(weight_hh),
-        dense(inverse),
-        dense(x_proj),
-        dense(lengths),
-        list(reverse),
-        nonlinearity,
-        correction,
-        credit,
-        target_step,
-        clip,
-        dense(delta),
-        dense(disp_h0),
-        dense(credit_h0) if credit == "through_time" else None,
-        dense(norms) if return_norms else None,
-        dense(displacement) if return_displacement else None,
-        torch.get_num_threads(),
-    )
+    state_displacement = _state_displacement(states, return_norms)
+
+    def run(execution: Execution) -> None:
+        _C.rnn_target_scan(
+            dense(grad_states),
+            dense(disp_n),
+            dense(credit_n),
+            dense(states),
+            dense(h0),
+            dense(weight_hh),
+            dense(inverse),
+            dense(x_proj),
+            dense(lengths),
+            list(reverse),
+            nonlinearity,
+            correction,
+            credit,
+            target_step,
+            clip,
+            dense(delta),
+            dense(disp_h0),
+            dense(credit_h0) if credit == "through_time" else None,
+            dense(norms) if return_norms and state_displacement is None else None,
+            dense(displacement) if return_displacement else None,
+            dense(state_displacement),
+            execution,
+        )
+
+    products = ((inverse, True), (weight_hh, False))
+    run_scan(run, states, products if credit == "through_time" else products[:1])
+    if state_displacement is not None:
+        torch.linalg.vector_norm(state_displacement, dim=-1, out=norms)
     return outputs
+
+
+def _state_displacement(states: Tensor, return_norms: bool) -> Tensor | None:
+    """Where a pass on CUDA is to leave every ``d_t`` if norms are asked for; the CPU's kernel gives them itself."""
+    return states.new_empty(states.shape) if return_norms and on_cuda(states) else None
 
 
 def _prepare_learned(
@@ -269,25 +290,34 @@ def _rnn_learned_target_scan(
     )
     check_lengths("rnn_learned_target_scan", lengths, states.shape[1])
     delta, disp_h0, norms, credit_h0 = outputs
-    _C.rnn_learned_target_scan(
-        dense(grad_states),
-        dense(disp_n),
-        dense(credit_n),
-        dense(states),
-        dense(weight_hh),
-        dense(reverse_weight),
-        dense(reverse_pre),
-        dense(lengths),
-        list(reverse),
-        nonlinearity,
-        credit,
-        target_step,
-        dense(delta),
-        dense(disp_h0),
-        dense(credit_h0) if credit == "through_time" else None,
-        dense(norms) if return_norms else None,
-        torch.get_num_threads(),
-    )
+    state_displacement = _state_displacement(states, return_norms)
+
+    def run(execution: Execution) -> None:
+        _C.rnn_learned_target_scan(
+            dense(grad_states),
+            dense(disp_n),
+            dense(credit_n),
+            dense(states),
+            dense(weight_hh),
+            dense(reverse_weight),
+            dense(reverse_pre),
+            dense(lengths),
+            list(reverse),
+            nonlinearity,
+            credit,
+            target_step,
+            dense(delta),
+            dense(disp_h0),
+            dense(credit_h0) if credit == "through_time" else None,
+            dense(norms) if return_norms and state_displacement is None else None,
+            dense(state_displacement),
+            execution,
+        )
+
+    products = ((reverse_weight, True), (weight_hh, False))
+    run_scan(run, states, products if credit == "through_time" else products[:1])
+    if state_displacement is not None:
+        torch.linalg.vector_norm(state_displacement, dim=-1, out=norms)
     return outputs
 
 
@@ -299,6 +329,7 @@ rnn_target_scan = define(
     _rnn_target_scan,
     _prepare_target,
     cast_outputs=False,
+    low_precision=True,
 )
 refuse_derivative("rnn_target_scan", NOT_A_DERIVATIVE)
 
@@ -310,6 +341,7 @@ rnn_learned_target_scan = define(
     _rnn_learned_target_scan,
     _prepare_learned,
     cast_outputs=False,
+    low_precision=True,
 )
 refuse_derivative("rnn_learned_target_scan", NOT_A_DERIVATIVE)
 
@@ -381,8 +413,12 @@ class _RegularizedTargetLayer(_TargetLayer):
         saved = ctx.saved_tensors
         weight_ih, weight_hh, bias = saved[2:5]
         by_target = ctx.input_rule == "target" and ctx.needs_input_grad[0]
-        inverse = regularized_inverse(weight_hh, ctx.reg)
-        inverse_ih = regularized_inverse(weight_ih, ctx.reg) / -ctx.target_step if by_target else None
+        # In float32 also where the weights came in a 16-bit dtype: their Gram matrix squares the condition number.
+        inverse = regularized_inverse(cast(weight_hh, torch.float32), ctx.reg).to(weight_hh.dtype)
+        inverse_ih = None
+        if by_target:
+            inverse_ih = regularized_inverse(cast(weight_ih, torch.float32), ctx.reg) / -ctx.target_step
+            inverse_ih = inverse_ih.to(weight_ih.dtype)
 
         def sweep(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
@@ -525,7 +561,7 @@ def target_rnn(
         c = 1 / target_step if normalize else 1
 
     Args:
-        input: ``[T, B, I]``, float32 or float64.
+        input: ``[T, B, I]``, float32 or float64, on CUDA also bfloat16 or float16.
         h0: ``[S, B, H]``.
         weight_ih: U, ``[S, H, I]``.
         weight_hh: W, ``[S, H, H]``.
