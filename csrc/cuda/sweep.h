@@ -125,17 +125,18 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
     steps[r] = static_cast<int>(valid < 0 ? 0 : valid > sizes.time ? sizes.time : valid);
   }
 
-  // The elements that this thread computes in every tile: a row that no batch has marks those that do not count.
-  constexpr int kNoRow = 1 << 30;
+  // The elements that this thread computes in every tile, and whether they count: there may be more than H columns.
   int row_of[kOutputs], column_of[kOutputs];
+  bool owned[kOutputs];
 #pragma unroll
   for (int i = 0; i < kOutputs; ++i) {
     const Output output = Product::output(thread, i);
+    row_of[i] = output.row;
     column_of[i] = column_begin + output.column;
-    row_of[i] = Product::owns(thread) && column_of[i] < H ? output.row : kNoRow;
+    owned[i] = Product::owns(thread) && column_of[i] < H;
   }
   const int rows_left = sizes.batch - row_begin;
-  const auto counts = [&](int tile, int i) { return tile * Product::kRows + row_of[i] < rows_left; };
+  const auto counts = [&](int tile, int i) { return owned[i] && tile * Product::kRows + row_of[i] < rows_left; };
 
   // Offsets in [S, T, B, H]: of the group's first row at an item's step, and from there.
   const int64_t plane = static_cast<int64_t>(sizes.batch) * H, group_begin = static_cast<int64_t>(row_begin) * H;
