@@ -1,4 +1,7 @@
-"""regularized_inverse: equal to the oracle, the same to the bit on any threads, differentiable twice, clear errors."""
+"""regularized_inverse: equal to the oracle, the same to the bit on any threads, differentiable twice, clear errors.
+
+Tests that take ``device`` run on a GPU, and on the CPU by the emulation of the CUDA kernels.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,11 @@ EDGES = [3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 48, 49, 64, 65, 97, 128, 129, 193, 2
 SHAPES = [(1, 1), (2, 2), (5, 3), (3, 5), (32, 32), (100, 64), (31, 257), (4, 6, 6), (3, 17, 9), (2, 3, 4, 5)]
 
 
-def check(weight: Tensor, reg: float) -> None:
-    """Equality with the oracle, up to the error of a solve with the Gram matrix ``W'W + reg I``.
+CPU = torch.device("cpu")
+
+
+def check(weight: Tensor, reg: float, device: torch.device = CPU) -> None:
+    """Equality with the oracle on a device, up to the error of a solve with the Gram matrix ``W'W + reg I``.
 
     That is ``8 * eps * root of the size * condition``, relative to the greatest element of the inverse.
     """
@@ -32,7 +38,7 @@ def check(weight: Tensor, reg: float) -> None:
     condition = (singular_values.max(-1) ** 2 + reg) / (singular_values.min(-1) ** 2 + reg)
     greatest = np.abs(expected).max((-1, -2))
     allowed = 8 * torch.finfo(weight.dtype).eps * max(weight.shape[-2:]) ** 0.5 * condition * greatest
-    actual = regularized_inverse(weight, reg)
+    actual = regularized_inverse(weight.to(device), reg).cpu()
     assert actual.dtype == weight.dtype
     assert actual.shape == expected.shape
     error = np.abs(actual.double().numpy() - expected).max((-1, -2))
@@ -218,7 +224,7 @@ def test_overflow_is_refused() -> None:
         ({"status": torch.zeros(2)}, "status must be int64, got float32"),
         ({"reg": -1.0}, "reg must be >= 0"),
         ({"reg": float("nan")}, "reg must be >= 0"),
-        ({"num_threads": 0}, r"num_threads must lie in 1\.\.1024, got 0"),
+        ({"execution": 0}, r"execution must lie in 1\.\.1024 threads on the CPU, got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -228,7 +234,7 @@ def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str
         "reg": 1.0,
         "inverse": torch.zeros(2, 4, 3),
         "status": torch.zeros(2).long(),
-        "num_threads": 1,
+        "execution": 1,
     }
     with pytest.raises(ValueError, match=f"regularized_inverse: {message}"):
         _C.regularized_inverse(**arguments | change)
@@ -250,3 +256,144 @@ def test_a_weight_of_too_few_dimensions_is_refused(weight: Tensor) -> None:
 def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises((TypeError, ValueError, RuntimeError), match="regularized_inverse: weight"):
         regularized_inverse(torch.eye(3).to(dtype), 1.0)
+
+
+# On CUDA: sizes around the lanes of a small matrix, the groups of 32 rows and the width of a block, and beyond the
+# kernel's greatest; tall, wide, and of one row or column.
+CUDA_SHAPES = [
+    *[(n, n) for n in (1, 2, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 63, 64, 65, 95, 96, 97, 100, 112, 113, 127, 128)],
+    *[(8, 1), (1, 8), (13, 5), (5, 13), (32, 20), (9, 32), (33, 8), (8, 33), (128, 1), (1, 128), (128, 64), (64, 128)],
+    *[(100, 66), (66, 100), (128, 113), (113, 128), (129, 5), (20, 130), (150, 150)],
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_cuda_equals_the_oracle(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(2, *shape, dtype=torch.float64).to(dtype)
+    check(weight, 1e-3, device)
+    check(weight[0].mT.contiguous().mT, 1.0, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 6, 4), (2, 0, 4), (2, 3, 5, 4), (70, 30, 30), (70, 10, 7), (33, 8, 8)], ids=str)
+def test_cuda_takes_any_batch(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape, dtype=dtype)
+    if weight.numel() > 0:
+        check(weight, 0.1, device)
+    else:
+        assert regularized_inverse(weight.to(device), 0.1).shape == (*shape[:-2], shape[-1], shape[-2])
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 9), (20, 32), (70, 40), (100, 100), (66, 90)], ids=str)
+def test_cuda_same_bits_for_a_batch_and_its_matrices_alone(device: torch.device, shape: tuple[int, int]) -> None:
+    """Few matrices are split over several blocks each, many are not."""
+    weight = torch.randn(40, *shape).to(device)
+    together = regularized_inverse(weight, 1.0)
+    assert torch.equal(regularized_inverse(weight, 1.0), together)
+    for i in (0, 1, 17, 39):
+        assert torch.equal(regularized_inverse(weight[i], 1.0), together[i])
+
+
+def unusable(n: int, dtype: torch.dtype) -> tuple[Tensor, list[int]]:
+    """Eight matrices, and which of them have no inverse without a ridge."""
+    weight = torch.randn(8, n, n, dtype=dtype) + 3 * n**0.5 * torch.eye(n, dtype=dtype)
+    weight[1, -1, 0] = torch.nan
+    weight[2, 0, -1] = torch.inf
+    weight[4, :, n // 2] = 0
+    if dtype == torch.float32:
+        return weight, [1, 2, 4]
+    weight[5] *= torch.finfo(dtype).max ** 0.75
+    return weight, [1, 2, 4, 5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [5, 16, 30, 60, 100, 130])
+def test_cuda_failures_are_nan_and_harm_no_neighbour(device: torch.device, n: int, dtype: torch.dtype) -> None:
+    weight, failing = unusable(n, dtype)
+    inverse = regularized_inverse(weight.to(device), 0.0).cpu()
+    usable = [i for i in range(len(weight)) if i not in failing]
+    assert inverse[failing].isnan().all()
+    expected = torch.linalg.inv(weight[usable].double()).to(dtype)
+    torch.testing.assert_close(inverse[usable], expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [6, 40, 70, 140])
+def test_cuda_raises_in_anomaly_mode_alone(device: torch.device, n: int) -> None:
+    good = torch.eye(n, dtype=torch.float64).repeat(2, 2, 1, 1).to(device)
+    singular, not_finite, overflowing = good.clone(), good.clone(), good.clone()
+    singular[1, 0, :, 1] = 0
+    not_finite[0, 1, 2, 2] = torch.inf
+    not_finite[0, 0] = 0
+    overflowing[1, 1] *= 1e200
+    for weight in (good, singular, not_finite, overflowing):
+        regularized_inverse(weight, 0.0)
+    with torch.autograd.set_detect_anomaly(True):
+        regularized_inverse(good, 0.0)
+        with pytest.raises(tpext.SingularError, match=r"weight\[1, 0\] plus reg=0\.0 is singular"):
+            regularized_inverse(singular, 0.0)
+        with pytest.raises(ValueError, match=r"weight\[0, 1\] has NaN"):
+            regularized_inverse(not_finite, 0.0)
+        with pytest.raises(tpext.SingularError, match=r"weight\[1, 1\].*overflows"):
+            regularized_inverse(overflowing, 0.0)
+
+
+@pytest.mark.parametrize("n", [2, 65, 130])
+def test_cuda_low_rank_fails_without_a_ridge_and_is_inverted_with_one(device: torch.device, n: int) -> None:
+    weight = torch.randn(n, n - 1, dtype=torch.float64) @ torch.randn(n - 1, n, dtype=torch.float64)
+    assert regularized_inverse(weight.to(device), 0.0).isnan().all()
+    check(weight, 1e-2, device)
+
+
+def test_cuda_float32_without_a_ridge_is_inverted_in_float64(device: torch.device) -> None:
+    scale = torch.logspace(0, -4, 20)
+    weight = torch.linalg.qr(torch.randn(20, 20)).Q * scale
+    expected = torch.linalg.inv(weight.double()).float()
+    torch.testing.assert_close(regularized_inverse(weight.to(device), 0.0).cpu(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (2, 2, 2)], ids=str)
+def test_cuda_true_first_and_second_derivatives(device: torch.device, shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, dtype=torch.float64).to(device).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: regularized_inverse(w, 0.5), weight)
+    assert torch.autograd.gradgradcheck(lambda w: regularized_inverse(w, 0.5), weight)
+
+
+def test_cuda_a_failing_matrix_harms_no_neighbour_s_gradient(device: torch.device) -> None:
+    weight = torch.randn(3, 4, 4, dtype=torch.float64) + 4 * torch.eye(4, dtype=torch.float64)
+    weight[1, :, 2] = 0
+    weight = weight.to(device).requires_grad_()
+    (gradient,) = torch.autograd.grad(regularized_inverse(weight, 0.0)[::2].sum(), weight)
+    assert gradient[::2].isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(5, 8, 8), (100, 100), (300, 100, 90), (3, 200, 150)], ids=str)
+def test_cuda_nothing_waits_and_a_graph_repeats_it(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, device="cuda")
+    expected = regularized_inverse(weight, 1.0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        regularized_inverse(weight, 1.0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    fixed, graph = torch.zeros_like(weight), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inverse = regularized_inverse(fixed, 1.0)
+    fixed.copy_(weight)
+    graph.replay()
+    assert torch.equal(inverse, expected)
+
+
+@pytest.mark.gpu
+def test_cuda_runs_on_the_current_stream_and_compiled() -> None:
+    weight = torch.randn(3, 40, 40, device="cuda")
+    expected = regularized_inverse(weight, 1.0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        inverse = regularized_inverse(weight * 1, 1.0)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(inverse, expected)
+    compiled = torch.compile(lambda w: regularized_inverse(w, 1.0), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(weight), expected)

@@ -7,7 +7,8 @@ namespace tpext {
 
 // R = (W'W + reg I)^-1 W' = W'(WW' + reg I)^-1 of each matrix of a batch. Arrays are dense and row-major.
 //
-// A matrix that has no inverse to working precision harms no other: its own inverse is left as it was.
+// A matrix that has no inverse to working precision harms no other: its own inverse is left as it was, on CUDA filled
+// with NaN.
 template <class T>
 struct RegularizedInverse {
   enum Status : int64_t {

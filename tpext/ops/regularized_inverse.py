@@ -10,6 +10,13 @@ The Gram matrix squares the condition number: the relative error is some ``eps (
 the extreme singular values of ``W``, so a small ``reg`` and nearly singular weights ask for float64. Without
 regularisation (``reg = 0``) float32 weights are inverted in float64.
 
+On CUDA a kernel inverts all matrices with ``max(M, N) <= 128`` in one launch, each with the same bits in any batch; for
+larger ones it is torch's factorisation and triangular solves, in whatever precision torch's products are set to
+(TF32 is the caller's choice). Nothing waits for the device, so that an inverse can be captured in a CUDA graph, and
+failures do not raise: the inverse of a matrix that has none is NaN, the others are as they would be without it. To have
+the errors below raised on CUDA too, which waits for the device, switch on torch's anomaly mode
+(``torch.autograd.set_detect_anomaly``).
+
 Raises:
     ValueError: ``weight`` has NaN or infinite elements (the message says which matrix), a wrong rank or dtype;
     ``reg`` < 0. SingularError: a Gram matrix plus ``reg`` is singular to working precision, or overflows (the message
@@ -28,10 +35,14 @@ import torch
 from torch import Tensor
 
 from tpext import _C
-from tpext.ops._library import LIBRARY, define, dense, refuse_forward_mode
+from tpext.ops._library import LIBRARY, define, dense, execution, full_precision, on_cuda, refuse_forward_mode
 
 # The kernel's status of a matrix whose elements are not finite (csrc/core/regularized_inverse.h).
 _NOT_FINITE = 1
+_SINGULAR = 2
+
+# The greatest M and N of the CUDA kernel (csrc/cuda/kernels.h).
+_LARGEST_ON_CUDA = 128
 
 
 class SingularError(torch.linalg.LinAlgError):  # type: ignore[name-defined,misc]
@@ -65,11 +76,49 @@ def _regularized_inverse(weight: Tensor, reg: float) -> Tensor:
     inverse = weight.new_empty(*batch, columns, rows)
     if inverse.numel() == 0:
         return inverse
-    status = weight.new_empty(math.prod(batch), dtype=torch.int64)
-    stacked, stacked_inverse = weight.reshape(-1, rows, columns), inverse.view(-1, columns, rows)
-    if _C.regularized_inverse(dense(stacked), reg, dense(stacked_inverse), dense(status), torch.get_num_threads()):
-        _raise_error(status.view(batch), weight.dtype, reg)
+    if on_cuda(weight) and max(rows, columns) > _LARGEST_ON_CUDA:
+        with full_precision(weight.device.type):
+            status = _invert_by_torch(weight, reg, inverse)
+        failures = 0
+    else:
+        status = weight.new_empty(batch, dtype=torch.int64)
+        stacked, stacked_inverse = weight.reshape(-1, rows, columns), inverse.view(-1, columns, rows)
+        failures = _C.regularized_inverse(
+            dense(stacked), reg, dense(stacked_inverse), dense(status.view(-1)), execution(weight)
+        )
+    # On CUDA only the device knows of failures.
+    if failures or (on_cuda(weight) and torch.is_anomaly_enabled() and bool(status.any())):
+        _raise_error(status, weight.dtype, reg)
     return inverse
+
+
+def _invert_by_torch(weight: Tensor, reg: float, inverse: Tensor) -> Tensor:
+    """What the CUDA kernel does, for matrices of any size. Returns the status of each matrix."""
+    factor, info = torch.linalg.cholesky_ex(_gram(weight, reg))
+    wide = weight.shape[-2] < weight.shape[-1]
+    solution = _solve(factor, weight if wide else weight.mT)
+    pivots = factor.diagonal(dim1=-2, dim2=-1).square()
+    dtype = torch.finfo(weight.dtype)
+    least = dtype.eps * pivots.shape[-1] * pivots.amax(-1, keepdim=True) if reg == 0 else 0
+    # Comparisons are written to fail for NaN.
+    regular = (info == 0) & ((pivots > least) & (pivots <= dtype.max)).all(-1)
+    inverse.copy_(torch.where(regular[..., None, None], solution.mT if wide else solution, math.nan))
+    status = torch.where(weight.isfinite().all(-1).all(-1), _SINGULAR, _NOT_FINITE)
+    return torch.where(regular, 0, status)
+
+
+def _gram(weight: Tensor, reg: float) -> Tensor:
+    """The smaller of ``W'W + reg I`` and ``WW' + reg I``."""
+    rows, columns = weight.shape[-2:]
+    identity = torch.eye(min(rows, columns), dtype=weight.dtype, device=weight.device)
+    return (weight.mT @ weight if columns <= rows else weight @ weight.mT) + reg * identity
+
+
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
+    """``(L L')^-1 right``. Not ``torch.cholesky_solve``, which waits for the device."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return solution
 
 
 def _raise_error(status: Tensor, dtype: torch.dtype, reg: float) -> None:
@@ -101,14 +150,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     dtype = weight.dtype
     if ctx.reg == 0:
         weight, inverse, grad = weight.double(), inverse.double(), grad.double()
-    rows, columns = weight.shape[-2:]
-    identity = torch.eye(min(rows, columns), dtype=weight.dtype, device=weight.device)
-    if columns <= rows:
-        factor = torch.linalg.cholesky(weight.mT @ weight + ctx.reg * identity)
-        k = torch.cholesky_solve(grad, factor)
+    # A matrix that failed on CUDA has a gradient of NaN by its inverse.
+    factor = torch.linalg.cholesky_ex(_gram(weight, ctx.reg), check_errors=not on_cuda(weight)).L
+    if weight.shape[-1] <= weight.shape[-2]:
+        k = _solve(factor, grad)
         return (k.mT - weight @ (inverse @ k.mT + k @ inverse.mT)).to(dtype), None
-    factor = torch.linalg.cholesky(weight @ weight.mT + ctx.reg * identity)
-    k_transposed = torch.cholesky_solve(grad.mT, factor)
+    k_transposed = _solve(factor, grad.mT)
     return (k_transposed - (inverse.mT @ k_transposed.mT + k_transposed @ inverse) @ weight).to(dtype), None
 
 
