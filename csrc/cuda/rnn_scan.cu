@@ -7,7 +7,7 @@
 // 650 + 1024 cycles, 0.93 us.
 #include "cuda/activations.h"
 #include "cuda/backward_sweep.h"
-#include "cuda/sweep.h"
+#include "cuda/plan.h"
 
 namespace tpext::cuda {
 namespace {

@@ -14,7 +14,7 @@
 // H = 512 in clusters, four rows: 0.93 us, through time in clusters of 16 the same work a block.
 #include "cuda/activations.h"
 #include "cuda/backward_sweep.h"
-#include "cuda/sweep.h"
+#include "cuda/plan.h"
 
 namespace tpext::cuda {
 namespace {

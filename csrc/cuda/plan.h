@@ -1,0 +1,284 @@
+// From the sizes of a recurrent call to launches of a sweep: which regime, which way to multiply, how many groups,
+// tiles and blocks. The table of variants and the prediction `cycles_of_step` decide; until measured they are
+// predictions.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+#include "cuda/sweep.h"
+
+namespace tpext::cuda {
+
+// One way to multiply, as the choice and the launch see it.
+template <class Step>
+struct Variant {
+  void (*kernel)(SweepArgs<Step>);
+  bool shared;
+  int rows, depth, columns, stride, scratch_bytes;
+};
+
+// Cycles of a step of one block: the chain of dependent operations, and the multiply-adds that they hide at best.
+template <class T>
+double cycles_of_step(bool shared, bool through_grid, int products, int64_t rows, int depth, int columns) {
+  // Read the states 45, add up and shuffle 80, activate 60, write and barrier 65; a cluster barrier and remote stores
+  // 400 more, release, acquire and read through the second-level cache 3500 more.
+  const double latency = 250 + (shared ? (through_grid ? 3500 : 400) : 0);
+  const double per_cycle = sizeof(T) == 8 ? 64 : sizeof(T) == 4 ? 128 : 1024;
+  return latency + static_cast<double>(products) * static_cast<double>(rows) * depth * columns / per_cycle;
+}
+
+// How a call is run.
+template <class Step>
+struct Choice {
+  const Variant<Step>* variant = nullptr;
+  Regime regime = Regime::step;
+  int groups = 0, tiles = 0, shards = 0;
+  int members = 0;  // of a launch
+  int64_t workspace_bytes = 0;
+  double cycles = 0;  // predicted, of a step
+};
+
+inline const char* regime_name(Regime regime) {
+  static const char* const names[] = {"auto", "block", "cluster", "grid", "step"};
+  return names[static_cast<int>(regime)];
+}
+
+inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The cheapest way to run `variant` in `regime` by the prediction; no variant where it cannot.
+template <class Step>
+Choice<Step> fit(const Variant<Step>& variant, Regime regime, int64_t stack, int64_t batch, int64_t hidden,
+                 int device) {
+  using T = typename Step::Storage;
+  constexpr int kProducts = Step::kProducts;
+  const Limits& limit = limits(device);
+  Choice<Step> choice;
+  const int64_t shards = variant.shared ? ceil_divide(hidden, variant.columns) : 1;
+  const bool grid = regime == Regime::grid;
+  if (hidden > variant.depth || variant.shared != (regime != Regime::block)) return choice;
+  if (!variant.shared && hidden > variant.columns) return choice;
+  if (regime == Regime::cluster && (limit.capability < 90 || shards > 16)) return choice;
+  if (grid && !limit.cooperative) return choice;
+
+  // As many rows as shared memory holds.
+  const auto shared_bytes = [&](int64_t tiles) {
+    const int64_t rows = tiles * variant.rows;
+    return state_bytes(kProducts, rows, variant.stride, sizeof(T)) + steps_bytes(rows) +
+           int64_t{kProducts} * variant.scratch_bytes;
+  };
+  int64_t most_tiles = 1;
+  if (shared_bytes(1) > limit.shared_memory) return choice;
+  while (variant.shared && shared_bytes(2 * most_tiles) <= limit.shared_memory) most_tiles *= 2;
+
+  const int64_t tiles_of_batch = ceil_divide(batch, variant.rows);
+  // Groups that run side by side, whatever their tiles.
+  const int cluster = regime == Regime::cluster ? static_cast<int>(shards) : 1;
+  int64_t at_once =
+      resident(variant.kernel, {shards, kThreads, static_cast<int>(shared_bytes(most_tiles)), cluster, grid}, device);
+  if (grid) at_once /= shards;
+  if (!variant.shared) at_once = std::min<int64_t>(at_once, limit.multiprocessors);
+  if (at_once < 1) return choice;
+  // More tiles a group only where there are more rows than groups at once.
+  int64_t members = std::min<int64_t>(stack, kMaxMembers);
+  int64_t wanted = std::max<int64_t>(1, at_once / std::max<int64_t>(1, members));
+  if (!variant.shared) wanted = tiles_of_batch;
+  int64_t tiles = std::clamp<int64_t>(ceil_divide(tiles_of_batch, wanted), 1, most_tiles);
+  int64_t groups = ceil_divide(tiles_of_batch, tiles);
+  if (grid) {
+    // All blocks of a launch run at once: fewer members a launch, or it cannot be.
+    if (groups > at_once) return choice;
+    members = std::min(members, at_once / std::max<int64_t>(1, groups));
+  }
+  const int64_t rounds = grid ? ceil_divide(stack, members) : ceil_divide(stack * groups, at_once);
+  choice.variant = &variant;
+  choice.regime = regime;
+  choice.groups = static_cast<int>(groups);
+  choice.tiles = static_cast<int>(tiles);
+  choice.shards = static_cast<int>(shards);
+  choice.members = static_cast<int>(members);
+  if (grid)
+    choice.workspace_bytes =
+        stack * groups * (kCounterStride * 4 + state_bytes(kProducts, tiles * variant.rows, variant.stride, sizeof(T)));
+  choice.cycles = static_cast<double>(rounds) * cycles_of_step<T>(variant.shared, grid, kProducts, tiles * variant.rows,
+                                                                  variant.depth, variant.columns);
+  return choice;
+}
+
+// The best variant of the wanted regime, or of the first of block, cluster, grid that can run these sizes.
+template <class Step, class Variants>
+Choice<Step> choose(const Variants& variants, int64_t stack, int64_t batch, int64_t hidden, int device, Regime wanted) {
+  Choice<Step> best;
+  if (wanted == Regime::step) return best;
+  if (stack == 0 || batch == 0 || hidden == 0) {
+    best.regime = Regime::block;
+    return best;
+  }
+  for (const Regime regime : {Regime::block, Regime::cluster, Regime::grid}) {
+    if (wanted != Regime::automatic && wanted != regime) continue;
+    for (const Variant<Step>& variant : variants) {
+      // Of the least depth that fits alone, so that the order of a sum does not depend on the batch.
+      if (best.variant != nullptr && variant.depth > best.variant->depth) break;
+      const Choice<Step> choice = fit(variant, regime, stack, batch, hidden, device);
+      if (choice.variant != nullptr && (best.variant == nullptr || choice.cycles < best.cycles)) best = choice;
+    }
+    if (best.variant != nullptr) return best;
+  }
+  if (wanted != Regime::automatic)
+    throw std::invalid_argument(std::string("regime '") + regime_name(wanted) +
+                                "' cannot run H=" + std::to_string(hidden) + ", B=" + std::to_string(batch) + " with " +
+                                std::to_string(Step::kProducts) + " products a step in this dtype on device " +
+                                std::to_string(device));
+  return best;
+}
+
+template <class Product, class Step, bool kShared>
+constexpr Variant<Step> variant_of() {
+  return {sweep<Product, Step, kShared>, kShared, Product::kRows, Product::kDepth, Product::kColumns, Product::kStride,
+          Product::kScratchBytes};
+}
+
+// The variants of a storage type and number of products. Registers bound them: depth x columns x products weights of
+// 256 threads, at most 128 registers a thread.
+template <class T, int kProducts>
+struct VariantsOf;
+
+template <int kProducts>
+struct VariantsOf<float, kProducts> {
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      // lanes, columns a lane, pieces, tail, rows: depth 32, 64, 104, 128 of as many columns
+      variant_of<Multiply<float, 8, 1, 1, 0, 1>, Step, false>(),
+      variant_of<Multiply<float, 8, 1, 1, 0, 4>, Step, false>(),
+      variant_of<Multiply<float, 8, 2, 2, 0, 1>, Step, false>(),
+      variant_of<Multiply<float, 8, 2, 2, 0, 4>, Step, false>(),
+      variant_of<Multiply<float, 8, 4, 3, 1, 1>, Step, false>(),
+      variant_of<Multiply<float, 8, 4, 3, 1, 4>, Step, false>(),
+      variant_of<Multiply<float, 8, 4, 4, 0, 1>, Step, false>(),
+      variant_of<Multiply<float, 8, 4, 4, 0, 4>, Step, false>(),
+      // depth 256, 512, 1024
+      variant_of<Multiply<float, 8, 4 / kProducts, 8, 0, 1>, Step, true>(),
+      variant_of<Multiply<float, 8, 4 / kProducts, 8, 0, 4>, Step, true>(),
+      variant_of<Multiply<float, 8, 2 / kProducts, 16, 0, 1>, Step, true>(),
+      variant_of<Multiply<float, 8, 2 / kProducts, 16, 0, 4>, Step, true>(),
+      variant_of<Multiply<float, 8 * kProducts, 1, 32 / kProducts, 0, 4>, Step, true>(),
+  };
+};
+
+template <>
+struct VariantsOf<double, 1> {
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      variant_of<Multiply<double, 8, 1, 2, 0, 1>, Step, false>(),
+      variant_of<Multiply<double, 8, 2, 4, 0, 1>, Step, false>(),
+      variant_of<Multiply<double, 8, 4, 8, 0, 1>, Step, false>(),
+      variant_of<Multiply<double, 8, 2, 16, 0, 1>, Step, true>(),
+      variant_of<Multiply<double, 8, 1, 32, 0, 1>, Step, true>(),
+  };
+};
+
+template <>
+struct VariantsOf<double, 2> {
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      variant_of<Multiply<double, 8, 1, 2, 0, 1>, Step, false>(),
+      variant_of<Multiply<double, 8, 2, 4, 0, 1>, Step, false>(),
+      variant_of<Multiply<double, 8, 2, 8, 0, 1>, Step, true>(),
+      variant_of<Multiply<double, 8, 1, 16, 0, 1>, Step, true>(),
+      variant_of<Multiply<double, 16, 1, 16, 0, 1>, Step, true>(),
+  };
+};
+
+template <class T, int kProducts>
+struct MatrixUnitVariants {
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      // depth and how many warps share it: 64 and 128 of 128 columns, then 256, 512, 1024
+      variant_of<MatrixUnit<T, 64, 1>, Step, false>(),
+      variant_of<MatrixUnit<T, 128, 1>, Step, false>(),
+      variant_of<MatrixUnit<T, 256, 1>, Step, true>(),
+      variant_of<MatrixUnit<T, 512, kProducts>, Step, true>(),
+      variant_of<MatrixUnit<T, 1024, kProducts == 1 ? 2 : 8>, Step, true>(),
+  };
+};
+template <int kProducts>
+struct VariantsOf<Bfloat16, kProducts> : MatrixUnitVariants<Bfloat16, kProducts> {};
+template <int kProducts>
+struct VariantsOf<Float16, kProducts> : MatrixUnitVariants<Float16, kProducts> {};
+
+template <class Step>
+Choice<Step> choose_sweep(const RnnSizes& sizes, int device, Regime wanted) {
+  return choose<Step>(VariantsOf<typename Step::Storage, Step::kProducts>::template table<Step>, sizes.stack,
+                      sizes.batch, sizes.hidden, device, wanted);
+}
+
+// The arguments that every launch of a call shares, for `members` members from `first` on.
+inline SweepSizes sizes_of(const RnnSizes& sizes, int64_t first, int64_t members) {
+  SweepSizes part{};
+  part.time = static_cast<int>(sizes.time);
+  part.batch = static_cast<int>(sizes.batch);
+  part.hidden = static_cast<int>(sizes.hidden);
+  part.members = static_cast<int>(members);
+  part.lengths = sizes.lengths;
+  for (int64_t s = 0; s < members; ++s)
+    if (sizes.reverse[first + s] != 0) part.reverse[s / 32] |= uint32_t{1} << (s % 32);
+  return part;
+}
+
+template <class Step>
+void run_single_step(const RnnSizes& sizes, const RnnExecution& execution, const Step& whole_stack) {
+  using T = typename Step::Storage;
+  const int64_t plane = sizes.batch * sizes.hidden;
+  for (int64_t first = 0; first < sizes.stack; first += kMaxMembers) {
+    const int64_t members = std::min<int64_t>(kMaxMembers, sizes.stack - first);
+    const SingleStepArgs<Step> args{sizes_of(sizes, first, members),
+                                    static_cast<int>(execution.step),
+                                    static_cast<const T*>(execution.sums) + first * plane,
+                                    static_cast<T*>(execution.carried) + first * plane,
+                                    sizes.stack * plane,
+                                    whole_stack.from_member(first, sizes)};
+    launch(single_step<Step>, {ceil_divide(members * plane, kThreads), kThreads}, execution.queue, args);
+  }
+}
+
+// Runs the sweep: one launch, or one for as many members as fit.
+template <class Step>
+void run_sweep(const RnnSizes& sizes, const RnnExecution& execution, const Step& whole_stack) {
+  using T = typename Step::Storage;
+  if (sizes.stack == 0 || sizes.batch == 0 || sizes.hidden == 0) return;
+  if (execution.regime == Regime::step) return run_single_step(sizes, execution, whole_stack);
+  const Choice<Step> choice = choose_sweep<Step>(sizes, execution.queue.device, execution.regime);
+  if (choice.variant == nullptr)
+    throw std::invalid_argument("no kernel keeps weights of H=" + std::to_string(sizes.hidden) +
+                                " on the chip; use regime 'step'");
+  if (execution.workspace_bytes < choice.workspace_bytes)
+    throw std::invalid_argument("workspace must have " + std::to_string(choice.workspace_bytes) + " bytes, got " +
+                                std::to_string(execution.workspace_bytes));
+  const Variant<Step>& variant = *choice.variant;
+  const bool grid = choice.regime == Regime::grid;
+  const int64_t rows = int64_t{choice.tiles} * variant.rows;
+  const int64_t group_bytes = state_bytes(Step::kProducts, rows, variant.stride, sizeof(T));
+  const int64_t shared_bytes = group_bytes + steps_bytes(rows) + int64_t{Step::kProducts} * variant.scratch_bytes;
+  for (int64_t first = 0; first < sizes.stack; first += choice.members) {
+    const int64_t members = std::min<int64_t>(choice.members, sizes.stack - first);
+    SweepArgs<Step> args{sizes_of(sizes, first, members), {}, whole_stack.from_member(first, sizes)};
+    args.sizes.groups = choice.groups;
+    args.sizes.tiles = choice.tiles;
+    args.sizes.shards = choice.shards;
+    args.sizes.through_grid = grid;
+    if (grid) {
+      auto* const workspace = static_cast<char*>(execution.workspace);
+      args.exchange.counters = reinterpret_cast<uint32_t*>(workspace) + first * choice.groups * kCounterStride;
+      args.exchange.states =
+          workspace + sizes.stack * choice.groups * kCounterStride * 4 + first * choice.groups * group_bytes;
+    }
+    launch(variant.kernel,
+           {members * choice.groups * choice.shards, kThreads, static_cast<int>(shared_bytes),
+            choice.regime == Regime::cluster ? choice.shards : 1, grid},
+           execution.queue, args);
+  }
+}
+
+}  // namespace tpext::cuda
