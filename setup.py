@@ -34,6 +34,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DTPEXT_VERSION={self.distribution.get_version()}",
             f"-DTPEXT_COMMIT={commit()}",
+            f"-DTPEXT_CUDA={os.environ.get('TPEXT_CUDA') or 'auto'}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         jobs = os.environ.get("MAX_JOBS")

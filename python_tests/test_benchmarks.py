@@ -654,3 +654,77 @@ def test_gpu_check_refuses(checkout: Path, arguments: Any, environment: dict[str
     done = check(checkout, *arguments, **environment)
     assert done.returncode == 2
     assert said in done.stderr
+
+
+PTXAS = """\
+nvcc warning : something else
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN5tpext4cuda5sweepINS_8Bfloat16ELi64EEEvT_' for 'sm_80'
+ptxas info    : Function properties for _ZN5tpext4cuda5sweepINS_8Bfloat16ELi64EEEvT_
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 90 registers, used 1 barriers, 16 bytes smem, 584 bytes cmem[0]
+ptxas info    : Compiling entry function '_ZN5tpext4cuda5sweepINS_8Bfloat16ELi64EEEvT_' for 'sm_90'
+ptxas info    : Function properties for _ZN5tpext4cuda5sweepINS_8Bfloat16ELi64EEEvT_
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers
+"""
+
+
+def write_build(build: Path, version: str = "13.0.88", **usage: int) -> Path:
+    """A folder as CMake leaves it, with one log."""
+    build.mkdir(exist_ok=True)
+    (build / "CMakeCUDACompiler.cmake").write_text(f'set(CMAKE_CUDA_COMPILER_VERSION "{version}")\n')
+    (build / "scan.cu.o.ptxas").write_text(PTXAS.format(**{"stack": 0, "stores": 0, "loads": 0} | usage))
+    return build
+
+
+needs_demangler = pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt here")
+
+
+@needs_demangler
+def test_ptxas_logs(load: Any, tmp_path: Path) -> None:
+    report = load("ptxas").read(write_build(tmp_path, stack=8, stores=4, loads=12))
+    assert report.compiler == "nvcc 13.0.88"
+    assert report.kernels == {
+        "sm_80, sweep<Bfloat16, 64>": (90, 16, 0, 0),
+        "sm_90, sweep<Bfloat16, 64>": (255, 0, 16, 8),
+    }
+
+
+@needs_demangler
+@pytest.mark.parametrize(("usage", "status"), [({}, 0), ({"stores": 4}, 1), ({"loads": 4}, 1), ({"stack": 8}, 1)])
+def test_a_spill_fails_the_check(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, usage: dict[str, int], status: int
+) -> None:
+    module = load("ptxas")
+    monkeypatch.setattr(module, "RECORD", tmp_path / "ptxas.json")
+    monkeypatch.setattr(sys, "argv", ["ptxas.py", str(write_build(tmp_path / "build", **usage))])
+    assert module.main() == status
+
+
+@needs_demangler
+def test_registers_against_the_record(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, build = load("ptxas"), write_build(tmp_path / "build")
+    monkeypatch.setattr(module, "RECORD", tmp_path / "ptxas.json")
+    monkeypatch.setattr(sys, "argv", ["ptxas.py", str(build), "--update"])
+    assert module.main() == 0
+    record = json.loads(module.RECORD.read_text())
+    record["kernels"]["sm_80, sweep<Bfloat16, 64>"][0] = 80
+    record["kernels"]["sm_80, gone"] = record["kernels"].pop("sm_90, sweep<Bfloat16, 64>")
+    module.RECORD.write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["ptxas.py", str(build)])
+    capsys.readouterr()
+    assert module.main() == 0
+    shown = capsys.readouterr().out
+    for text in ("80 -> 90", "sm_90, sweep<Bfloat16, 64> (not recorded)", "sm_80, gone (recorded, not built)"):
+        assert text in shown
+    write_build(build, version="12.9.1")
+    assert module.main() == 0
+    assert "built by nvcc 12.9.1, recorded with nvcc 13.0.88: not compared" in capsys.readouterr().out
+
+
+def test_no_log_of_ptxas(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no log of ptxas under"):
+        load("ptxas").read(tmp_path)

@@ -456,11 +456,25 @@ def test_an_execution_suits_the_device(op: str) -> None:
 @pytest.mark.parametrize("op", [*ENTRIES, "regularized_inverse"])
 def test_an_execution_on_cuda_is_whole(op: str) -> None:
     arguments = cuda_arguments(op) if op in ENTRIES else inverse_arguments()
-    for value in (2, None, (0, "auto"), ("0", "auto", None), (0, 1, None), [0, "auto", None]):
-        with pytest.raises(TypeError, match=r"execution must be \(stream: int, regime: str, workspace\) where "):
+    step = (0, "step", None, 1, None, None)
+    for value in (
+        2,
+        None,
+        (0, "auto"),
+        ("0", "auto", None),
+        (0, 1, None),
+        [0, "auto", None],
+        (*step[:3], "1", None, None),
+    ):
+        with pytest.raises(TypeError, match=r"execution must be \(stream: int, regime: str, workspace\) or .* where "):
             call_entry(op, arguments | {"execution": value})
-    with pytest.raises(ValueError, match="regime must be one of 'auto', 'block', 'cluster', 'grid', got 'step'"):
-        call_entry(op, arguments | {"execution": (0, "step", None)})
+    for value in (step[:3], (0, "auto", *step[2:])):
+        with pytest.raises(
+            ValueError, match='execution must have six parts for regime "step" and three for the others'
+        ):
+            call_entry(op, arguments | {"execution": value})
+    with pytest.raises(ValueError, match="regime must be one of 'auto', 'block', 'cluster', 'grid', 'step', got 'row'"):
+        call_entry(op, arguments | {"execution": (0, "row", None)})
     workspaces = {
         "must be a DLPack capsule": 5,
         r"must be \[bytes\], got \[2, 2\]": Claimed(torch.zeros(2, 2, dtype=torch.uint8)),
@@ -471,6 +485,27 @@ def test_an_execution_on_cuda_is_whole(op: str) -> None:
     for text, workspace in workspaces.items():
         with pytest.raises((TypeError, ValueError), match=f"workspace {text}"):
             call_entry(op, arguments | {"execution": (0, "auto", workspace)})
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("op", ["rnn_scan", "rnn_scan_backward", "rnn_target_scan", "rnn_learned_target_scan"])
+def test_a_single_step_is_whole(op: str) -> None:
+    products = 2 if "target" in op else 1
+    right = torch.zeros(products, *(SIZES[symbol] for symbol in "SBH"))
+    wrong = {
+        rf"must be \[P={products}, S=2, B=4, H=5\], got ": Claimed(right[:, :, :, 1:].clone()),
+        "must be float32, got float64": Claimed(right.double()),
+        "must be on CUDA device 0 as .* is, got the CPU": Claimed(right, CPU),
+        "must be a tensor, got None": None,
+    }
+    for text, value in wrong.items():
+        for name, pair in {"sums": (value, Claimed(right)), "carried": (Claimed(right), value)}.items():
+            with pytest.raises((TypeError, ValueError), match=f"{op}: {name} {text}"):
+                call_entry(op, cuda_arguments(op) | {"execution": (0, "step", None, 1, *pair)})
+    for step in (-1, SIZES["T"] + 1):
+        execution = (0, "step", None, step, Claimed(right), Claimed(right))
+        with pytest.raises(ValueError, match=rf"{op}: .* step must lie in 0\.\.T, got {step}"):
+            call_entry(op, cuda_arguments(op) | {"execution": execution})
 
 
 @needs_cuda_build
@@ -578,7 +613,7 @@ def test_a_plan_refuses_wrong_arguments() -> None:
         "hidden must lie in": {"hidden": -5},
         r"batch \* hidden must be below 2\^31, got 65536 \* 32768": {"batch": 2**16, "hidden": 2**15},
         "device must be >= 0, got -1": {"device": -1},
-        "regime must be one of 'auto', 'block', 'cluster', 'grid', got 'step'": {"regime": "step"},
+        "regime must be one of 'auto', 'block', 'cluster', 'grid', 'step', got 'row'": {"regime": "row"},
     }
     for text, change in wrong.items():
         with pytest.raises(ValueError, match=f"rnn_plan: {text}"):

@@ -29,11 +29,11 @@ def build_info() -> _C.BuildInfo:
 
     Returns:
         A dict with ``version`` and ``commit`` of the source, ``compiler``, ``cpu_capabilities`` (the compiled
-        instruction sets, least first) and ``cuda_architectures`` (such as ``["sm_80", "sm_90", "compute_90"]``, empty
-        without CUDA).
+        instruction sets, least first), ``cuda_architectures`` (such as ``["sm_80", "sm_90", "compute_90"]``, empty
+        without CUDA) and ``cuda_compiler`` (such as "nvcc 13.0.88", None without CUDA).
 
     >>> sorted(tpext.build_info())
-    ['commit', 'compiler', 'cpu_capabilities', 'cuda_architectures', 'version']
+    ['commit', 'compiler', 'cpu_capabilities', 'cuda_architectures', 'cuda_compiler', 'version']
     """
     return _C.build_info()
 
