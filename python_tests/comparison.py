@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -380,3 +380,241 @@ def pieces(inputs: Scan, cut: int) -> list[Scan]:
     if inputs.lengths is not None:
         start = torch.where((inputs.lengths > cut)[:, None], start, inputs.h0)
     return [early._replace(h0=start), late]
+
+
+# Low precision, and devices.
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same with every tensor on ``device``; tuples by element."""
+    if isinstance(value, tuple):
+        values = [moved(element, device) for element in value]
+        return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def run_on(device: torch.device, op: Callable[..., Any]) -> Callable[..., Any]:
+    """``op`` as a function of tensors on the CPU, which runs on ``device``."""
+    return lambda *arguments: moved(op(*moved(arguments, device)), torch.device("cpu"))
+
+
+def assert_no_worse(
+    actual: Sequence[Tensor], peer: Sequence[Tensor], exact: Sequence[Any], dtype: torch.dtype, times: float = 2
+) -> None:
+    """Assert that the error of each output is at most so many ``times`` the peer's, and one rounding to ``dtype``.
+
+    The error of an element is relative to the greatest exact value in its vector along the last axis. Compared is the
+    root mean square over an output, and, at twice as many times, the greatest: which of two like computations has the
+    unluckier element is chance.
+    """
+
+    def errors(found: Tensor, want: np.ndarray) -> tuple[float, float]:
+        scale = np.abs(want).max(axis=-1, keepdims=True, initial=0)
+        relative = (found.double().numpy() - want) / np.where(scale == 0, 1, scale)
+        return float(np.sqrt(np.mean(relative**2))), float(np.abs(relative).max())
+
+    for index, (a, b, want) in enumerate(zip(actual, peer, exact, strict=True)):
+        if want is None or want.size == 0:
+            continue
+        assert a.dtype == dtype, f"output {index}: got {a.dtype}, expected {dtype}"
+        assert a.shape == want.shape, f"output {index}: got {list(a.shape)}, expected {list(want.shape)}"
+        for found, others, factor in zip(errors(a, want), errors(b, want), (times, 2 * times), strict=True):
+            allowed = factor * others + torch.finfo(dtype).eps
+            assert found <= allowed, f"output {index}: error {found:.3g}, allowed {allowed:.3g}"
+
+
+def as_exact(oracle: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
+    """What a float64 oracle gives for the very numbers of these arguments, as a list."""
+    arrays = [
+        argument.double().numpy()
+        if isinstance(argument, Tensor) and argument.is_floating_point()
+        else argument.numpy()
+        if isinstance(argument, Tensor)
+        else argument
+        for argument in arguments
+    ]
+    result = oracle(*arrays)
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+class Composite:
+    """The scans as loops over time of torch's operations in the dtype of the arguments: what anyone would write.
+
+    Each method takes an op's arguments and gives its outputs; those not asked for are left out of consideration by
+    ``assert_no_worse``.
+    """
+
+    @staticmethod
+    def times(
+        shape: Sequence[int], lengths: Tensor | None, reverse: Sequence[bool], from_the_end: bool
+    ) -> Iterator[tuple[int, Iterator[tuple[int, Tensor]]]]:
+        """Each member with its steps in order, and with each step the rows ``[B, 1]`` that have it."""
+        S, T, B = shape[:3]
+        valid = torch.ones(T, B, dtype=torch.bool) if lengths is None else torch.arange(T)[:, None] < lengths
+        for s in range(S):
+            order = range(T) if reverse[s] == from_the_end else reversed(range(T))
+            yield s, ((t, valid[t][:, None]) for t in order)
+
+    @staticmethod
+    def slope(h: Tensor, nonlinearity: str) -> Tensor:
+        return {"tanh": 1 - h * h, "relu": (h > 0).to(h.dtype), "identity": torch.ones_like(h)}[nonlinearity]
+
+    @classmethod
+    def scan(
+        cls,
+        x_proj: Tensor,
+        h0: Tensor,
+        weight_hh: Tensor,
+        lengths: Tensor | None,
+        reverse: list[bool],
+        nonlinearity: str,
+    ) -> list[Tensor]:
+        activate = {"tanh": torch.tanh, "relu": torch.relu, "identity": torch.clone}[nonlinearity]
+        states = torch.zeros_like(x_proj)
+        for s, steps in cls.times(x_proj.shape, lengths, reverse, from_the_end=False):
+            h = h0[s]
+            for t, on in steps:
+                new = activate(x_proj[s, t] + h @ weight_hh[s].mT)
+                h, states[s, t] = torch.where(on, new, h), torch.where(on, new, 0)
+        return [states]
+
+    @classmethod
+    def scan_backward(
+        cls,
+        grad_states: Tensor | None,
+        states: Tensor,
+        weight_hh: Tensor,
+        lengths: Tensor | None,
+        reverse: list[bool],
+        nonlinearity: str,
+        grad_h_n: Tensor | None,
+    ) -> list[Tensor]:
+        g = torch.zeros_like(states) if grad_states is None else grad_states
+        delta, grad_h0 = torch.zeros_like(states), torch.zeros_like(states[:, 0])
+        for s, steps in cls.times(states.shape, lengths, reverse, from_the_end=True):
+            m = grad_h0[s] if grad_h_n is None else grad_h_n[s]
+            for t, on in steps:
+                e = (g[s, t] + m) * cls.slope(states[s, t], nonlinearity)
+                m, delta[s, t] = torch.where(on, e @ weight_hh[s], m), torch.where(on, e, 0)
+            grad_h0[s] = m
+        return [delta, grad_h0]
+
+    @classmethod
+    def target_scan(
+        cls,
+        grad_states: Tensor | None,
+        states: Tensor,
+        h0: Tensor,
+        weight_hh: Tensor,
+        inverse: Tensor,
+        x_proj: Tensor | None,
+        lengths: Tensor | None,
+        reverse: list[bool],
+        nonlinearity: str,
+        correction: str,
+        credit: str,
+        target_step: float,
+        clip: float,
+        return_norms: bool,
+        return_displacement: bool,
+        disp_n: Tensor | None,
+        credit_n: Tensor | None,
+    ) -> list[Tensor]:
+        def invert(v: Tensor) -> Tensor:
+            if nonlinearity == "tanh":
+                return torch.atanh(v.clamp(clip - 1, 1 - clip))
+            return torch.relu(v) if nonlinearity == "relu" else v
+
+        def pull(s: int, t: int, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+            if correction == "linearized":
+                kept = h.clamp(clip - 1, 1 - clip) if nonlinearity == "tanh" else h
+                slope = cls.slope(kept, nonlinearity)
+                z = torch.where(slope == 0, 0, d / slope)
+            else:
+                z = invert(h + d) - invert(h)
+            if correction != "none":
+                return z @ inverse[s].mT, z
+            assert x_proj is not None
+            return (invert(h + d) - x_proj[s, t]) @ inverse[s].mT - before[s, t], z
+
+        before = cls.states_before(states, h0, lengths, reverse)
+        return cls.sweep(
+            pull, grad_states, states, weight_hh, lengths, reverse, nonlinearity, credit, target_step, disp_n, credit_n
+        )
+
+    @classmethod
+    def learned_target_scan(
+        cls,
+        grad_states: Tensor | None,
+        states: Tensor,
+        weight_hh: Tensor,
+        reverse_weight: Tensor,
+        reverse_pre: Tensor,
+        lengths: Tensor | None,
+        reverse: list[bool],
+        nonlinearity: str,
+        credit: str,
+        target_step: float,
+        return_norms: bool,
+        disp_n: Tensor | None,
+        credit_n: Tensor | None,
+    ) -> list[Tensor]:
+        def pull(s: int, t: int, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+            q = reverse_pre[s, t]
+            return torch.tanh(q + d @ reverse_weight[s].mT) - torch.tanh(q), d
+
+        delta, disp_h0, norms, _, credit_h0 = cls.sweep(
+            pull, grad_states, states, weight_hh, lengths, reverse, nonlinearity, credit, target_step, disp_n, credit_n
+        )
+        return [delta, disp_h0, norms, credit_h0]
+
+    @staticmethod
+    def states_before(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: list[bool]) -> Tensor:
+        """The state that each step of each run started from."""
+        found = []
+        for member, start, backwards in zip(states, h0, reverse, strict=True):
+            if not backwards:
+                found.append(torch.cat([start[None], member[:-1]]))
+                continue
+            previous = torch.cat([member[1:], start[None]])
+            if lengths is not None:
+                starts = torch.arange(len(member))[:, None] == lengths - 1
+                previous = torch.where(starts[..., None], start, previous)
+            found.append(previous)
+        return torch.stack(found)
+
+    @classmethod
+    def sweep(
+        cls,
+        pull: Callable[[int, int, Tensor, Tensor], tuple[Tensor, Tensor]],
+        grad_states: Tensor | None,
+        states: Tensor,
+        weight_hh: Tensor,
+        lengths: Tensor | None,
+        reverse: list[bool],
+        nonlinearity: str,
+        credit: str,
+        target_step: float,
+        disp_n: Tensor | None,
+        credit_n: Tensor | None,
+    ) -> list[Tensor]:
+        g = torch.zeros_like(states) if grad_states is None else grad_states
+        delta, norms, displacement = (
+            torch.zeros_like(states),
+            torch.zeros_like(states[..., 0]),
+            torch.zeros_like(states),
+        )
+        disp_h0, credit_h0 = torch.zeros_like(states[:, 0]), torch.zeros_like(states[:, 0])
+        for s, steps in cls.times(states.shape, lengths, reverse, from_the_end=True):
+            arriving = disp_h0[s] if disp_n is None else disp_n[s]
+            credited = credit_h0[s] if credit_n is None else credit_n[s]
+            for t, on in steps:
+                h, d = states[s, t], arriving - target_step * g[s, t]
+                passed, z = pull(s, t, h, d)
+                e = (credited - d if credit == "through_time" else -d) * cls.slope(h, nonlinearity)
+                delta[s, t], displacement[s, t] = torch.where(on, e, 0), torch.where(on, z, 0)
+                norms[s, t] = torch.where(on, d, 0).norm(dim=-1)
+                arriving = torch.where(on, passed, arriving)
+                credited = torch.where(on, e @ weight_hh[s], credited)
+            disp_h0[s], credit_h0[s] = arriving, credited
+        return [delta, disp_h0, norms, displacement, credit_h0]

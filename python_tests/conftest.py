@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+
+from tpext.ops import _library
 
 # The assertions of this module explain themselves as those in tests do.
 pytest.register_assert_rewrite("comparison")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 NO_GPU = "needs a CUDA device, and torch sees none"
+NO_EMULATION = "needs TPEXT_EMULATED_MODULE, the path of the module that TPEXT_CUDA_EMULATION=ON builds"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +47,48 @@ def same_thread_count() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    """The native module whose CUDA kernels run on the CPU, on tensors there."""
+    path = os.environ.get("TPEXT_EMULATED_MODULE")
+    if not path:
+        pytest.skip(NO_EMULATION)
+    spec = importlib.util.spec_from_file_location("_C_emulated", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        # It has one instruction set, whichever the CPU's kernels are tested with.
+        patch.delenv("TPEXT_CPU_CAPABILITY", raising=False)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def emulation(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Tensors on the CPU take the ops' CUDA path, down to the kernels of the emulated module."""
+    for module in [module for name, module in sys.modules.items() if name.startswith("tpext.")]:
+        for name, replacement in [
+            ("_C", emulated_module),
+            ("on_cuda", lambda tensor: True),
+            ("stream_of", lambda tensor: 0),
+        ]:
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, replacement)
+    _library.rnn_plan.cache_clear()
+    yield emulated_module
+    _library.rnn_plan.cache_clear()
+
+
+@pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "emulated"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """A device whose tensors take the CUDA path: a GPU, or the CPU under ``emulation``."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    request.getfixturevalue("emulation")
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="session")

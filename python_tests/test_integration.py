@@ -361,10 +361,13 @@ def test_reconstruction_loss_ignores_autocast():
 # DistributedDataParallel
 
 
-def ddp_worker(rank: int, folder: str) -> None:
+def ddp_worker(rank: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
+    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+    if backend == "nccl":
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=2,
@@ -373,22 +376,27 @@ def ddp_worker(rank: int, folder: str) -> None:
     torch.manual_seed(rank)
     model = Classifier(num_layers=2).double()
     model.load_state_dict(torch.load(f"{folder}/model.pt"))
-    parallel = DistributedDataParallel(model)
-    x, label = task()
+    parallel = DistributedDataParallel(model.to(device))
+    x, label = (tensor.to(device) for tensor in task())
     half = slice(16 * rank, 16 * (rank + 1))
     nn.functional.cross_entropy(parallel(x[:, half].double()), label[half]).backward()
-    torch.save(gradients(model), f"{folder}/gradients{rank}.pt")
+    found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
+    torch.save(found, f"{folder}/gradients{rank}.pt")
     # Leave together, and without the interpreter's teardown: gloo's threads race with it and now and then abort.
     while not all(Path(folder, f"gradients{other}.pt").exists() for other in range(2)):
         time.sleep(0.02)
     os._exit(0)
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
-def test_distributed_data_parallel_equals_one_process(tmp_path):
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_gpus])])
+def test_distributed_data_parallel_equals_one_process(tmp_path, backend):
     model = Classifier(num_layers=2).double()
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path), backend), nprocs=2)
     x, label = task()
     nn.functional.cross_entropy(model(x.double()), label).backward()
     expected = gradients(model)
