@@ -168,7 +168,8 @@ def test_target_passes_equal_the_oracle(case: dict[str, Any], device: torch.devi
         check_pass(inputs, rule, device, **outputs)
 
 
-@pytest.mark.parametrize("H", SIZES["H"])
+# Beyond the grid of sizes: each depth of weights that a kernel keeps on the chip.
+@pytest.mark.parametrize("H", [*SIZES["H"], 128, 200, 512, 700, 1024])
 @pytest.mark.parametrize("dtype", [*DTYPES, *LOW])
 @pytest.mark.parametrize("regime", KERNELS)
 def test_every_regime_at_every_width(
