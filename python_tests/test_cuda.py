@@ -183,6 +183,15 @@ def test_every_regime_at_every_width(
             check_pass(inputs, rule, device)
 
 
+@pytest.mark.parametrize("products", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("H", [100, 300, 600, 1024])
+def test_the_regime_does_not_depend_on_the_batch(products: int, dtype: str, H: int, device: torch.device) -> None:
+    """Another regime would sum in another order: a batch that is split must give the same bits."""
+    regimes = {_library.rnn_plan(products, dtype, S, B, H, 0, "auto")[0] for S in (1, 3) for B in (1, 16, 64, 4096)}
+    assert len(regimes) == 1
+
+
 @pytest.mark.parametrize(
     "case", pairwise(**SIZES, **OPTIONS, dtype=LOW, enters=ENTERS, rule=PASSES, regime=REGIMES), ids=name
 )

@@ -6,12 +6,14 @@
 
 namespace tpext::cuda {
 
+// What the parameters' gradients are made of: plain back-propagation, each step's own loss, or all through the layer.
+enum class Credit { backprop, local, through_time };
+
 // What a backward sweep reads and writes, as core/rnn.h has it; any pointer may be null but states, delta and the
 // matrix of each product.
 template <class T>
 struct BackwardArrays {
   Nonlinearity nonlinearity;
-  bool displaces;  // a target pass; else back-propagation: delta is (g + credit) a'(h)
   Correction correction;
   Compute<T> target_step, clip;
   const T* weight_hh;        // product e W: back-propagation and credit through time
@@ -29,11 +31,10 @@ struct BackwardArrays {
   T* displacement_of_state;  // [S, T, B, H] d_t
 };
 
-// products: 1 for back-propagation and local credit, 2 through time.
 template <class T>
-RnnPlan plan_backward_sweep(int products, const RnnSizes& sizes, int device, Regime wanted);
+RnnPlan plan_backward_sweep(Credit credit, const RnnSizes& sizes, int device, Regime wanted);
 template <class T>
-void run_backward_sweep(int products, const BackwardArrays<T>& arrays, const RnnSizes& sizes,
+void run_backward_sweep(Credit credit, const BackwardArrays<T>& arrays, const RnnSizes& sizes,
                         const RnnExecution& execution);
 
 }  // namespace tpext::cuda

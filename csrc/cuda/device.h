@@ -70,7 +70,6 @@ __device__ inline T* in_cluster(T* shared, int rank) {
 // Counter in global memory that blocks synchronise by: what the thread wrote before, and what its block wrote before a
 // barrier that precedes, is seen by whoever reads the new count.
 __device__ inline void add_release(uint32_t* counter, uint32_t value) {
-  __threadfence();
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
 }
 __device__ inline uint32_t load_acquire(const uint32_t* counter) {
@@ -82,9 +81,12 @@ __device__ inline uint32_t load_acquire(const uint32_t* counter) {
 __device__ inline void spin() {}
 
 // Global memory as other blocks of this launch wrote it: past the multiprocessor's own cache.
-template <class T>
-__device__ inline T load_shared_by_grid(const T* at) {
-  return __ldcg(at);
+struct alignas(16) Words {
+  unsigned values[4];
+};
+__device__ inline Words load_shared_by_grid(const Words* at) {
+  const uint4 words = __ldcg(reinterpret_cast<const uint4*>(at));
+  return {{words.x, words.y, words.z, words.w}};
 }
 
 // c += a b of one warp's 16x16 by 16x8 tile, fragments as PTX's mma.m16n8k16 lays them out; two values a register, the

@@ -123,8 +123,10 @@ inline void add_release(uint32_t* counter, uint32_t value) {
 inline uint32_t load_acquire(const uint32_t* counter) { return __atomic_load_n(counter, __ATOMIC_ACQUIRE); }
 void spin();
 
-template <class T>
-T load_shared_by_grid(const T* at) {
+struct alignas(16) Words {
+  unsigned values[4];
+};
+inline Words load_shared_by_grid(const Words* at) {
   detail::may_interrupt();
   return *at;
 }

@@ -1,5 +1,6 @@
 // The CUDA runtime's side of cuda/launch.h. Nothing here waits for the device or allocates, and what is asked of the
 // runtime besides the launch is asked once a kernel and device: launches can be captured into a graph.
+#include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <limits>
@@ -14,27 +15,48 @@ namespace {
 
 void check(cudaError_t error, const char* call, int device) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // else the next launch of anyone, torch's too, would report it once more
+  cudaGetLastError();  // else our next call would report it once more
   throw CudaError("CUDA: " + std::string(call) + " for device " + std::to_string(device) + ": " +
                   cudaGetErrorString(error) + " (" + cudaGetErrorName(error) + ")");
 }
 
+// A function of the driver, which nothing here links.
+template <class Function>
+Function* driver_function(const char* name, int device) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status{};
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &status), name, device);
+#else
+  check(cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &status), name, device);
+#endif
+  if (status != cudaDriverEntryPointSuccess) throw CudaError("CUDA: the driver has no " + std::string(name));
+  return reinterpret_cast<Function*>(found);
+}
+
+// Makes a device current, and what was current before again, be it no device at all: cudaSetDevice would give the
+// device that it goes back to a context, half a gigabyte there, in a process that uses another one alone.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice", device);
-    if (previous_ == device) return;
+    int current = 0;
+    check(cudaGetDevice(&current), "cudaGetDevice", device);
+    static auto* const get_context = driver_function<CUresult(CUcontext*)>("cuCtxGetCurrent", device);
+    get_context(&previous_);
+    if (previous_ != nullptr && current == device) return;
     check(cudaSetDevice(device), "cudaSetDevice", device);
     changed_ = true;
   }
   ~DeviceGuard() {
-    if (changed_ && cudaSetDevice(previous_) != cudaSuccess) cudaGetLastError();
+    if (!changed_) return;
+    static auto* const set_context = driver_function<CUresult(CUcontext)>("cuCtxSetCurrent", 0);
+    set_context(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
+  CUcontext previous_ = nullptr;
   bool changed_ = false;
 };
 
@@ -76,12 +98,10 @@ Cache& cache() {
   return *made;
 }
 
-// With the cache's mutex held and the device current.
+// With the cache's mutex held, the device current and capture relaxed.
 void raise_limits(KernelState& state, const void* kernel, const Shape& shape, int device) {
   const bool more_shared = shape.shared_bytes > state.shared_bytes;
   const bool larger_clusters = shape.cluster > kClusterWithoutAsking && !state.large_clusters;
-  if (!more_shared && !larger_clusters) return;
-  const RelaxedCapture relaxed(device);
   if (more_shared) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes),
           "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)", device);
@@ -132,12 +152,8 @@ int ask_resident(const void* kernel, const Shape& shape, int device, int multipr
   }
   const Configuration configuration(shape, shape.cluster, nullptr);
   int clusters = 0;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config);
-  if (error == cudaErrorInvalidClusterSize || error == cudaErrorLaunchOutOfResources) {
-    cudaGetLastError();
-    return 0;
-  }
-  check(error, "cudaOccupancyMaxActiveClusters", device);
+  check(cudaOccupancyMaxActiveClusters(&clusters, kernel, &configuration.config), "cudaOccupancyMaxActiveClusters",
+        device);
   return clusters;
 }
 
@@ -179,6 +195,7 @@ void launch(const void* kernel, void** arguments, const Shape& shape, const Queu
                     std::to_string(queue.device) + ": at most 2147483647 are possible");
   }
   const DeviceGuard guard(queue.device);
+  const RelaxedCapture relaxed(queue.device);
   if (shape.shared_bytes > kSharedWithoutAsking || shape.cluster > kClusterWithoutAsking) {
     Cache& known = cache();
     const std::lock_guard<std::mutex> lock(known.mutex);
@@ -202,9 +219,16 @@ int resident(const void* kernel, const Shape& shape, int device) {
   auto found = state.resident.find(key);
   if (found == state.resident.end()) {
     const DeviceGuard guard(device);
-    raise_limits(state, kernel, shape, device);
     const RelaxedCapture relaxed(device);
-    found = state.resident.emplace(key, ask_resident(kernel, shape, device, of_device.multiprocessors)).first;
+    int count = 0;
+    try {
+      raise_limits(state, kernel, shape, device);
+      count = ask_resident(kernel, shape, device, of_device.multiprocessors);
+    } catch (const CudaError&) {
+      // A device may refuse clusters of a size; there are other ways to run.
+      if (shape.cluster == 1) throw;
+    }
+    found = state.resident.emplace(key, count).first;
   }
   return found->second;
 }

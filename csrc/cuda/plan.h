@@ -17,17 +17,16 @@ template <class Step>
 struct Variant {
   void (*kernel)(SweepArgs<Step>);
   bool shared;
-  int rows, depth, columns, stride, scratch_bytes;
+  int rows, depth, columns, stride, scratch_bytes, cycles;
 };
 
-// Cycles of a step of one block: the chain of dependent operations, and the multiply-adds that they hide at best.
-template <class T>
-double cycles_of_step(bool shared, bool through_grid, int products, int64_t rows, int depth, int columns) {
-  // Read the states 45, add up and shuffle 80, activate 60, write and barrier 65; a cluster barrier and remote stores
-  // 400 more, release, acquire and read through the second-level cache 3500 more.
-  const double latency = 250 + (shared ? (through_grid ? 3500 : 400) : 0);
-  const double per_cycle = sizeof(T) == 8 ? 64 : sizeof(T) == 4 ? 128 : 1024;
-  return latency + static_cast<double>(products) * static_cast<double>(rows) * depth * columns / per_cycle;
+// Predicted cycles of a step: the chain of dependent operations, and the products, which it hides at best where blocks
+// share a multiprocessor. Not measured yet.
+inline double cycles_of_step(Regime regime, double product_cycles, int64_t blocks_side_by_side) {
+  // Read the states 45, add up and shuffle 80, the elementwise work 130, write, barrier and read addresses 145; what
+  // blocks tell each other through a cluster, with its fence, or through a grid, with release, acquire and reads.
+  const double latency = 400 + (regime == Regime::cluster ? 1000 : regime == Regime::grid ? 3500 : 0);
+  return std::max(latency + product_cycles, product_cycles * static_cast<double>(blocks_side_by_side));
 }
 
 // How a call is run.
@@ -36,7 +35,7 @@ struct Choice {
   const Variant<Step>* variant = nullptr;
   Regime regime = Regime::step;
   int groups = 0, tiles = 0, shards = 0;
-  int members = 0;  // of a launch
+  int members = 0, groups_at_once = 0;  // of a launch
   int64_t workspace_bytes = 0;
   double cycles = 0;  // predicted, of a step
 };
@@ -69,41 +68,43 @@ Choice<Step> fit(const Variant<Step>& variant, Regime regime, int64_t stack, int
     return state_bytes(kProducts, rows, variant.stride, sizeof(T)) + steps_bytes(rows) +
            int64_t{kProducts} * variant.scratch_bytes;
   };
-  int64_t most_tiles = 1;
-  if (shared_bytes(1) > limit.shared_memory) return choice;
-  while (variant.shared && shared_bytes(2 * most_tiles) <= limit.shared_memory) most_tiles *= 2;
+  int64_t most_tiles = 0;
+  while ((variant.shared || most_tiles == 0) && shared_bytes(most_tiles + 1) <= limit.shared_memory) ++most_tiles;
+  if (most_tiles == 0) return choice;
 
-  const int64_t tiles_of_batch = ceil_divide(batch, variant.rows);
-  // Groups that run side by side, whatever their tiles.
+  // Groups that run side by side, whatever their tiles. Blocks that share weights have a multiprocessor each: what
+  // registers leave room for differs between kernels, and a plan made for one is to suit another.
   const int cluster = regime == Regime::cluster ? static_cast<int>(shards) : 1;
   int64_t at_once =
       resident(variant.kernel, {shards, kThreads, static_cast<int>(shared_bytes(most_tiles)), cluster, grid}, device);
-  if (grid) at_once /= shards;
-  if (!variant.shared) at_once = std::min<int64_t>(at_once, limit.multiprocessors);
+  if (grid) at_once = std::min<int64_t>(at_once, limit.multiprocessors) / shards;
   if (at_once < 1) return choice;
+
   // More tiles a group only where there are more rows than groups at once.
+  const int64_t tiles_of_batch = ceil_divide(batch, variant.rows);
   int64_t members = std::min<int64_t>(stack, kMaxMembers);
-  int64_t wanted = std::max<int64_t>(1, at_once / std::max<int64_t>(1, members));
-  if (!variant.shared) wanted = tiles_of_batch;
-  int64_t tiles = std::clamp<int64_t>(ceil_divide(tiles_of_batch, wanted), 1, most_tiles);
-  int64_t groups = ceil_divide(tiles_of_batch, tiles);
-  if (grid) {
-    // All blocks of a launch run at once: fewer members a launch, or it cannot be.
-    if (groups > at_once) return choice;
-    members = std::min(members, at_once / std::max<int64_t>(1, groups));
-  }
-  const int64_t rounds = grid ? ceil_divide(stack, members) : ceil_divide(stack * groups, at_once);
+  const int64_t wanted = variant.shared ? std::max<int64_t>(1, at_once / members) : tiles_of_batch;
+  const int64_t tiles = std::clamp<int64_t>(ceil_divide(tiles_of_batch, wanted), 1, most_tiles);
+  const int64_t groups = ceil_divide(tiles_of_batch, tiles);
+  // All blocks of a grid run at once: fewer members a launch, or fewer groups.
+  const int64_t groups_at_once = grid ? std::min(groups, at_once) : groups;
+  if (grid) members = std::min(members, at_once / groups_at_once);
+  const int64_t rounds =
+      grid ? ceil_divide(stack, members) * ceil_divide(groups, groups_at_once) : ceil_divide(stack * groups, at_once);
+  const int64_t blocks = std::min(stack * groups, at_once) * shards;
   choice.variant = &variant;
   choice.regime = regime;
   choice.groups = static_cast<int>(groups);
+  choice.groups_at_once = static_cast<int>(groups_at_once);
   choice.tiles = static_cast<int>(tiles);
   choice.shards = static_cast<int>(shards);
   choice.members = static_cast<int>(members);
   if (grid)
     choice.workspace_bytes =
         stack * groups * (kCounterStride * 4 + state_bytes(kProducts, tiles * variant.rows, variant.stride, sizeof(T)));
-  choice.cycles = static_cast<double>(rounds) * cycles_of_step<T>(variant.shared, grid, kProducts, tiles * variant.rows,
-                                                                  variant.depth, variant.columns);
+  choice.cycles = static_cast<double>(rounds) *
+                  cycles_of_step(regime, double{kProducts} * static_cast<double>(tiles) * variant.cycles,
+                                 ceil_divide(blocks, limit.multiprocessors));
   return choice;
 }
 
@@ -119,7 +120,8 @@ Choice<Step> choose(const Variants& variants, int64_t stack, int64_t batch, int6
   for (const Regime regime : {Regime::block, Regime::cluster, Regime::grid}) {
     if (wanted != Regime::automatic && wanted != regime) continue;
     for (const Variant<Step>& variant : variants) {
-      // Of the least depth that fits alone, so that the order of a sum does not depend on the batch.
+      // Of the least depth that fits alone: so neither this nor the regime, and with them the order of a sum, depends
+      // on the batch.
       if (best.variant != nullptr && variant.depth > best.variant->depth) break;
       const Choice<Step> choice = fit(variant, regime, stack, batch, hidden, device);
       if (choice.variant != nullptr && (best.variant == nullptr || choice.cycles < best.cycles)) best = choice;
@@ -136,8 +138,14 @@ Choice<Step> choose(const Variants& variants, int64_t stack, int64_t batch, int6
 
 template <class Product, class Step, bool kShared>
 constexpr Variant<Step> variant_of() {
-  return {sweep<Product, Step, kShared>, kShared, Product::kRows, Product::kDepth, Product::kColumns, Product::kStride,
-          Product::kScratchBytes};
+  return {sweep<Product, Step, kShared>,
+          kShared,
+          Product::kRows,
+          Product::kDepth,
+          Product::kColumns,
+          Product::kStride,
+          Product::kScratchBytes,
+          Product::kCycles};
 }
 
 // The variants of a storage type and number of products. Registers bound them: depth x columns x products weights of
@@ -161,9 +169,9 @@ struct VariantsOf<float, kProducts> {
       // depth 256, 512, 1024
       variant_of<Multiply<float, 8, 4 / kProducts, 8, 0, 1>, Step, true>(),
       variant_of<Multiply<float, 8, 4 / kProducts, 8, 0, 4>, Step, true>(),
-      variant_of<Multiply<float, 8, 2 / kProducts, 16, 0, 1>, Step, true>(),
-      variant_of<Multiply<float, 8, 2 / kProducts, 16, 0, 4>, Step, true>(),
-      variant_of<Multiply<float, 8 * kProducts, 1, 32 / kProducts, 0, 4>, Step, true>(),
+      variant_of<Multiply<float, 16, 4 / kProducts, 8, 0, 1>, Step, true>(),
+      variant_of<Multiply<float, 16, 4 / kProducts, 8, 0, 4>, Step, true>(),
+      variant_of<Multiply<float, 16, 2 / kProducts, 16, 0, 4>, Step, true>(),
   };
 };
 
@@ -198,8 +206,8 @@ struct MatrixUnitVariants {
       // depth and how many warps share it: 64 and 128 of 128 columns, then 256, 512, 1024
       variant_of<MatrixUnit<T, 64, 1>, Step, false>(),
       variant_of<MatrixUnit<T, 128, 1>, Step, false>(),
-      variant_of<MatrixUnit<T, 256, 1>, Step, true>(),
-      variant_of<MatrixUnit<T, 512, kProducts>, Step, true>(),
+      variant_of<MatrixUnit<T, 256, kProducts>, Step, true>(),
+      variant_of<MatrixUnit<T, 512, kProducts == 1 ? 1 : 4>, Step, true>(),
       variant_of<MatrixUnit<T, 1024, kProducts == 1 ? 2 : 8>, Step, true>(),
   };
 };
@@ -261,24 +269,27 @@ void run_sweep(const RnnSizes& sizes, const RnnExecution& execution, const Step&
   const int64_t rows = int64_t{choice.tiles} * variant.rows;
   const int64_t group_bytes = state_bytes(Step::kProducts, rows, variant.stride, sizeof(T));
   const int64_t shared_bytes = group_bytes + steps_bytes(rows) + int64_t{Step::kProducts} * variant.scratch_bytes;
-  for (int64_t first = 0; first < sizes.stack; first += choice.members) {
-    const int64_t members = std::min<int64_t>(choice.members, sizes.stack - first);
-    SweepArgs<Step> args{sizes_of(sizes, first, members), {}, whole_stack.from_member(first, sizes)};
-    args.sizes.groups = choice.groups;
-    args.sizes.tiles = choice.tiles;
-    args.sizes.shards = choice.shards;
-    args.sizes.through_grid = grid;
-    if (grid) {
-      auto* const workspace = static_cast<char*>(execution.workspace);
-      args.exchange.counters = reinterpret_cast<uint32_t*>(workspace) + first * choice.groups * kCounterStride;
-      args.exchange.states =
-          workspace + sizes.stack * choice.groups * kCounterStride * 4 + first * choice.groups * group_bytes;
+  for (int64_t first = 0; first < sizes.stack; first += choice.members)
+    for (int64_t group = 0; group < choice.groups; group += choice.groups_at_once) {
+      const int64_t members = std::min<int64_t>(choice.members, sizes.stack - first);
+      SweepArgs<Step> args{sizes_of(sizes, first, members), {}, whole_stack.from_member(first, sizes)};
+      args.sizes.first_group = static_cast<int>(group);
+      args.sizes.groups = static_cast<int>(std::min<int64_t>(choice.groups_at_once, choice.groups - group));
+      args.sizes.tiles = choice.tiles;
+      args.sizes.shards = choice.shards;
+      args.sizes.through_grid = grid;
+      if (grid) {
+        // Either all groups of some members, or some of one member's: what a launch shares lies side by side.
+        auto* const workspace = static_cast<char*>(execution.workspace);
+        const int64_t before = first * choice.groups + group;
+        args.exchange.counters = reinterpret_cast<uint32_t*>(workspace) + before * kCounterStride;
+        args.exchange.states = workspace + sizes.stack * choice.groups * kCounterStride * 4 + before * group_bytes;
+      }
+      launch(variant.kernel,
+             {members * args.sizes.groups * choice.shards, kThreads, static_cast<int>(shared_bytes),
+              choice.regime == Regime::cluster ? choice.shards : 1, grid},
+             execution.queue, args);
     }
-    launch(variant.kernel,
-           {members * choice.groups * choice.shards, kThreads, static_cast<int>(shared_bytes),
-            choice.regime == Regime::cluster ? choice.shards : 1, grid},
-           execution.queue, args);
-  }
 }
 
 }  // namespace tpext::cuda

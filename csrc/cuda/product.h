@@ -2,10 +2,11 @@
 //     y[row][column] = sum_k state[row][k] M(k, column)
 // for a few batch rows and the block's share of the columns. Two ways, with one interface:
 //
-//   Multiply    float and double, fused multiply-adds. kDepthLanes neighbouring lanes share the depth k of kColumns
-//               columns; a lane keeps kColumns x (depth / kDepthLanes) weights, reads its part of each row in 16-byte
-//               pieces (neighbouring lanes, neighbouring pieces: no bank conflict) and the lanes add up by a
-//               reduce-scatter of shuffles, which leaves each output with one lane.
+//   Multiply    float and double, fused multiply-adds. kDepthLanes lanes of a warp share the depth k; a lane keeps the
+//               weights of kLaneColumns columns and its part of the depth, reads that part of each row in 16-byte
+//               pieces, and the lanes add up by a reduce-scatter of shuffles, which leaves each output with one lane.
+//               Neighbouring lanes read the same piece for different columns: a read of 16 bytes a lane takes two
+//               cycles where neighbours share the address, else four.
 //   MatrixUnit  16-bit formats, mma.m16n8k16 with float accumulators. The weights are the 16 x 16 operand, eight batch
 //               rows the 8 columns of the other. A warp has 16 columns; `kSplit` warps may share their depth.
 //
@@ -17,6 +18,7 @@
 //   kStride                   elements from a row of states to the next
 //   kOutputs                  sums that a thread ends up with; output(i) says which, owns() whether they count
 //   kScratchBytes             shared memory that products need
+//   kCycles                   predicted, of a product by one block
 //   load(weight)              weight(k, column) -> Storage, called for every pair that counts
 //   product(states, scratch, y)
 #pragma once
@@ -47,7 +49,19 @@ class Multiply {
   static constexpr int kSums = kRows * kLaneColumns;
   static constexpr int kOutputs = kSums > kDepthLanes ? kSums / kDepthLanes : 1;
   static constexpr int kScratchBytes = 0;
+  // Of the multiply-adds, or of the reads of states: whichever take longer.
+  static constexpr int kRate = sizeof(T) == 8 ? 64 : 128;
+  static constexpr int kReadCycles = kWarps * kRows * (2 * kPieces + kTail);
+  static constexpr int kMultiplyCycles = kRows * kDepth * kColumns / kRate;
+  static constexpr int kCycles = kReadCycles > kMultiplyCycles ? kReadCycles : kMultiplyCycles;
   static_assert((kSums & (kSums - 1)) == 0 && kTail <= 1);
+
+  // Of the lanes of a warp, those with the same depth are neighbours and have columns of their own.
+  static constexpr int kNeighbours = kWarp / kDepthLanes;
+  TPEXT_HOST_DEVICE static constexpr int depth_lane(int thread) { return thread % kWarp / kNeighbours; }
+  TPEXT_HOST_DEVICE static constexpr int first_column(int thread) {
+    return (thread / kWarp * kNeighbours + thread % kNeighbours) * kLaneColumns;
+  }
 
   // Depth of a lane's weight number `index`.
   TPEXT_HOST_DEVICE static constexpr int depth(int depth_lane, int index) {
@@ -55,23 +69,23 @@ class Multiply {
                                     : kDepthLanes * kPiece * kPieces + depth_lane;
   }
   TPEXT_HOST_DEVICE static constexpr Output output(int thread, int index) {
-    const int lane = thread % kDepthLanes;
+    const int lane = depth_lane(thread);
     int first = 0;
     for (int mask = kDepthLanes / 2, count = kSums; mask > 0 && count > 1; mask /= 2) {
       count /= 2;
       if ((lane & mask) != 0) first += count;
     }
     const int sum = first + index;
-    return {sum / kLaneColumns, thread / kDepthLanes * kLaneColumns + sum % kLaneColumns};
+    return {sum / kLaneColumns, first_column(thread) + sum % kLaneColumns};
   }
   // Where there are fewer sums than lanes, several lanes hold the same.
   TPEXT_HOST_DEVICE static constexpr bool owns(int thread) {
-    return kSums >= kDepthLanes || thread % (kDepthLanes / kSums) == 0;
+    return kSums >= kDepthLanes || depth_lane(thread) % (kDepthLanes / kSums) == 0;
   }
 
   template <class Weight>
   __device__ void load(const Weight& weight) {
-    const int lane = thread_index() % kDepthLanes, column = thread_index() / kDepthLanes * kLaneColumns;
+    const int lane = depth_lane(thread_index()), column = first_column(thread_index());
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c)
 #pragma unroll
@@ -79,7 +93,7 @@ class Multiply {
   }
 
   __device__ void product(const T* states, char*, T (&y)[kOutputs]) const {
-    const int lane = thread_index() % kDepthLanes;
+    const int lane = depth_lane(thread_index());
     T sums[kSums] = {};
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
@@ -120,11 +134,11 @@ class Multiply {
 #pragma unroll
         for (int i = 0; i < kCount / 2; ++i) {
           const T given = upper ? sums[i] : sums[i + kCount / 2], kept = upper ? sums[i + kCount / 2] : sums[i];
-          sums[i] = kept + shuffle_xor(given, kMask);
+          sums[i] = kept + shuffle_xor(given, kMask * kNeighbours);
         }
         add_up<kCount / 2, kMask / 2>(sums, lane);
       } else {
-        sums[0] += shuffle_xor(sums[0], kMask);
+        sums[0] += shuffle_xor(sums[0], kMask * kNeighbours);
         add_up<1, kMask / 2>(sums, lane);
       }
     }
@@ -146,6 +160,8 @@ class MatrixUnit {
   static constexpr int kOutputs = kSplit < 4 ? 4 / kSplit : 1;
   // Two buffers, used in turns, so that one barrier a product is enough.
   static constexpr int kScratchBytes = kSplit == 1 ? 0 : 2 * kThreads * 16;
+  // Of reading the states, four cycles a 16-byte read of a warp; the matrix units take less.
+  static constexpr int kCycles = kWarps * kDepth / 32 / kSplit * 4;
   static_assert(kDepth % (64 * kSplit) == 0);
 
   // Lanes take eight neighbouring k at a time, 16 bytes, for two instructions. Which k stands where in an instruction

@@ -33,7 +33,7 @@
 //     batch 4096   4     7    28   150   510
 // From 16 on, that is arithmetic and its instructions; traffic is 2 M N numbers a matrix, 70 us for the last entry.
 //
-// Shared memory: (N + 6) (N + 4) numbers a small matrix; else 37 KB (k <= 64) to 73 KB a block. Deterministic: which
+// Shared memory: (N + 6) (N + 4) numbers a small matrix; else 37 to 73 KB a block. Deterministic: which
 // block, part or width of block computes an element changes none of its operations, and nothing is summed across
 // threads.
 #include <limits>

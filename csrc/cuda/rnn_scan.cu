@@ -2,9 +2,9 @@
 // rnn_scan_backward:  e_t = (g_t + e_{t+1} W) * a'(h_t),  grad_h0 = e_1 W   (backward_sweep.h)
 //
 // Layouts stand in core/rnn.h, work split, memory and determinism in sweep.h. A step reads x_proj once and writes h
-// once: 2 B H elements a member; 2 B H^2 operations. Predicted on an H200 (1.8 GHz), H = 100 and one row a block:
-// 250 + 104 cycles, 0.2 us a step; H = 128, four rows: 250 + 512 cycles, 0.42 us; H = 512 in clusters of 8, four rows:
-// 650 + 1024 cycles, 0.93 us.
+// once: 2 B H elements a member; 2 B H^2 operations. Predicted by plan.h for an H200 at 1.8 GHz, not measured: H = 100
+// and one row a block 500 cycles a step, 0.28 us; H = 128 and four rows 910, 0.51 us; H = 512 in clusters of 8 and four
+// rows 2400, 1.3 us.
 #include "cuda/activations.h"
 #include "cuda/backward_sweep.h"
 #include "cuda/plan.h"
@@ -21,6 +21,7 @@ struct ForwardStep {
   struct Loads {
     T x;
   };
+  struct Start {};
   struct Result {
     C carried[1];
   };
@@ -40,12 +41,11 @@ struct ForwardStep {
     return part;
   }
 
-  __device__ T weight(int, int member, int H, int k, int n) const {
-    return weight_hh[(static_cast<int64_t>(member) * H + n) * H + k];
-  }
+  __device__ Matrix<T> matrix(int) const { return {weight_hh, true}; }
   __device__ T first_state(int64_t initial) const { return h0[initial]; }
   __device__ void load(Loads& loads, int64_t element, int64_t, bool) const { loads.x = x_proj[element]; }
-  __device__ Result advance(const Loads& loads, const Position&, const C (&y)[1]) const {
+  __device__ Start start(int64_t) const { return {}; }
+  __device__ Result advance(const Loads& loads, const Start&, const Position&, const C (&y)[1]) const {
     return {{activate(nonlinearity, to_compute(loads.x) + y[0])}};
   }
   __device__ void store(const Result& result, const Position& at) const {
@@ -61,7 +61,7 @@ struct ForwardStep {
 template <class T>
 RnnPlan plan_rnn(int products, int64_t stack, int64_t batch, int64_t hidden, int device, Regime wanted) {
   const RnnSizes sizes{stack, 0, batch, hidden, nullptr, nullptr};
-  return plan_backward_sweep<T>(products, sizes, device, wanted);
+  return plan_backward_sweep<T>(products == 2 ? Credit::through_time : Credit::local, sizes, device, wanted);
 }
 
 template <class T>
@@ -74,14 +74,13 @@ template <class T>
 void rnn_scan_backward(const RnnScanBackward<T>& args, const RnnExecution& execution) {
   BackwardArrays<T> arrays{};
   arrays.nonlinearity = args.nonlinearity;
-  arrays.displaces = false;
   arrays.weight_hh = args.weight_hh;
   arrays.grad_states = args.grad_states;
   arrays.credit_n = args.grad_h_n;
   arrays.states = args.states;
   arrays.delta = args.grad_x_proj;
   arrays.credit_h0 = args.grad_h0;
-  run_backward_sweep(1, arrays, args.sizes, execution);
+  run_backward_sweep(Credit::backprop, arrays, args.sizes, execution);
 }
 
 #define TPEXT_INSTANTIATE(T)                                                 \

@@ -9,9 +9,9 @@
 //
 // Layouts stand in core/rnn.h, work split, memory and determinism in sweep.h. The states of the sweep are z (one
 // product), e (back-propagation) or both (through time). A step reads h and g (and x_proj or q) once and writes e once:
-// 3 to 4 B H elements a member; 2 B H^2 operations, 4 through time. Predicted on an H200 (1.8 GHz): H = 100 and one row
-// a block 250 + 104 cycles a step, 0.2 us, through time 250 + 208, 0.25 us; H = 128 and four rows 0.42 and 0.71 us;
-// H = 512 in clusters, four rows: 0.93 us, through time in clusters of 16 the same work a block.
+// 3 to 4 B H elements a member; 2 B H^2 operations, 4 through time. Predicted by plan.h for an H200 at 1.8 GHz, not
+// measured: H = 100 and one row a block 500 cycles a step, 0.28 us, through time 610, 0.34 us; H = 128 and four rows
+// 910 and 1420, 0.51 and 0.79 us; H = 512, batch 64, in clusters of 8 and of 16, 2400 and 3400, 1.3 and 1.9 us.
 #include "cuda/activations.h"
 #include "cuda/backward_sweep.h"
 #include "cuda/plan.h"
@@ -19,14 +19,19 @@
 namespace tpext::cuda {
 namespace {
 
-template <class T, int kStepProducts>
+template <class T, Credit kCredit>
 struct BackwardStep {
   using Storage = T;
   using C = Compute<T>;
-  static constexpr int kProducts = kStepProducts;
+  static constexpr bool kDisplaces = kCredit != Credit::backprop;
+  static constexpr int kProducts = kCredit == Credit::through_time ? 2 : 1;
   static constexpr bool kBackward = true;
   struct Loads {
     T h, g, extra;
+  };
+  // What comes from beyond the row's last valid step.
+  struct Start {
+    C displacement, credit;
   };
   struct Result {
     C carried[kProducts];  // through time: z, e
@@ -58,10 +63,8 @@ struct BackwardStep {
   }
 
   // Product 0 of a target pass takes the inverse, transposed; every other product takes W.
-  __device__ T weight(int p, int member, int H, int k, int n) const {
-    const int64_t base = static_cast<int64_t>(member) * H * H;
-    return arrays.displaces && p == 0 ? arrays.inverse[base + static_cast<int64_t>(n) * H + k]
-                                      : arrays.weight_hh[base + static_cast<int64_t>(k) * H + n];
+  __device__ Matrix<T> matrix(int p) const {
+    return kDisplaces && p == 0 ? Matrix<T>{arrays.inverse, true} : Matrix<T>{arrays.weight_hh, false};
   }
   __device__ T first_state(int64_t) const { return T{}; }
 
@@ -75,83 +78,91 @@ struct BackwardStep {
         arrays.extra == nullptr || (learned && begins) ? T{} : arrays.extra[learned ? element - next : element];
   }
 
-  __device__ C beyond(const T* array, const Position& at) const {
-    return array == nullptr ? C(0) : to_compute(array[at.initial]);
+  __device__ Start start(int64_t initial) const {
+    const auto read = [&](const T* array) { return array == nullptr ? C(0) : to_compute(array[initial]); };
+    return {kDisplaces ? read(arrays.disp_n) : C(0), kCredit == Credit::local ? C(0) : read(arrays.credit_n)};
   }
 
-  __device__ Result advance(const Loads& loads, const Position& at, const C (&y)[kProducts]) const {
+  __device__ Result advance(const Loads& loads, const Start& start, const Position& at, const C (&y)[kProducts]) const {
     const Nonlinearity a = arrays.nonlinearity;
     const C h = to_compute(loads.h), g = to_compute(loads.g);
     Result result = {};
-    C credit = C(0), d = C(0);
-    if (kProducts == 2 || !arrays.displaces) credit = at.first ? beyond(arrays.credit_n, at) : y[kProducts - 1];
-    if (!arrays.displaces) {
+    C credit = C(0);
+    if constexpr (kCredit != Credit::local) credit = at.first ? start.credit : y[kProducts - 1];
+    if constexpr (!kDisplaces) {
       result.delta = times_derivative(a, credit + g, h);
       result.carried[0] = result.delta;
-      return result;
+    } else {
+      const C bound = C(1) - arrays.clip, extra = to_compute(loads.extra);
+      C displaced = y[0];
+      if (arrays.correction == Correction::learned) displaced = tanh_difference(extra, displaced);
+      if (arrays.correction == Correction::none) displaced -= h;
+      if (at.first) displaced = start.displacement;
+      const C d = displaced - arrays.target_step * g;
+      C z = d;
+      if (arrays.correction == Correction::linearized) z = over_derivative(a, d, h, bound);
+      if (arrays.correction == Correction::difference) z = inverse_difference(a, h, d, bound);
+      result.handed_down = z;
+      if (arrays.correction == Correction::none) {
+        z = inverse_activate(a, h + d, bound) - extra;
+        if (arrays.displacement != nullptr) result.handed_down = inverse_difference(a, h, d, bound);
+      }
+      result.displacement = d;
+      result.delta = times_derivative(a, credit - d, h);
+      result.carried[0] = z;
+      if constexpr (kProducts == 2) result.carried[1] = result.delta;
     }
-    const C bound = C(1) - arrays.clip, extra = to_compute(loads.extra);
-    C displaced = y[0];
-    if (arrays.correction == Correction::learned) displaced = tanh_difference(extra, displaced);
-    if (arrays.correction == Correction::none) displaced -= h;
-    if (at.first) displaced = beyond(arrays.disp_n, at);
-    d = displaced - arrays.target_step * g;
-    C z = d;
-    if (arrays.correction == Correction::linearized) z = over_derivative(a, d, h, bound);
-    if (arrays.correction == Correction::difference) z = inverse_difference(a, h, d, bound);
-    result.handed_down = z;
-    if (arrays.correction == Correction::none) {
-      z = inverse_activate(a, h + d, bound) - extra;
-      if (arrays.displacement != nullptr) result.handed_down = inverse_difference(a, h, d, bound);
-    }
-    result.displacement = d;
-    result.delta = times_derivative(a, credit - d, h);
-    result.carried[0] = z;
-    if constexpr (kProducts == 2) result.carried[1] = result.delta;
     return result;
   }
 
   __device__ void store(const Result& result, const Position& at) const {
     const auto write = [&](T* array, C value) { array[at.element] = from_compute<T>(at.valid ? value : C(0)); };
     write(arrays.delta, result.delta);
-    if (arrays.displacement != nullptr) write(arrays.displacement, result.handed_down);
-    if (arrays.displacement_of_state != nullptr) write(arrays.displacement_of_state, result.displacement);
+    if constexpr (kDisplaces) {
+      if (arrays.displacement != nullptr) write(arrays.displacement, result.handed_down);
+      if (arrays.displacement_of_state != nullptr) write(arrays.displacement_of_state, result.displacement);
+    }
   }
 
   // `at.valid`: the row has a step; `at.element`: that of its first.
   __device__ void finish(const Position& at, const C (&y)[kProducts], T) const {
+    const Start start = at.valid ? Start{} : this->start(at.initial);
     if (arrays.credit_h0 != nullptr)
-      arrays.credit_h0[at.initial] = from_compute<T>(at.valid ? y[kProducts - 1] : beyond(arrays.credit_n, at));
-    if (arrays.disp_h0 == nullptr) return;
-    C d = y[0];
-    if (!at.valid) d = beyond(arrays.disp_n, at);
-    if (at.valid && arrays.correction == Correction::learned)
-      d = tanh_difference(to_compute(arrays.extra[at.element]), d);
-    if (at.valid && arrays.correction == Correction::none) d -= to_compute(arrays.h0[at.initial]);
-    arrays.disp_h0[at.initial] = from_compute<T>(d);
+      arrays.credit_h0[at.initial] = from_compute<T>(at.valid ? y[kProducts - 1] : start.credit);
+    if constexpr (kDisplaces) {
+      C d = at.valid ? y[0] : start.displacement;
+      if (at.valid && arrays.correction == Correction::learned)
+        d = tanh_difference(to_compute(arrays.extra[at.element]), d);
+      if (at.valid && arrays.correction == Correction::none) d -= to_compute(arrays.h0[at.initial]);
+      arrays.disp_h0[at.initial] = from_compute<T>(d);
+    }
   }
 };
 
-template <class T, int kProducts>
+template <class T, Credit kCredit>
 RnnPlan plan_of(const RnnSizes& sizes, int device, Regime wanted) {
-  const auto choice = choose_sweep<BackwardStep<T, kProducts>>(sizes, device, wanted);
+  const auto choice = choose_sweep<BackwardStep<T, kCredit>>(sizes, device, wanted);
   return {choice.regime, choice.workspace_bytes, choice.cycles};
 }
 
 }  // namespace
 
 template <class T>
-RnnPlan plan_backward_sweep(int products, const RnnSizes& sizes, int device, Regime wanted) {
-  return products == 1 ? plan_of<T, 1>(sizes, device, wanted) : plan_of<T, 2>(sizes, device, wanted);
+RnnPlan plan_backward_sweep(Credit credit, const RnnSizes& sizes, int device, Regime wanted) {
+  switch (credit) {
+    case Credit::backprop: return plan_of<T, Credit::backprop>(sizes, device, wanted);
+    case Credit::local: return plan_of<T, Credit::local>(sizes, device, wanted);
+    default: return plan_of<T, Credit::through_time>(sizes, device, wanted);
+  }
 }
 
 template <class T>
-void run_backward_sweep(int products, const BackwardArrays<T>& arrays, const RnnSizes& sizes,
+void run_backward_sweep(Credit credit, const BackwardArrays<T>& arrays, const RnnSizes& sizes,
                         const RnnExecution& execution) {
-  if (products == 1) {
-    run_sweep(sizes, execution, BackwardStep<T, 1>{arrays});
-  } else {
-    run_sweep(sizes, execution, BackwardStep<T, 2>{arrays});
+  switch (credit) {
+    case Credit::backprop: return run_sweep(sizes, execution, BackwardStep<T, Credit::backprop>{arrays});
+    case Credit::local: return run_sweep(sizes, execution, BackwardStep<T, Credit::local>{arrays});
+    case Credit::through_time: return run_sweep(sizes, execution, BackwardStep<T, Credit::through_time>{arrays});
   }
 }
 
@@ -159,7 +170,6 @@ template <class T>
 void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, const RnnExecution& execution) {
   const bool learned = args.correction == Correction::learned;
   const BackwardArrays<T> arrays{.nonlinearity = args.nonlinearity,
-                                 .displaces = true,
                                  .correction = args.correction,
                                  .target_step = args.target_step,
                                  .clip = args.clip,
@@ -178,12 +188,12 @@ void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, con
                                  .credit_h0 = args.through_time ? args.credit_h0 : nullptr,
                                  .displacement = args.displacement,
                                  .displacement_of_state = displacement_of_state};
-  run_backward_sweep(args.through_time ? 2 : 1, arrays, args.sizes, execution);
+  run_backward_sweep(args.through_time ? Credit::through_time : Credit::local, arrays, args.sizes, execution);
 }
 
-#define TPEXT_INSTANTIATE(T)                                                                                \
-  template RnnPlan plan_backward_sweep<T>(int, const RnnSizes&, int, Regime);                               \
-  template void run_backward_sweep<T>(int, const BackwardArrays<T>&, const RnnSizes&, const RnnExecution&); \
+#define TPEXT_INSTANTIATE(T)                                                                                   \
+  template RnnPlan plan_backward_sweep<T>(Credit, const RnnSizes&, int, Regime);                               \
+  template void run_backward_sweep<T>(Credit, const BackwardArrays<T>&, const RnnSizes&, const RnnExecution&); \
   template void rnn_target_scan<T>(const RnnTargetScan<T>&, T*, const RnnExecution&);
 TPEXT_INSTANTIATE(float)
 TPEXT_INSTANTIATE(double)

@@ -15,9 +15,8 @@
 // turns: what a step writes is read at the next, and nobody still reads what it overwrites.
 //
 // Memory of a block: the weights in registers (at most 128 a thread), 2 P rows stride states in shared memory. Traffic
-// a step and row: what the Step says, read `kAhead` items before it is needed. A step costs
-//     latency + tiles rows P depth columns / (multiply-adds a cycle) cycles,
-// with the constants of `cycles_of_step` (plan.h).
+// a step and row: what the Step says, read `kAhead` items before it is needed. What a step costs predicts
+// `cycles_of_step` (plan.h).
 //
 // Deterministic: a sum's order depends on dtype, H and the kind of regime alone; rows do not touch each other; no float
 // atomics.
@@ -33,11 +32,25 @@ constexpr int kMaxMembers = 1024;
 
 struct SweepSizes {
   int time, batch, hidden, members;
+  int first_group;            // of the launch
   int groups, tiles, shards;  // groups of rows a member, tiles of rows a group, blocks that share the columns
   bool through_grid;          // how blocks exchange states
   const int64_t* lengths;     // [B] or null
   uint32_t reverse[kMaxMembers / 32];
 };
+
+// What a product multiplies by: M(k, n) is element [k][n], or where transposed [n][k].
+template <class T>
+struct Matrix {
+  const T* elements;  // [S, H, H]
+  bool transposed;
+};
+
+// Valid steps of a row of the batch.
+__device__ inline int valid_steps(const SweepSizes& sizes, int row) {
+  const int64_t count = sizes.lengths == nullptr ? sizes.time : sizes.lengths[row];
+  return static_cast<int>(count < 0 ? 0 : count > sizes.time ? sizes.time : count);
+}
 
 // What blocks of the grid regime share: a counter a group, 128 bytes apart, then its states [2][P][rows][stride].
 struct Exchange {
@@ -71,21 +84,21 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
   using T = typename Product::Storage;
   using C = typename Product::Compute;
   constexpr int kProducts = Step::kProducts, kOutputs = Product::kOutputs, kStride = Product::kStride;
-  // Items (a tile at a step) between a read of global memory and its use. A step of one row takes some 300 cycles, a
-  // read up to 800; tiles of more rows and steps of several blocks take longer.
-  constexpr int kAhead = Product::kDepth > 512 ? 1 : Product::kRows == 1 && !kShared ? 4 : 2;
+  // Items (a tile at a step) whose reads of global memory are issued together, as many items ahead of their use: a read
+  // takes up to 800 cycles, a step of one row some 400, of more rows or blocks longer.
+  constexpr int kAhead = kShared ? 1 : Product::kRows == 1 ? 4 : 2;
   static_assert(kProducts == 1 || kProducts == 2);
   const SweepSizes& sizes = args.sizes;
   const Step& step = args.step;
   const int H = sizes.hidden, thread = thread_index();
 
   const int shard = block_index() % sizes.shards;
-  const int group = block_index() / sizes.shards % sizes.groups;
+  const int group = block_index() / sizes.shards % sizes.groups;  // of this launch
   const int member = block_index() / sizes.shards / sizes.groups;
   const bool reverse = (sizes.reverse[member / 32] >> (member % 32) & 1) != 0;
   const int tiles = kShared ? sizes.tiles : 1;
   const int rows = tiles * Product::kRows;  // of a group, some beyond the batch
-  const int row_begin = group * rows, column_begin = shard * Product::kColumns;
+  const int row_begin = (sizes.first_group + group) * rows, column_begin = shard * Product::kColumns;
 
   T* const states = reinterpret_cast<T*>(shared_memory());
   int* const steps = reinterpret_cast<int*>(states + 2 * kProducts * rows * kStride);
@@ -99,11 +112,14 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
   // The weights, once. Beyond H both are zero, so that padding adds nothing.
   Product products[kProducts];
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p)
+  for (int p = 0; p < kProducts; ++p) {
+    const Matrix<T> matrix = step.matrix(p);
+    const T* const weights = matrix.elements + static_cast<int64_t>(member) * H * H;
     products[p].load([&](int k, int column) {
       const int n = column_begin + column;
-      return k < H && n < H ? step.weight(p, member, H, k, n) : T{};
+      return k < H && n < H ? weights[matrix.transposed ? n * H + k : k * H + n] : T{};
     });
+  }
 
   // The first states, and the padding of both copies.
   for (int i = thread; i < 2 * kProducts * rows * kStride; i += kThreads) {
@@ -113,11 +129,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
                     : T{};
   }
   for (int r = thread; r < rows; r += kThreads) {
-    const int row = row_begin + r;
-    int64_t valid = sizes.time;
-    if (row >= sizes.batch) valid = 0;
-    if (row < sizes.batch && sizes.lengths != nullptr) valid = sizes.lengths[row];
-    steps[r] = static_cast<int>(valid < 0 ? 0 : valid > sizes.time ? sizes.time : valid);
+    steps[r] = row_begin + r < sizes.batch ? valid_steps(sizes, row_begin + r) : 0;
   }
 
   // The elements that this thread computes in every tile, and whether they count: there may be more than H columns.
@@ -139,12 +151,25 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
   const int64_t next = ascends ? plane : -plane;
   const auto offset = [&](int tile, int i) { return (tile * Product::kRows + row_of[i]) * H + column_of[i]; };
   const bool ragged = sizes.lengths != nullptr;
+  // A row's steps and the sweep's number of its first; where a block has one tile, they stay in registers.
+  const auto begin_of = [&](int count) { return ascends ? 0 : sizes.time - count; };
+  int count_of[kOutputs];
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i)
+    count_of[i] = kShared || !ragged || !counts(0, i) ? sizes.time : valid_steps(sizes, row_begin + row_of[i]);
   const auto position = [&](int j, int tile, int64_t base, int i) {
-    const int t = ascends ? j : sizes.time - 1 - j;
-    const int count = ragged ? steps[tile * Product::kRows + row_of[i]] : sizes.time;
+    const int count = kShared && ragged ? steps[tile * Product::kRows + row_of[i]] : count_of[i];
     return Position{base + offset(tile, i), static_cast<int64_t>(member) * plane + group_begin + offset(tile, i),
-                    !ragged || t < count, ragged && !reverse ? t == count - 1 : j == 0};
+                    static_cast<unsigned>(j - begin_of(count)) < static_cast<unsigned>(count), j == begin_of(count)};
   };
+  // What enters at a row's first step: read on the way where a block has several tiles, else before all.
+  typename Step::Start starts[kOutputs];
+#pragma unroll
+  for (int i = 0; i < kOutputs; ++i) {
+    starts[i] = {};
+    if (!kShared && counts(0, i))
+      starts[i] = step.start(static_cast<int64_t>(member) * plane + group_begin + offset(0, i));
+  }
 
   // The item in work, and the next one to be read.
   struct Item {
@@ -160,7 +185,10 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
       ++at.j;
     }
   };
-  typename Step::Loads loads[kAhead][kOutputs];
+  // A wait for one read is a wait for all that were issued before. So the reads for several items are issued together
+  // into a second set, for the items after these; one item's are issued as soon as the last ones are used.
+  constexpr bool kTogether = kAhead > 1;
+  typename Step::Loads loads[kAhead][kOutputs], coming[kTogether ? kAhead : 1][kOutputs];
   const auto load = [&](typename Step::Loads(&into)[kOutputs]) {
     if (ahead.j >= sizes.time) return;
 #pragma unroll
@@ -198,6 +226,9 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
 
   while (item.j < sizes.time) {
 #pragma unroll
+    for (int a = 0; a < kAhead; ++a)
+      if constexpr (kTogether) load(coming[a]);
+#pragma unroll
     for (int a = 0; a < kAhead; ++a) {
       if (item.j >= sizes.time) break;
       const int turn = item.j & 1;
@@ -213,7 +244,9 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
         C sums[kProducts];
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) sums[p] = y[p][i];
-        results[i] = step.advance(loads[a][i], at, sums);
+        typename Step::Start start = starts[i];
+        if (kShared) start = at.first ? step.start(at.initial) : typename Step::Start{};
+        results[i] = step.advance(loads[a][i], start, at, sums);
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
           // A row keeps its state before its first step and after its last.
@@ -237,23 +270,28 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i)
         if (counts(item.tile, i)) step.store(results[i], position(item.j, item.tile, item.base, i));
-      load(loads[a]);
+      if constexpr (!kTogether) load(loads[a]);
       if (kShared && ends_step && !sizes.through_grid) cluster_wait();
       if (kShared && ends_step && sizes.through_grid) {
         if (thread == 0)
           while (load_acquire(counter) < static_cast<uint32_t>(sizes.shards) * static_cast<uint32_t>(item.j + 1))
             spin();
         block_barrier();
-        static_assert(kStride * sizeof(T) % 8 == 0);
+        static_assert(kStride * sizeof(T) % sizeof(Words) == 0);
         const int64_t begin = static_cast<int64_t>(turn ^ 1) * kProducts * rows * kStride;
-        const auto* const from = reinterpret_cast<const unsigned long long*>(exchanged + begin);
-        auto* const to = reinterpret_cast<unsigned long long*>(state_at(turn ^ 1, 0));
-        const int words = kProducts * rows * kStride * static_cast<int>(sizeof(T)) / 8;
+        const auto* const from = reinterpret_cast<const Words*>(exchanged + begin);
+        auto* const to = reinterpret_cast<Words*>(state_at(turn ^ 1, 0));
+        const int words = kProducts * rows * kStride * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(Words));
         for (int i = thread; i < words; i += kThreads) to[i] = load_shared_by_grid(from + i);
         block_barrier();
       }
       advance(item);
     }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i)
+        if constexpr (kTogether) loads[a][i] = coming[a][i];
   }
 
   // What comes out at the other end. The step that the sweep ended with was the row's first.
@@ -298,8 +336,7 @@ __global__ void __launch_bounds__(kThreads) single_step(const __grid_constant__ 
   if (element >= sizes.members * plane) return;
   const int member = static_cast<int>(element / plane), row = static_cast<int>(element % plane / sizes.hidden);
   const bool reverse = (sizes.reverse[member / 32] >> (member % 32) & 1) != 0;
-  const int64_t valid = sizes.lengths == nullptr ? sizes.time : sizes.lengths[row];
-  const int count = static_cast<int>(valid < 0 ? 0 : valid > sizes.time ? sizes.time : valid);
+  const int count = valid_steps(sizes, row);
   C sums[kProducts];
 #pragma unroll
   for (int p = 0; p < kProducts; ++p) sums[p] = to_compute(args.sums[p * args.stride + element]);
@@ -311,10 +348,13 @@ __global__ void __launch_bounds__(kThreads) single_step(const __grid_constant__ 
   }
   const bool ascends = reverse == Step::kBackward;
   const int t = ascends ? args.at_step : sizes.time - 1 - args.at_step;
-  const Position at{(base + t) * plane + in_plane, element, t < count, t == (reverse ? 0 : count - 1)};
+  const int begin = ascends ? 0 : sizes.time - count;
+  const Position at{(base + t) * plane + in_plane, element, args.at_step >= begin && args.at_step - begin < count,
+                    args.at_step == begin};
   typename Step::Loads loads;
   args.step.load(loads, at.element, ascends ? plane : -plane, args.at_step == 0);
-  const typename Step::Result result = args.step.advance(loads, at, sums);
+  const typename Step::Start start = at.first ? args.step.start(element) : typename Step::Start{};
+  const typename Step::Result result = args.step.advance(loads, start, at, sums);
   args.step.store(result, at);
   if (!at.valid) return;
 #pragma unroll
