@@ -62,6 +62,35 @@ int run(const std::string& kernel) {
     args.inverse = large.data();
     args.status = &status;
     run_kernel(args);
+  } else if (kernel == "regularized_inverse batch" || kernel == "regularized_solve") {
+    // Small matrices, B of them: one a lane.
+    constexpr int64_t M = 15, N = 13, K = 3;
+    std::vector<int64_t> status(B);
+    if (kernel == "regularized_solve") {
+      large.resize(static_cast<size_t>(B * K * N));
+      tpext::RegularizedSolve<float> args{};
+      args.batch = B;
+      args.rows = M;
+      args.columns = N;
+      args.count = K;
+      args.reg = 1;
+      args.weight = weight.data();
+      args.rhs = grad_states.data();
+      args.solution = large.data();
+      args.status = status.data();
+      run_kernel(args);
+    } else {
+      large.resize(static_cast<size_t>(B * M * N));
+      tpext::RegularizedInverse<float> args{};
+      args.batch = B;
+      args.rows = M;
+      args.columns = N;
+      args.reg = 1;
+      args.weight = weight.data();
+      args.inverse = large.data();
+      args.status = status.data();
+      run_kernel(args);
+    }
   } else if (kernel == "rnn_scan" || kernel == "rnn_layer") {
     tpext::RnnScan<float> args{};
     set_common(args);

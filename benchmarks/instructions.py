@@ -23,6 +23,8 @@ BUILD = ROOT / "build" / "kernel_driver"
 CAPABILITIES = ("baseline", "avx2")
 KERNELS = (
     "regularized_inverse",
+    "regularized_inverse batch",
+    "regularized_solve",
     "rnn_layer",
     "rnn_scan",
     "rnn_scan_backward",

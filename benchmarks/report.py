@@ -171,6 +171,11 @@ def details(results: Results, source: str) -> str:
     section("Forward scan alone", results.of("test_forward"), {**scan, **threads, **peer}, True)
     inverse = {"batch x n x n": lambda row: f"{row['batch']} x {row['n']} x {row['n']}"}
     section("Regularised inverse", results.of("test_inverse"), {**inverse, **threads, **peer}, False)
+    small = results.of("test_small_inverses")
+    section("Many small regularised inverses", small, {**inverse, **threads, **peer}, True)
+    rows = {"rows": lambda row: str(row["count"])}
+    small = results.of("test_small_solutions")
+    section("Many small regularised solutions", small, {**inverse, **rows, **threads, **peer}, True)
     peaks = results.of("test_peak")
     if peaks:
         cells = [[r["model"], sizes(r), mib(r["peak_bytes"]), f"{r['peak_arrays']:.2f}"] for r in peaks]

@@ -1,10 +1,12 @@
-"""regularized_inverse: equal to the oracle, the same to the bit on any threads, differentiable twice, clear errors.
+"""regularized_inverse and regularized_solve: equal to the oracles, the same to the bit on any threads, differentiable
+twice, clear errors.
 
 Tests that take ``device`` run on a GPU, and on the CPU by the emulation of the CUDA kernels.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 import tpext
 from tpext import _C, reference
 
-regularized_inverse = torch.ops.tpext.regularized_inverse
+regularized_inverse, regularized_solve = torch.ops.tpext.regularized_inverse, torch.ops.tpext.regularized_solve
 
 # Around the kernel's vectors, blocks of rows, groups of panels, blocks of pivots and slices of the depth.
 EDGES = [3, 4, 7, 8, 9, 15, 16, 17, 31, 33, 48, 49, 64, 65, 97, 128, 129, 193, 260]
@@ -258,6 +260,280 @@ def test_another_dtype_is_refused(dtype: torch.dtype) -> None:
         regularized_inverse(torch.eye(3).to(dtype), 1.0)
 
 
+# Small matrices, one a lane of a vector: around the lanes, the blocks and their halves, and the sizes up to which they
+# are taken together, the batch around the lanes too.
+SMALL = [1, 2, 3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 48, 49, 63, 64]
+BATCHES = [1, 2, 15, 16, 17, 70]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SMALL)
+def test_small_batches_equal_the_oracle_at_block_edges(n: int, dtype: torch.dtype) -> None:
+    for shape, batch, threads in itertools.product([(n, n), (2 * n + 1, n), (n, n + 3)], BATCHES, (1, 2)):
+        torch.set_num_threads(threads)
+        check(torch.randn(batch, *shape, dtype=torch.float64).to(dtype), 1.0)
+    weight = torch.randn(5, n, 7, n + 1, dtype=dtype).transpose(1, 2)
+    check(weight, 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [*[(n, n) for n in SMALL], (5, 3), (3, 5), (47, 20), (20, 47), (128, 9), (9, 129)], ids=str
+)
+def test_same_bits_in_any_place_of_any_batch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Neither the kernel for single matrices, which inverts those alone, nor lanes, neighbours and threads show."""
+    weight = torch.randn(70, *shape, dtype=dtype)
+    alone = torch.stack([regularized_inverse(matrix, 0.1) for matrix in weight])
+    for threads, part in itertools.product((1, 2, 3), (slice(None), slice(1, None), slice(5, 40), slice(None, 17))):
+        torch.set_num_threads(threads)
+        assert torch.equal(regularized_inverse(weight[part], 0.1), alone[part])
+    order = torch.randperm(70)
+    assert torch.equal(regularized_inverse(weight[order], 0.1), alone[order])
+
+
+def failing_batch(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """51 matrices, and the status of each without a ridge: failures next to each other, first, last, in every lane."""
+    weight = torch.randn(51, n, n, dtype=dtype) + 3 * n**0.5 * torch.eye(n, dtype=dtype)
+    status = torch.zeros(51, dtype=torch.int64)
+    for i in [0, 3, 4, 5, 9, 14, 18, 23, 28, 29, 34, 41, 42, 43, 44, 50]:
+        if i % 4 == 0:
+            weight[i, -1, 0] = torch.nan
+        elif i % 4 == 1:
+            weight[i, 0, -1] = torch.inf
+        elif i % 4 == 2:
+            weight[i, :, n // 2] = 0
+        else:
+            weight[i] *= torch.finfo(dtype).max ** 0.75
+        status[i] = 1 if i % 4 < 2 else 2
+    return weight, status
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 17, 33, 48])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_status_of_each_of_many_small_matrices(n: int, dtype: torch.dtype) -> None:
+    weight, expected = failing_batch(n, dtype)
+    usable = expected == 0
+    for threads in (1, 2):
+        inverse, status = torch.full_like(weight, 7.0), torch.full((51,), -1)
+        assert _C.regularized_inverse(weight, 0.0, inverse, status, threads) == 16
+        assert torch.equal(status, expected)
+        assert (inverse[~usable] == 7).all()
+        alone, one = torch.empty_like(weight[:1]), torch.zeros(1, dtype=torch.int64)
+        for i in usable.nonzero().flatten().tolist():
+            assert _C.regularized_inverse(weight[i : i + 1], 0.0, alone, one, 1) == 0
+            assert torch.equal(inverse[i], alone[0])
+
+
+# Solving without the inverse.
+
+
+def check_solve(weight: Tensor, rhs: Tensor, reg: float, device: torch.device = CPU) -> None:
+    """Equality with the oracle, each row up to what ``check`` allows the inverse, times the sum of the row's sizes."""
+    rows, matrices = rhs.double().numpy(), weight.double().numpy()
+    expected = reference.regularized_solve(matrices, rows, reg)
+    singular_values = np.linalg.svd(matrices, compute_uv=False)
+    condition = (singular_values.max(-1) ** 2 + reg) / (singular_values.min(-1) ** 2 + reg)
+    greatest = np.abs(reference.regularized_inverse(matrices, reg)).max((-1, -2))
+    error_of_inverse = 8 * torch.finfo(weight.dtype).eps * max(weight.shape[-2:]) ** 0.5 * condition * greatest
+    allowed = error_of_inverse[..., None] * np.abs(rows).sum(-1)
+    actual = regularized_solve(weight.to(device), rhs.to(device), reg).cpu()
+    assert actual.dtype == weight.dtype
+    assert actual.shape == expected.shape
+    error = np.abs(actual.double().numpy() - expected).max(-1)
+    assert (error <= allowed).all(), f"error {error.max()}, allowed {allowed.min()}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", SMALL)
+def test_solutions_equal_the_oracle_at_block_edges(n: int, dtype: torch.dtype) -> None:
+    for shape, batch in itertools.product([(n, n), (2 * n - 1, n), (n, n + 3)], BATCHES):
+        torch.set_num_threads(1 + batch % 2)
+        for count in {1, min(9, n), n, n + 5}:
+            weight, rhs = torch.randn(batch, *shape, dtype=dtype), torch.randn(batch, count, shape[0], dtype=dtype)
+            check_solve(weight, rhs, 1.0)
+    weight, rhs = torch.randn(5, n, 3, n + 1, dtype=dtype), torch.randn(5, n, 3, 2, dtype=dtype)
+    check_solve(weight.transpose(1, 2), rhs.permute(0, 2, 3, 1), 0.5)
+
+
+@pytest.mark.parametrize("shape", [(100, 70), (70, 100), (130, 20), (20, 130), (4, 90, 90), (128, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_solutions_of_larger_matrices_equal_the_oracle(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for count in (1, 50, 200):
+        check_solve(torch.randn(shape, dtype=dtype), torch.randn(*shape[:-2], count, shape[-2], dtype=dtype), 0.3)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (3, 40, 33)], ids=str)
+@pytest.mark.parametrize("reg", [0.0, 1e-4, 2.0])
+def test_solutions_are_regularised_least_squares(shape: tuple[int, ...], reg: float) -> None:
+    weight, rhs = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-2], 3, shape[-2], dtype=torch.float64)
+    N = shape[-1]
+    system = torch.cat([weight, reg**0.5 * torch.eye(N, dtype=torch.float64).expand(*shape[:-2], N, N)], -2)
+    targets = torch.cat([rhs, rhs.new_zeros(*shape[:-2], 3, N)], -1).mT
+    expected = torch.linalg.lstsq(system, targets, driver="gelsd").solution.mT
+    torch.testing.assert_close(regularized_solve(weight, rhs, reg), expected, rtol=1e-9, atol=1e-9)
+    through_inverse = rhs @ regularized_inverse(weight, reg).mT
+    torch.testing.assert_close(regularized_solve(weight, rhs, reg), through_inverse, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (9, 5), (5, 9), (16, 16), (32, 32), (31, 70), (48, 48)], ids=str)
+def test_same_bits_of_solutions_in_any_place_of_any_batch(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight, rhs = torch.randn(70, *shape, dtype=dtype), torch.randn(70, 3, shape[0], dtype=dtype)
+    rhs = rhs[:, : max(shape)]
+    together = regularized_solve(weight, rhs, 0.1)
+    parts = [slice(1, None), slice(5, 40), slice(None, 17)]
+    # Fewer than 16 matrices above 32 go through their inverses.
+    parts += [slice(i, i + 1) for i in range(70)] if min(shape) <= 32 else []
+    for threads, part in itertools.product((1, 2, 3), parts):
+        torch.set_num_threads(threads)
+        assert torch.equal(regularized_solve(weight[part], rhs[part], 0.1), together[part])
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 17, 33, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_status_of_each_matrix_of_a_solve_and_no_harm_to_its_neighbours(n: int, dtype: torch.dtype) -> None:
+    weight, expected = failing_batch(n, dtype)
+    rhs, usable = torch.randn(51, 11, n, dtype=dtype), expected == 0
+    good = torch.where(usable[:, None, None], weight, torch.eye(n, dtype=dtype))
+    for part in (slice(None), slice(0, 1), slice(3, 6)):
+        solution, status = torch.full_like(rhs, 7.0)[part], torch.full((51,), -1)[part]
+        arguments = (weight[part], rhs[part], 0.0, solution, status)
+        assert _C.regularized_solve(*arguments, 2) == (expected[part] != 0).sum()
+        assert torch.equal(status, expected[part])
+        assert (solution[~usable[part]] == 7).all()
+        without_failures = torch.empty_like(solution)
+        assert _C.regularized_solve(good[part], rhs[part], 0.0, without_failures, torch.empty_like(status), 1) == 0
+        assert torch.equal(solution[usable[part]], without_failures[usable[part]])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (7, 7)], ids=str)
+def test_a_row_that_is_not_finite_harms_no_other(shape: tuple[int, int], value: float) -> None:
+    weight, rhs = torch.randn(20, *shape), torch.randn(20, 3, shape[0])
+    expected = regularized_solve(weight, rhs, 1.0)
+    rhs[4, 1, 2] = value
+    solution = regularized_solve(weight, rhs, 1.0)
+    assert not solution[4, 1].isfinite().any()
+    expected[4, 1] = solution[4, 1] = 0
+    assert torch.equal(solution, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"), [((0, 3, 4), 2), ((2, 0, 4), 2), ((2, 4, 0), 2), ((2, 3, 4), 0), ((0, 3), 1), ((3, 0), 5)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_solutions_of_zero_size(shape: tuple[int, ...], count: int, dtype: torch.dtype) -> None:
+    weight, rhs = torch.zeros(shape, dtype=dtype), torch.ones(*shape[:-2], count, shape[-2], dtype=dtype)
+    solution = regularized_solve(weight, rhs, 1.0)
+    assert torch.equal(solution, torch.zeros(*shape[:-2], count, shape[-1], dtype=dtype))
+
+
+@pytest.mark.parametrize(("shape", "count"), [((3, 2), 2), ((2, 3), 3), ((2, 2, 2), 1), ((1, 4, 2), 5)])
+@pytest.mark.parametrize("reg", [0.0, 0.5])
+def test_true_first_and_second_derivatives_of_solutions(shape: tuple[int, ...], count: int, reg: float) -> None:
+    weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    rhs = torch.randn(*shape[:-2], count, shape[-2], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, y: regularized_solve(w, y, reg), (weight, rhs))
+    assert torch.autograd.gradgradcheck(lambda w, y: regularized_solve(w, y, reg), (weight, rhs))
+
+
+@pytest.mark.parametrize(
+    ("requires_grad", "dtype", "shape", "count"),
+    [
+        (False, torch.float32, (4, 3), 2),
+        (True, torch.float64, (4, 3), 9),
+        (True, torch.float32, (3, 4), 1),
+        (True, torch.float64, (2, 70, 65), 3),
+        (False, torch.float64, (0, 3, 4), 2),
+    ],
+    ids=str,
+)
+def test_opcheck_of_the_solve(requires_grad: bool, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> None:
+    weight = torch.randn(shape, dtype=dtype, requires_grad=requires_grad)
+    rhs = torch.randn(*shape[:-2], count, shape[-2], dtype=dtype, requires_grad=requires_grad)
+    torch.library.opcheck(regularized_solve.default, (weight, rhs, 1.0))
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str)
+def test_autocast_solves_in_float32(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    weight, rhs = torch.randn(2, 6, 6).to(dtypes[0]), torch.randn(2, 3, 6).to(dtypes[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        solution = regularized_solve(weight, rhs, 1.0)
+    assert torch.equal(solution, regularized_solve(weight.float(), rhs.float(), 1.0))
+
+
+def test_float32_without_a_ridge_is_solved_in_float64() -> None:
+    weight, rhs = torch.linalg.qr(torch.randn(20, 20)).Q * torch.logspace(0, -4, 20), torch.randn(3, 20)
+    expected = torch.linalg.solve(weight.double(), rhs.double().mT).mT.float()
+    torch.testing.assert_close(regularized_solve(weight, rhs, 0.0), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [3, 70])
+def test_a_matrix_that_cannot_be_solved_is_named(n: int) -> None:
+    weight, rhs = torch.eye(n).repeat(4, 1, 1), torch.ones(4, 2, n)
+    weight[2, :, 1] = 0
+    with pytest.raises(tpext.SingularError, match=r"regularized_solve: the Gram matrix of weight\[2\]"):
+        regularized_solve(weight, rhs, 0.0)
+    weight[3, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"regularized_solve: weight\[3\] has NaN"):
+        regularized_solve(weight, rhs, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "rhs", "reg", "message"),
+    [
+        (torch.ones(3), torch.ones(2, 3), 1.0, r"weight must be \[\.\.\., M, N\], got \[3\]"),
+        (torch.ones(3, 2).half(), torch.ones(1, 3).half(), 1.0, "weight must be float32 or float64, got float16"),
+        (torch.ones(3, 2), torch.ones(3), 1.0, r"rhs must be \[K, M=3\], got \[3\]"),
+        (torch.ones(4, 3, 2), torch.ones(4, 5, 2), 1.0, r"rhs must be \[4, K, M=3\], got \[4, 5, 2\]"),
+        (torch.ones(4, 3, 2), torch.ones(1, 5, 3), 1.0, r"rhs must be \[4, K, M=3\], got \[1, 5, 3\]"),
+        (torch.ones(3, 2), torch.ones(5, 3).double(), 1.0, "rhs must be float32 as weight is, got float64"),
+        (torch.ones(3, 2), torch.ones(5, 3, device="meta"), 1.0, "rhs must be on cpu as weight is, got meta"),
+        (torch.ones(3, 2), torch.ones(5, 3), -1.0, "reg must be a finite number >= 0, got -1.0"),
+    ],
+    ids=str,
+)
+def test_a_solve_refuses_wrong_arguments(weight: Tensor, rhs: Tensor, reg: float, message: str) -> None:
+    with pytest.raises(ValueError, match=f"regularized_solve: {message}"):
+        regularized_solve(weight, rhs, reg)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": torch.zeros(3, 4)}, r"weight must be \[batch, M, N\], got \[3, 4\]"),
+        ({"weight": torch.zeros(2, 3, 4).half()}, "weight must be float32"),
+        ({"weight": torch.zeros(2, 4, 3).mT}, "weight must be contiguous"),
+        (
+            {"weight": torch.zeros(2, 65, 66)},
+            r"weight must have min\(M, N\) of at most 64 and max\(M, N\) of at most 128",
+        ),
+        ({"weight": torch.zeros(2, 3, 129)}, r"weight must have .* got \[2, 3, 129\]"),
+        ({"rhs": torch.zeros(2, 5, 4)}, r"rhs must be \[batch=2, K=5, M=3\], got \[2, 5, 4\]"),
+        ({"rhs": torch.zeros(2, 5, 3).double()}, "rhs must be float32, got float64"),
+        ({"rhs": torch.zeros(2, 3, 5).mT}, "rhs must be contiguous"),
+        ({"solution": torch.zeros(2, 5, 3)}, r"solution must be \[batch=2, K=5, N=4\], got \[2, 5, 3\]"),
+        ({"solution": torch.zeros(2, 5, 4).double()}, "solution must be float32, got float64"),
+        ({"status": torch.zeros(3).long()}, r"status must be \[batch=2\], got \[3\]"),
+        ({"status": torch.zeros(2)}, "status must be int64, got float32"),
+        ({"reg": -1.0}, "reg must be >= 0"),
+        ({"execution": 0}, r"execution must lie in 1\.\.1024 threads on the CPU, got 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_kernel_of_the_solve_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "weight": torch.zeros(2, 3, 4),
+        "rhs": torch.zeros(2, 5, 3),
+        "reg": 1.0,
+        "solution": torch.zeros(2, 5, 4),
+        "status": torch.zeros(2).long(),
+        "execution": 1,
+    }
+    with pytest.raises(ValueError, match=f"regularized_solve: {message}"):
+        _C.regularized_solve(**arguments | change)
+
+
 # On CUDA: sizes around the lanes of a small matrix, the groups of 32 rows and the width of a block, and beyond the
 # kernel's greatest; tall, wide, and of one row or column.
 CUDA_SHAPES = [
@@ -365,6 +641,30 @@ def test_cuda_a_failing_matrix_harms_no_neighbour_s_gradient(device: torch.devic
     weight = weight.to(device).requires_grad_()
     (gradient,) = torch.autograd.grad(regularized_inverse(weight, 0.0)[::2].sum(), weight)
     assert gradient[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(8, 8), (3, 12, 9), (20, 32), (2, 140, 60)], ids=str)
+def test_cuda_solutions_equal_the_oracle(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for count in (1, 40):
+        rhs = torch.randn(*shape[:-2], count, shape[-2], dtype=dtype)
+        check_solve(torch.randn(shape, dtype=dtype), rhs, 0.1, device)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3)], ids=str)
+def test_cuda_true_first_and_second_derivatives_of_solutions(device: torch.device, shape: tuple[int, int]) -> None:
+    weight, rhs = torch.randn(shape, dtype=torch.float64), torch.randn(2, shape[0], dtype=torch.float64)
+    inputs = weight.to(device).requires_grad_(), rhs.to(device).requires_grad_()
+    assert torch.autograd.gradcheck(lambda w, y: regularized_solve(w, y, 0.5), inputs)
+    assert torch.autograd.gradgradcheck(lambda w, y: regularized_solve(w, y, 0.5), inputs)
+
+
+def test_cuda_a_failing_matrix_spoils_no_other_s_solution(device: torch.device) -> None:
+    weight, failing = unusable(6, torch.float64)
+    solution = regularized_solve(weight.to(device), torch.ones(8, 2, 6, dtype=torch.float64).to(device), 0.0).cpu()
+    assert solution[failing].isnan().all()
+    usable = [i for i in range(len(weight)) if i not in failing]
+    assert solution[usable].isfinite().all()
 
 
 @pytest.mark.gpu

@@ -37,6 +37,14 @@ def regularized_inverse(weight: object, reg: float, inverse: object, status: obj
     (read ``status`` yourself), and an inverse that fails is filled with NaN.
     """
 
+def regularized_solve(
+    weight: object, rhs: object, reg: float, solution: object, status: object, execution: Execution
+) -> int:
+    """Write ``solution [batch, K, N]`` for ``rhs [batch, K, M]``, and ``status``, as ``regularized_inverse`` does.
+
+    On the CPU only, ``min(M, N) <= 64`` and ``max(M, N) <= 128``.
+    """
+
 def rnn_plan(
     products: int, dtype: str, stack: int, batch: int, hidden: int, device: int, regime: str
 ) -> tuple[str, int, float]:

@@ -8,21 +8,33 @@
 namespace tpext::cpu {
 
 // Each instruction set's objects define their functions in a namespace of its own (see simd.h).
-#define TPEXT_DECLARE(name)                                                                               \
-  namespace name {                                                                                        \
-  void regularized_inverse(const RegularizedInverse<float>&, int);                                        \
-  void regularized_inverse(const RegularizedInverse<double>&, int);                                       \
-  void rnn_scan(const RnnScan<float>&, int);                                                              \
-  void rnn_scan(const RnnScan<double>&, int);                                                             \
-  void rnn_scan_backward(const RnnScanBackward<float>&, int);                                             \
-  void rnn_scan_backward(const RnnScanBackward<double>&, int);                                            \
-  void rnn_target_scan(const RnnTargetScan<float>&, int);                                                 \
-  void rnn_target_scan(const RnnTargetScan<double>&, int);                                                \
-  void rnn_weight_gradients(const RnnWeightGradients<float>&, int);                                       \
-  void rnn_weight_gradients(const RnnWeightGradients<double>&, int);                                      \
-  constexpr Kernels table = {#name,           regularized_inverse,  regularized_inverse, rnn_scan,        \
-                             rnn_scan,        rnn_scan_backward,    rnn_scan_backward,   rnn_target_scan, \
-                             rnn_target_scan, rnn_weight_gradients, rnn_weight_gradients};                \
+#define TPEXT_DECLARE(name)                                          \
+  namespace name {                                                   \
+  void regularized_inverse(const RegularizedInverse<float>&, int);   \
+  void regularized_inverse(const RegularizedInverse<double>&, int);  \
+  void regularized_solve(const RegularizedSolve<float>&, int);       \
+  void regularized_solve(const RegularizedSolve<double>&, int);      \
+  void rnn_scan(const RnnScan<float>&, int);                         \
+  void rnn_scan(const RnnScan<double>&, int);                        \
+  void rnn_scan_backward(const RnnScanBackward<float>&, int);        \
+  void rnn_scan_backward(const RnnScanBackward<double>&, int);       \
+  void rnn_target_scan(const RnnTargetScan<float>&, int);            \
+  void rnn_target_scan(const RnnTargetScan<double>&, int);           \
+  void rnn_weight_gradients(const RnnWeightGradients<float>&, int);  \
+  void rnn_weight_gradients(const RnnWeightGradients<double>&, int); \
+  constexpr Kernels table = {#name,                                  \
+                             regularized_inverse,                    \
+                             regularized_inverse,                    \
+                             regularized_solve,                      \
+                             regularized_solve,                      \
+                             rnn_scan,                               \
+                             rnn_scan,                               \
+                             rnn_scan_backward,                      \
+                             rnn_scan_backward,                      \
+                             rnn_target_scan,                        \
+                             rnn_target_scan,                        \
+                             rnn_weight_gradients,                   \
+                             rnn_weight_gradients};                  \
   }
 
 TPEXT_DECLARE(baseline)

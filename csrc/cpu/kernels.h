@@ -10,6 +10,8 @@ struct Kernels {
   const char* capability;
   void (*regularized_inverse_float)(const RegularizedInverse<float>&, int threads);
   void (*regularized_inverse_double)(const RegularizedInverse<double>&, int threads);
+  void (*regularized_solve_float)(const RegularizedSolve<float>&, int threads);
+  void (*regularized_solve_double)(const RegularizedSolve<double>&, int threads);
   void (*rnn_scan_float)(const RnnScan<float>&, int threads);
   void (*rnn_scan_double)(const RnnScan<double>&, int threads);
   void (*rnn_scan_backward_float)(const RnnScanBackward<float>&, int threads);
@@ -25,6 +27,8 @@ struct Kernels {
   void operator()(const RegularizedInverse<double>& args, int threads) const {
     regularized_inverse_double(args, threads);
   }
+  void operator()(const RegularizedSolve<float>& args, int threads) const { regularized_solve_float(args, threads); }
+  void operator()(const RegularizedSolve<double>& args, int threads) const { regularized_solve_double(args, threads); }
   void operator()(const RnnScan<float>& args, int threads) const { rnn_scan_float(args, threads); }
   void operator()(const RnnScan<double>& args, int threads) const { rnn_scan_double(args, threads); }
   void operator()(const RnnScanBackward<float>& args, int threads) const { rnn_scan_backward_float(args, threads); }

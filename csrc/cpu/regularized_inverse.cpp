@@ -19,29 +19,24 @@
 // The triangular solves substitute within blocks rather than multiply by inverted ones: the vector lanes are different
 // columns of B', so that a substitution is as parallel as a product and nothing is lost in accuracy.
 //
-// Of a batch, each thread inverts as many whole matrices as every other; the matrices left over, or a single one, are
-// shared by panels with a barrier after each step. A matrix too small to share stays on one thread. Memory: m k + k^2
-// numbers for a matrix in work, 3 L k a thread. Deterministic: which rows and panels are computed together, and by
-// which thread, changes no operation of an element.
+// A batch of small matrices is inverted in groups, one in each lane (interleaved.h), to the same bits; what is left
+// over comes here. Of a batch, each thread inverts as many whole matrices as every other; the matrices left over, or a
+// single one, are shared by panels with a barrier after each step. A matrix too small to share stays on one thread.
+// Memory: m k + k^2 numbers for a matrix in work, 3 L k a thread. Deterministic: which rows and panels are computed
+// together, and by which thread, changes no operation of an element.
 #include "core/regularized_inverse.h"
 
-#include <utility>
-
+#include "cpu/interleaved.h"
 #include "cpu/microkernel.h"
 #include "cpu/threads.h"
+#include "cpu/transpose.h"
 
 namespace tpext::cpu::TPEXT_CAPABILITY {
 namespace {
 
-// 8 x 3 accumulators of 32 registers, or 4 x 3 of 16. A block of rows never leaves its panel.
-template <class T>
-constexpr int kRows = TPEXT_VECTOR_BYTES == 64 ? 8
-                      : kLanes<T> < 4          ? kLanes<T>
-                                               : 4;
+// kRows x 3 accumulators. A block of rows never leaves its panel.
 constexpr int kGroup = 3;
 
-// Depth of a slice: 3 panels of 128 vectors are half a first-level cache.
-constexpr int64_t kDepth = 128;
 // Rows of U that are eliminated together: the square on the diagonal is work for a single thread, and three barriers
 // follow from each, which cost far more than arithmetic where other programs want the processors.
 constexpr int64_t kPivots = 128;
@@ -119,40 +114,6 @@ template <int Count, class T, class Visit>
   for (int r = 0; r < kRows<T>; ++r)
 #pragma GCC unroll 8
     for (int p = 0; p < Count; ++p) visit(r, p, *reinterpret_cast<Vec<T>*>(x + r * kLanes<T> + p * stride));
-}
-
-// Lane i of the result is element I_i of a and b put end to end.
-template <class T, int... I>
-inline Vec<T> shuffle(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, I...);
-#else
-  return __builtin_shuffle(a, b, Bits<T>{I...});
-#endif
-}
-
-// Elements start, start + 1, ... of a and b in turn.
-template <class T, int Start, int... I>
-inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-  return shuffle<T>(a, b, std::integer_sequence<int, (Start + I / 2 + I % 2 * kLanes<T>)...>());
-}
-
-// Transposes a square of L vectors: each of log2(L) perfect shuffles of its L^2 elements turns their index by one bit.
-template <class T>
-[[gnu::always_inline]] inline void transpose(Vec<T> (&square)[kLanes<T>]) {
-  constexpr int L = kLanes<T>;
-  constexpr std::make_integer_sequence<int, L> lanes;
-#pragma GCC unroll 4
-  for (int turns = 1; turns < L; turns *= 2) {
-    Vec<T> turned[L];
-#pragma GCC unroll 8
-    for (int i = 0; i < L / 2; ++i) {
-      turned[2 * i] = interleave<T, 0>(square[i], square[i + L / 2], lanes);
-      turned[2 * i + 1] = interleave<T, L / 2>(square[i], square[i + L / 2], lanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) square[i] = turned[i];
-  }
 }
 
 // A panel of the transposed of from [rows, depth], rows <= L: panel[k][r] = from[r][k]; the lanes beyond are zero.
@@ -233,7 +194,7 @@ class Inverter {
       gram(b, u, groups.begin(group), groups.begin(group + 1));
     });
     factor(u, reciprocal, squared, threads, alone);
-    if (!regular(squared)) return finite(weight) ? RegularizedInverse<T>::singular : RegularizedInverse<T>::not_finite;
+    if (!regular(squared)) return failure(weight, rows_ * columns_);
     const Groups columns(0, ceil_div(terms_, L), threads);
     share(alone, columns.count, [&](int64_t group) {
       solve(weight, inverse, u, reciprocal, {own, padded_}, columns.begin(group), columns.begin(group + 1));
@@ -389,18 +350,10 @@ class Inverter {
   bool regular(const T* squared) const {
     T greatest = 0;
     for (int64_t i = 0; i < order_; ++i) greatest = squared[i] > greatest ? squared[i] : greatest;
-    constexpr T epsilon = T(1) / static_cast<T>(int64_t{1} << Constants<T>::mantissa);
-    const T least = reg_ == T(0) ? epsilon * static_cast<T>(order_) * greatest : T(0);
+    const T least = reg_ == T(0) ? kEpsilon<T> * static_cast<T>(order_) * greatest : T(0);
     bool all = true;
     for (int64_t i = 0; i < order_; ++i) all = all && squared[i] > least && squared[i] <= Constants<T>::largest;
     return all;
-  }
-
-  // Asked of failures only: NaN or infinity stands on the Gram matrix's diagonal, so it shows in a pivot.
-  bool finite(const T* weight) const {
-    T check = 0;
-    for (int64_t i = 0; i < rows_ * columns_; ++i) check += weight[i] * T(0);
-    return check == T(0);
   }
 
   // Columns [begin, end) of X, in panels.
@@ -446,13 +399,43 @@ class Inverter {
   T reg_;
 };
 
+// Inverts the first matrices of a batch in groups of one a lane, and returns how many.
 template <class T>
-void invert(const RegularizedInverse<T>& args, int max_threads) {
+int64_t invert_groups(const RegularizedInverse<T>& args, int max_threads) {
+  const Interleaved<T> group(args.rows, args.columns, args.reg);
+  if (!group.suits_inverse()) return 0;
+  const int64_t rest = args.batch % kLanes<T>, done = rest >= group.least() ? args.batch : args.batch - rest;
+  if (done == 0) return 0;
   const int64_t size = args.rows * args.columns;
-  if (size == 0 || args.batch == 0) {
+  const Buffer<int32_t> places(2 * size);
+  int32_t *const of_weight = places.get(), *const of_inverse = of_weight + size;
+  group.place(of_weight, of_inverse);
+  for_groups<T>(done, group.operations(group.terms()), group.matrix_size() + group.factor_size(), max_threads,
+                [&](int64_t first, int64_t count, Vec<T>* b) {
+                  const T* const weight = args.weight + first * size;
+                  int64_t* const status = args.status + first;
+                  Vec<T>* const u = b + group.matrix_size();
+                  group.load_matrices(weight, count, (args.batch - first) * size, of_weight, b);
+                  group.factor(b, weight, count, u, status);
+                  group.invert(u, b);
+                  group.store_lanes(b, size, size, count, status, of_inverse, args.inverse + first * size);
+                });
+  return done;
+}
+
+template <class T>
+void invert(RegularizedInverse<T> args, int max_threads) {
+  const int64_t size = args.rows * args.columns;
+  if (size == 0) {
     for (int64_t i = 0; i < args.batch; ++i) args.status[i] = RegularizedInverse<T>::ok;
     return;
   }
+  const int64_t done = invert_groups(args, max_threads);
+  args.batch -= done;
+  args.weight += done * size;
+  args.inverse += done * size;
+  args.status += done;
+  if (args.batch == 0) return;
   const Inverter<T> inverter(args.rows, args.columns, args.reg);
   const double work = inverter.operations() / kOperationsPerThread;
   const double worth = static_cast<double>(args.batch) * work + 1;

@@ -6,7 +6,7 @@ None where the op returns an empty tensor because an output was not asked for. T
 Nothing in here imports the rest of the package, and only tests and documentation import it.
 """
 
-from tpext.reference.regularized_inverse import regularized_inverse
+from tpext.reference.regularized_inverse import regularized_inverse, regularized_solve
 from tpext.reference.rnn_scan import (
     RNNGradients,
     rnn_gradients,
@@ -26,6 +26,7 @@ __all__ = [
     "RNNGradients",
     "learned_target_rnn_gradients",
     "regularized_inverse",
+    "regularized_solve",
     "rnn_gradients",
     "rnn_layer",
     "rnn_learned_target_scan",
