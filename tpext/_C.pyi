@@ -28,6 +28,14 @@ def build_info() -> BuildInfo: ...
 def cpu_capability() -> str:
     """The instruction set in use; the environment variable TPEXT_CPU_CAPABILITY overrides the choice at import."""
 
+def act_inverse(
+    target: object, input: object, activation: str, gamma: float, output: object, execution: Execution
+) -> None:
+    """Write ``output [N]``, the minimiser of ``(a(x) - target)^2 + gamma (x - input)^2``; on the CPU only.
+
+    ``activation`` is "tanh" or "sigmoid"; ``gamma > 0``.
+    """
+
 def regularized_inverse(weight: object, reg: float, inverse: object, status: object, execution: Execution) -> int:
     """Write ``inverse [batch, N, M]`` and ``status [batch]``, and return how many statuses are not 0.
 

@@ -5,6 +5,7 @@
 
 namespace tpext::bindings {
 
+void define_act_inverse(pybind11::module_& m);
 void define_regularized_inverse(pybind11::module_& m);
 void define_rnn(pybind11::module_& m);
 

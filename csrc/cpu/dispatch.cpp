@@ -10,6 +10,8 @@ namespace tpext::cpu {
 // Each instruction set's objects define their functions in a namespace of its own (see simd.h).
 #define TPEXT_DECLARE(name)                                          \
   namespace name {                                                   \
+  void act_inverse(const ActInverse<float>&, int);                   \
+  void act_inverse(const ActInverse<double>&, int);                  \
   void regularized_inverse(const RegularizedInverse<float>&, int);   \
   void regularized_inverse(const RegularizedInverse<double>&, int);  \
   void regularized_solve(const RegularizedSolve<float>&, int);       \
@@ -23,6 +25,8 @@ namespace tpext::cpu {
   void rnn_weight_gradients(const RnnWeightGradients<float>&, int);  \
   void rnn_weight_gradients(const RnnWeightGradients<double>&, int); \
   constexpr Kernels table = {#name,                                  \
+                             act_inverse,                            \
+                             act_inverse,                            \
                              regularized_inverse,                    \
                              regularized_inverse,                    \
                              regularized_solve,                      \

@@ -1,6 +1,7 @@
 // The kernels of one instruction set as a table of functions, and the choice of the table when the module is loaded.
 #pragma once
 
+#include "core/act_inverse.h"
 #include "core/regularized_inverse.h"
 #include "core/rnn.h"
 
@@ -8,6 +9,8 @@ namespace tpext::cpu {
 
 struct Kernels {
   const char* capability;
+  void (*act_inverse_float)(const ActInverse<float>&, int threads);
+  void (*act_inverse_double)(const ActInverse<double>&, int threads);
   void (*regularized_inverse_float)(const RegularizedInverse<float>&, int threads);
   void (*regularized_inverse_double)(const RegularizedInverse<double>&, int threads);
   void (*regularized_solve_float)(const RegularizedSolve<float>&, int threads);
@@ -21,6 +24,8 @@ struct Kernels {
   void (*rnn_weight_gradients_float)(const RnnWeightGradients<float>&, int threads);
   void (*rnn_weight_gradients_double)(const RnnWeightGradients<double>&, int threads);
 
+  void operator()(const ActInverse<float>& args, int threads) const { act_inverse_float(args, threads); }
+  void operator()(const ActInverse<double>& args, int threads) const { act_inverse_double(args, threads); }
   void operator()(const RegularizedInverse<float>& args, int threads) const {
     regularized_inverse_float(args, threads);
   }

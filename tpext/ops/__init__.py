@@ -4,8 +4,19 @@ One module an op family. Each op has a schema, a CPU implementation, a fake one 
 tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
+from tpext.ops.layer_inverse import Activation, bias_inverse, layer_displacement, layer_inverse, linear_inverse
 from tpext.ops.regularized_inverse import SingularError
 from tpext.ops.rnn_scan import input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 
-__all__ = ["SingularError", "input_projection", "learned_target_rnn", "target_rnn"]
+__all__ = [
+    "Activation",
+    "SingularError",
+    "bias_inverse",
+    "input_projection",
+    "layer_displacement",
+    "layer_inverse",
+    "learned_target_rnn",
+    "linear_inverse",
+    "target_rnn",
+]

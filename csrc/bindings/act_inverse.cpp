@@ -1,0 +1,63 @@
+// The entry `_C.act_inverse`.
+#include "core/act_inverse.h"
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/entries.h"
+#include "bindings/execution.h"
+#include "cpu/kernels.h"
+
+namespace tpext::bindings {
+
+namespace {
+
+void act_inverse(const py::object& target_, const py::object& input_, const std::string& activation, double gamma,
+                 const py::object& output_, const py::object& execution_) {
+  constexpr const char* op = "act_inverse";
+  const Argument target(op, "target", target_), input(op, "input", input_), output(op, "output", output_);
+  const Execution execution(op, target, execution_);
+  target.require_rank({"N"});
+  const Dim N{"N", target.size(0)};
+  const bool is_double = target.dtype() == dlpack::kFloat64;
+  const dlpack::DataType dtype = is_double ? dlpack::kFloat64 : dlpack::kFloat32;
+  target.require_dense(dtype, target);
+  input.require_shape({N});
+  input.require_dense(dtype, target);
+  output.require_shape({N});
+  output.require_dense(dtype, target);
+  const double scale = 1 + choose(op, "activation", activation, {"tanh", "sigmoid"});
+  if (!(gamma > 0) || std::isinf(gamma))
+    throw py::value_error(std::string(op) + ": gamma must be a finite number > 0, got " + std::to_string(gamma));
+  if (execution.on_cuda()) throw py::value_error(std::string(op) + ": target must be on the CPU, got a CUDA device");
+  const auto run = [&]<class T>(T) {
+    // 16 gamma must not overflow; what so great a gamma does to the result is the same.
+    const double g = scale == 2 ? 16 * std::min(gamma, 1e300) : gamma, most = std::max(1.0, g);
+    const ActInverse<T> args{N.size,
+                             static_cast<T>(scale),
+                             static_cast<T>(1 / most),
+                             static_cast<T>(g / most),
+                             static_cast<T>(1 / std::max(g, std::sqrt(g))),
+                             static_cast<T>(std::log(4 / g) / 2),
+                             target.data<const T>(),
+                             input.data<const T>(),
+                             output.data<T>()};
+    const py::gil_scoped_release release;
+    cpu::kernels()(args, execution.threads());
+  };
+  is_double ? run(double()) : run(float());
+}
+
+}  // namespace
+
+void define_act_inverse(py::module_& m) {
+  m.def("act_inverse", &act_inverse, py::arg("target"), py::arg("input"), py::arg("activation"), py::arg("gamma"),
+        py::arg("output"), py::arg("execution"));
+}
+
+}  // namespace tpext::bindings

@@ -1,0 +1,159 @@
+// act_inverse:  x = argmin_x (a(x) - y)^2 + gamma (x - c)^2, elementwise, a = tanh or sigmoid
+//
+// The global minimiser, by the argument of tpext/ops/layer_inverse.py: of y >= tanh c and its mirror image, the cost
+// has at most one minimum on either side of a point, the fold, and each has a bracket in closed form. The zero of half
+// the descent in a bracket is found by Halley's steps, or the bracket's middle where such a step leaves it or is not
+// below half of the step before: at worst as slow as bisection. A lane that has converged keeps its number while those
+// beside it go on, so that an element depends on nothing else. Vectors without an element left of its fold have one
+// bracket. Threads take contiguous parts, whole vectors; the last vector is filled with zeros. No memory but the
+// arrays.
+#include "core/act_inverse.h"
+
+#include "cpu/microkernel.h"
+#include "cpu/threads.h"
+
+namespace tpext::cpu::TPEXT_CAPABILITY {
+namespace {
+
+// Far more than the longest bracket has halvings; it ends the search of an infinite target or input.
+constexpr int kMostSteps = 128;
+// Fewer elements than this are not worth a second thread.
+constexpr int64_t kGrain = 1024;
+// Stands for zero under a logarithm.
+template <class T>
+constexpr T kLeast = sizeof(T) == 4 ? T(1e-30) : T(1e-300);
+
+template <class T>
+inline Vec<T> magnitude(Vec<T> v) {
+  return (Vec<T>)((Bits<T>)v & ~(Bits<T>)(-Vec<T>{}));
+}
+
+template <class T>
+inline Vec<T> lesser(Vec<T> a, Vec<T> b) {
+  return a < b ? a : b;
+}
+
+template <class T>
+inline Vec<T> greater(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// t = tanh x, s = 1 - t^2, the latter with all its digits where it is small: of e = e^(-2|x|) both are quotients.
+template <class T>
+inline void tanh_and_slope(Vec<T> x, Vec<T>& t, Vec<T>& s) {
+  using C = Constants<T>;
+  const Bits<T> sign = (Bits<T>)x & (Bits<T>)(-Vec<T>{});
+  // 2^n must be a normal number.
+  const Vec<T> y = lesser<T>(magnitude<T>(x) * T(2), Vec<T>{} + T(sizeof(T) == 4 ? 80 : 700));
+  const Vec<T> shifted = C::round - y * T(1.4426950408889634);
+  const Vec<T> n = shifted - C::round;
+  const Vec<T> r = (-y - n * C::ln2_high) - n * C::ln2_low;
+  const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
+  const Vec<T> scale = (Vec<T>)(((Bits<T>)shifted << C::mantissa) + C::one);
+  const Vec<T> e = p * scale + scale;
+  const Vec<T> share = T(1) / (e + T(1));
+  t = (Vec<T>)((Bits<T>)(-(p * scale + (scale - T(1))) * share) | sign);
+  s = e * share * share * T(4);
+}
+
+// The zero, left of the fold or right of it, at which the descent falls.
+template <class T, bool kLeft>
+inline Vec<T> falling_zero(const ActInverse<T>& args, Vec<T> y, Vec<T> c, Vec<T> low, Vec<T> high, Vec<T> x,
+                           Bits<T> done) {
+  constexpr T eps = sizeof(T) == 4 ? T(1.1920929e-7) : T(2.220446049250313e-16);
+  Vec<T> before = (high - low) * T(2);
+  for (int step = 0; step < kMostSteps; ++step) {
+    Vec<T> t, s;
+    tanh_and_slope<T>(x, t, s);
+    const Vec<T> gap = y - t, pull = s * args.pull;
+    const Vec<T> descent = pull * gap - (x - c) * args.spring;
+    const Vec<T> slope = -pull * (t * gap * T(2) + s) - args.spring;
+    const Vec<T> curvature = pull * (gap * (t * t * T(4) - s * T(2)) + t * s * T(6));
+    const Bits<T> is_left = kLeft ? (descent > 0) & ~(slope > 0) : (descent > 0) | (slope > 0);
+    low = is_left ? x : low;
+    high = is_left ? high : x;
+    const Vec<T> newton = descent / slope;
+    const Vec<T> halley = newton / (newton * (curvature / slope) * T(0.5) - T(1));
+    const Bits<T> usable = (slope < 0) & (x + halley >= low) & (x + halley <= high) &
+                           (magnitude<T>(halley) <= magnitude<T>(before) * T(0.5));
+    const Vec<T> move = usable ? halley : (low - x) * T(0.5) + (high - x) * T(0.5);
+    const Vec<T> next = x + move;
+    // Halley's step vanishes where the slope does, too; Newton's does not. A descent that is rounding ends the search.
+    const Vec<T> terms = pull * (magnitude<T>(y) + magnitude<T>(t)) + (magnitude<T>(x) + magnitude<T>(c)) * args.spring;
+    const Bits<T> found =
+        ((slope < 0) & (magnitude<T>(newton) <= magnitude<T>(x) * (2 * eps))) | (magnitude<T>(descent) <= terms * eps);
+    x = done | (found & ~usable) ? x : next;
+    done |= found | (~usable & (magnitude<T>(move) <= magnitude<T>(next) * (2 * eps)));
+    before = move;
+    if (!any_nonzero<T>(~done)) break;
+  }
+  return x;
+}
+
+template <class T>
+inline Vec<T> minimizer(const ActInverse<T>& args, Vec<T> target, Vec<T> input) {
+  const Bits<T> numbers = (target == target) & (input == input);
+  Vec<T> y = target * args.scale - (args.scale - T(1)), c = input / args.scale;
+  const Vec<T> tanh_c = tanh<T>(c);
+  const Bits<T> mirrored = ~(y >= tanh_c);
+  y = mirrored ? -y : y;
+  c = mirrored ? -c : c;
+  const Vec<T> start = mirrored ? -tanh_c : tanh_c;
+
+  // The fold, by Newton's steps that rise to the first root of a cubic in r = 1 + tanh.
+  const Vec<T> above = greater<T>(y + T(1), Vec<T>{} + kLeast<T>);
+  Vec<T> r{};
+  for (int step = 0; step < 5; ++step) {
+    const Vec<T> value = ((r * T(-12) + (above * T(6) + T(30))) * r - (above * T(12) + T(16))) * r + above * T(4);
+    const Vec<T> slope = (r * T(-36) + (above * T(12) + T(60))) * r - (above * T(12) + T(16));
+    r = r - value / slope;
+  }
+  const Vec<T> fold = greater<T>(c, half_log_ratio<T>(greater<T>(r, Vec<T>{} + kLeast<T>), T(2) - r, r * T(2) - T(2)));
+
+  const Vec<T> one = Vec<T>{} + T(1);
+  Vec<T> last = greater<T>(c + T(1), half_log_ratio<T>(above, one, y) + args.half_log);
+  last = y < 1 ? lesser<T>(last, half_log_ratio<T>(above, T(1) - y, y + y)) : last;
+  last = greater<T>(lesser<T>(last, c + (y - start) * args.reach), c);
+
+  // From the input itself where it is an end: near it a small displacement of the target leaves the minimiser.
+  const Bits<T> two = fold > c;
+  const Vec<T> high = greater<T>(last, fold);
+  const Vec<T> right = falling_zero<T, false>(args, y, c, fold, high, two ? (fold + high) * T(0.5) : fold, ~numbers);
+  Vec<T> x = right;
+  if (any_nonzero<T>(two & numbers)) {
+    const Vec<T> end = lesser<T>(lesser<T>(c + T(0.875), fold), last);
+    const Vec<T> left = falling_zero<T, true>(args, y, c, c, end, c, ~(two & numbers));
+    Vec<T> left_t, right_t, unused;
+    tanh_and_slope<T>(left, left_t, unused);
+    tanh_and_slope<T>(right, right_t, unused);
+    // By how much the left one costs more, as differences, which keep their digits.
+    const Vec<T> gain = (right_t - left_t) * (y * T(2) - right_t - left_t) * args.pull -
+                        (right - left) * (right + left - c * T(2)) * args.spring;
+    x = ~(gain >= 0) & two ? left : right;
+  }
+  x = mirrored ? -x : x;
+  return numbers ? x * args.scale : target + input;
+}
+
+template <class T>
+void invert(const ActInverse<T>& args, int max_threads) {
+  const int64_t vectors = ceil_div(args.count, kLanes<T>), most = args.count / kGrain + 1;
+  const int threads = most < max_threads ? static_cast<int>(most) : max_threads;
+#pragma omp parallel num_threads(threads)
+  {
+    const FlushSubnormals flush;
+    const int64_t thread = thread_index(), team = thread_count();
+    for (int64_t v = part_begin(vectors, team, thread); v < part_begin(vectors, team, thread + 1); ++v) {
+      const int64_t at = v * kLanes<T>, count = args.count - at;
+      store_part(args.output + at,
+                 minimizer<T>(args, load_part(args.target + at, count), load_part(args.input + at, count)), count);
+    }
+  }
+}
+
+}  // namespace
+
+void act_inverse(const ActInverse<float>& args, int threads) { invert(args, threads); }
+void act_inverse(const ActInverse<double>& args, int threads) { invert(args, threads); }
+
+}  // namespace tpext::cpu::TPEXT_CAPABILITY
