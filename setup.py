@@ -26,10 +26,13 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        ninja = shutil.which("ninja")
+        if ninja is None:
+            raise SystemExit("tpext: no ninja in PATH, which the build needs")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             # Given each time: pip's isolated environment is gone by the next build, CMake's cache of it is not.
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DTPEXT_VERSION={self.distribution.get_version()}",

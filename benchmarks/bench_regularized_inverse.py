@@ -132,7 +132,7 @@ def test_gpu_inverse(gpu, size, batch):
     def ours():
         return torch.ops.tpext.regularized_inverse(weight, 1.0)
 
-    # None of them looks at the device for errors, so that they can be captured.
+    # A way that cannot be captured in a graph has its eager time.
     peers = {
         "torch.linalg.solve_ex": lambda: torch.linalg.solve_ex(gram(), weight.mT)[0],
         "torch.linalg.cholesky_ex, cholesky_solve": lambda: torch.cholesky_solve(

@@ -29,36 +29,39 @@ python=${PYTHON:-python3}
 work=$root/build/gpu-check
 # From a folder where Python does not find the sources before what is built.
 mkdir -p "$work" && cd "$work" || exit 2
-export PYTHONPATH=$work/site PYTHONUNBUFFERED=1 PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+scripts=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+export PYTHONPATH=$work/site PYTHONUNBUFFERED=1 PATH=$scripts:$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 pytest=("$python" -m pytest -c "$root/pyproject.toml" -p no:cacheprovider)
 
 # limited SECONDS COMMAND...: at most so long, and no longer than all parts together have.
 limited() {
   local most=$1 left=$((560 - SECONDS))
   shift
-  timeout -k 10 "$((left < 1 ? 1 : left < most ? left : most))" "$@"
+  # Interrupted rather than terminated, pytest still says what failed and writes what it measured.
+  timeout -s INT -k 10 "$((left < 1 ? 1 : left < most ? left : most))" "$@"
 }
 
 part_build() {
   nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm --format=csv,noheader
   nvcc --version | tail -n 2
   # For the device that is here alone: half the time.
-  local capability
-  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
-  CUDAARCHS=${CUDAARCHS:-$capability-real} TPEXT_CUDA=on limited 150 "$python" -m pip install -v --no-build-isolation --no-deps --upgrade \
-    --target "$work/site" "$root" &&
+  local architecture='import torch; print("%d%d-real" % torch.cuda.get_device_capability())'
+  CUDAARCHS=${CUDAARCHS:-$("$python" -c "$architecture")} TPEXT_CUDA=on PIP_NO_INDEX=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    limited 120 "$python" -m pip install -v --no-build-isolation --no-deps --upgrade --target "$work/site" "$root" &&
     "$python" -c 'import tpext; print(tpext.__file__, tpext.build_info()); assert tpext.build_info()["cuda_architectures"]'
 }
 
 part_test() {
   # Files without such a test are left out: they may need packages that are not there.
   local files
-  mapfile -t files < <(grep -l 'mark\.gpu' "$root"/python_tests/test_*.py)
+  mapfile -t files < <(grep -lE '^[^"]*pytest\.mark\.gpu' "$root"/python_tests/test_*.py)
   if ((${#files[@]} == 0)); then
     echo "no test is marked gpu"
     return 1
   fi
-  limited 90 "${pytest[@]}" -m gpu --durations=10 "${files[@]}"
+  # Verbose and with stacks, so that a kernel that never ends has a name; an illegal access spoils all tests after it.
+  OMP_NUM_THREADS=4 limited 160 "${pytest[@]}" -m gpu -v --tb=short --maxfail=40 -o faulthandler_timeout=30 \
+    --durations=10 "${files[@]}"
 }
 
 part_sanitize() {
@@ -66,7 +69,7 @@ part_sanitize() {
   for tool in memcheck racecheck; do
     echo "== $tool"
     # Torch's allocator would hide accesses beyond the end of a tensor.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 60 compute-sanitizer --tool "$tool" --target-processes all \
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited 50 compute-sanitizer --tool "$tool" --target-processes all \
       --kernel-name kns=tpext --error-exitcode 9 --print-limit 50 "$python" "$root/benchmarks/sanitize.py" || status=$?
   done
   return "$status"
@@ -75,7 +78,7 @@ part_sanitize() {
 part_bench() {
   local rows=("$root"/benchmarks/bench_{rnn_target_scan,rnn_scan,regularized_inverse}.py)
   local left=$((520 - SECONDS))
-  TPEXT_BENCHMARK_SECONDS=$((left < 200 ? left : 200)) limited 230 "${pytest[@]}" -m gpu --benchmark-enable \
+  TPEXT_BENCHMARK_SECONDS=$((left < 150 ? left : 150)) limited 175 "${pytest[@]}" -m gpu --benchmark-enable \
     --benchmark-columns=median,iqr,rounds --benchmark-json="$out/gpu.json" -s "${rows[@]}"
 }
 

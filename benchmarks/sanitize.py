@@ -1,4 +1,4 @@
-"""Each CUDA kernel once, small, in every regime and dtype: what gpu_check.sh runs under compute-sanitizer."""
+"""A small case of each family of CUDA kernels in every regime and dtype, for compute-sanitizer (gpu_check.sh)."""
 
 from __future__ import annotations
 
@@ -46,6 +46,8 @@ def run(device: str = "cuda", dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
                 if any(reasons):
                     print(f"{dtype}, {sizes}, {regime}: {'; '.join(filter(None, reasons))}")
                     continue
+                # Before it runs: should it never end, this is the last line.
+                print(f"{dtype}, {sizes}, {regime}", flush=True)
                 os.environ["TPEXT_CUDA_REGIME"] = regime
                 outputs = scans(device, dtype, *sizes)
                 assert all(output.isfinite().all() for output in outputs), (dtype, sizes, regime)

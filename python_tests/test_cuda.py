@@ -73,6 +73,9 @@ def demand(monkeypatch: pytest.MonkeyPatch) -> Demand:
         monkeypatch.setenv("TPEXT_CUDA_REGIME", regime)
         if regime in ("auto", "step"):
             return True
+        on_gpu = _library.on_cuda(torch.empty(0)) is False
+        if on_gpu and regime == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+            pytest.skip("clusters need sm_90")
         S, _, B, H = inputs.states.shape
         try:
             plan = _library.rnn_plan(products, str(inputs.states.dtype).removeprefix("torch."), S, B, H, 0, regime)

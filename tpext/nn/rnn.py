@@ -400,7 +400,8 @@ class RNN(nn.Module):
                 that of the packed batch: outputs beyond are zero, the second direction starts at the last valid step,
                 ``h_n`` is the state after the last valid step (``hx`` for a row of length 0). Unlike a
                 ``PackedSequence`` it compiles. The padding may hold anything. For an input on a GPU it may be on the
-                CPU, where its range is checked, or there too, where it is brought into range without a word.
+                CPU, where its range is checked (but not while a CUDA graph is captured), or there too, where it is
+                brought into range without a word.
 
         Returns:
             ``output``: ``[T, B, D*H]`` (as ``input``: batch first, single or packed), the last layer's states, or None

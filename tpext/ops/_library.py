@@ -39,8 +39,8 @@ def define(
     """Register an op: ``schema`` with its implementation on CPU and CUDA, its fake one and its autocast rules.
 
     Under autocast the low-precision floating-point arguments become float32, and with ``cast_outputs`` the outputs
-    get the autocast dtype. On CUDA those of an op with ``low_precision`` kernels become the autocast dtype, as float32
-    ones do, and so are its outputs. Float64 arguments stay as they are.
+    get the autocast dtype. On CUDA the arguments of an op with ``low_precision`` kernels, of float32 or lower, become
+    the autocast dtype, and so do its outputs. Float64 arguments stay as they are.
 
     Returns:
         The op for use where no gradient is recorded, in the passes of an ``autograd.Function``: on plain tensors it
@@ -135,6 +135,7 @@ def execution(tensor: Tensor) -> Execution:
 
 
 def run_scan(
+    op: str,
     run: Callable[[Execution], None],
     states: Tensor,
     products: Sequence[tuple[Tensor, bool]],
@@ -147,6 +148,7 @@ def run_scan(
     kernel keeps on the chip, every step is a matrix product by torch and one call for all the rest.
 
     Args:
+        op: name in error messages.
         run: the call.
         states: gives sizes, dtype and device.
         products: what a step multiplies by, ``[S, H, H]`` each, and whether transposed.
@@ -155,11 +157,17 @@ def run_scan(
     if not on_cuda(states):
         return run(torch.get_num_threads())
     stack, time, batch, hidden = states.shape
-    regime = os.environ.get("TPEXT_CUDA_REGIME", "auto")
-    size = 0
-    if regime != "step":
+    wanted = os.environ.get("TPEXT_CUDA_REGIME") or "auto"
+    regime, size = wanted, 0
+    if wanted != "step":
         device = max(states.get_device(), 0)
-        regime, size, _ = rnn_plan(len(products), _dtype(states), stack, batch, hidden, device, regime)
+        try:
+            regime, size, _ = rnn_plan(len(products), _dtype(states), stack, batch, hidden, device, wanted)
+        except ValueError as error:
+            raise ValueError(
+                f"{op}: TPEXT_CUDA_REGIME={wanted!r} is not possible for {_dtype(states)} [S={stack}, B={batch}, "
+                f"H={hidden}] on {states.device}: {error}"
+            ) from error
     stream = stream_of(states)
     if regime != "step":
         workspace = torch.zeros(size, dtype=torch.uint8, device=states.device) if size else None

@@ -57,6 +57,7 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     LIBRARY,
+    LOW_PRECISION,
     Execution,
     are_plain,
     autocast_outputs,
@@ -64,6 +65,7 @@ from tpext.ops._library import (
     cast,
     check_lengths,
     check_scan,
+    compute_dtype,
     define,
     dense,
     dense_rows,
@@ -104,7 +106,7 @@ def _scan_projected(
 ) -> None:
     """Fill ``states``, and ``h_n`` where it is given."""
 
-    def run(execution: Execution) -> None:
+    def run(how: Execution) -> None:
         _C.rnn_scan(
             dense(x_proj),
             None,
@@ -117,10 +119,10 @@ def _scan_projected(
             nonlinearity,
             dense(states),
             dense(h_n),
-            execution,
+            how,
         )
 
-    run_scan(run, states, ((weight_hh, True),), h0)
+    run_scan("rnn_scan", run, states, ((weight_hh, True),), h0)
 
 
 def _rnn_scan_fake(
@@ -221,7 +223,7 @@ def _rnn_scan_backward(
     )
     check_lengths("rnn_scan_backward", lengths, states.shape[1])
 
-    def run(execution: Execution) -> None:
+    def run(how: Execution) -> None:
         _C.rnn_scan_backward(
             dense(grad_states),
             dense(grad_h_n),
@@ -232,10 +234,10 @@ def _rnn_scan_backward(
             nonlinearity,
             dense(grad_x_proj),
             dense(grad_h0),
-            execution,
+            how,
         )
 
-    run_scan(run, states, ((weight_hh, False),))
+    run_scan("rnn_scan_backward", run, states, ((weight_hh, False),))
     return grad_x_proj, grad_h0
 
 
@@ -306,9 +308,10 @@ def _weight_gradients_on_cuda(
     grads = (
         _sum_over_rows(delta.flatten(1, 2), rows),
         recurrent_weight_gradient(delta, states, h0, lengths, reverse),
-        delta.sum((1, 2)),
+        delta.sum((1, 2), dtype=compute_dtype(delta)),
     )
-    return grads if scale == 1 else (grads[0] * scale, grads[1] * scale, grads[2] * scale)
+    du, dw, db = (grad if scale == 1 else grad * scale for grad in grads)
+    return du.to(delta.dtype), dw.to(delta.dtype), db.to(delta.dtype)
 
 
 # Rows that one product of a long sum takes, and the size of a result from which on none is cut.
@@ -317,7 +320,7 @@ _LARGE = 512 * 512
 
 
 def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
-    """``left[s]' right[s]`` of each member, ``[S, R, M]`` and ``[S, R, N]`` to ``[S, M, N]``.
+    """``left[s]' right[s]`` of each member, ``[S, R, M]`` and ``[S, R, N]`` to ``[S, M, N]``, at least in float32.
 
     A small result of a long sum would keep few of a GPU's multiprocessors busy: hundreds of thousands of rows, and a
     tile or two of 128 x 128. So the rows go in chunks, as one batch of products, whose results are then added. Where
@@ -325,14 +328,23 @@ def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
     """
     chunks = left.shape[1] // _CHUNK
     if chunks < 2 or left.shape[2] * right.shape[2] >= _LARGE:
-        return torch.bmm(left.mT, right)
+        return _bmm(left.mT, right)
     cut = chunks * _CHUNK
     sums = []
     for a, b in zip(left, right, strict=True):
         chunked_a, chunked_b = (rows[:cut].unflatten(0, (chunks, _CHUNK)) for rows in (a, b))
-        parts = torch.bmm(chunked_a.mT, chunked_b)
-        sums.append(torch.addmm(parts.sum(0), a[cut:].mT, b[cut:]))
+        parts = _bmm(chunked_a.mT, chunked_b)
+        sums.append(parts.sum(0) + _bmm(a[None, cut:].mT, b[None, cut:])[0])
     return torch.stack(sums)
+
+
+def _bmm(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.bmm``, of 16-bit factors in float32: a sum that is made of several must not be rounded in between."""
+    if left.dtype not in LOW_PRECISION:
+        return torch.bmm(left, right)
+    if left.is_cuda and torch.__version__ >= "2.8" and not torch.is_grad_enabled():
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
 
 
 def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
@@ -357,7 +369,7 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
 def recurrent_weight_gradient(
     delta: Tensor, states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]
 ) -> Tensor:
-    """Gradient of the recurrent weights, ``sum_t delta_t' h_{t-1}``, by large products.
+    """Gradient of the recurrent weights, ``sum_t delta_t' h_{t-1}``, by large products, at least in float32.
 
     Args:
         delta: ``[S, T, B, H]`` gradient with respect to the pre-activations, zero beyond ``lengths``.
@@ -381,7 +393,7 @@ def recurrent_weight_gradient(
             first = d[:, -1] if lengths is None else _at_last_valid(d, lengths)
         # Beyond a row's length both delta and the state are zero, so padding adds nothing here.
         over_time = _sum_over_rows(later.flatten(1, 2), before.flatten(1, 2))
-        gradients.append(torch.baddbmm(over_time, first.mT, h0[members]))
+        gradients.append(over_time + _bmm(first.mT, h0[members]))
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
 
@@ -415,7 +427,7 @@ def _scan_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     delta, grad_h0 = torch.ops.tpext.rnn_scan_backward(grad, states, weight_hh, lengths, ctx.reverse, ctx.nonlinearity)
     grad_weight = None
     if ctx.needs_input_grad[2]:
-        grad_weight = recurrent_weight_gradient(delta, states, h0, lengths, ctx.reverse)
+        grad_weight = recurrent_weight_gradient(delta, states, h0, lengths, ctx.reverse).to(delta.dtype)
     return delta, grad_h0, grad_weight, None, None, None
 
 
@@ -671,7 +683,8 @@ class Layer(torch.autograd.Function):
         input, h0, states, lengths = piece
         grads: Gradients = [None] * 5
         if ctx.needs_input_grad[0]:
-            grads[0] = sum_members(torch.bmm(delta.flatten(1, 2), weight_ih * input_scale)).view(input.shape)
+            weight = weight_ih if input_scale == 1 else weight_ih * input_scale
+            grads[0] = sum_members(torch.bmm(delta.flatten(1, 2), weight)).view(input.shape)
         if any(ctx.needs_input_grad[2:5]):
             of_parameters = rnn_weight_gradients(delta, states, h0, input, lengths, ctx.reverse, parameter_scale)
             for place, grad in enumerate(of_parameters, start=2):

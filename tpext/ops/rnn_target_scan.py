@@ -188,7 +188,7 @@ def _rnn_target_scan(
     delta, disp_h0, norms, displacement, credit_h0 = outputs
     state_displacement = _state_displacement(states, return_norms)
 
-    def run(execution: Execution) -> None:
+    def run(how: Execution) -> None:
         _C.rnn_target_scan(
             dense(grad_states),
             dense(disp_n),
@@ -211,11 +211,11 @@ def _rnn_target_scan(
             dense(norms) if return_norms and state_displacement is None else None,
             dense(displacement) if return_displacement else None,
             dense(state_displacement),
-            execution,
+            how,
         )
 
     products = ((inverse, True), (weight_hh, False))
-    run_scan(run, states, products if credit == "through_time" else products[:1])
+    run_scan("rnn_target_scan", run, states, products if credit == "through_time" else products[:1])
     if state_displacement is not None:
         torch.linalg.vector_norm(state_displacement, dim=-1, out=norms)
     return outputs
@@ -292,7 +292,7 @@ def _rnn_learned_target_scan(
     delta, disp_h0, norms, credit_h0 = outputs
     state_displacement = _state_displacement(states, return_norms)
 
-    def run(execution: Execution) -> None:
+    def run(how: Execution) -> None:
         _C.rnn_learned_target_scan(
             dense(grad_states),
             dense(disp_n),
@@ -311,11 +311,11 @@ def _rnn_learned_target_scan(
             dense(credit_h0) if credit == "through_time" else None,
             dense(norms) if return_norms and state_displacement is None else None,
             dense(state_displacement),
-            execution,
+            how,
         )
 
     products = ((reverse_weight, True), (weight_hh, False))
-    run_scan(run, states, products if credit == "through_time" else products[:1])
+    run_scan("rnn_learned_target_scan", run, states, products if credit == "through_time" else products[:1])
     if state_displacement is not None:
         torch.linalg.vector_norm(state_displacement, dim=-1, out=norms)
     return outputs
