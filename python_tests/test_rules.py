@@ -9,9 +9,19 @@ import re
 import numpy as np
 import pytest
 
-from tpext.rules import Backprop, LearnedInverse, RegularizedInverse, Rule
+from tpext.rules import (
+    Backprop,
+    ConstrainedLeastSquares,
+    DifferenceTargetPropagation,
+    LayerRule,
+    LearnedInverse,
+    RegularizedInverse,
+    RegularizedLeastSquares,
+    Rule,
+)
 
 RULES = [Backprop(), RegularizedInverse(), LearnedInverse()]
+LAYER_RULES = [Backprop(), ConstrainedLeastSquares(), RegularizedLeastSquares(), DifferenceTargetPropagation()]
 
 
 def test_defaults():
@@ -31,11 +41,22 @@ def test_defaults():
         "noise": 0.0,
     }
     assert dataclasses.asdict(Backprop()) == {}
+    least_squares = {"target_step": 1.0, "clip": 1e-2, "normalize": True, "local_loss": "post"}
+    assert dataclasses.asdict(ConstrainedLeastSquares()) == least_squares
+    assert dataclasses.asdict(RegularizedLeastSquares()) == {"gamma": 1e-2, "form": "proximal", **least_squares}
+    assert dataclasses.asdict(DifferenceTargetPropagation()) == {
+        "target_step": 1.0,
+        "noise": 0.0,
+        "correction": "difference",
+        "normalize": True,
+        "local_loss": "post",
+    }
 
 
-@pytest.mark.parametrize("rule", RULES, ids=repr)
+@pytest.mark.parametrize("rule", dict.fromkeys(RULES + LAYER_RULES), ids=repr)
 def test_is_an_immutable_value(rule):
-    assert isinstance(rule, Rule)
+    assert isinstance(rule, Rule) is (rule in RULES)
+    assert isinstance(rule, LayerRule) is (rule in LAYER_RULES)
     assert pickle.loads(pickle.dumps(rule)) == rule == copy.deepcopy(rule) == type(rule)()
     assert hash(rule) == hash(type(rule)())
     assert eval(repr(rule)) == rule
@@ -67,6 +88,21 @@ NUMBERS = [
     (RegularizedInverse, "credit", "'through_time' or 'local'", ["global", ["local"]]),
     (LearnedInverse, "credit", "'through_time' or 'local'", [None]),
     (RegularizedInverse, "input_rule", "'gradient' or 'target'", ["both"]),
+    (ConstrainedLeastSquares, "target_step", "a finite number > 0", [0, math.nan, None]),
+    (ConstrainedLeastSquares, "clip", "a finite number > 0 and < 0.5", [0, 0.5, -0.1, math.inf]),
+    (ConstrainedLeastSquares, "normalize", "True or False", [1]),
+    (ConstrainedLeastSquares, "local_loss", "'pre' or 'post'", ["both", None]),
+    (RegularizedLeastSquares, "gamma", "a finite number >= 0", [-1e-9, math.inf, math.nan, "1", True]),
+    (RegularizedLeastSquares, "form", "'proximal' or 'ridge'", ["lasso", None]),
+    (RegularizedLeastSquares, "target_step", "a finite number > 0", [0, -1.0]),
+    (RegularizedLeastSquares, "clip", "a finite number > 0 and < 0.5", [0, 0.5]),
+    (RegularizedLeastSquares, "normalize", "True or False", [0]),
+    (RegularizedLeastSquares, "local_loss", "'pre' or 'post'", ["output"]),
+    (DifferenceTargetPropagation, "target_step", "a finite number > 0", [0, math.inf]),
+    (DifferenceTargetPropagation, "noise", "a finite number >= 0", [-0.1, math.nan]),
+    (DifferenceTargetPropagation, "correction", "'difference' or 'none'", ["linearized", None]),
+    (DifferenceTargetPropagation, "normalize", "True or False", ["yes"]),
+    (DifferenceTargetPropagation, "local_loss", "'post'", ["pre"]),
 ]
 
 

@@ -1,7 +1,7 @@
 """tpext: target propagation for PyTorch on fused CPU and CUDA kernels.
 
-Swap ``torch.nn.RNN`` for :class:`tpext.nn.RNN` and ``loss.backward()`` is target propagation; ``rule=`` says which
-kind.
+Swap ``torch.nn.RNN`` for :class:`tpext.nn.RNN`, or build on :class:`tpext.nn.MLP` and :class:`tpext.nn.TargetLinear`,
+and ``loss.backward()`` is target propagation; ``rule=`` says which kind.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ if _importlib_util.find_spec("tpext._C") is None:
         "outside it to use the installed package."
     )
 
-from tpext import _C, nn
+from tpext import _C, diagnostics, nn, optim
 from tpext.ops import SingularError
-from tpext.rules import Backprop, LearnedInverse, RegularizedInverse
+from tpext.rules import (
+    Backprop,
+    ConstrainedLeastSquares,
+    DifferenceTargetPropagation,
+    LearnedInverse,
+    RegularizedInverse,
+    RegularizedLeastSquares,
+)
 
 __version__: str = _C.build_info()["version"]
 
@@ -40,10 +47,15 @@ def build_info() -> _C.BuildInfo:
 
 __all__ = [
     "Backprop",
+    "ConstrainedLeastSquares",
+    "DifferenceTargetPropagation",
     "LearnedInverse",
     "RegularizedInverse",
+    "RegularizedLeastSquares",
     "SingularError",
     "__version__",
     "build_info",
+    "diagnostics",
     "nn",
+    "optim",
 ]

@@ -1,10 +1,11 @@
-"""The rules: which quantity a recurrent layer sends backwards in place of the chain rule.
+"""The rules: which quantity a layer sends backwards in place of the chain rule.
 
-A layer computes ``h_t = a(x_t U^T + b + h_{t-1} W^T)`` and receives the gradients ``g_t = dL/dh_t``. Every rule below
-is a small immutable value; the layer that holds it turns ``loss.backward()`` into that rule's backward pass. Row
-vectors throughout: ``h_t`` is ``[B, H]``, ``W = weight_hh`` is ``[H, H]``, ``U = weight_ih`` is ``[H, I]``.
+Recurrent layers (:class:`tpext.nn.RNN`) take ``Backprop``, ``RegularizedInverse`` and ``LearnedInverse``. A recurrent
+layer computes ``h_t = a(x_t U^T + b + h_{t-1} W^T)`` and receives the gradients ``g_t = dL/dh_t``. Every rule below is
+a small immutable value; the layer that holds it turns ``loss.backward()`` into that rule's backward pass. Row vectors
+throughout: ``h_t`` is ``[B, H]``, ``W = weight_hh`` is ``[H, H]``, ``U = weight_ih`` is ``[H, I]``.
 
-All target rules share one scheme. A displacement ``d_t`` says by how much ``h_t`` should move::
+Their target rules share one scheme. A displacement ``d_t`` says by how much ``h_t`` should move::
 
     d_t = -target_step * g_t + inverse(d_{t+1})            (g_t: the loss's own gradient at step t)
 
@@ -28,6 +29,25 @@ the loss (a gradient scaler), accumulating micro-batches and averaging over proc
 what they do with back-propagation. The corrections "difference" and "none" and the learned inverse are not linear, so
 with them the size of ``g`` matters: with a loss averaged over the batch, each sample's displacement is
 ``target_step / B`` times its own gradient, and float16 training with ``GradScaler`` is not supported.
+
+Feed-forward layers (:class:`tpext.nn.TargetLinear`, :class:`tpext.nn.MLP`) take ``Backprop``,
+``ConstrainedLeastSquares``, ``RegularizedLeastSquares`` and ``DifferenceTargetPropagation``. Such a layer computes
+``h = a(x W^T + b)`` with ``x [B, N]``, ``W [M, N]``, receives ``g = dL/dh [B, M]`` and takes the displacement
+``d = -target_step * g``. Its inverse turns that into a displacement ``d_x`` of its input, and it hands ``-d_x /
+target_step`` down, which the layer below takes for its own ``g``; so equal target steps make one chain of targets ``h +
+d``. Its parameters receive the gradient of its local loss, summed over the batch, by ``local_loss``::
+
+    "pre"     1/2 ||x W^T + b - t||^2,   t = x W^T + b + z,  z by how much the inverse moves the pre-activation
+    "post"    1/2 ||a(x W^T + b) - (h + d)||^2               so its gradient is g * a' times target_step
+
+Where an activation is flat, "pre" asks for large moves and "post" for small ones: with "pre" and a small regularisation
+a few saturated units can dominate, so "post" is the default. Published codes average local losses: over the batch and
+the units of the layer (Seely: divide by ``B M``), or over the batch without the half (Lee et al.: multiply by ``2 /
+B``). None of the target rules is linear in ``g`` (the identity activation apart), so what is said above of "difference"
+and "none" holds for them, and accumulating micro-batches gives the whole batch's gradient only if each loss is scaled
+as its part of the whole: a sum over the batch, or a mean times the part's share. The least squares rules take
+differences of outputs, so a displacement below the rounding of the output is lost; with a mean over a large batch and
+float32, a ``target_step`` of some ``B`` keeps it well above.
 """
 
 from __future__ import annotations
@@ -40,6 +60,9 @@ from typing import Literal, TypeAlias, get_args
 Correction = Literal["linearized", "difference", "none"]
 Credit = Literal["through_time", "local"]
 InputRule = Literal["gradient", "target"]
+LocalLoss = Literal["pre", "post"]
+Form = Literal["proximal", "ridge"]
+ReverseCorrection = Literal["difference", "none"]
 
 
 def _set_number(rule: object, name: str, *, low: float, low_allowed: bool = False, high: float = math.inf) -> None:
@@ -83,7 +106,8 @@ class Backprop:
 
     ``e_t = (g_t + e_{t+1} W) * a'(h_t)``
 
-    Equals ``torch.nn.RNN`` to rounding, supports double backward, works with every nonlinearity.
+    Equals ``torch.nn.RNN`` to rounding, supports double backward, works with every nonlinearity. A feed-forward layer
+    under this rule is torch's own operations.
 
     >>> Backprop()
     Backprop()
@@ -195,3 +219,140 @@ class LearnedInverse:
 
 
 Rule: TypeAlias = Backprop | RegularizedInverse | LearnedInverse
+
+
+@dataclass(frozen=True)
+class ConstrainedLeastSquares:
+    """Target propagation through the exact inverses of a feed-forward layer's maps, the last one first.
+
+    With ``t2(v) = a^-1(v)``, the constrained least squares inverse of the activation at the pre-activation
+    (:meth:`tpext.ops.Activation.inverse`), and the pseudo-inverse ``W^+``::
+
+        z = t2(h + d) - t2(h),    d_x = z (W^+)^T
+
+    The published code has the pre-activation itself for ``t2(h)``. They differ for units of tanh and sigmoid within
+    ``clip`` of the edges of their range, which there move without a displacement; here no displacement hands down
+    exactly zero. ``Activation(name, reference_compat=True)`` gives the published numbers.
+
+    Args:
+        target_step: size of the displacement, ``d = -target_step * g``, > 0.
+        clip: distance kept from the edges of the range of tanh and sigmoid before inverting them, 0 < clip < 0.5.
+        normalize: True divides the parameter gradients by ``target_step``.
+        local_loss: "post", or "pre" as published (see the module's head).
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Weights must have full rank, or the backward pass raises ``tpext.SingularError`` (on CUDA: gives NaN).
+
+    Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``, error algorithm 1.
+
+    >>> ConstrainedLeastSquares(target_step=0.5)
+    ConstrainedLeastSquares(target_step=0.5, clip=0.01, normalize=True, local_loss='post')
+    """
+
+    target_step: float = 1.0
+    clip: float = 1e-2
+    normalize: bool = True
+    local_loss: LocalLoss = "post"
+
+    def __post_init__(self) -> None:
+        _set_number(self, "target_step", low=0.0)
+        _set_number(self, "clip", low=0.0, high=0.5)
+        _check_flag(self, "normalize")
+        _check_choice(self, "local_loss", get_args(LocalLoss))
+
+
+@dataclass(frozen=True)
+class RegularizedLeastSquares:
+    """Target propagation through the regularised inverses of a feed-forward layer's maps, the last one first.
+
+    With ``t2(v) = argmin_u ||a(u) - v||^2 + gamma ||u - c||^2`` at the pre-activation
+    (:meth:`tpext.ops.Activation.regularized_inverse`)::
+
+        z = t2(h + d) - t2(h),    d_x = z W (W^T W + gamma I)^-1 / (1 + gamma)       (without a bias not / (1 + gamma))
+
+    ``c`` is the pre-activation ("proximal") or zero ("ridge"); the linear maps' inverses differ by that in an offset
+    only, which the difference removes. The published code has the pre-activation itself for ``t2(h)``, which for
+    "proximal" is the same number (computed so here too), but does not solve the problem for tanh, sigmoid and the
+    identity (:mod:`tpext.ops.layer_inverse`); ``Activation(name, reference_compat=True)`` gives the published numbers.
+
+    Args:
+        gamma: weight of the second term, >= 0. As it grows nothing is handed down, and with ``local_loss="post"`` the
+            layer's own gradients stay as they are. 0 is ``ConstrainedLeastSquares(clip=clip)``.
+        form: "proximal" or "ridge".
+        target_step: size of the displacement, ``d = -target_step * g``, > 0.
+        clip: for ``gamma = 0`` alone: as in ``ConstrainedLeastSquares``.
+        normalize: True divides the parameter gradients by ``target_step``.
+        local_loss: "post", or "pre" as published (see the module's head).
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``, error algorithm 2.
+
+    >>> RegularizedLeastSquares(gamma=0.1).form
+    'proximal'
+    """
+
+    gamma: float = 1e-2
+    form: Form = "proximal"
+    target_step: float = 1.0
+    clip: float = 1e-2
+    normalize: bool = True
+    local_loss: LocalLoss = "post"
+
+    def __post_init__(self) -> None:
+        _set_number(self, "gamma", low=0.0, low_allowed=True)
+        _check_choice(self, "form", get_args(Form))
+        _set_number(self, "target_step", low=0.0)
+        _set_number(self, "clip", low=0.0, high=0.5)
+        _check_flag(self, "normalize")
+        _check_choice(self, "local_loss", get_args(LocalLoss))
+
+
+@dataclass(frozen=True)
+class DifferenceTargetPropagation:
+    """Target propagation through learned inverses of feed-forward layers.
+
+    With the reverse layer ``G(v) = a_r(v V^T + c)`` of a layer::
+
+        "difference"    d_x = G(h + d) - G(h)
+        "none"          d_x = G(h + d) - x        plain target propagation
+
+    The reverse weights ``V [N, M]`` and biases ``c [N]`` are parameters of the module, present only under this rule.
+    The loss's backward pass leaves them without a gradient; they learn from ``reconstruction_loss``, so when to step
+    them (every batch, or an epoch before) is the caller's choice.
+
+    Args:
+        target_step: size of the displacement, ``d = -target_step * g``, > 0.
+        noise: standard deviation, >= 0, of the noise that the reconstruction loss adds to the input by default.
+        correction: "difference" or "none".
+        normalize: True divides the parameter gradients by ``target_step``.
+        local_loss: "post" (see the module's head), the only one that needs no inverse of the activation.
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015, and its code, ``conti_dtp.py``; J.
+    Seely, "tensorflow-target-prop", error algorithm 3.
+
+    >>> DifferenceTargetPropagation(noise=0.36).correction
+    'difference'
+    """
+
+    target_step: float = 1.0
+    noise: float = 0.0
+    correction: ReverseCorrection = "difference"
+    normalize: bool = True
+    local_loss: Literal["post"] = "post"
+
+    def __post_init__(self) -> None:
+        _set_number(self, "target_step", low=0.0)
+        _set_number(self, "noise", low=0.0, low_allowed=True)
+        _check_choice(self, "correction", get_args(ReverseCorrection))
+        _check_flag(self, "normalize")
+        _check_choice(self, "local_loss", ("post",))
+
+
+LayerRule: TypeAlias = Backprop | ConstrainedLeastSquares | RegularizedLeastSquares | DifferenceTargetPropagation

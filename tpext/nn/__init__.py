@@ -1,6 +1,7 @@
 """Drop-in modules that train by target propagation, and conversion to and from ``torch.nn``."""
 
 from tpext.nn.convert import convert
+from tpext.nn.mlp import MLP, TargetLinear
 from tpext.nn.rnn import RNN
 
-__all__ = ["RNN", "convert"]
+__all__ = ["MLP", "RNN", "TargetLinear", "convert"]

@@ -1,0 +1,116 @@
+"""Diagnostics: numbers derived by hand, and a model that stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tpext import Backprop, ConstrainedLeastSquares, DifferenceTargetPropagation, RegularizedLeastSquares
+from tpext.diagnostics import layer_diagnostics
+from tpext.nn import MLP, TargetLinear
+
+DOUBLE = torch.float64
+
+
+def square(x: torch.Tensor) -> Any:
+    return lambda model: model(x).square().mean()
+
+
+def test_backprop_agrees_with_itself() -> None:
+    net = MLP([5, 4, 3], rule=Backprop(), dtype=DOUBLE)
+    for layer in layer_diagnostics(net, square(torch.randn(7, 5, dtype=DOUBLE))):
+        assert layer.angle < 1e-6
+        assert layer.norm_ratio == pytest.approx(1)
+
+
+def test_angle_and_norm_ratio() -> None:
+    """Those of the gradients that the passes themselves leave."""
+    net = MLP([5, 4, 3], rule=RegularizedLeastSquares(gamma=0.1), dtype=DOUBLE)
+    loss = square(torch.randn(7, 5, dtype=DOUBLE))
+    vectors = []
+    for rule in (net.rule, Backprop()):
+        one = copy.deepcopy(net)
+        one.rule = rule
+        loss(one).backward()
+        vectors.append([torch.cat([p.grad.flatten() for p in layer.parameters()]).numpy() for layer in one])
+    for layer, a, b in zip(layer_diagnostics(net, loss), *vectors, strict=True):
+        cosine = a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
+        # an arc cosine near 1 has half of the digits
+        assert layer.angle == pytest.approx(math.degrees(math.acos(min(cosine, 1.0))), abs=1e-5)
+        assert layer.norm_ratio == pytest.approx(np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_inverse_residual() -> None:
+    """A square layer's exact inverse reaches its target, a strongly regularised one stays."""
+    x = torch.randn(7, 4, dtype=DOUBLE)
+    exact = MLP([4, 4, 4], rule=ConstrainedLeastSquares(target_step=1e-3), dtype=DOUBLE)
+    assert all(layer.inverse_residual < 1e-6 for layer in layer_diagnostics(exact, square(x)))
+    stays = MLP([4, 4], rule=RegularizedLeastSquares(gamma=1e9), dtype=DOUBLE)
+    assert layer_diagnostics(stays, square(x))[0].inverse_residual == pytest.approx(1)
+    # Of one linear unit y = w x without a bias, d_x = d w / (w^2 + gamma).
+    one = TargetLinear(1, 1, False, rule=RegularizedLeastSquares(gamma=0.5), dtype=DOUBLE)
+    nn.init.constant_(one.weight, 2.0)
+    layer = layer_diagnostics(one, square(x[:, :1]))[0]
+    # gamma also counts in the activation's inverse, here the identity's: d / (1 + gamma)
+    assert layer.inverse_residual == pytest.approx(1 - 4 / 4.5 / 1.5)
+    assert layer.condition == 1.0
+
+
+@pytest.mark.parametrize(
+    ("rule", "gamma"), [(RegularizedLeastSquares(gamma=0.3), 0.3), (DifferenceTargetPropagation(), 0)]
+)
+@pytest.mark.parametrize("sizes", [[5, 3], [3, 5], [4, 4]])
+def test_condition_number(rule: Any, gamma: float, sizes: list[int]) -> None:
+    net = MLP(sizes, rule=rule, dtype=DOUBLE)
+    W = net[0].weight.detach().numpy()
+    gram = W.T @ W if sizes[0] <= sizes[1] else W @ W.T
+    expected = np.linalg.cond(gram + gamma * np.eye(len(gram)))
+    layer = layer_diagnostics(net, square(torch.randn(7, sizes[0], dtype=DOUBLE)))[0]
+    assert layer.condition == pytest.approx(expected, rel=1e-9)
+
+
+def test_nothing_to_measure() -> None:
+    net = MLP([5, 4, 3], "identity", dtype=DOUBLE)
+    nn.init.zeros_(net[1].weight)
+    below, above = layer_diagnostics(net, lambda model: 0 * model(torch.ones(2, 5, dtype=DOUBLE)).sum())
+    assert math.isnan(below.angle)
+    assert math.isnan(above.norm_ratio)
+    assert math.isnan(above.inverse_residual)
+    zero = copy.deepcopy(net)
+    zero.rule = ConstrainedLeastSquares()
+    nn.init.zeros_(zero[0].weight)
+    with pytest.raises(Exception, match="singular"):
+        layer_diagnostics(zero, square(torch.ones(2, 5, dtype=DOUBLE)))
+
+
+def test_model_and_random_state_stay() -> None:
+    net = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), MLP([4, 4, 3]))
+    net(torch.randn(7, 5)).sum().backward()
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    layers = layer_diagnostics(net, square(torch.randn(7, 5, generator=torch.Generator().manual_seed(0))))
+    assert [layer.name for layer in layers] == ["3.0", "3.1"]
+    # The same dropout in both passes: the linear last layer's own gradient has the direction of back-propagation's.
+    assert layers[1].angle < 1
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(net.parameters(), grads, strict=True))
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_layers_used_twice_and_not_at_all() -> None:
+    net = nn.ModuleDict({"used": TargetLinear(4, 4, dtype=DOUBLE), "unused": TargetLinear(4, 4, dtype=DOUBLE)})
+    x = torch.randn(7, 4, dtype=DOUBLE)
+    layers = layer_diagnostics(net, lambda model: model["used"](model["used"](x)).square().mean())
+    assert [layer.name for layer in layers] == ["used"]
+
+
+def test_needs_a_layer() -> None:
+    with pytest.raises(ValueError, match=r"model must have a tpext\.nn\.TargetLinear, got Linear"):
+        layer_diagnostics(nn.Linear(3, 2), square(torch.ones(1, 3)))

@@ -1,0 +1,126 @@
+"""The optimizers of published codes: equal to the formulas, ordinary members of torch.optim."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tpext.optim import CentredRMSprop, TensorFlowRMSprop
+
+OPTIMIZERS = [TensorFlowRMSprop, CentredRMSprop]
+
+
+def tensorflow(p: np.ndarray, grads: np.ndarray, lr: float, alpha: float, momentum: float, eps: float) -> np.ndarray:
+    squares, update = np.ones_like(p), np.zeros_like(p)
+    for grad in grads:
+        squares = alpha * squares + (1 - alpha) * grad**2
+        update = momentum * update + lr * grad / np.sqrt(squares + eps)
+        p = p - update
+    return p
+
+
+def centred(p: np.ndarray, grads: np.ndarray, lr: float, alpha: float, momentum: float, eps: float) -> np.ndarray:
+    mean, squares, update = (np.zeros_like(p) for _ in range(3))
+    for grad in grads:
+        mean = alpha * mean + (1 - alpha) * grad
+        squares = alpha * squares + (1 - alpha) * grad**2
+        update = momentum * update - lr * grad / np.sqrt(squares - mean**2 + eps)
+        p = p + update
+    return p
+
+
+FORMULAS = {TensorFlowRMSprop: tensorflow, CentredRMSprop: centred}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("eps", [1e-3, 1e-10])
+def test_equals_the_formula(optimizer: Any, momentum: float, eps: float) -> None:
+    rng = np.random.default_rng(0)
+    start, grads = rng.standard_normal((4, 3)), rng.standard_normal((6, 4, 3))
+    options = {"lr": 0.02, "alpha": 0.8, "momentum": momentum, "eps": eps}
+    parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    steps = optimizer([parameter], **options)
+    for grad in grads:
+        parameter.grad = torch.from_numpy(grad)
+        steps.step()
+    expected = FORMULAS[optimizer](start, grads, **options)
+    # After one gradient the variance is (1 - alpha) alpha g^2: differences of averages lose few digits.
+    np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_defaults_are_the_published() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    assert {"alpha": 0.9, "momentum": 0.0, "eps": 1e-10}.items() <= TensorFlowRMSprop([parameter]).defaults.items()
+    assert {"alpha": 0.95, "momentum": 0.9, "eps": 1e-3}.items() <= CentredRMSprop([parameter]).defaults.items()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_state_dict_round_trip(optimizer: Any) -> None:
+    grads = torch.randn(6, 3)
+
+    def run(steps: Any, parameter: torch.Tensor, grads: torch.Tensor) -> None:
+        for grad in grads:
+            parameter.grad = grad.clone()
+            steps.step()
+
+    straight = torch.nn.Parameter(torch.ones(3))
+    run(optimizer([straight], lr=0.1, momentum=0.5), straight, grads)
+    first = torch.nn.Parameter(torch.ones(3))
+    before = optimizer([first], lr=0.1, momentum=0.5)
+    run(before, first, grads[:3])
+    second = torch.nn.Parameter(first.detach().clone())
+    after = optimizer([second], lr=0.7)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+    run(after, second, grads[3:])
+    assert torch.equal(second, straight)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_groups_closures_schedulers(optimizer: Any) -> None:
+    one, other, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    steps = optimizer([{"params": [one]}, {"params": [other, unused], "lr": 0.0}], lr=0.1, momentum=0.0)
+    schedule = torch.optim.lr_scheduler.StepLR(steps, 1, gamma=0.5)
+
+    def closure() -> torch.Tensor:
+        steps.zero_grad()
+        loss = (one + other).square().sum()
+        loss.backward()
+        return loss
+
+    assert steps.step(closure).item() == 8.0
+    schedule.step()
+    assert steps.param_groups[0]["lr"] == 0.05
+    assert (one < 1).all()
+    assert torch.equal(other, torch.ones(2))
+    assert torch.equal(unused, torch.ones(2))
+    assert unused not in steps.state
+    for group in steps.param_groups:
+        group["momentum"] = 0.9
+    assert steps.step(closure).item() < 8.0
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_bad_options_are_named(optimizer: Any) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for name, value in itertools.product(("lr", "alpha", "momentum", "eps"), (-0.1, float("nan"), float("inf"))):
+        bound = " and < 1" if name in ("alpha", "momentum") else ""
+        text = f"{optimizer.__name__}: {name} must be a finite number >= 0{bound}, got {value!r}"
+        with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+            optimizer([parameter], **{name: value})
+    with pytest.raises(ValueError, match=r"alpha must be a finite number >= 0 and < 1, got 1\.0"):
+        optimizer([parameter], alpha=1.0)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_sparse_gradients_are_refused(optimizer: Any) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="gradients must be dense"):
+        optimizer([parameter]).step()

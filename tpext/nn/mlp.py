@@ -1,0 +1,608 @@
+"""Feed-forward layers whose backward pass is target propagation, and networks of them.
+
+Each layer is one ``autograd.Function``: forward it is a linear map and an activation, backward it takes the gradient
+that arrives for a wish to move its output and passes the wish on through its inverse (:mod:`tpext.rules`). So the
+layers compose with anything that autograd runs through.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tpext.ops._library import LOW_PRECISION, autocast_outputs, autocasts, cast, full_precision, refuse_forward_mode
+from tpext.ops.layer_inverse import Activation, ActivationName
+from tpext.ops.regularized_inverse import regularized_inverse
+from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
+from tpext.rules import (
+    Backprop,
+    ConstrainedLeastSquares,
+    DifferenceTargetPropagation,
+    LayerRule,
+    RegularizedLeastSquares,
+    exact_number,
+)
+
+
+def _move_preactivation(
+    displacement: Tensor,
+    preactivation: Tensor,
+    output: Tensor,
+    activation: Activation,
+    rule: ConstrainedLeastSquares | RegularizedLeastSquares,
+) -> Tensor:
+    """``z``: by how much the pre-activation should move for the output to move by ``displacement``."""
+    gamma = exact_number(rule, "gamma") if isinstance(rule, RegularizedLeastSquares) else 0.0
+    clip = exact_number(rule, "clip")
+    if activation.name == "identity" and not activation.reference_compat:
+        # not by a difference of outputs, next to which a displacement may be small
+        return displacement / (1 + gamma)
+
+    def inverse(target: Tensor) -> Tensor:
+        if isinstance(rule, ConstrainedLeastSquares) or gamma == 0:
+            return activation.inverse(target, preactivation, clip)
+        return activation.regularized_inverse(target, preactivation, gamma, rule.form)
+
+    moved = inverse(output + displacement)
+    if activation.reference_compat:
+        return moved - preactivation
+    if gamma > 0 and isinstance(rule, RegularizedLeastSquares) and rule.form == "proximal":
+        # inverse(output) is the pre-activation, to rounding: half of the work saved
+        return moved.sub_(preactivation).masked_fill_(displacement == 0, 0.0)
+    return moved.sub_(inverse(output))
+
+
+def _move_input(
+    moved: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    rule: ConstrainedLeastSquares | RegularizedLeastSquares,
+    scale: float = 1.0,
+) -> Tensor:
+    """``d_x`` times ``scale``: by how much the input should move for the pre-activation to move by ``moved``."""
+    gamma = exact_number(rule, "gamma") if isinstance(rule, RegularizedLeastSquares) else 0.0
+    scale = scale / (1 + gamma) if has_bias else scale
+    rows, inverse = moved.reshape(-1, moved.shape[-1]), regularized_inverse(weight, gamma)
+    # beta = 0: the sum's first term is not read, and the product comes out scaled
+    input = torch.addmm(rows.new_empty(()), rows, inverse.mT, beta=0, alpha=scale)
+    return input.view(*moved.shape[:-1], inverse.shape[0])
+
+
+def _local_gradient(grad: Tensor, output: Tensor, activation: Activation) -> Tensor:
+    """``g * a'``, one step of the chain rule, from the activation's output, which needs no tanh anew."""
+    if activation.name == "tanh":
+        return torch.ops.aten.tanh_backward(grad, output)  # type: ignore[no-any-return]
+    if activation.name == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(grad, output)  # type: ignore[no-any-return]
+    # what is left is the sign, which the output has from the pre-activation
+    return activation.derivative(grad, output)
+
+
+def _move_by_reverse_layer(
+    displacement: Tensor,
+    input: Tensor,
+    output: Tensor,
+    reverse_weight: Tensor,
+    reverse_bias: Tensor,
+    reverse_activation: Activation,
+    correction: str,
+) -> Tensor:
+    """``d_x`` by a learned inverse."""
+    current = functional.linear(output, reverse_weight, reverse_bias)
+    target = reverse_activation(current + displacement @ reverse_weight.mT)
+    return target - (reverse_activation(current) if correction == "difference" else input)
+
+
+class _TargetFunction(torch.autograd.Function):
+    """What the families below share: the forward pass and the parameters' gradients."""
+
+    @staticmethod
+    def run_forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, *reverse: Tensor
+    ) -> Tensor:
+        preactivation = functional.linear(input, weight, bias)
+        output = activation(preactivation)
+        ctx.save_for_backward(input, weight, output, *(reverse if reverse else (preactivation,)))
+        ctx.activation, ctx.has_bias = activation, bias is not None
+        return output
+
+    @staticmethod
+    def parameter_gradients(ctx: Any, error: Tensor, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Those of weight and bias, ``error`` being the gradient of the local loss for each pre-activation."""
+        rows = error.reshape(-1, error.shape[-1])
+        weight = rows.mT @ input.reshape(-1, input.shape[-1]) if ctx.needs_input_grad[1] else None
+        return weight, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+
+
+def _check_target_backward() -> None:
+    # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
+    if torch.is_grad_enabled():
+        raise RuntimeError(NOT_A_DERIVATIVE)
+
+
+class _LeastSquaresFunction(_TargetFunction):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: Activation,
+        rule: ConstrainedLeastSquares | RegularizedLeastSquares,
+    ) -> Tensor:
+        ctx.rule = rule
+        return _TargetFunction.run_forward(ctx, input, weight, bias, activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_target_backward()
+        input, weight, output, preactivation = ctx.saved_tensors
+        rule, step = ctx.rule, exact_number(ctx.rule, "target_step")
+        by_output = rule.local_loss == "post"
+        with full_precision(grad.device.type):
+            grad_input = None
+            if ctx.needs_input_grad[0] or not by_output:
+                moved = _move_preactivation(grad * -step, preactivation, output, ctx.activation, rule)
+                if ctx.needs_input_grad[0]:
+                    grad_input = _move_input(moved, weight, ctx.has_bias, rule, -1 / step)
+                if not by_output:
+                    error = moved.mul_(-1 / step if rule.normalize else -1.0)
+            if by_output:
+                error = _local_gradient(grad if rule.normalize else grad * step, output, ctx.activation)
+            return grad_input, *_TargetFunction.parameter_gradients(ctx, error, input), None, None
+
+
+class _LearnedInverseFunction(_TargetFunction):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        reverse_weight: Tensor,
+        reverse_bias: Tensor,
+        activation: Activation,
+        reverse_activation: Activation,
+        rule: DifferenceTargetPropagation,
+    ) -> Tensor:
+        ctx.rule, ctx.reverse_activation = rule, reverse_activation
+        return _TargetFunction.run_forward(ctx, input, weight, bias, activation, reverse_weight, reverse_bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_target_backward()
+        input, _, output, reverse_weight, reverse_bias = ctx.saved_tensors
+        rule, step = ctx.rule, exact_number(ctx.rule, "target_step")
+        with full_precision(grad.device.type):
+            error = _local_gradient(grad if rule.normalize else grad * step, output, ctx.activation)
+            grad_input = None
+            if ctx.needs_input_grad[0]:
+                moved = _move_by_reverse_layer(
+                    grad * -step,
+                    input,
+                    output,
+                    reverse_weight,
+                    reverse_bias,
+                    ctx.reverse_activation,
+                    rule.correction,
+                )
+                grad_input = moved / -step
+            return grad_input, *_TargetFunction.parameter_gradients(ctx, error, input), *[None] * 5
+
+
+def _apply(function: type[_TargetFunction], tensors: tuple[Tensor | None, ...], *settings: Any) -> Tensor:
+    """Apply a layer; under autocast it runs in float32, and its output gets the autocast dtype."""
+    if torch._C._are_functorch_transforms_active():
+        refuse_forward_mode("TargetLinear")
+        raise RuntimeError(NOT_A_DERIVATIVE)
+    first = tensors[0]
+    assert first is not None
+    device = first.device.type
+    if not autocasts(device):
+        return function.apply(*tensors, *settings)  # type: ignore[no-any-return,no-untyped-call]
+    with torch.autocast(device, enabled=False):
+        output = function.apply(*(cast(tensor, torch.float32) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
+    return autocast_outputs(output, device)  # type: ignore[no-any-return]
+
+
+def _check_rule(rule: LayerRule, activation: Activation) -> None:
+    """Raise unless ``rule`` is one of feed-forward layers, and one that the activation can serve."""
+    if not isinstance(rule, LayerRule):
+        raise TypeError(
+            "TargetLinear: rule must be tpext.Backprop(), tpext.ConstrainedLeastSquares(), "
+            f"tpext.RegularizedLeastSquares() or tpext.DifferenceTargetPropagation(), got {rule!r}"
+        )
+    if activation.reference_compat and isinstance(rule, RegularizedLeastSquares):
+        if rule.form == "ridge":
+            raise ValueError(
+                "TargetLinear: an activation with reference_compat needs form='proximal' of RegularizedLeastSquares, "
+                "the published code has no other, got form='ridge'"
+            )
+        if activation.name == "leaky_relu" and rule.gamma > 0:
+            raise ValueError(
+                "TargetLinear: RegularizedLeastSquares needs reference_compat=False for leaky_relu, of which the "
+                "published code has no regularised inverse"
+            )
+
+
+def _as_activation(activation: ActivationName | Activation) -> Activation:
+    return activation if isinstance(activation, Activation) else Activation(activation)
+
+
+class TargetLinear(nn.Module):
+    r"""A fully connected layer with its activation, trained by the given rule.
+
+    ``h = a(x W^T + b)``
+
+    Forward it is ``torch.nn.Linear`` and the activation; the rule decides what ``backward()`` computes: see
+    :mod:`tpext.rules`. It composes with ordinary modules: from below it hands down what autograd takes for a gradient,
+    from above it takes one. So the head of a network is any torch module and loss, and the target of the layer below it
+    is one gradient step of that loss; a loss averaged over the batch makes each sample's displacement ``target_step /
+    B`` times its own gradient. Under autocast a target rule computes in float32 and its output gets the autocast dtype;
+    ``Backprop`` does what torch does.
+
+    Args:
+        in_features: N, >= 1.
+        out_features: M, >= 1.
+        bias: False leaves out ``b``.
+        activation: "tanh", "sigmoid", "relu", "leaky_relu" or "identity", or a :class:`tpext.ops.Activation`, which
+            holds their options; with ``reference_compat=True`` the least squares rules propagate the published numbers.
+        rule: what the backward pass computes; None means ``RegularizedLeastSquares()``.
+        reverse_activation: ``a_r`` of a learned inverse, that of the layer below it; None means ``activation``.
+        device, dtype: of the parameters; float32 or float64 for a target rule.
+
+    Attributes:
+        weight, bias: ``[M, N]`` and ``[M]``, drawn as ``torch.nn.Linear`` draws them, whose ``state_dict`` fits.
+        reverse_weight, reverse_bias: ``[N, M]`` and ``[N]``, under ``DifferenceTargetPropagation`` only, initialised
+            orthogonal and zero. A ``state_dict`` without them leaves them as they are.
+
+    Raises:
+        TypeError: sizes that are no integers, or a rule that is none of feed-forward layers.
+        ValueError: another argument out of its range, named.
+
+    Cost: backward a least squares rule factors the weights once, ``k^2 (3 m + k / 3)`` operations with ``k = min(M,
+    N)``, ``m = max(M, N)``, and has the products of back-propagation; the learned inverse has one product more. If the
+    input needs no gradient nothing is inverted for it.
+
+    Source: the rules name theirs.
+
+    >>> import torch, tpext
+    >>> layer = tpext.nn.TargetLinear(4, 3, activation="tanh", rule=tpext.RegularizedLeastSquares(gamma=0.1))
+    >>> net = torch.nn.Sequential(torch.nn.Linear(5, 4), layer, torch.nn.Linear(3, 2))
+    >>> torch.nn.functional.cross_entropy(net(torch.randn(7, 5)), torch.zeros(7).long()).backward()
+    >>> layer.weight.grad.shape
+    torch.Size([3, 4])
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    reverse_weight: Tensor
+    reverse_bias: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        activation: ActivationName | Activation = "identity",
+        rule: LayerRule | None = None,
+        reverse_activation: ActivationName | Activation | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or isinstance(size, bool):
+                raise TypeError(f"TargetLinear: {name} must be an int, got {type(size).__name__}")
+            if size < 1:
+                raise ValueError(f"TargetLinear: {name} must be at least 1, got {size}")
+        rule = RegularizedLeastSquares() if rule is None else rule
+        self.in_features, self.out_features = in_features, out_features
+        self.activation = _as_activation(activation)
+        self.reverse_activation = self.activation if reverse_activation is None else _as_activation(reverse_activation)
+        _check_rule(rule, self.activation)
+        self._rule: LayerRule = rule
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **options))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
+        if isinstance(rule, DifferenceTargetPropagation):
+            self.reverse_weight = nn.Parameter(torch.empty(in_features, out_features, **options))
+            self.reverse_bias = nn.Parameter(torch.empty(in_features, **options))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew: uniform in ``+-1/sqrt(N)``; reverse weights orthogonal, reverse biases zero."""
+        # torch.nn.Linear's own calls, so that one seed gives both the same parameters
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        if isinstance(self._rule, DifferenceTargetPropagation):
+            nn.init.orthogonal_(self.reverse_weight)
+            nn.init.zeros_(self.reverse_bias)
+
+    @property
+    def rule(self) -> LayerRule:
+        """The rule of the backward pass; assignable, unless that changes the set of parameters."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: LayerRule) -> None:
+        _check_rule(rule, self.activation)
+        if isinstance(rule, DifferenceTargetPropagation) is not isinstance(self._rule, DifferenceTargetPropagation):
+            raise ValueError(
+                f"TargetLinear: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; make "
+                "a layer with the rule and load this one's state_dict"
+            )
+        self._rule = rule
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
+        reverse = {prefix + "reverse_weight", prefix + "reverse_bias"}
+        # both: a checkpoint of torch.nn.Linear or of another rule; one of them: a damaged one
+        if reverse.issubset(missing):
+            missing = [key for key in missing if key not in reverse]
+        missing_keys.extend(missing)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the layer.
+
+        Args:
+            input: ``x [..., N]``, of the parameters' dtype, or any floating one under autocast.
+
+        Returns:
+            ``h [..., M]``.
+
+        Raises:
+            ValueError: a wrong shape, dtype or device, named. In the backward pass: ``tpext.SingularError`` for weights
+            without an inverse, RuntimeError for ``create_graph=True`` under a target rule.
+        """
+        self._check_input(input)
+        rule = self._rule
+        if isinstance(rule, Backprop):
+            return self.activation(functional.linear(input, self.weight, self.bias))
+        if isinstance(rule, DifferenceTargetPropagation):
+            tensors = (input, self.weight, self.bias, self.reverse_weight, self.reverse_bias)
+            return _apply(_LearnedInverseFunction, tensors, self.activation, self.reverse_activation, rule)
+        return _apply(_LeastSquaresFunction, (input, self.weight, self.bias), self.activation, rule)
+
+    def _check_input(self, input: Tensor) -> None:
+        weight = self.weight
+        if input.dim() == 0 or input.shape[-1] != self.in_features:
+            raise ValueError(f"TargetLinear: input must be [..., N={self.in_features}], got {list(input.shape)}")
+        if input.device != weight.device:
+            raise ValueError(f"TargetLinear: input must be on {weight.device} as weight is, got {input.device}")
+        if not isinstance(self._rule, Backprop) and weight.dtype in LOW_PRECISION:
+            raise ValueError(
+                f"TargetLinear: parameters must be float32 or float64 under {type(self._rule).__name__}, got "
+                f"{weight.dtype}; keep them in float32 and run under torch.autocast"
+            )
+        if input.dtype != weight.dtype and not autocasts(input.device.type):
+            raise ValueError(f"TargetLinear: input must be {weight.dtype} as weight is, got {input.dtype}")
+
+    @torch.no_grad()
+    def input_displacement(self, input: Tensor, displacement: Tensor) -> Tensor:
+        """By how much the rule asks the input to move for the output to move by ``displacement``.
+
+        What the backward pass hands down is ``-1 / target_step`` times this, for ``displacement = -target_step * g``.
+        Under ``Backprop`` it is the chain rule's ``(d * a') W``. Computed in the parameters' dtype.
+
+        Args:
+            input: ``x [..., N]``.
+            displacement: ``d [..., M]``.
+
+        Returns:
+            ``d_x [..., N]``.
+
+        Raises:
+            ValueError: a wrong shape, dtype or device, named. SingularError: weights without an inverse.
+
+        >>> import torch, tpext
+        >>> layer = tpext.nn.TargetLinear(4, 3, activation="tanh")
+        >>> layer.input_displacement(torch.randn(2, 4), torch.zeros(2, 3)).abs().max()
+        tensor(0.)
+        """
+        self._check_input(input)
+        rule, weight = self._rule, self.weight
+        with full_precision(input.device.type):
+            input, displacement = input.to(weight.dtype), displacement.to(weight.dtype)
+            preactivation = functional.linear(input, weight, self.bias)
+            output = self.activation(preactivation)
+            if displacement.shape != output.shape:
+                raise ValueError(
+                    f"TargetLinear: displacement must be {list(output.shape)}, got {list(displacement.shape)}"
+                )
+            if isinstance(rule, Backprop):
+                return _local_gradient(displacement, output, self.activation) @ weight
+            if isinstance(rule, DifferenceTargetPropagation):
+                return _move_by_reverse_layer(
+                    displacement,
+                    input,
+                    output,
+                    self.reverse_weight,
+                    self.reverse_bias,
+                    self.reverse_activation,
+                    rule.correction,
+                )
+            moved = _move_preactivation(displacement, preactivation, output, self.activation, rule)
+            return _move_input(moved, weight, self.bias is not None, rule)
+
+    def reconstruction_loss(self, input: Tensor, *, noise: float | None = None) -> Tensor:
+        """Loss that trains the reverse layer of ``DifferenceTargetPropagation``.
+
+        ``1/B sum ||G(a((x + n) W^T + b)) - (x + n)||^2``, with Gaussian noise ``n``: the mean over the batch of the sum
+        over the features, as in the code of Lee et al. Seely's is this times ``1 / (2 N)`` (a mean over both, and a
+        half), with ``reverse_activation`` also for the forward map of a linear output layer, which is not offered. Only
+        the reverse parameters receive gradients. Computed in their dtype, autocast or not.
+
+        Args:
+            input: ``x [..., N]``.
+            noise: standard deviation of ``n``, >= 0; None means the rule's.
+
+        Returns:
+            The scalar loss.
+
+        Raises:
+            RuntimeError: the rule is not ``DifferenceTargetPropagation``.
+            ValueError: noise is not a finite number >= 0; else as the forward pass.
+
+        Source: Lee et al., "Difference Target Propagation", 2015, equation 13, and ``conti_dtp.py``.
+
+        >>> import torch, tpext
+        >>> layer = tpext.nn.TargetLinear(4, 3, activation="tanh", rule=tpext.DifferenceTargetPropagation(noise=0.1))
+        >>> layer.reconstruction_loss(torch.randn(7, 4)).backward()
+        >>> layer.reverse_weight.grad.shape, layer.weight.grad
+        (torch.Size([4, 3]), None)
+        """
+        rule = self._rule
+        if not isinstance(rule, DifferenceTargetPropagation):
+            raise RuntimeError(
+                f"TargetLinear.reconstruction_loss needs rule=tpext.DifferenceTargetPropagation(), the rule is {rule}"
+            )
+        std = rule.noise if noise is None else DifferenceTargetPropagation(noise=noise).noise
+        self._check_input(input)
+        with full_precision(input.device.type):
+            with torch.no_grad():
+                target = input.to(self.weight.dtype)
+                if std > 0:
+                    target = target + std * torch.randn_like(target)
+                reached = self.activation(functional.linear(target, self.weight, self.bias))
+            rebuilt = self.reverse_activation(functional.linear(reached, self.reverse_weight, self.reverse_bias))
+            return (rebuilt - target).square().sum() / max(1, math.prod(input.shape[:-1]))
+
+    def extra_repr(self) -> str:
+        """Sizes, activation, rule."""
+        activation = self.activation
+        shown = f"'{activation.name}'" if activation == Activation(activation.name) else repr(activation)
+        return (
+            f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, activation={shown}, "
+            f"rule={self._rule}"
+        )
+
+
+class MLP(nn.Sequential):
+    """A network of :class:`TargetLinear` layers, one rule for all.
+
+    ``h_l = a(h_{l-1} W_l^T + b_l)``; the last layer has the activation ``output``, by default none: what a loss such as
+    cross-entropy takes. A learned inverse has the activation of the layer below, that of the first layer none. A last
+    layer trained by its own gradient, as in difference target propagation's code, is an ordinary one on top::
+
+        nn.Sequential(tpext.nn.MLP([784] + 7 * [240], output="tanh", rule=rule), nn.Linear(240, 10))
+
+    Args:
+        sizes: features of the input, of each layer in between, and of the output; two or more.
+        activation: of the layers in between: a name or a :class:`tpext.ops.Activation`.
+        rule: what the backward pass computes; None means ``RegularizedLeastSquares()``.
+        output: activation of the last layer.
+        bias: False leaves out all ``b_l``.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: fewer than two sizes. TypeError, ValueError: as :class:`TargetLinear`.
+
+    A slice of the network is a plain ``torch.nn.Sequential`` of its layers.
+
+    >>> import torch, tpext
+    >>> net = tpext.nn.MLP([64, 32, 10], "tanh", rule=tpext.RegularizedLeastSquares(gamma=0.1, target_step=0.5))
+    >>> loss = torch.nn.functional.cross_entropy(net(torch.randn(20, 64)), torch.arange(20) % 10)
+    >>> loss.backward()
+    >>> net[0].weight.grad.shape
+    torch.Size([32, 64])
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: ActivationName | Activation = "tanh",
+        *,
+        rule: LayerRule | None = None,
+        output: ActivationName | Activation = "identity",
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(sizes) < 2:
+            raise ValueError(f"MLP: sizes must be two or more, got {list(sizes)}")
+        last = len(sizes) - 2
+        super().__init__(
+            *(
+                TargetLinear(
+                    sizes[layer],
+                    sizes[layer + 1],
+                    bias,
+                    activation=output if layer == last else activation,
+                    rule=rule,
+                    reverse_activation="identity" if layer == 0 else activation,
+                    device=device,
+                    dtype=dtype,
+                )
+                for layer in range(last + 1)
+            )
+        )
+
+    def __getitem__(self, index: slice | int) -> Any:
+        """A layer, or a plain ``torch.nn.Sequential`` of some."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
+
+    def _layers(self) -> Iterator[TargetLinear]:
+        return (layer for layer in self if isinstance(layer, TargetLinear))
+
+    @property
+    def rule(self) -> LayerRule:
+        """The rule of the first layer; assigning sets that of every layer, as :attr:`TargetLinear.rule` allows."""
+        return next(self._layers()).rule
+
+    @rule.setter
+    def rule(self, rule: LayerRule) -> None:
+        for layer in self._layers():
+            layer.rule = rule
+
+    def reconstruction_loss(self, input: Tensor, *, noise: float | None = None) -> Tensor:
+        """The sum of the layers' reconstruction losses, each at the layer's input in a forward pass without noise.
+
+        The first of several layers takes part only if ``input`` requires a gradient, as only then its inverse is used.
+        ``DistributedDataParallel`` does not average these gradients, because the loss does not come from its
+        ``forward``: do that yourself, or the processes' reverse parameters drift apart.
+
+        Args:
+            input: ``x [..., N]``.
+            noise: standard deviation, >= 0; None means the rule's.
+
+        Returns:
+            The scalar loss.
+
+        Raises:
+            RuntimeError, ValueError: as :meth:`TargetLinear.reconstruction_loss`.
+
+        >>> import torch, tpext
+        >>> net = tpext.nn.MLP([8, 6, 4], rule=tpext.DifferenceTargetPropagation(noise=0.1))
+        >>> net.reconstruction_loss(torch.randn(7, 8)).backward()
+        >>> net[1].reverse_weight.grad.shape, net[0].reverse_weight.grad
+        (torch.Size([6, 4]), None)
+        """
+        losses, output = [], input
+        for index, layer in enumerate(self):
+            if isinstance(layer, TargetLinear) and (index > 0 or input.requires_grad or len(self) == 1):
+                losses.append(layer.reconstruction_loss(output, noise=noise))
+            with torch.no_grad():
+                output = layer(output)
+        return torch.stack(losses).sum()
