@@ -36,6 +36,24 @@ def act_inverse(
     ``activation`` is "tanh" or "sigmoid"; ``gamma > 0``.
     """
 
+def kaczmarz_train(
+    input: object,
+    labels: object,
+    weights: list[object],
+    biases: list[object],
+    relaxation: float,
+    damping: float,
+    dx: str,
+    dx_reg: float,
+    output: str,
+    predictions: object,
+) -> None:
+    """Update ``weights`` (``[M, N]`` each) and ``biases`` (``[M]`` each, or no one) sample by sample, on the CPU only.
+
+    Writes ``predictions [K]``, the class predicted for each row of ``input [K, N]`` before its update. ``dx`` is
+    "mean", "wnorm" or "regularized", ``output`` "clamp", "swap" or "direct".
+    """
+
 def regularized_inverse(weight: object, reg: float, inverse: object, status: object, execution: Execution) -> int:
     """Write ``inverse [batch, N, M]`` and ``status [batch]``, and return how many statuses are not 0.
 

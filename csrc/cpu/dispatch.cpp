@@ -12,6 +12,8 @@ namespace tpext::cpu {
   namespace name {                                                   \
   void act_inverse(const ActInverse<float>&, int);                   \
   void act_inverse(const ActInverse<double>&, int);                  \
+  void kaczmarz_train(const KaczmarzTrain<float>&);                  \
+  void kaczmarz_train(const KaczmarzTrain<double>&);                 \
   void regularized_inverse(const RegularizedInverse<float>&, int);   \
   void regularized_inverse(const RegularizedInverse<double>&, int);  \
   void regularized_solve(const RegularizedSolve<float>&, int);       \
@@ -27,6 +29,8 @@ namespace tpext::cpu {
   constexpr Kernels table = {#name,                                  \
                              act_inverse,                            \
                              act_inverse,                            \
+                             kaczmarz_train,                         \
+                             kaczmarz_train,                         \
                              regularized_inverse,                    \
                              regularized_inverse,                    \
                              regularized_solve,                      \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/act_inverse.h"
+#include "core/kaczmarz.h"
 #include "core/regularized_inverse.h"
 #include "core/rnn.h"
 
@@ -11,6 +12,8 @@ struct Kernels {
   const char* capability;
   void (*act_inverse_float)(const ActInverse<float>&, int threads);
   void (*act_inverse_double)(const ActInverse<double>&, int threads);
+  void (*kaczmarz_train_float)(const KaczmarzTrain<float>&);
+  void (*kaczmarz_train_double)(const KaczmarzTrain<double>&);
   void (*regularized_inverse_float)(const RegularizedInverse<float>&, int threads);
   void (*regularized_inverse_double)(const RegularizedInverse<double>&, int threads);
   void (*regularized_solve_float)(const RegularizedSolve<float>&, int threads);
@@ -26,6 +29,8 @@ struct Kernels {
 
   void operator()(const ActInverse<float>& args, int threads) const { act_inverse_float(args, threads); }
   void operator()(const ActInverse<double>& args, int threads) const { act_inverse_double(args, threads); }
+  void operator()(const KaczmarzTrain<float>& args) const { kaczmarz_train_float(args); }
+  void operator()(const KaczmarzTrain<double>& args) const { kaczmarz_train_double(args); }
   void operator()(const RegularizedInverse<float>& args, int threads) const {
     regularized_inverse_float(args, threads);
   }

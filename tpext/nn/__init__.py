@@ -1,7 +1,18 @@
 """Drop-in modules that train by target propagation, and conversion to and from ``torch.nn``."""
 
 from tpext.nn.convert import convert
+from tpext.nn.kaczmarz import HotTargetLoss, Kaczmarz, KaczmarzLinear, KaczmarzMLP, KaczmarzUnits
 from tpext.nn.mlp import MLP, TargetLinear
 from tpext.nn.rnn import RNN
 
-__all__ = ["MLP", "RNN", "TargetLinear", "convert"]
+__all__ = [
+    "MLP",
+    "RNN",
+    "HotTargetLoss",
+    "Kaczmarz",
+    "KaczmarzLinear",
+    "KaczmarzMLP",
+    "KaczmarzUnits",
+    "TargetLinear",
+    "convert",
+]

@@ -4,6 +4,7 @@ One module an op family. Each op has a schema, a CPU implementation, a fake one 
 tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
+from tpext.ops.kaczmarz import kaczmarz_train
 from tpext.ops.layer_inverse import Activation, bias_inverse, layer_displacement, layer_inverse, linear_inverse
 from tpext.ops.regularized_inverse import SingularError
 from tpext.ops.rnn_scan import input_projection
@@ -14,6 +15,7 @@ __all__ = [
     "SingularError",
     "bias_inverse",
     "input_projection",
+    "kaczmarz_train",
     "layer_displacement",
     "layer_inverse",
     "learned_target_rnn",

@@ -1,0 +1,112 @@
+// The entry `_C.kaczmarz_train`.
+#include "core/kaczmarz.h"
+
+#include <pybind11/pybind11.h>
+
+#include <cmath>
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "bindings/arguments.h"
+#include "bindings/entries.h"
+#include "cpu/kernels.h"
+
+namespace tpext::bindings {
+
+namespace {
+
+constexpr const char* kOp = "kaczmarz_train";
+
+// The arguments of a list, named by their places; the names must outlive them.
+void read(const char* name, const py::list& values, std::deque<std::string>& names, std::deque<Argument>& arguments) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    names.push_back(std::string(name) + "[" + std::to_string(i) + "]");
+    arguments.emplace_back(kOp, names.back().c_str(), py::object(values[i]));
+  }
+}
+
+void kaczmarz_train(const py::object& input_, const py::object& labels_, const py::list& weights_,
+                    const py::list& biases_, double relaxation, double damping, const std::string& dx, double dx_reg,
+                    const std::string& output, const py::object& predictions_) {
+  const Argument input(kOp, "input", input_), labels(kOp, "labels", labels_),
+      predictions(kOp, "predictions", predictions_);
+  std::deque<std::string> names;
+  std::deque<Argument> weights, biases;
+  read("weights", weights_, names, weights);
+  read("biases", biases_, names, biases);
+  input.require_rank({"K", "N"});
+  if (input.device().type != dlpack::kCpu)
+    throw py::value_error(input.label() + " must be on the CPU, got " + device_name(input.device()));
+  const bool is_double = input.dtype() == dlpack::kFloat64;
+  const dlpack::DataType dtype = is_double ? dlpack::kFloat64 : dlpack::kFloat32;
+  const Dim K{"K", input.size(0)};
+  input.require_dense(dtype, input);
+  labels.require_shape({K});
+  labels.require_dense(dlpack::kInt64, input);
+  predictions.require_shape({K});
+  predictions.require_dense(dlpack::kInt64, input);
+  if (weights.empty()) throw py::value_error(std::string(kOp) + ": weights must have at least 1 tensor, got 0");
+  if (!biases.empty() && biases.size() != weights.size())
+    throw py::value_error(std::string(kOp) + ": biases must have 0 or L=" + std::to_string(weights.size()) +
+                          " tensors, got " + std::to_string(biases.size()));
+  int64_t below = input.size(1);
+  for (size_t l = 0; l < weights.size(); ++l) {
+    weights[l].require_rank({"M", "N"});
+    const Dim M{"M", weights[l].size(0)};
+    if (M.size < 1) throw py::value_error(weights[l].label() + " must have M >= 1, got " + weights[l].shape_text());
+    weights[l].require_shape({M, {"N", below}});
+    weights[l].require_dense(dtype, input);
+    if (!biases.empty()) {
+      biases[l].require_shape({M});
+      biases[l].require_dense(dtype, input);
+    }
+    below = M.size;
+  }
+  const auto require_number = [](const char* name, double value, bool right, const char* expected) {
+    if (!right)
+      throw py::value_error(std::string(kOp) + ": " + name + " must be a finite number " + expected + ", got " +
+                            std::to_string(value));
+  };
+  require_number("relaxation", relaxation, relaxation > 0 && relaxation < 2, "> 0 and < 2");
+  require_number("damping", damping, damping >= 0 && std::isfinite(damping), ">= 0");
+  require_number("dx_reg", dx_reg, dx_reg >= 0 && std::isfinite(dx_reg), ">= 0");
+  const auto move = static_cast<KaczmarzMove>(choose(kOp, "dx", dx, {"mean", "wnorm", "regularized"}));
+  const auto kind = static_cast<KaczmarzOutput>(choose(kOp, "output", output, {"clamp", "swap", "direct"}));
+  for (int64_t i = 0; i < K.size; ++i) {
+    const int64_t label = labels.data<const int64_t>()[i];
+    if (label < 0 || label >= below)
+      throw py::value_error(labels.label() + " must lie in 0.." + std::to_string(below - 1) + ", got " +
+                            std::to_string(label) + " at " + std::to_string(i));
+  }
+  const auto run = [&]<class T>(T) {
+    std::vector<KaczmarzLayer<T>> layers;
+    for (size_t l = 0; l < weights.size(); ++l)
+      layers.push_back({weights[l].size(1), weights[l].size(0), weights[l].data<T>(),
+                        biases.empty() ? nullptr : biases[l].data<T>()});
+    const KaczmarzTrain<T> args{K.size,
+                                static_cast<int64_t>(layers.size()),
+                                layers.data(),
+                                input.data<const T>(),
+                                labels.data<const int64_t>(),
+                                static_cast<T>(relaxation),
+                                static_cast<T>(damping),
+                                static_cast<T>(dx_reg),
+                                move,
+                                kind,
+                                predictions.data<int64_t>()};
+    const py::gil_scoped_release release;
+    cpu::kernels()(args);
+  };
+  is_double ? run(double()) : run(float());
+}
+
+}  // namespace
+
+void define_kaczmarz(py::module_& m) {
+  m.def("kaczmarz_train", &kaczmarz_train, py::arg("input"), py::arg("labels"), py::arg("weights"), py::arg("biases"),
+        py::arg("relaxation"), py::arg("damping"), py::arg("dx"), py::arg("dx_reg"), py::arg("output"),
+        py::arg("predictions"));
+}
+
+}  // namespace tpext::bindings

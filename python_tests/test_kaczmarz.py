@@ -1,0 +1,706 @@
+"""Direct weight solves: equal to published numbers and to the oracle; interpolation; the stream; clear errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparison import DTYPES, pairwise
+from torch import Tensor
+
+from tpext import _C
+from tpext.nn import HotTargetLoss, Kaczmarz, KaczmarzLinear, KaczmarzMLP, KaczmarzUnits
+from tpext.ops import SingularError, kaczmarz_train
+from tpext.ops.kaczmarz import (
+    Units,
+    _train_by_torch,
+    hot_target,
+    kaczmarz_linear,
+    kaczmarz_step,
+    kaczmarz_units,
+    n_hot,
+    running_accuracy,
+)
+from tpext.reference import kaczmarz as oracle
+from tpext.tasks.mnist import load_mnist
+
+op = torch.ops.tpext.kaczmarz_train
+OUTPUTS = ["clamp", "swap", "direct"]
+MOVES = ["mean", "wnorm", "regularized"]
+
+
+def published(file: str) -> dict[str, Tensor]:
+    arrays = np.load(Path(__file__).parent / "data" / file)
+    return {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].ndim > 0}
+
+
+def close(actual: Tensor, expected: Any, rtol: float = 1e-9, atol: float = 1e-14) -> None:
+    torch.testing.assert_close(actual, torch.as_tensor(np.asarray(expected)), rtol=rtol, atol=atol, check_dtype=False)
+
+
+# Published numbers
+
+
+def test_published_maps_of_the_units() -> None:
+    golden = published("C_layers.npz")
+    z, y = golden["z"], golden["yt"]
+    relu, first, doubled = Units("relu"), Units("relu", version="v0"), Units("doubled_relu")
+    close(relu(z), golden["relu_f"])
+    close(relu.input_target(y, z), golden["relu_back"])
+    close(first.input_target(y, z), golden["relu_back_v0"])
+    close(doubled(z), golden["tp2_relu_f"])
+    close(doubled.input_target(y, z), golden["tp2_relu_back"])
+    for output, key in zip(OUTPUTS, ("oh_back", "oh_back_swap_v0", "oh_back_direct_v1"), strict=True):
+        close(hot_target(golden["oh_target"], z, output), golden[key])
+    close(n_hot(z), golden["oh_f"])
+    close(Units("n_hot", 2)(z), golden["nhot_f"])
+    close(Units("n_hot", 2).input_target(golden["nhot_target"], z), golden["nhot_back"])
+    binary, mean = Units("binary"), z.mean(-1, keepdim=True)
+    close(binary(z), golden["bin_f"])
+    # The published target is that of the centred z.
+    close(binary.input_target(golden["bin_target"], z) - mean, golden["bin_back"], atol=1e-12)
+
+
+def test_published_second_version_of_the_linear_layer() -> None:
+    golden = published("C_layers.npz")
+    x, weight = golden["z"], golden["tp2_W"]
+    rule = Kaczmarz(dx="wnorm", order="weight_first")
+    step = kaczmarz_step(golden["tp2_yt"] - x @ weight.T, x, weight, None, rule, Units("doubled_relu"))
+    close(weight + step.weight, golden["tp2_Wn"])
+    close(step.input, golden["tp2_xprime"])
+
+
+@pytest.mark.parametrize("file", ["C_net_B4_init0.001.npz", "C_net_B1_init0.01.npz"])
+def test_published_network(file: str) -> None:
+    """By the modules: a loss's backward and a step of SGD are the published update."""
+    golden = published(file)
+    model = KaczmarzMLP([6, 5, 3], dtype=torch.float64)
+    first, units, second = model
+    for layer, key in ((first, "W1"), (second, "W2")):
+        layer.weight.data, layer.bias.data = golden[key][:, :-1].clone(), golden[key][:, -1].clone()
+    optimizer, loss = torch.optim.SGD(model.parameters(), lr=1), HotTargetLoss()
+    for step in range(3):
+        expected = {key.removeprefix(f"s{step}_"): value for key, value in golden.items() if key.startswith(f"s{step}")}
+        z1 = first(golden["x"])
+        h1 = units(z1)
+        z2 = second(h1)
+        for tensor in (z1, h1, z2):
+            tensor.retain_grad()
+        optimizer.zero_grad()
+        loss(z2, golden["labels"]).backward()
+        close(z1, expected["z1"])
+        close(z2, expected["z2"])
+        close(z2 - z2.grad, expected["yt2"])
+        close(h1 - h1.grad, expected["xpp2"][:, :-1])
+        close(z1 - z1.grad, expected["yt1"])
+        for layer, key in ((first, "1"), (second, "2")):
+            close(-torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1), expected[f"dW{key}"])
+        optimizer.step()
+        for layer, key in ((first, "1"), (second, "2")):
+            close(torch.cat([layer.weight, layer.bias[:, None]], 1), expected[f"W{key}"])
+        close(model(golden["x"]), expected["z2_after"])
+        if len(golden["x"]) == 1:
+            close(second(expected["xpp2"][:, :-1]), expected["yt2"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("dx", MOVES)
+def test_displacement_of_the_input_as_published(dx: str) -> None:
+    """x' before it is made feasible: units of which everything is feasible."""
+    golden = published("C_net_B4_init0.001.npz")
+    weight = golden["W2"]
+    x, d = torch.relu(golden["s0_z1"]), golden["s0_yt2"] - golden["s0_z2"]
+    moved = kaczmarz_step(d, x, weight[:, :-1], weight[:, -1], Kaczmarz(dx=dx), Units("identity")).input
+    if dx == "mean":
+        close(moved, golden["s0_xp2"][:, :-1])
+    close(moved, x.numpy() + oracle.move(d, weight[:, :-1], dx, 1.0))
+
+
+# The oracle
+
+GRID = pairwise(
+    B=[1, 3, 17],
+    N=[1, 2, 31, 64],
+    M=[1, 2, 10, 33],
+    relaxation=[1.0, 0.3, 1.7],
+    damping=[0.0, 0.5],
+    dx=MOVES,
+    dx_reg=[0.5, 4.0],
+    update=["average", "exact"],
+    batch_reg=[0.5, 2.0],
+    order=["input_first", "weight_first"],
+    units=["data", "identity", "relu", "doubled_relu", "n_hot", "binary"],
+    bias=[True, False],
+    dtype=DTYPES,
+)
+
+
+@pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(map(str, case.values())))
+def test_step_equals_the_oracle(case: dict[str, Any]) -> None:
+    case = dict(case)
+    B, N, M, units, bias, dtype = (case.pop(key) for key in ("B", "N", "M", "units", "bias", "dtype"))
+    d, x, weight = torch.randn(B, M, dtype=dtype), torch.randn(B, N, dtype=dtype), torch.randn(M, N, dtype=dtype)
+    bias = torch.randn(M, dtype=dtype) if bias else None
+    before = [tensor.clone() for tensor in (d, x, weight)]
+    chosen = None if units == "data" else Units(units)
+    step = kaczmarz_step(d, x, weight, bias, Kaczmarz(**case), chosen)
+    expected = oracle.kaczmarz_step(d, x, weight, bias, **case, units=None if chosen is None else units, count=1)
+    # Sums of at most 64 terms, twice over, and a system of condition at most some (64 + 0.5) / 0.5.
+    tolerance = 2000 * torch.finfo(dtype).eps
+    for actual, wanted in zip((step.weight, step.bias, step.input), expected, strict=True):
+        if actual is not None:
+            close(actual, wanted, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(wanted).max())))
+            assert actual.dtype == dtype
+    assert all(torch.equal(a, b) for a, b in zip((d, x, weight), before, strict=True))
+    assert (step.bias is None) == (bias is None)
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "doubled_relu", "n_hot", "binary"])
+@pytest.mark.parametrize("version", ["head", "v0"])
+def test_units_equal_the_oracle(name: Any, version: Any) -> None:
+    units = Units(name, 3, version)
+    z, y = torch.randn(2, 5, 7, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
+    y[0, 0], z[0, 1] = 0.0, 0.0
+    if name in ("n_hot", "binary"):
+        y = units(y)
+    flat_z, flat_y = z.view(10, 7), y.view(10, 7)
+    close(units(z).view(10, 7), oracle.units_output(flat_z, name, 3))
+    close(units.feasible(y).view(10, 7), oracle.feasible(flat_y, name, 3))
+    close(units.input_target(y, z).view(10, 7), oracle.units_target(flat_y, flat_z, name, version))
+
+
+# Properties
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("units", [None, Units("relu")])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("size", "update"), [(1, "average"), (1, "exact"), (7, "exact")])
+def test_the_moved_input_then_has_the_target(
+    dtype: torch.dtype, units: Units | None, bias: bool, size: int, update: Any
+) -> None:
+    x, weight = torch.rand(size, 20, dtype=dtype), torch.randn(4, 20, dtype=dtype)
+    b = torch.randn(4, dtype=dtype) if bias else None
+    d = torch.randn(size, 4, dtype=dtype)
+    target = torch.nn.functional.linear(x, weight, b) + d
+    step = kaczmarz_step(d, x, weight, b, Kaczmarz(update=update), units)
+    after = torch.nn.functional.linear(step.input, weight + step.weight, None if b is None else b + step.bias)
+    torch.testing.assert_close(
+        after, target, rtol=0, atol=(1e-3 if update == "exact" else 1e-5) if dtype.itemsize == 4 else 1e-10
+    )
+
+
+@pytest.mark.parametrize("relaxation", [0.25, 1.0, 1.75])
+def test_relaxation_leaves_its_share_of_the_residual(relaxation: float) -> None:
+    x, weight, d = torch.rand(1, 9).double(), torch.randn(3, 9).double(), torch.randn(1, 3).double()
+    step = kaczmarz_step(d, x, weight, None, Kaczmarz(relaxation))
+    torch.testing.assert_close(d - x @ step.weight.T, (1 - relaxation) * d)
+
+
+def test_the_update_is_the_least_one() -> None:
+    """Of all changes that meet the targets the exact one has the least norm."""
+    x, weight, d = torch.randn(4, 9).double(), torch.randn(3, 9).double(), torch.randn(4, 3).double()
+    step = kaczmarz_step(d, x, weight, None, Kaczmarz(update="exact"))
+    torch.testing.assert_close(step.weight, (torch.linalg.pinv(x) @ d).T)
+
+
+def test_a_zero_row_asks_for_nothing() -> None:
+    x, d, weight = torch.rand(3, 5).double(), torch.randn(3, 2).double(), torch.randn(2, 5).double()
+    x[1] = 0
+    step = kaczmarz_step(d, x, weight, None)
+    alone = kaczmarz_step(d[[0, 2]], x[[0, 2]], weight, None)
+    torch.testing.assert_close(step.weight, alone.weight * (2 / 3))
+    # With a bias it has that one's input.
+    torch.testing.assert_close(kaczmarz_step(d[1:2], x[1:2], weight, d[0]).bias, d[1])
+    weights, before = [torch.zeros(2, 5), torch.zeros(3, 2)], torch.zeros(3, 2)
+    kaczmarz_train(torch.zeros(4, 5), torch.tensor([0, 1, 2, 0]), weights)
+    assert torch.equal(weights[1], before)
+    assert torch.equal(weights[0], torch.zeros(2, 5))
+
+
+def test_a_zero_row_of_the_weights_moves_nothing() -> None:
+    weight = torch.randn(3, 5).double()
+    weight[1] = 0
+    d = torch.randn(2, 3).double()
+    rule = Kaczmarz(dx="wnorm")
+    moved = kaczmarz_step(d, torch.zeros(2, 5).double(), weight, None, rule, Units("identity")).input
+    close(moved, oracle.move(d, weight, "wnorm", 1.0))
+    assert moved.isfinite().all()
+
+
+def test_no_samples_change_nothing() -> None:
+    step = kaczmarz_step(torch.zeros(0, 3), torch.zeros(0, 5), torch.randn(3, 5), torch.zeros(3), None, Units("relu"))
+    assert torch.equal(step.weight, torch.zeros(3, 5))
+    assert torch.equal(step.bias, torch.zeros(3))
+    weights = [torch.randn(3, 5)]
+    before = weights[0].clone()
+    assert kaczmarz_train(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), weights).shape == (0,)
+    assert torch.equal(weights[0], before)
+
+
+def test_nan_spreads_no_further_than_it_must() -> None:
+    d, x, weight = torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 5)
+    d[1, 2] = torch.nan
+    step = kaczmarz_step(d, x, weight, None, None, Units("relu"))
+    assert step.input.isnan().any(1).tolist() == [False, True, False]
+    data = kaczmarz_step(d, x, weight, None)
+    assert data.weight.isnan().any(1).tolist() == [False, False, True, False]
+    relu = Units("relu")
+    assert relu.input_target(torch.tensor([torch.nan]), torch.tensor([1.0])).isnan().all()
+
+
+# Modules
+
+
+def test_gradients_are_minus_the_step() -> None:
+    layer = KaczmarzLinear(6, 4, inputs="relu", std=1.0, dtype=torch.float64)
+    x, d = torch.rand(2, 3, 6).double().requires_grad_(), torch.randn(2, 3, 4).double()
+    layer(x).backward(-d)
+    step = kaczmarz_step(d, x.detach(), layer.weight, layer.bias, None, Units("relu"))
+    torch.testing.assert_close(layer.weight.grad, -step.weight)
+    torch.testing.assert_close(layer.bias.grad, -step.bias)
+    torch.testing.assert_close(x.grad, x.detach() - step.input)
+    data = KaczmarzLinear(6, 4, bias=False, std=1.0, dtype=torch.float64)
+    data(x.detach()).backward(-d)
+    torch.testing.assert_close(data.weight.grad, -kaczmarz_step(d, x.detach(), data.weight, None).weight)
+    assert layer(x).shape == (2, 3, 4)
+
+
+@pytest.mark.parametrize("name", ["identity", "relu", "doubled_relu", "n_hot", "binary"])
+def test_units_hand_down_targets(name: Any) -> None:
+    units = Units(name)
+    z = torch.randn(4, 5).double().requires_grad_()
+    output = kaczmarz_units(z, units)
+    target = units.feasible(torch.randn(4, 5).double())
+    output.backward(output.detach() - target)
+    torch.testing.assert_close(z.detach() - z.grad, units.input_target(target, z.detach()))
+    assert torch.equal(output, units(z))
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_loss_asks_for_the_target(output: Any) -> None:
+    z, labels = torch.randn(5, 3, requires_grad=True), torch.tensor([0, 1, 2, 0, 1])
+    loss = HotTargetLoss(output)(z, labels)
+    loss.backward()
+    target = hot_target(torch.nn.functional.one_hot(labels, 3).float(), z.detach(), output)
+    torch.testing.assert_close(z.detach() - z.grad, target)
+    torch.testing.assert_close(loss.detach(), (z.detach() - target).square().sum() / 2)
+    torch.testing.assert_close(HotTargetLoss(output)(z, torch.nn.functional.one_hot(labels, 3)), loss)
+
+
+@pytest.mark.parametrize(
+    ("rule", "units"),
+    [
+        (Kaczmarz(), "relu"),
+        (Kaczmarz(dx="wnorm", order="weight_first"), "doubled_relu"),
+        (Kaczmarz(dx="regularized", update="exact", batch_reg=1.0), "relu"),
+        (Kaczmarz(0.5, damping=1.0), Units("n_hot", 4)),
+        (Kaczmarz(), "binary"),
+    ],
+)
+def test_a_network_learns(rule: Kaczmarz, units: Any) -> None:
+    """Three well separated clusters, by the plain loop of any other PyTorch model."""
+    centers = torch.randn(3, 10) * 3
+    model = KaczmarzMLP([10, 12, 3], units, rule=rule, std=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    for _ in range(200):
+        labels = torch.randint(3, (16,))
+        optimizer.zero_grad()
+        HotTargetLoss()(model(centers[labels] + 0.1 * torch.randn(16, 10)), labels).backward()
+        optimizer.step()
+    labels = torch.arange(3).repeat(20)
+    accuracy = (model(centers[labels] + 0.1 * torch.randn(60, 10)).argmax(1) == labels).float().mean()
+    assert accuracy > 0.95
+
+
+def test_compiles_in_one_graph() -> None:
+    model = KaczmarzMLP([6, 5, 3], rule=Kaczmarz(0.7, 0.1, dx="regularized"), std=0.5)
+    x, labels = torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
+
+    def gradients(run: Any) -> list[Tensor]:
+        model.zero_grad()
+        HotTargetLoss()(run(x), labels).backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients(model)
+    for actual, wanted in zip(
+        gradients(torch.compile(model, fullgraph=True, backend="aot_eager")), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_differentiating_twice_is_refused() -> None:
+    model = KaczmarzMLP([4, 3, 2])
+    loss = HotTargetLoss()(model(torch.rand(2, 4)), torch.tensor([0, 1]))
+    with pytest.raises(RuntimeError, match=r"kaczmarz_linear: .* target, not a derivative"):
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    z = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"kaczmarz_units: .* target, not a derivative"):
+        torch.autograd.grad(kaczmarz_units(z, Units("relu")).sum(), z, create_graph=True)
+
+
+def test_autocast_computes_in_float32() -> None:
+    model = KaczmarzMLP([6, 5, 3], std=0.5)
+    x = torch.rand(4, 6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x.bfloat16())
+    assert output.dtype == torch.float32
+    torch.testing.assert_close(output, model(x.bfloat16().float()))
+
+
+def test_state_dict_is_that_of_linear_layers() -> None:
+    model = KaczmarzMLP([6, 5, 3])
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    plain.load_state_dict(model.state_dict())
+    x = torch.rand(2, 6)
+    assert torch.equal(plain(x), model(x))
+    assert "inputs='relu'" in repr(model)
+
+
+# The stream
+
+STREAMS = pairwise(
+    sizes=[(5, 3), (1, 1), (20, 7, 3), (17, 33, 9, 4), (64, 32, 10), (3, 16, 2)],
+    samples=[1, 2, 40],
+    dx=MOVES,
+    relaxation=[1.0, 0.6, 1.5],
+    damping=[0.0, 0.3],
+    output=OUTPUTS,
+    bias=[True, False],
+    dtype=DTYPES,
+    contiguous=[True, False],
+)
+
+
+def stream(case: dict[str, Any]) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    sizes, dtype = case["sizes"], case["dtype"]
+    x = torch.rand(case["samples"], sizes[0], dtype=dtype)
+    labels = torch.randint(sizes[-1], (case["samples"],))
+    weights = [torch.randn(m, n, dtype=dtype) * 0.3 for n, m in itertools.pairwise(sizes)]
+    biases = [torch.randn(m, dtype=dtype) * 0.1 for m in sizes[1:]] if case["bias"] else []
+    if not case["contiguous"]:
+        x, weights = x.mT.contiguous().mT, [weight.mT.contiguous().mT for weight in weights]
+    return x, labels, weights, biases
+
+
+@pytest.mark.parametrize("case", STREAMS, ids=lambda case: "-".join(map(str, case.values())))
+def test_stream_equals_the_oracle_and_torch(case: dict[str, Any]) -> None:
+    x, labels, weights, biases = stream(case)
+    rule = Kaczmarz(case["relaxation"], case["damping"], case["dx"], dx_reg=0.5)
+    expected = oracle.kaczmarz_train(
+        x, labels, weights, biases, rule.relaxation, rule.damping, rule.dx, rule.dx_reg, case["output"]
+    )
+    by_torch = [tensor.clone() for tensor in (*weights, *biases)]
+    _train_by_torch(x, labels, by_torch[: len(weights)], by_torch[len(weights) :], rule, case["output"])
+    versions = [tensor._version for tensor in weights]
+    predictions = kaczmarz_train(x, labels, weights, biases, rule, case["output"])
+    # Rounding of every sample's sums, carried through at most 40 of them.
+    tolerance = 2e4 * torch.finfo(case["dtype"]).eps
+    assert predictions.tolist() == expected[0].tolist()
+    for actual, wanted, torch_one in zip((*weights, *biases), (*expected[1], *expected[2]), by_torch, strict=True):
+        size = max(1.0, float(np.abs(wanted).max()))
+        close(actual, wanted, rtol=tolerance, atol=tolerance * size)
+        close(torch_one, wanted, rtol=tolerance, atol=tolerance * size)
+    assert all(tensor._version > version for tensor, version in zip(weights, versions, strict=True))
+
+
+def test_stream_equals_steps_of_single_samples() -> None:
+    model = KaczmarzMLP([12, 8, 4], std=0.1, dtype=torch.float64)
+    other = KaczmarzMLP([12, 8, 4], dtype=torch.float64)
+    other.load_state_dict(model.state_dict())
+    x, labels = torch.rand(50, 12).double(), torch.randint(4, (50,))
+    optimizer, correct = torch.optim.SGD(other.parameters(), lr=1), []
+    for row, label in zip(x, labels, strict=True):
+        optimizer.zero_grad()
+        z = other(row[None])
+        correct.append(bool(z.argmax() == label))
+        HotTargetLoss()(z, label[None]).backward()
+        optimizer.step()
+    result = model.stream(x, labels, start=0.25)
+    for actual, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+    assert (result.predictions == labels).tolist() == correct
+    mean = 0.25
+    for one in correct:
+        mean = 0.999 * mean + 0.001 * one
+    assert result.running_accuracy == pytest.approx(mean, rel=1e-12)
+
+
+def test_stream_goes_on_where_it_stopped() -> None:
+    x, labels = torch.rand(31, 19), torch.randint(5, (31,))
+    whole, parts = KaczmarzMLP([19, 6, 5], std=0.3), KaczmarzMLP([19, 6, 5])
+    parts.load_state_dict(whole.state_dict())
+    expected = whole.stream(x, labels)
+    first = parts.stream(x[:13], labels[:13])
+    second = parts.stream(x[13:], labels[13:], start=first.running_accuracy)
+    assert torch.equal(torch.cat([first.predictions, second.predictions]), expected.predictions)
+    assert second.running_accuracy == pytest.approx(expected.running_accuracy)
+    for actual, wanted in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_stream_has_the_same_bits_on_any_threads_and_again() -> None:
+    x, labels = torch.rand(100, 50), torch.randint(5, (100,))
+    weights = [torch.randn(20, 50), torch.randn(5, 20)]
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        copies = [weight.clone() for weight in weights]
+        kaczmarz_train(x, labels, copies)
+        results.append(copies)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+PROGRAM = """
+import torch
+from tpext.ops import kaczmarz_train
+def trained(dtype):
+    torch.manual_seed(0)
+    x, labels = torch.rand(20, 37, dtype=dtype), torch.randint(5, (20,))
+    weights = [torch.randn(18, 37, dtype=dtype) * 0.3, torch.randn(5, 18, dtype=dtype) * 0.3]
+    kaczmarz_train(x, labels, weights)
+    return [float(w) for weight in weights for w in weight.flatten()]
+"""
+
+
+@pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_to_rounding(capability: str) -> None:
+    """In a process of its own, for the choice is made when the module is loaded."""
+    command = f"{PROGRAM}\nprint([trained(dtype) for dtype in (torch.float32, torch.float64)])"
+    environment = {**os.environ, "TPEXT_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True, text=True)
+    if "does not support it" in done.stderr or "must be one of" in done.stderr:
+        pytest.skip(f"no {capability} here")
+    assert done.returncode == 0, done.stderr
+    here: dict[str, Any] = {}
+    exec(PROGRAM, here)
+    for actual, dtype in zip(json.loads(done.stdout), DTYPES, strict=True):
+        tolerance = 2e4 * torch.finfo(dtype).eps
+        close(torch.tensor(actual, dtype=torch.float64), here["trained"](dtype), rtol=tolerance, atol=tolerance)
+
+
+def test_stream_of_nan_neither_hangs_nor_raises() -> None:
+    x, labels = torch.rand(6, 9), torch.randint(3, (6,))
+    x[2, 4] = torch.nan
+    weights = [torch.randn(5, 9), torch.randn(3, 5)]
+    predictions = kaczmarz_train(x, labels, weights)
+    assert weights[0].isnan().all()
+    assert predictions[3:].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck(requires_grad: bool) -> None:
+    x, labels = torch.rand(4, 6), torch.randint(3, (4,))
+    weights, biases = [torch.randn(5, 6), torch.randn(3, 5)], [torch.randn(5), torch.randn(3)]
+    torch.library.opcheck(op.default, (x, labels, weights, biases, 1.0, 0.0, "mean", 1.0, "clamp"))
+    if requires_grad:
+        model = KaczmarzMLP([6, 5, 3])
+        model.stream(x, labels)
+        assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
+
+
+def test_a_graph_from_before_the_pass_is_refused() -> None:
+    model = KaczmarzMLP([6, 5, 3])
+    x, labels = torch.rand(4, 6), torch.randint(3, (4,))
+    loss = HotTargetLoss()(model(x), labels)
+    model.stream(x, labels)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dx", MOVES)
+def test_on_a_gpu_as_on_the_cpu(dx: Any) -> None:
+    x, labels = torch.rand(20, 6).double(), torch.randint(3, (20,))
+    weights, biases = (
+        [torch.randn(5, 6).double(), torch.randn(3, 5).double()],
+        [torch.zeros(5).double(), torch.zeros(3).double()],
+    )
+    there = [[tensor.cuda() for tensor in tensors] for tensors in (weights, biases)]
+    expected = kaczmarz_train(x, labels, weights, biases, Kaczmarz(dx=dx))
+    actual = kaczmarz_train(x.cuda(), labels.cuda(), *there, Kaczmarz(dx=dx))
+    assert torch.equal(actual.cpu(), expected)
+    for a, b in zip((*there[0], *there[1]), (*weights, *biases), strict=True):
+        torch.testing.assert_close(a.cpu(), b)
+
+
+def test_running_accuracy_is_a_running_mean() -> None:
+    assert running_accuracy(torch.zeros(0, dtype=torch.bool), start=0.5) == 0.5
+    assert running_accuracy(torch.ones(20000, dtype=torch.bool)) == pytest.approx(1, abs=1e-8)
+    with pytest.raises(ValueError, match=r"running_accuracy: correct must be \[K\]"):
+        running_accuracy(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match=r"running_accuracy: decay must be >= 0 and < 1, got 1\.0"):
+        running_accuracy(torch.zeros(2), decay=1.0)
+
+
+def test_published_network_on_mnist(shared: Path) -> None:
+    """Two epochs: 64 at a time with published initial weights; one at a time, the regularised move from great ones."""
+    data = load_mnist(shared / "data")
+    x, labels = data.train_images.float() / 255, data.train_labels
+    test = data.test_images.float() / 255
+    model = KaczmarzMLP([784, 32, 10])
+    optimizer, loss, batches = torch.optim.SGD(model.parameters(), lr=1), HotTargetLoss(), []
+    for rows in torch.cat([torch.randperm(len(x)) for _ in range(2)]).split(64):
+        z = model(x[rows])
+        batches.append((z.argmax(1) == labels[rows]).float().mean())
+        optimizer.zero_grad()
+        loss(z, labels[rows]).backward()
+        optimizer.step()
+    assert torch.stack(batches[-500:]).mean() > 0.88
+    assert (model(test).argmax(1) == data.test_labels).float().mean() > 0.88
+    order = torch.randperm(len(x))
+    diverging = KaczmarzMLP([784, 32, 10], std=1.0)
+    diverging.stream(x[order], labels[order])
+    greatest = diverging[0].weight.abs().max()
+    assert not greatest < 1e3
+    regular = KaczmarzMLP([784, 32, 10], std=1.0, rule=Kaczmarz(dx="regularized"))
+    regular.stream(x[order], labels[order])
+    assert regular[0].weight.abs().max() < 1e3
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"relaxation": 2.0}, "relaxation must be a finite number > 0 and < 2, got 2.0"),
+        ({"relaxation": 0}, "relaxation must be"),
+        ({"damping": -1.0}, "damping must be a finite number >= 0, got -1.0"),
+        ({"damping": float("nan")}, "damping must be"),
+        ({"dx_reg": float("inf")}, "dx_reg must be a finite number >= 0, got inf"),
+        ({"batch_reg": "1"}, "batch_reg must be a finite number >= 0, got '1'"),
+        ({"dx": "max"}, "dx must be one of 'mean', 'wnorm', 'regularized', got 'max'"),
+        ({"update": "sum"}, "update must be one of 'average', 'exact', got 'sum'"),
+        ({"order": "both"}, "order must be one of 'input_first', 'weight_first', got 'both'"),
+    ],
+    ids=str,
+)
+def test_the_rule_refuses_wrong_values(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"Kaczmarz: {message}"):
+        Kaczmarz(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"displacement": torch.zeros(2, 3)}, r"displacement must be \[2, 4\], got \[2, 3\]"),
+        ({"input": torch.zeros(2, 6)}, r"input must be \[\.\.\., N=5\], got \[2, 6\]"),
+        ({"input": torch.zeros(2, 5).half()}, "input must be float32 or float64, got float16"),
+        ({"weight": torch.zeros(4)}, r"weight must be \[M, N\], got \[4\]"),
+        ({"weight": torch.zeros(4, 5).double()}, "weight must be float32 as input is, got float64"),
+        ({"bias": torch.zeros(5)}, r"bias must be \[4\], got \[5\]"),
+        ({"bias": torch.zeros(4, device="meta")}, "bias must be on cpu as input is, got meta"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_step_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {"displacement": torch.zeros(2, 4), "input": torch.zeros(2, 5), "weight": torch.zeros(4, 5)}
+    with pytest.raises(ValueError, match=f"kaczmarz_step: {message}"):
+        kaczmarz_step(**{"bias": torch.zeros(4), **arguments, **change})
+    if "displacement" not in change:
+        del arguments["displacement"]
+        with pytest.raises(ValueError, match=f"kaczmarz_linear: {message}"):
+            kaczmarz_linear(**{"bias": torch.zeros(4), **arguments, **change})
+
+
+def test_singular_systems_are_named() -> None:
+    x = torch.ones(2, 5)
+    with pytest.raises(SingularError, match="reg=0"):
+        kaczmarz_step(torch.ones(2, 4), x, torch.randn(4, 5), None, Kaczmarz(update="exact"))
+
+
+ARGUMENTS: dict[str, Any] = {
+    "input": torch.zeros(2, 5),
+    "labels": torch.zeros(2, dtype=torch.int64),
+    "weights": [torch.zeros(4, 5), torch.zeros(3, 4)],
+    "biases": [torch.zeros(4), torch.zeros(3)],
+    "relaxation": 1.0,
+    "damping": 0.0,
+    "dx": "mean",
+    "dx_reg": 1.0,
+    "output": "clamp",
+}
+COMMON = [
+    ({"input": torch.zeros(5)}, r"input must be \[K, N\], got \[5\]"),
+    ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be \[K=2\], got \[3\]"),
+    ({"labels": torch.zeros(2, dtype=torch.int32)}, "labels must be int64, got int32"),
+    ({"labels": torch.tensor([0, 3])}, r"labels must lie in 0\.\.2, got 3 at 1"),
+    ({"labels": torch.tensor([-1, 0])}, r"labels must lie in 0\.\.2, got -1 at 0"),
+    ({"weights": [], "biases": []}, "weights must have at least 1 tensor, got 0"),
+    ({"biases": [torch.zeros(4)]}, "biases must have 0 or L=2 tensors, got 1"),
+    ({"weights": [torch.zeros(4, 5), torch.zeros(3, 5)]}, r"weights\[1\] must be .*, got \[3, 5\]"),
+    ({"weights": [torch.zeros(4, 5), torch.zeros(3)]}, r"weights\[1\] must be \[M.*, N\], got \[3\]"),
+    ({"weights": [torch.zeros(4, 5).double(), torch.zeros(3, 4)]}, r"weights\[0\] must be float32.*, got float64"),
+    ({"weights": [torch.zeros(4, 5), torch.zeros(0, 4)]}, r"weights\[1\] must .*M >= 1.*, got \[0, 4\]"),
+    ({"biases": [torch.zeros(4), torch.zeros(4)]}, r"biases\[1\] must be .*, got \[4\]"),
+    ({"relaxation": 2.0}, "relaxation must be a finite number > 0 and < 2, got 2"),
+    ({"damping": -1.0}, "damping must be a finite number >= 0, got -1"),
+    ({"dx_reg": float("nan")}, "dx_reg must be a finite number >= 0, got nan"),
+    ({"dx": "max"}, "dx must be one of 'mean', 'wnorm', 'regularized', got 'max'"),
+    ({"output": "softmax"}, "output must be one of 'clamp', 'swap', 'direct', got 'softmax'"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), COMMON, ids=lambda v: next(iter(v)) if isinstance(v, dict) else "")
+def test_the_op_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"kaczmarz_train: {message}"):
+        op(**ARGUMENTS | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *COMMON,
+        ({"input": torch.zeros(2, 5).half()}, "input must be float32, got float16"),
+        ({"predictions": torch.zeros(3, dtype=torch.int64)}, r"predictions must be \[K=2\], got \[3\]"),
+        ({"weights": [torch.zeros(5, 4).mT, torch.zeros(3, 4)]}, r"weights\[0\] must be contiguous"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"kaczmarz_train: {message}"):
+        _C.kaczmarz_train(**ARGUMENTS | {"predictions": torch.zeros(2, dtype=torch.int64)} | change)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Units("gelu"), "Units: name must be one of 'identity', .*, got 'gelu'"),
+        (lambda: Units("n_hot", 0), "Units: count must be >= 1, got 0"),
+        (lambda: Units("relu", version="v1"), "Units: version must be one of 'head', 'v0', got 'v1'"),
+        (lambda: n_hot(torch.zeros(2, 3), 4), r"n_hot: count must lie in 1\.\.M=3, got 4"),
+        (lambda: hot_target(torch.zeros(2), torch.zeros(3)), r"hot_target: target must be \[3\], got \[2\]"),
+        (lambda: HotTargetLoss("max"), "hot_target: output must be one of 'clamp', 'swap', 'direct', got 'max'"),
+        (
+            lambda: HotTargetLoss()(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)),
+            r"HotTargetLoss: target must be \[2\] int64 classes, got \[3\] int64",
+        ),
+        (lambda: KaczmarzLinear(0, 3), "KaczmarzLinear: in_features must be >= 1, got 0"),
+        (lambda: KaczmarzLinear(3, 3, std=-1.0), "KaczmarzLinear: std must be >= 0, got -1.0"),
+        (lambda: KaczmarzLinear(3, 3, rule="mean"), "KaczmarzLinear: rule must be a Kaczmarz or None, got str"),
+        (lambda: KaczmarzMLP([3]), r"KaczmarzMLP: sizes must have at least 2 values, got \[3\]"),
+        (lambda: KaczmarzUnits("gelu"), "Units: name must be one of"),
+        (
+            lambda: KaczmarzMLP([3, 2, 2], "binary").stream(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64)),
+            "KaczmarzMLP.stream: units must be",
+        ),
+        (
+            lambda: kaczmarz_train(
+                **{k: ARGUMENTS[k] for k in ("input", "labels", "weights")}, rule=Kaczmarz(update="exact")
+            ),
+            "kaczmarz_train: rule must have update='average', got 'exact'",
+        ),
+    ],
+)
+def test_the_rest_refuses_wrong_arguments(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,615 @@
+"""``kaczmarz_linear``, ``kaczmarz_train``: direct weight solves, layers that are set to their targets by projections.
+
+A linear layer ``y = x W' + b`` is given a target ``y' = y + d`` of its output. It moves its input, then takes for each
+sample the least change of its weights that gives the moved input the target, and averages these over the batch::
+
+    x'  = x + dx(d)           "mean"         dx = d W / M
+                              "wnorm"        dx = (1/M) sum_k d_k w_k / ||w_k||^2, w_k the rows of W; of a zero row 0
+                              "regularized"  dx = d (WW' + dx_reg I)^-1 W
+    x'' = feasible(x')        what the units below can put out that is like x'; x'' = x where the input is data
+    r   = d - (x'' - x) W'    y' - (x'' W' + b): what is left to the weights
+    dW  = relaxation (1/B) sum_i r_i' x''_i / (||x''_i||^2 + 1 + damping),   db the same with 1 for x''       "average"
+    [dW db] = relaxation R' (X X' + batch_reg I)^-1 X,   X = [x'' 1], the whole batch at once                   "exact"
+
+without the ones in a layer without bias. "average" is normalised least mean squares (Kaczmarz's projection for ``B =
+1``, Cimmino's averaged ones above); a sample with ``X = 0`` asks for nothing. With ``B = 1``, ``relaxation = 1`` and
+``damping = 0`` the layer then maps ``x''`` to ``y'`` to rounding, and so it does any batch of linearly independent rows
+with "exact" and ``batch_reg = 0``. The layer below gets ``x''`` for its target.
+
+In autograd's terms (design of the package): the node receives ``-d`` for the gradient of its output, leaves ``-dW`` and
+``-db`` for those of its parameters, so that one step of ``torch.optim.SGD(lr=1)`` is the update, and hands ``x - x''``
+down. Every update is three products; nothing of size ``B x M x N`` is formed.
+
+``torch.ops.tpext.kaczmarz_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)`` runs one
+pass of such updates with ``B = 1`` over samples ``input [K, N]``, ``labels [K]`` int64, through all layers of a network
+with relu between them, each sample seeing the weights that the one before left. ``weights`` (``[M, N]`` each) and
+``biases`` (``[M]`` each, or an empty list) change in place; it returns the class predicted for each sample before its
+update, ``[K]`` int64. ``output`` is the rule of :func:`hot_target`. On the CPU one kernel call, the weights in the
+cache throughout, float32 or float64; elsewhere layer by layer with torch operations.
+
+Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2`` (order "weight_first").
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from tpext import _C
+from tpext.ops._library import (
+    autocasts,
+    cast,
+    check_choice,
+    define,
+    dense,
+    full_precision,
+    on_cuda,
+    refuse_forward_mode,
+)
+from tpext.ops.regularized_inverse import regularized_inverse, regularized_solve
+
+Move = Literal["mean", "wnorm", "regularized"]
+Update = Literal["average", "exact"]
+Order = Literal["input_first", "weight_first"]
+UnitsName = Literal["identity", "relu", "doubled_relu", "n_hot", "binary"]
+ReluVersion = Literal["head", "v0"]
+Output = Literal["clamp", "swap", "direct"]
+
+
+@dataclass(frozen=True)
+class Kaczmarz:
+    """How a layer is set to its target: the choices in the equations of the module's head.
+
+    Args:
+        relaxation: factor of every update, > 0 and < 2, the range in which repeated projections converge; 1 projects.
+        damping: added to the squared norms of "average", >= 0.
+        dx: how the input moves: "mean" (published; diverges where the weights are large: beyond ``s_max(W)^2 > 2 M`` it
+            moves the output away from the target), "wnorm" or "regularized".
+        dx_reg: regularisation of "regularized", >= 0.
+        update: "average" or "exact".
+        batch_reg: regularisation of "exact", >= 0; 0 needs linearly independent rows ``[x'' 1]``.
+        order: "input_first"; or "weight_first", the published second version: first the weights by the input as it is,
+            ``x'' = x``, then the input is moved by the updated weights for what is left of ``d``.
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    >>> Kaczmarz(dx="regularized").dx_reg
+    1.0
+    """
+
+    relaxation: float = 1.0
+    damping: float = 0.0
+    dx: Move = "mean"
+    dx_reg: float = 1.0
+    update: Update = "average"
+    batch_reg: float = 0.0
+    order: Order = "input_first"
+
+    def __post_init__(self) -> None:
+        for name in ("relaxation", "damping", "dx_reg", "batch_reg"):
+            _check_number("Kaczmarz", name, getattr(self, name))
+        for name, choices in (("dx", Move), ("update", Update), ("order", Order)):
+            check_choice("Kaczmarz", name, getattr(self, name), get_args(choices))
+
+
+def _check_number(op: str, name: str, value: object) -> None:
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if 0 < number < 2 if name == "relaxation" else 0 <= number < math.inf:
+            return
+    expected = "> 0 and < 2" if name == "relaxation" else ">= 0"
+    raise ValueError(f"{op}: {name} must be a finite number {expected}, got {value!r}")
+
+
+def n_hot(input: Tensor, count: int = 1) -> Tensor:
+    """The indicator of the ``count`` greatest of each row ``[..., M]``, of equals the first; ``count = 1`` is one-hot.
+
+    >>> n_hot(torch.tensor([[3.0, 1.0, 2.0]]), 2)
+    tensor([[1., 0., 1.]])
+    """
+    if not 1 <= count <= input.shape[-1]:
+        raise ValueError(f"n_hot: count must lie in 1..M={input.shape[-1]}, got {count}")
+    chosen = input.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(input).scatter_(-1, chosen, 1.0)
+
+
+def hot_target(target: Tensor, input: Tensor, output: Output = "clamp") -> Tensor:
+    """The target of ``z [..., M]`` that asks for the outputs ``target``, ones and zeros of the same shape.
+
+    Args:
+        target: where the output is to be on (1) and off (0).
+        input: ``z``, what the output is made of: the greatest are on (one-hot, n-hot), or the positive (binary units,
+            with ``z`` centred).
+        output: "clamp" raises ``z`` to at least 1 where it is to be on, lowers it to at most 0 elsewhere; "swap", for
+            one class, exchanges the greatest ``z`` with that of the class; "direct" is ``target`` itself.
+
+    Returns:
+        ``[..., M]``.
+
+    >>> hot_target(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.5, 0.25, -2.0]))
+    tensor([ 0.,  1., -2.])
+    """
+    check_choice("hot_target", "output", output, get_args(Output))
+    if target.shape != input.shape:
+        raise ValueError(f"hot_target: target must be {list(input.shape)}, got {list(target.shape)}")
+    if output == "direct":
+        return target.to(input.dtype)
+    if output == "clamp":
+        return torch.where(target == 1, input.clamp(min=1), input.clamp(max=0))
+    greatest, wanted = input.argmax(-1, keepdim=True), target.argmax(-1, keepdim=True)
+    # In this order, so that a row whose greatest is the class stays as it is.
+    swapped = input.scatter(-1, wanted, input.gather(-1, greatest))
+    return swapped.scatter(-1, greatest, input.gather(-1, wanted))
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units between two linear layers: what they put out, which outputs they can have, how they pass a target on.
+
+    ================  =========================  ===================  =============================================
+    name              output                     feasible(y')         target of z, given that of the output y'
+    ================  =========================  ===================  =============================================
+    "identity"        ``z``                      ``y'``               ``y'``
+    "relu"            ``max(z, 0)``              ``max(y', 0)``       ``y'`` where it is > 0, else ``min(z, 0)``
+    "doubled_relu"    ``z + max(z, 0)``          ``y'``               ``y' / 2`` where it is > 0, else ``y'``
+    "n_hot"           the ``count`` greatest     the same of ``y'``   :func:`hot_target`, "clamp"
+    "binary"          ``z - mean(z) > 0``        the same of ``y'``   the same for ``z - mean(z)``, plus ``mean(z)``
+    ================  =========================  ===================  =============================================
+
+    Args:
+        name: one of the above.
+        count: of "n_hot".
+        version: of "relu": "head", or "v0": ``y'``, but ``z`` where ``z <= 0`` and ``y' = 0``. They differ for negative
+            ``y'`` only.
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Between two layers the published "n_hot" and "binary" forget ``z`` once they are asked for a feasible output, and
+    clamp the ``y'`` asked for instead; that is not copied.
+    """
+
+    name: UnitsName = "relu"
+    count: int = 1
+    version: ReluVersion = "head"
+
+    def __post_init__(self) -> None:
+        check_choice("Units", "name", self.name, get_args(UnitsName))
+        check_choice("Units", "version", self.version, get_args(ReluVersion))
+        if self.count < 1:
+            raise ValueError(f"Units: count must be >= 1, got {self.count!r}")
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The output for ``z [..., M]``."""
+        if self.name == "relu":
+            return torch.relu(input)
+        if self.name == "doubled_relu":
+            return input + torch.relu(input)
+        if self.name == "n_hot":
+            return n_hot(input, self.count)
+        if self.name == "binary":
+            return (input > input.mean(-1, keepdim=True)).to(input.dtype)
+        return input
+
+    def feasible(self, target: Tensor) -> Tensor:
+        """An output that the units can have, for the one asked for, ``[..., M]``."""
+        return target if self.name == "doubled_relu" else self(target)
+
+    def input_target(self, target: Tensor, input: Tensor) -> Tensor:
+        """The target of ``z``.
+
+        Args:
+            target: ``y'``, ``[..., M]``.
+            input: ``z``, of the same shape.
+        """
+        if self.name == "relu":
+            if self.version == "v0":
+                return torch.where((input <= 0) & (target == 0), input, target)
+            return torch.where(target <= 0, input.clamp(max=0), target)
+        if self.name == "doubled_relu":
+            return torch.where(target > 0, target / 2, target)
+        if self.name == "n_hot":
+            return hot_target(target, input)
+        if self.name == "binary":
+            mean = input.mean(-1, keepdim=True)
+            return hot_target(target, input - mean) + mean
+        return target
+
+
+class KaczmarzStep(NamedTuple):
+    """What a layer is to become: ``weight`` ``dW [M, N]``, ``bias`` ``db [M]`` or None, ``input`` ``x'' [..., N]``."""
+
+    weight: Tensor
+    bias: Tensor | None
+    input: Tensor
+
+
+def kaczmarz_step(
+    displacement: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: Kaczmarz | None = None,
+    units: Units | None = None,
+) -> KaczmarzStep:
+    """The update of a linear layer for a displacement of its output, and the target of its input (the module's head).
+
+    Args:
+        displacement: ``d = y' - y``, ``[..., M]``.
+        input: ``x``, ``[..., N]``, float32 or float64; the leading dimensions are the batch.
+        weight: ``W``, ``[M, N]``.
+        bias: ``b``, ``[M]``, or None.
+        rule: the choices; None: ``Kaczmarz()``.
+        units: what made the input; None: it is data, and stays.
+
+    Returns:
+        ``dW``, ``db`` (None without a bias) and ``x''``. They are detached.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; the message names the argument. SingularError: ``batch_reg`` or
+        ``dx_reg`` is 0 and the rows ``[x'' 1]``, or those of ``W``, are linearly dependent.
+
+    Cost: ``6 B M N`` operations, ``2 B M N`` where the input is data; "regularized" and "exact" beside that an inverse,
+    ``k^2 (3 m + k / 3)`` with ``k`` and ``m`` the smaller and the larger size of ``W`` or ``X``.
+
+    >>> x, weight, d = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), torch.tensor([[3.0]])
+    >>> kaczmarz_step(d, x, weight, torch.zeros(1)).weight
+    tensor([[0.5000, 1.0000]])
+    """
+    _check_layer("kaczmarz_step", input, weight, bias)
+    _check_like("kaczmarz_step", "displacement", displacement, input, (*input.shape[:-1], weight.shape[0]))
+    with torch.no_grad(), full_precision(input.device.type):
+        d, x = displacement.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
+        step = _step(d, x, weight, bias is not None, rule or Kaczmarz(), units)
+    return step._replace(input=step.input.view_as(input))
+
+
+def _step(d: Tensor, x: Tensor, weight: Tensor, biased: bool, rule: Kaczmarz, units: Units | None) -> KaczmarzStep:
+    if units is None:
+        return KaczmarzStep(*_solve(d, x, biased, rule), x)
+    if rule.order == "weight_first":
+        grown, db = _solve(d, x, biased, rule)
+        left = torch.addmm(d if db is None else d - db, x, grown.mT, alpha=-1)
+        return KaczmarzStep(grown, db, units.feasible(_moved(x, left, weight + grown, rule)))
+    moved = units.feasible(_moved(x, d, weight, rule))
+    return KaczmarzStep(*_solve(torch.addmm(d, moved - x, weight.mT, alpha=-1), moved, biased, rule), moved)
+
+
+def _moved(x: Tensor, d: Tensor, weight: Tensor, rule: Kaczmarz) -> Tensor:
+    """``x'``."""
+    if rule.dx == "regularized":
+        return torch.addmm(x, d, regularized_inverse(weight, rule.dx_reg).mT)
+    if rule.dx == "wnorm":
+        d = d * _reciprocal(weight.square().sum(-1))
+    return torch.addmm(x, d, weight, alpha=1 / max(1, weight.shape[0]))
+
+
+def _solve(residual: Tensor, x: Tensor, biased: bool, rule: Kaczmarz) -> tuple[Tensor, Tensor | None]:
+    """``dW`` and ``db``."""
+    if rule.update == "exact":
+        rows = torch.cat([x, x.new_ones(len(x), 1)], 1) if biased else x
+        solution = regularized_solve(rows, residual.mT.contiguous(), rule.batch_reg) * rule.relaxation
+        return (solution[:, :-1], solution[:, -1]) if biased else (solution, None)
+    size = _reciprocal(x.square().sum(-1, keepdim=True) + (float(biased) + rule.damping))
+    step = residual * (size * (rule.relaxation / max(1, x.shape[0])))
+    return step.mT @ x, step.sum(0) if biased else None
+
+
+def _reciprocal(norms: Tensor) -> Tensor:
+    """``1 / n``; of zero, zero: what has no length asks for nothing."""
+    reciprocal: Tensor = torch.where(norms == 0, 0.0, norms.reciprocal())
+    return reciprocal
+
+
+class _Linear(torch.autograd.Function):
+    """``x W' + b``, whose backward is the module's head."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, rule: Kaczmarz, units: Units) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.biased, ctx.rule, ctx.units = bias is not None, rule, units
+        return torch.nn.functional.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_create_graph("kaczmarz_linear")
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d, x = -grad.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
+        step = _step(d, x, weight, ctx.biased, ctx.rule, ctx.units if needs_input else None)
+        return (
+            (x - step.input).view_as(input) if needs_input else None,
+            -step.weight if needs_weight else None,
+            -step.bias if needs_bias and step.bias is not None else None,
+            None,
+            None,
+        )
+
+
+class _Units(torch.autograd.Function):
+    """The output of units, whose backward hands on the target instead of a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, units: Units) -> Tensor:
+        output = units(input)
+        ctx.save_for_backward(input, output)
+        ctx.units = units
+        return output.clone() if output is input else output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _refuse_create_graph("kaczmarz_units")
+        input, output = ctx.saved_tensors
+        return input - ctx.units.input_target(output - grad, input), None
+
+
+def _refuse_create_graph(op: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op}: what it propagates is a target, not a derivative, and cannot be differentiated again "
+            "(create_graph=True); use torch.nn.Linear for exact gradients"
+        )
+
+
+def kaczmarz_linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None, rule: Kaczmarz | None = None, units: Units | None = None
+) -> Tensor:
+    """``x W' + b``, with gradients such that a step of ``SGD(lr=1)`` is the update of :func:`kaczmarz_step`.
+
+    Args:
+        input: ``x``, ``[..., N]``. It is data, which stays, unless it requires grad; its gradient is ``x - x''``.
+        weight: ``W``, ``[M, N]``, float32 or float64.
+        bias: ``b``, ``[M]``, or None.
+        rule: the choices; None: ``Kaczmarz()``.
+        units: what made the input; None: ``Units("identity")``, any input is feasible.
+
+    Returns:
+        ``[..., M]``. Its gradient is taken for ``-d``: a loss of ``1/2 ||y - t||^2`` asks for ``t``. The update is not
+        divided by anything but the batch's size, so the loss must be a sum, not a mean, over the batch.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, named. RuntimeError: on backward with ``create_graph=True``.
+    """
+    if autocasts(input.device.type):
+        input = cast(input, weight.dtype)
+    with full_precision(input.device.type):
+        _check_layer("kaczmarz_linear", input, weight, bias)
+        output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, rule or Kaczmarz(), units or Units("identity")
+        )
+    return output
+
+
+def kaczmarz_units(input: Tensor, units: Units) -> Tensor:
+    """The output of units for ``z [..., M]``; the gradient handed down is ``z`` minus its target (see :class:`Units`).
+
+    Raises:
+        RuntimeError: on backward with ``create_graph=True``.
+    """
+    output: Tensor = _Units.apply(input, units)  # type: ignore[no-untyped-call]
+    return output
+
+
+def _check_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [M, N], got {list(weight.shape)}")
+    if input.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: input must be float32 or float64, got {_name(input.dtype)}")
+    outputs, inputs = weight.shape
+    if input.dim() == 0 or input.shape[-1] != inputs:
+        raise ValueError(f"{op}: input must be [..., N={inputs}], got {list(input.shape)}")
+    _check_like(op, "weight", weight, input, (outputs, inputs))
+    if bias is not None:
+        _check_like(op, "bias", bias, input, (outputs,))
+
+
+def _check_like(op: str, name: str, tensor: Tensor, input: Tensor, shape: Sequence[int]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != input.dtype:
+        raise ValueError(f"{op}: {name} must be {_name(input.dtype)} as input is, got {_name(tensor.dtype)}")
+    if tensor.device != input.device:
+        raise ValueError(f"{op}: {name} must be on {input.device} as input is, got {tensor.device}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def kaczmarz_train(
+    input: Tensor,
+    labels: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] = (),
+    rule: Kaczmarz | None = None,
+    output: Output = "clamp",
+) -> Tensor:
+    """One pass over samples, the weights of all layers updated in place after each (the module's head).
+
+    Args:
+        input: ``[K, N]``, float32 or float64, in the order in which they are to be learnt.
+        labels: ``[K]`` int64, the class of each.
+        weights: of each layer from the first, ``[M, N]``, with relu between the layers.
+        biases: of each layer, ``[M]``, or none at all.
+        rule: the choices; None: ``Kaczmarz()``. It must have ``update="average"`` (of one sample "exact" differs by its
+            regularisation only) and ``order="input_first"``.
+        output: the rule of :func:`hot_target` for the last layer.
+
+    Returns:
+        The classes predicted, each before its sample's update, ``[K]`` int64; NaN counts as the greatest. Weights that
+        have overflowed give NaN, and no error.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device, label or rule; the message names the argument.
+
+    Cost: ``4 M N`` operations a sample for the first layer, ``8 M N`` for the others, of one thread, with each weight
+    of the first layer read and written once; with "regularized" ``M^2 (N + M / 3)`` more for each layer but the first.
+    """
+    rule = rule or Kaczmarz()
+    for name, only in (("update", "average"), ("order", "input_first")):
+        if getattr(rule, name) != only:
+            raise ValueError(f"kaczmarz_train: rule must have {name}={only!r}, got {getattr(rule, name)!r}")
+    with torch.no_grad():
+        predictions: Tensor = torch.ops.tpext.kaczmarz_train(
+            input.detach(),
+            labels,
+            [weight.detach() for weight in weights],
+            [bias.detach() for bias in biases],
+            rule.relaxation,
+            rule.damping,
+            rule.dx,
+            rule.dx_reg,
+            output,
+        )
+    return predictions
+
+
+def _check_train(
+    input: Tensor,
+    labels: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    relaxation: float,
+    damping: float,
+    dx: str,
+    dx_reg: float,
+    output: str,
+) -> None:
+    op = "kaczmarz_train"
+    refuse_forward_mode(op)
+    if input.dim() != 2:
+        raise ValueError(f"{op}: input must be [K, N], got {list(input.shape)}")
+    if input.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{op}: input must be float32 or float64, got {_name(input.dtype)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"{op}: labels must be int64, got {_name(labels.dtype)}")
+    if labels.shape != input.shape[:1]:
+        raise ValueError(f"{op}: labels must be [K={len(input)}], got {list(labels.shape)}")
+    if labels.device != input.device:
+        raise ValueError(f"{op}: labels must be on {input.device} as input is, got {labels.device}")
+    if not weights:
+        raise ValueError(f"{op}: weights must have at least 1 tensor, got 0")
+    if biases and len(biases) != len(weights):
+        raise ValueError(f"{op}: biases must have 0 or L={len(weights)} tensors, got {len(biases)}")
+    below = input.shape[1]
+    for i, weight in enumerate(weights):
+        if weight.dim() != 2 or weight.shape[0] == 0:
+            raise ValueError(f"{op}: weights[{i}] must be [M >= 1, N], got {list(weight.shape)}")
+        _check_like(op, f"weights[{i}]", weight, input, (weight.shape[0], below))
+        if biases:
+            _check_like(op, f"biases[{i}]", biases[i], input, weight.shape[:1])
+        below = weight.shape[0]
+    for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg)):
+        _check_number(op, name, value)
+    check_choice(op, "dx", dx, get_args(Move))
+    check_choice(op, "output", output, get_args(Output))
+
+
+def _train(
+    input: Tensor,
+    labels: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    relaxation: float,
+    damping: float,
+    dx: Move,
+    dx_reg: float,
+    output: Output,
+) -> Tensor:
+    _check_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
+    if on_cuda(input):
+        rule = Kaczmarz(relaxation, damping, dx, dx_reg)
+        return _train_by_torch(input, labels, weights, biases, rule, output)
+    changed = [*weights, *biases]
+    buffers = [tensor.contiguous() for tensor in changed]
+    predictions = torch.empty_like(labels, memory_format=torch.contiguous_format)
+    _C.kaczmarz_train(
+        dense(input),
+        dense(labels),
+        [dense(buffer) for buffer in buffers[: len(weights)]],
+        [dense(buffer) for buffer in buffers[len(weights) :]],
+        relaxation,
+        damping,
+        dx,
+        dx_reg,
+        output,
+        dense(predictions),
+    )
+    for tensor, buffer in zip(changed, buffers, strict=True):
+        if buffer is not tensor:
+            tensor.copy_(buffer)
+        else:
+            torch.autograd.graph.increment_version(tensor)
+    return predictions
+
+
+def _train_by_torch(
+    input: Tensor, labels: Tensor, weights: list[Tensor], biases: list[Tensor], rule: Kaczmarz, output: Output
+) -> Tensor:
+    """What the kernel does, a sample and a layer at a time."""
+    predictions = torch.empty_like(labels)
+    relu = Units("relu")
+    for k in range(len(input)):
+        inputs, zs = [input[k : k + 1]], []
+        for i, weight in enumerate(weights):
+            zs.append(torch.nn.functional.linear(inputs[i], weight, biases[i] if biases else None))
+            inputs.append(relu(zs[i]))
+        predictions[k : k + 1] = zs[-1].argmax(-1)
+        hot = torch.zeros_like(zs[-1]).scatter_(-1, labels[k : k + 1, None], 1.0)
+        target = hot_target(hot, zs[-1], output)
+        for i in reversed(range(len(weights))):
+            step = _step(target - zs[i], inputs[i], weights[i], bool(biases), rule, relu if i else None)
+            weights[i] += step.weight
+            if step.bias is not None:
+                biases[i] += step.bias
+            if i:
+                target = relu.input_target(step.input, zs[i - 1])
+    return predictions
+
+
+def _fake_train(
+    input: Tensor,
+    labels: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    relaxation: float,
+    damping: float,
+    dx: str,
+    dx_reg: float,
+    output: str,
+) -> Tensor:
+    _check_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
+    return torch.empty_like(labels, memory_format=torch.contiguous_format)
+
+
+define(
+    "kaczmarz_train(Tensor input, Tensor labels, Tensor(a!)[] weights, Tensor(b!)[] biases, float relaxation, "
+    "float damping, str dx, float dx_reg, str output) -> Tensor",
+    _train,
+    _fake_train,
+    cast_outputs=False,
+)
+
+
+def running_accuracy(correct: Tensor, decay: float = 0.999, start: float = 0.0) -> float:
+    """The running mean ``a_k = decay a_(k-1) + (1 - decay) correct_k`` after the last of ``correct [K]``.
+
+    Of a pass's predictions it is the accuracy on samples that were not yet learnt from in that pass, with a memory of
+    ``1 / (1 - decay)`` samples (of mean accuracies of batches: batches). ``start`` is ``a_0``.
+
+    >>> running_accuracy(torch.tensor([True, False]), decay=0.5)
+    0.25
+    """
+    if correct.dim() != 1:
+        raise ValueError(f"running_accuracy: correct must be [K], got {list(correct.shape)}")
+    if not 0 <= decay < 1:
+        raise ValueError(f"running_accuracy: decay must be >= 0 and < 1, got {decay!r}")
+    age = torch.arange(len(correct) - 1, -1, -1, dtype=torch.float64, device=correct.device)
+    return float((correct.double() * (1 - decay) * decay**age).sum()) + start * decay ** len(correct)
