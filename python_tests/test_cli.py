@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_tasks import write_mnist
 
 import tpext
 from tpext.experiments import train as train_module
@@ -42,7 +43,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in TASKS:
         assert name in out
     shown = " ".join(out.replace("│", " ").split())
-    for default in ("1000, images 10000", "100, images 1000", "500", "32", "orthogonal", "through_time"):
+    samples, interval = "1000, images 10000", "100, images 1000, as vectors an epoch"
+    for default in (samples, interval, "500", "32", "orthogonal", "through_time"):
         assert f"(default: {default})" in shown
 
 
@@ -69,6 +71,9 @@ def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "60 steps of 6" in lines["temporal-order"]
     assert "|error| < 0.04" in lines["adding"]
     assert lines["permuted-mnist"].endswith("regularized, backprop")
+    assert lines["mnist-mlp"].endswith("dtp (lee), backprop (seely), backprop (lee)")
+    assert "784 numbers  784 numbers" in " ".join(lines["mnist-autoencoder"].split()).replace("numbers ", "numbers  ")
+    assert "2 numbers" in lines["spiral"]
 
 
 def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +91,33 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     }  # fmt: skip
     assert f"curve: {folder / 'curve.png'}" in out
     assert "20 iterations" in out
+
+
+def test_feed_forward_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(tmp_path / "data")
+    line = f"train mnist-autoencoder --data-dir {tmp_path / 'data'} --out {tmp_path / 'run'} --sizes 9 4 9 --rule dtp "
+    line += "--schedule alternating --epochs 2 --batch-size 5 --test-size 7 --threads 1 --noise 0.1 --correction none "
+    line += "--order sequential_first --train-size 20 --reduction batch --optimizer centred-rmsprop --local-loss post"
+    status, out, err = call(line, capsys)
+    assert (status, err) == (0, "")
+    assert "mnist-autoencoder, 9-4-9 tanh units, dtp (correction none, target step 1, noise 0.1)" in out
+    assert f"reconstructions: {tmp_path / 'run' / 'reconstruction.png'}" in out
+    assert "16 iterations" in out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["sizes"], config["epochs"], config["iterations"]) == ([9, 4, 9], 2, None)
+    status, out, _ = call(f"{line} --resume", capsys)
+    assert status == 0
+    assert "complete already" in out
+    status, _, err = call(f"{line} --resume --sizes 9 5 9", capsys)
+    assert status == 1
+    assert "sizes is (9, 4, 9) there, (9, 5, 9) was asked for" in err
+
+
+def test_toy_run_draws_its_decision_regions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"train xor-full --rule constrained --iterations 20 --batch-size 5 --test-size 40 --out {tmp_path}"
+    status, out, err = call(f"{line} --sizes 8", capsys)
+    assert (status, err) == (0, "")
+    assert f"decision regions: {tmp_path / 'decision.png'}" in out
 
 
 def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +150,10 @@ def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "Start a new run in another --out with smaller rates (--lr, --head-lr)" in err
         assert ("--reg" in err) == (rule == "regularized")
         assert (tmp_path / rule / "checkpoint.pt").exists()
+    line = f"train xor --iterations 20 --optimizer sgd --lr 1e38 --out {tmp_path / 'xor'}"
+    status, _, err = call(line, capsys)
+    assert status == 3
+    assert "smaller rates (--lr, --head-lr), or a larger --gamma." in err
 
 
 def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,6 +245,17 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("train adding --length 3", 1, "length must be >= 10"),
         ("train mnist --chunk 5", 1, "chunk must divide 784"),
         ("train mnist --data-dir nowhere", 1, "--data-dir DIR"),
+        ("train mnist-mlp --data-dir nowhere", 1, "--data-dir DIR"),
+        ("train cifar-mlp --data-dir nowhere", 1, "--data-dir DIR"),
+        ("train digits-mlp --data-dir nowhere", 1, "data_dir does not belong to digits-mlp"),
+        ("train mnist-mlp --rule learned", 1, "rule=learned does not belong to mnist-mlp"),
+        ("train adding --rule dtp", 1, "rule=dtp does not belong to adding"),
+        ("train mnist-mlp --hidden-size 5", 1, "hidden_size does not belong to mnist-mlp"),
+        ("train adding --sizes 5", 1, "sizes does not belong to adding"),
+        ("train spiral --sizes big", 2, "big"),
+        ("train spiral --epochs 5", 1, "epochs does not belong to spiral"),
+        ("train mnist-mlp --preset lee", 1, "preset must be one of default, seely"),
+        ("train mnist-mlp --epochs 2 --iterations 2", 1, "give epochs or iterations"),
         ("train random-permutation --preset published", 1, "no settings were published"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,21 @@ import torch
 
 from tpext.tasks import (
     TASKS,
+    TOYS,
     Adding,
+    FlatMnist,
     MissingDataError,
+    MnistAutoencoder,
     RandomPermutation,
     SequentialMnist,
     TemporalOrder,
+    ToySet,
+    load_cifar10,
+    load_digits,
     load_mnist,
     make_task,
 )
+from tpext.tasks.images import CIFAR_FILES, CIFAR_FOLDER
 from tpext.tasks.mnist import FILES, read_idx
 
 PARTS = {"train": 25, "t10k": 7}
@@ -45,6 +53,18 @@ def write_mnist(folder: Path) -> dict[str, np.ndarray]:
         arrays[f"{part}-labels-idx1-ubyte"] = random.integers(10, size=count)
     for stem, values in arrays.items():
         write_idx(folder / stem, values, compress="train" in stem)
+    return arrays
+
+
+def write_cifar10(folder: Path) -> dict[str, np.ndarray]:
+    """Six small files of 4 records; returns what they hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(1)
+    arrays = {}
+    for name in CIFAR_FILES:
+        labels, pixels = random.integers(10, size=(4, 1)), random.integers(256, size=(4, 3072))
+        arrays[name] = np.concatenate([labels, pixels], axis=1).astype(np.uint8)
+        (folder / name).write_bytes(arrays[name].tobytes())
     return arrays
 
 
@@ -145,13 +165,20 @@ def test_loss_and_correctness() -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_sizes_agree_with_the_data(name: str, mnist_folder: Path) -> None:
-    task = make_task(name, data_dir=mnist_folder) if "mnist" in name else make_task(name)
-    for batch in (task.batch(1, 0, 5), task.test_set(1, 5)):
-        assert batch.input.shape == (task.length, 5, task.input_size)
+    if name == "digits-mlp":
+        pytest.importorskip("sklearn")
+    write_cifar10(mnist_folder / CIFAR_FOLDER)
+    folder = mnist_folder if "mnist" in name or "cifar" in name else None
+    task = make_task(name, data_dir=folder)
+    for batch in (task.batch(1, 0, 4), task.test_set(1, 4)):
+        steps = () if task.length is None else (task.length,)
+        assert batch.input.shape == (*steps, 4, task.input_size)
+        assert batch.input.dtype == torch.float32
         assert batch.input.is_contiguous()
-        output = torch.zeros(5, task.output_size)
+        output = torch.zeros(4, task.output_size)
         assert task.loss(output, batch.target).ndim == 0
-        assert task.correct(output, batch.target).shape == (5,)
+        assert task.correct(output, batch.target).shape == (4,)
+    assert (task.epoch_length(4) is None) == (folder is None and name != "digits-mlp")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +193,12 @@ def test_sizes_agree_with_the_data(name: str, mnist_folder: Path) -> None:
         ({"name": "mnist", "length": 784}, "length does not belong to mnist"),
         ({"name": "adding", "chunk": 2}, "chunk does not belong to adding"),
         ({"name": "adding", "data_dir": "x"}, "data_dir does not belong to adding"),
+        ({"name": "adding", "order": "shuffled"}, "order does not belong to adding"),
+        ({"name": "mnist", "train_size": 5}, "train_size does not belong to mnist"),
+        ({"name": "mnist-mlp", "chunk": 1}, "chunk does not belong to mnist-mlp"),
+        ({"name": "mnist-mlp", "length": 1}, "length does not belong to mnist-mlp"),
+        ({"name": "digits-mlp", "data_dir": "x"}, "data_dir does not belong to digits-mlp"),
+        ({"name": "spiral", "train_size": 5}, "train_size does not belong to spiral"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
@@ -178,6 +211,182 @@ def test_negative_seed_is_refused() -> None:
         make_task("adding").batch(-1, 0, 4)
     with pytest.raises(ValueError, match="bits must be 1 or 3"):
         TemporalOrder(bits=2)
+
+
+# --- toy sets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_toy_sets_are_drawn_afresh_and_balanced(name: str) -> None:
+    task = make_task(name)
+    assert task.length is None
+    assert task.epoch_length(10) is None
+    first = task.batch(7, 3, 4000)
+    assert torch.equal(first.input, make_task(name).batch(7, 3, 4000).input)
+    assert torch.equal(first.target, make_task(name).batch(7, 3, 4000).target)
+    for other in (task.batch(7, 4, 4000), task.batch(8, 3, 4000), task.test_set(7, 4000)):
+        assert not torch.equal(first.input, other.input)
+    assert first.target.unique().tolist() == [0, 1]
+    assert abs(first.target.double().mean().item() - 0.5) < 0.04
+
+
+def points(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    input, target = make_task(name).batch(seed=1, iteration=0, batch_size=20_000)
+    return input.double()[target == 0], input.double()[target == 1]
+
+
+def assert_uniform(values: torch.Tensor) -> None:
+    """Values in [0, 1] with each tenth of it as likely, to five standard deviations."""
+    assert values.min() > -1e-5
+    assert values.max() < 1 + 1e-5
+    share = torch.histc(values, 10, 0, 1) / len(values)
+    assert (share - 0.1).abs().max() < 5 * (0.09 / len(values)) ** 0.5
+
+
+def test_ball_and_sphere() -> None:
+    inner, outer = points("sphere")
+    assert_uniform((2 * inner.norm(dim=1)) ** 3)
+    torch.testing.assert_close(outer.norm(dim=1), torch.ones(len(outer)).double(), rtol=0, atol=1e-6)
+    for part in (inner, outer):
+        assert_uniform((part[:, 0] / part.norm(dim=1) + 1) / 2)  # Archimedes: uniform on the axis
+
+
+def test_disc_and_annulus() -> None:
+    inner, outer = points("annulus")
+    assert_uniform((2 * inner.norm(dim=1)) ** 2)
+    assert_uniform((outer.norm(dim=1) ** 2 - 1) / 3)
+    for part in (inner, outer):
+        assert_uniform((torch.atan2(part[:, 0], part[:, 1]) / torch.pi + 1) / 2)
+
+
+def test_ball_and_torus() -> None:
+    inner, outer = points("torus")
+    assert_uniform((2 * inner.norm(dim=1)) ** 3)
+    across = torch.stack([outer[:, :2].norm(dim=1) - 1, outer[:, 2]], dim=1)
+    torch.testing.assert_close(across.norm(dim=1), torch.full((len(outer),), 0.25).double(), rtol=0, atol=1e-6)
+    for angle in (torch.atan2(across[:, 0], across[:, 1]), torch.atan2(outer[:, 0], outer[:, 1])):
+        assert_uniform((angle / torch.pi + 1) / 2)
+
+
+def test_xor_sets() -> None:
+    same, different = points("xor")
+    assert torch.equal(same.unique(dim=0), torch.tensor([[-1.0, -1.0], [1.0, 1.0]]).double())
+    assert torch.equal(different.unique(dim=0), torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).double())
+    same, different = points("xor-full")
+    assert (same.prod(dim=1) >= 0).all()
+    assert (different.prod(dim=1) <= 0).all()
+    for part in (same, different):
+        for column in part.T:
+            assert_uniform((column + 1) / 2)
+
+
+def test_spiral_arms() -> None:
+    for half, arm in enumerate(points("spiral")):
+        radius = arm.norm(dim=1)
+        assert_uniform((radius / 2) ** 2)
+        angle = 3 * torch.pi * radius + half * torch.pi
+        expected = radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+        torch.testing.assert_close(arm, expected, rtol=0, atol=2e-5)
+
+
+def test_an_unknown_toy_set_is_named() -> None:
+    with pytest.raises(ValueError, match=r"ToySet: name must be one of sphere, .*, got 'cube'"):
+        ToySet("cube")  # type: ignore[arg-type]
+
+
+# --- images as vectors -----------------------------------------------------------------------------------------------
+
+
+def test_digits() -> None:
+    pytest.importorskip("sklearn")
+    data = load_digits()
+    assert (data.train_images.shape, data.test_images.shape) == ((1437, 64), (360, 64))
+    assert data.train_labels[:10].tolist() == list(range(10))
+    input, target = make_task("digits-mlp").test_set(1, 360)
+    assert torch.equal(input * 16, data.test_images.float())
+    assert (input.min(), input.max()) == (0, 1)
+    assert torch.equal(target, data.test_labels)
+
+
+def test_missing_scikit_learn_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_digits.cache_clear()
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MissingDataError, match=r'scikit-learn, which is not installed: pip install "tpext\[exp'):
+        make_task("digits-mlp").batch(1, 0, 4)
+
+
+@pytest.mark.parametrize("place", [".", CIFAR_FOLDER])
+def test_cifar10_files(place: str, tmp_path: Path) -> None:
+    arrays = write_cifar10(tmp_path / place)
+    data = load_cifar10(tmp_path)
+    train = np.concatenate([arrays[name] for name in CIFAR_FILES[:5]])
+    assert np.array_equal(data.train_images, train[:, 1:])
+    assert np.array_equal(data.train_labels, train[:, 0])
+    assert np.array_equal(data.test_images, arrays["test_batch.bin"][:, 1:])
+    assert np.array_equal(data.test_labels, arrays["test_batch.bin"][:, 0])
+    batch = make_task("cifar-mlp", data_dir=tmp_path).test_set(1, 4)
+    assert torch.equal(batch.input, data.test_images.float() / 255)
+
+
+def test_wrong_cifar10_files_are_named(tmp_path: Path) -> None:
+    write_cifar10(tmp_path)
+    path = tmp_path / "data_batch_2.bin"
+    whole = path.read_bytes()
+    for content, message in (
+        (whole[:-1], r"data_batch_2\.bin: must hold records of 3073 bytes, got 12291 bytes"),
+        (b"", r"data_batch_2\.bin: must hold records of 3073 bytes, got 0 bytes"),
+        (b"\x0a" + whole[1:], r"data_batch_2\.bin: labels must be 0\.\.9, got 10"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            load_cifar10(tmp_path)
+    path.unlink()
+    with pytest.raises(MissingDataError, match=r"lacks data_batch_2\.bin\. Unpack .*--data-dir DIR"):
+        load_cifar10(tmp_path)
+
+
+def rows_of(task: FlatMnist, iteration: int, size: int, seed: int = 1) -> list[int]:
+    """Which training images a batch holds."""
+    images = task.data.train_images.float() / 255
+    return [int((images == row).all(1).nonzero().item()) for row in task.batch(seed, iteration, size).input]
+
+
+def test_orders_of_an_epoch(mnist_folder: Path) -> None:
+    first = FlatMnist(order="sequential_first", data_dir=mnist_folder)
+    assert first.epoch_length(8) == 3
+    assert [rows_of(first, index, 8) for index in range(3)] == [list(range(at, at + 8)) for at in (0, 8, 16)]
+    second = [row for index in (3, 4, 5) for row in rows_of(first, index, 8)]
+    assert len(set(second)) == 24
+    shuffled = FlatMnist(data_dir=mnist_folder)
+    assert second == [row for index in (3, 4, 5) for row in rows_of(shuffled, index, 8)]
+    assert second != list(range(24))
+    assert rows_of(first, 3, 8) != rows_of(first, 3, 8, seed=2)
+    assert rows_of(shuffled, 0, 8) != list(range(8))
+    assert rows_of(FlatMnist(order="sequential", data_dir=mnist_folder), 7, 8) == list(range(8, 16))
+
+
+def test_part_of_the_training_images(mnist_folder: Path) -> None:
+    task = FlatMnist(train_size=10, order="sequential", data_dir=mnist_folder)
+    assert task.epoch_length(5) == 2
+    assert rows_of(task, 2, 5) == list(range(5))
+    assert len(task.data.test_labels) == PARTS["t10k"]
+    for size in (0, 26):
+        with pytest.raises(ValueError, match=rf"train_size must be 1 \.\. 25 .*, got {size}"):
+            FlatMnist(train_size=size, data_dir=mnist_folder).batch(1, 0, 1)
+    with pytest.raises(ValueError, match="batch_size must be at most 10"):
+        task.batch(1, 0, 11)
+
+
+def test_an_autoencoder_has_its_input_for_a_target(mnist_folder: Path) -> None:
+    task = MnistAutoencoder(data_dir=mnist_folder)
+    input, target = task.test_set(1, 7)
+    assert torch.equal(input, target)
+    output = torch.randn(7, 784)
+    p = output.double().sigmoid()
+    expected = -(target * p.log() + (1 - target) * (1 - p).log()).mean()
+    torch.testing.assert_close(task.loss(output, target).double(), expected, rtol=1e-5, atol=0)
+    assert task.correct(10 * (target - 0.5), target).tolist() == [1.0] * 7
+    assert task.correct(10 * (0.5 - target), target).max() < 0.02  # a pixel of exactly 1/2 there is none of
 
 
 # --- sequential MNIST ------------------------------------------------------------------------------------------------

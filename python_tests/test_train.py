@@ -16,17 +16,20 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_tasks import write_mnist
+from test_tasks import write_cifar10, write_mnist
 
 import tpext
 from tpext.experiments import Config, ConfigError, make_config, published
 from tpext.experiments import run_folder as run_folder_module
 from tpext.experiments import train as train_module
-from tpext.experiments.config import RULES, differences
-from tpext.experiments.figures import draw_comparison, draw_run
-from tpext.experiments.model import SequenceModel
+from tpext.experiments.config import LAYER_RULES, RULES, SEQUENCE_RULES, differences
+from tpext.experiments.feed_forward import published_presets
+from tpext.experiments.figures import draw_comparison, draw_run, draw_task
+from tpext.experiments.model import FeedForwardModel, Model, SequenceModel, make_model
+from tpext.experiments.plan import Plan
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import DivergedError, train
+from tpext.tasks import FEED_FORWARD, TOYS
 
 SMALL: dict[str, Any] = {
     "length": 10,
@@ -126,7 +129,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
     ("options", "message"),
     [
         ({"task": "sorting"}, "task must be one of temporal-order"),
-        ({"rule": "magic"}, "rule must be one of regularized, learned, backprop, got 'magic'"),
+        ({"rule": "magic"}, "rule must be one of regularized, learned, backprop, regularized-least.*, got 'magic'"),
         ({"rule": "backprop", "reg": 1.0}, r"reg does not belong to rule=backprop \(options of that rule: none\)"),
         ({"rule": "learned", "correction": "none"}, "correction does not belong to rule=learned"),
         ({"reverse_lr": 1.0}, "reverse_lr does not belong to rule=regularized"),
@@ -156,6 +159,42 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"task": "adding", "length": 60, "preset": "published"}, "no settings were published .*length=60"),
         ({"task": "mnist", "chunk": 28, "preset": "published"}, "no settings were published .*chunk=28"),
         ({"preset": "best"}, "preset must be one of default, published"),
+        ({"preset": "lee"}, "preset must be one of default, published for temporal-order, got 'lee'"),
+        ({"rule": "dtp"}, r"rule=dtp does not belong to temporal-order \(rules of that task: regularized, learned, b"),
+        ({"sizes": (3,)}, r"sizes does not belong to temporal-order, got \(3,\)"),
+        ({"reduction": "batch"}, "reduction does not belong to temporal-order, got 'batch'"),
+        ({"reference_compat": True}, "reference_compat does not belong to temporal-order, got True"),
+        ({"nonlinearity": "sigmoid"}, "nonlinearity of temporal-order must be tanh, relu or identity, got sigmoid"),
+        ({"init": "xavier"}, "init of temporal-order must be orthogonal or torch, got xavier"),
+        ({"epochs": 3}, "epochs does not belong to temporal-order, got 3"),
+        ({"epochs": 3, "iterations": 3}, "give epochs or iterations, got epochs=3, iterations=3"),
+        ({"schedule": "alternating", "rule": "learned"}, "schedule=alternating needs a task with epochs and rule="),
+        ({"order": "shuffled"}, "order does not belong to temporal-order"),
+        ({"optimizer": "centred-rmsprop", "momentum": 1.0}, "momentum must be below 1 with optimizer=centred-rmsprop"),
+        (
+            {"task": "mnist-mlp", "rule": "learned"},
+            r"rule=learned does not belong to mnist-mlp \(rules .*: regularized-l",
+        ),
+        ({"task": "mnist-mlp", "preset": "lee"}, "preset must be one of default, seely for task=mnist-mlp, rule=reg"),
+        ({"task": "spiral", "preset": "published"}, "preset must be one of default for task=spiral"),
+        ({"task": "mnist-mlp", "hidden_size": 3}, "hidden_size does not belong to mnist-mlp, got 3"),
+        ({"task": "mnist-mlp", "layers": 3}, "layers does not belong to mnist-mlp, got 3"),
+        ({"task": "mnist-mlp", "sizes": ()}, r"sizes must be the sizes of at least one hidden layer, got \(\)"),
+        ({"task": "mnist-mlp", "sizes": (3, 0)}, "sizes must be an integer >= 1, got 0"),
+        ({"task": "mnist-mlp", "order": "random"}, "order must be one of shuffled, sequential_first, sequential, got"),
+        ({"task": "mnist-mlp", "reg": 1.0}, "reg does not belong to rule=regularized-least-squares"),
+        ({"task": "mnist-mlp", "gamma": -1.0}, "gamma must be a .*number.* >= 0, got -1"),
+        ({"task": "mnist-mlp", "rule": "dtp", "correction": "linearized"}, "correction must be 'difference' or 'none'"),
+        ({"task": "mnist-mlp", "rule": "dtp", "local_loss": "pre"}, "local_loss must be 'post', got 'pre'"),
+        (
+            {"task": "mnist-mlp", "schedule": "alternating"},
+            "alternating needs .* rule=learned or dtp, got task=mnist-mlp",
+        ),
+        ({"task": "mnist-mlp", "precision": "bf16"}, "precision of mnist-mlp must be 32 or 64, got bf16"),
+        ({"task": "mnist-mlp", "reduction": "mean"}, "reduction must be one of sum, batch, element, got 'mean'"),
+        ({"task": "spiral", "rule": "dtp", "schedule": "alternating"}, "schedule=alternating needs a task with epochs"),
+        ({"task": "spiral", "data_dir": "x"}, "data_dir does not belong to spiral"),
+        ({"task": "spiral", "epochs": 2}, "epochs does not belong to spiral, got 2"),
     ],
 )
 def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None:
@@ -165,7 +204,8 @@ def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("rule", RULES)
 def test_config_survives_json(rule: Any) -> None:
-    config = make_config("temporal-order", rule=rule, seed=2**40, clip_grad_norm=1.0, data_dir=None, threads=3)
+    task = "temporal-order" if rule in SEQUENCE_RULES else "mnist-mlp"
+    config = make_config(task, rule=rule, seed=2**40, clip_grad_norm=1.0, data_dir=None, threads=3)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -306,7 +346,7 @@ def assert_everything_moved(config: Config, folder: Path) -> None:
         assert moved == ("bias_hh" not in name), name
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", SEQUENCE_RULES)
 @pytest.mark.parametrize("precision", ["32", "64", "bf16"])
 def test_every_rule_trains(rule: Any, precision: Any, tmp_path: Path) -> None:
     config = small(rule=rule, precision=precision, layers=2, optimizer="rmsprop", momentum=0.5, clip_grad_norm=1.0)
@@ -394,6 +434,364 @@ def test_a_run_leaves_torch_as_it_was(tmp_path: Path) -> None:
     assert torch.get_num_threads() == 2
 
 
+# --- feed-forward networks -------------------------------------------------------------------------------------------
+
+TINY: dict[str, Any] = {
+    "sizes": (9, 7),
+    "batch_size": 5,
+    "test_size": 7,
+    "epochs": 4,
+    "eval_interval": 6,
+    "checkpoint_interval": 4,
+    "threads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small files of MNIST (25 images to train, 7 to test) and CIFAR-10 (20 and 4)."""
+    folder = tmp_path_factory.mktemp("data")
+    write_mnist(folder)
+    write_cifar10(folder)
+    return folder
+
+
+def tiny(data: Path, task: str = "mnist-mlp", **options: Any) -> Config:
+    """A run of 20 iterations, or for the alternating schedule 40."""
+    values = {**TINY, **options}
+    if task in TOYS:
+        del values["epochs"]
+        values["iterations"] = 20
+    elif task == "digits-mlp":
+        values |= {"train_size": 25}
+    else:
+        values |= {"data_dir": str(data)}
+    if task == "cifar-mlp":
+        values |= {"test_size": 4}
+    return make_config(task, **values)
+
+
+def test_settings_of_seely() -> None:
+    for rule, expected in (
+        ("constrained", tpext.ConstrainedLeastSquares(target_step=0.1, normalize=False, local_loss="pre", clip=1e-2)),
+        (
+            "regularized-least-squares",
+            tpext.RegularizedLeastSquares(gamma=1e-3, target_step=0.1, normalize=False, local_loss="pre"),
+        ),
+        ("backprop", tpext.Backprop()),
+    ):
+        config = make_config("mnist-mlp", rule=rule, preset="seely")  # type: ignore[arg-type]
+        assert config.rule == expected
+        assert (config.sizes, config.nonlinearity, config.init) == ((240,) * 4, "tanh", "xavier")
+        assert (config.optimizer, config.lr, config.head_lr, config.momentum) == ("tf-rmsprop", 3e-3, 3e-3, 0)
+        assert (config.batch_size, config.iterations, config.epochs) == (100, 20_000, None)
+        assert (config.train_size, config.order, config.reduction) == (50_000, "sequential_first", "element")
+        assert (config.clip_grad_norm, config.reference_compat) == (100, True)
+    autoencoder = make_config("mnist-autoencoder", rule="constrained", preset="seely")
+    assert autoencoder.sizes == (200, 100, 5, 100, 200)
+
+
+def test_settings_of_lee() -> None:
+    config = make_config("mnist-mlp", rule="dtp", preset="lee")
+    step, noise = 0.327736332653, 0.359829566008
+    assert config.rule == tpext.DifferenceTargetPropagation(target_step=step, noise=noise, normalize=False)
+    assert (config.lr, config.head_lr, config.reverse_lr) == (0.0148893490317, 0.0148893490317, 0.00501149118237)
+    assert (config.reduction, config.schedule) == ("batch", "alternating")
+    baseline = make_config("mnist-mlp", rule="backprop", preset="lee")
+    assert (baseline.lr, baseline.head_lr) == (0.000804436870084, 0.000804436870084)
+    assert (baseline.reduction, baseline.schedule) == ("sum", "parallel")
+    for each in (config, baseline):
+        assert (each.sizes, each.nonlinearity, each.init) == ((240,) * 7, "tanh", "orthogonal")
+        assert (each.optimizer, each.momentum, each.reference_compat) == ("centred-rmsprop", 0.9, False)
+        assert (each.batch_size, each.epochs, each.train_size, each.order) == (100, 100, 50_000, "sequential")
+
+
+def test_where_there_are_presets() -> None:
+    found = {(task, rule): published_presets(task, kind) for task in FEED_FORWARD for rule, kind in LAYER_RULES.items()}
+    assert {key: value for key, value in found.items() if value} == {
+        ("mnist-mlp", "regularized-least-squares"): ["seely"],
+        ("mnist-mlp", "constrained"): ["seely"],
+        ("mnist-mlp", "dtp"): ["lee"],
+        ("mnist-mlp", "backprop"): ["seely", "lee"],
+        ("mnist-autoencoder", "regularized-least-squares"): ["seely"],
+        ("mnist-autoencoder", "constrained"): ["seely"],
+        ("mnist-autoencoder", "backprop"): ["seely"],
+    }
+
+
+def test_another_optimizer_or_duration_than_the_presets() -> None:
+    config = make_config("mnist-mlp", rule="dtp", preset="lee", optimizer="sgd", momentum=0.5, iterations=70)
+    assert (config.lr, config.head_lr, config.reverse_lr, config.momentum) == (1e-3, 1e-3, 1e-3, 0.5)
+    assert config.nesterov
+    assert (config.epochs, config.iterations) == (None, 70)
+    config = make_config("mnist-mlp", optimizer="centred-rmsprop", epochs=3)
+    assert (config.lr, config.momentum, config.epochs, config.iterations) == (1e-3, 0.9, 3, None)
+    config = make_config("mnist", epochs=3)
+    assert (config.epochs, config.iterations) == (3, None)
+
+
+def rms_step(state: dict[str, torch.Tensor], gradient: torch.Tensor, lr: float) -> torch.Tensor:
+    """The centred RMSProp of Lee et al.: by how much a parameter moves."""
+    state["m"] = 0.95 * state.get("m", 0) + 0.05 * gradient
+    state["v"] = 0.95 * state.get("v", 0) + 0.05 * gradient**2
+    state["u"] = 0.9 * state.get("u", 0) - lr * gradient / (state["v"] - state["m"] ** 2 + 1e-3).sqrt()
+    return state["u"]
+
+
+def test_a_run_is_difference_target_propagation_as_published(data: Path, tmp_path: Path) -> None:
+    """Two epochs of the alternating schedule, written from the published code's equations with plain autograd."""
+    options = {"sizes": (9, 8, 7), "precision": "64", "epochs": 2, "noise": 0.0, "train_size": 25}
+    config = tiny(data, rule="dtp", preset="lee", **options)
+    torch.manual_seed(config.seed)
+    task = config.make_task()
+    start = make_model(config, task).double().state_dict()
+    values = {name: value.clone().requires_grad_() for name, value in start.items()}
+    states: dict[str, dict[str, torch.Tensor]] = {name: {} for name in values}
+
+    def layer(index: int, below: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(below @ values[f"layers.{index}.weight"].T + values[f"layers.{index}.bias"])
+
+    def back(index: int, above: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(above @ values[f"layers.{index}.reverse_weight"].T + values[f"layers.{index}.reverse_bias"])
+
+    def mse(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return ((left - right) ** 2).sum(1).mean()
+
+    def move(loss: torch.Tensor, names: list[str], lr: float) -> None:
+        gradients = torch.autograd.grad(loss, [values[name] for name in names])
+        with torch.no_grad():
+            for name, gradient in zip(names, gradients, strict=True):
+                values[name] += rms_step(states[name], gradient, lr)
+
+    for epoch in range(2):
+        for phase in ("reverse", "forward"):
+            for index in range(5):
+                batch = task.batch(config.seed, 5 * epoch + index, 5)
+                assert torch.equal(batch.input, task.data.train_images[5 * index : 5 * index + 5].float() / 255)
+                h = [batch.input.double()]
+                for number in range(3):
+                    h.append(layer(number, h[-1]).detach())
+                if phase == "reverse":
+                    loss = sum(mse(back(number, layer(number, h[number]).detach()), h[number]) for number in (1, 2))
+                    move(
+                        loss, [f"layers.{n}.reverse_{p}" for n in (1, 2) for p in ("weight", "bias")], config.reverse_lr
+                    )
+                    continue
+                top = h[3].requires_grad_()
+                nll = torch.nn.functional.cross_entropy(
+                    top @ values["head.weight"].T + values["head.bias"], batch.target
+                )
+                (gradient,) = torch.autograd.grad(nll, top, retain_graph=True)
+                targets = {3: top.detach() - config.rule.target_step * gradient}  # type: ignore[union-attr]
+                for number in (2, 1):
+                    targets[number] = (
+                        h[number] - back(number, h[number + 1]) + back(number, targets[number + 1])
+                    ).detach()
+                loss = nll + sum(mse(layer(number, h[number].detach()), targets[number + 1]) for number in range(3))
+                move(loss, [name for name in values if "reverse" not in name], config.lr)
+    train(config, tmp_path)
+    trained = checkpoint(tmp_path)["model"]
+    for name, value in values.items():
+        moved = (value.detach() - start[name]).norm()
+        assert (moved > 0) == (not name.startswith("layers.0.reverse")), name
+        torch.testing.assert_close(trained[name], value.detach(), rtol=1e-10, atol=1e-10 * moved.item())
+
+
+@pytest.mark.parametrize("rule", ["constrained", "regularized-least-squares", "backprop"])
+def test_a_run_takes_the_means_of_seely(rule: Any, data: Path, tmp_path: Path) -> None:
+    """One step of TensorFlow's RMSProp on the rule's gradients divided by batch and units."""
+    config = tiny(data, rule=rule, preset="seely", precision="64", epochs=None, iterations=1, train_size=25)
+    torch.manual_seed(config.seed)
+    task = config.make_task()
+    model = make_model(config, task).double()
+    input, target = task.batch(config.seed, 0, 5)
+    assert torch.equal(input, task.data.train_images[:5].float() / 255)
+    torch.nn.functional.cross_entropy(model(input.double()), target).backward()
+    train(config, tmp_path)
+    trained = checkpoint(tmp_path)["model"]
+    for name, value in model.named_parameters():
+        assert value.grad is not None
+        gradient = value.grad / (5 * value.size(0))
+        moved = config.lr * gradient / (0.9 + 0.1 * gradient**2 + 1e-10).sqrt()
+        torch.testing.assert_close(trained[name], value.detach() - moved, rtol=0, atol=1e-12)
+
+
+def test_initializations_of_feed_forward_networks(data: Path) -> None:
+    def model(**options: Any) -> Model:
+        config = tiny(data, **options)
+        return make_model(config, config.make_task())
+
+    for init, gain in (("orthogonal", 1.0), ("xavier", 0.95)):
+        for name, parameter in model(rule="dtp", init=init).named_parameters():
+            if parameter.ndim != 2:
+                assert not parameter.any(), name
+            elif init == "orthogonal" or "reverse" in name:
+                ones = torch.full((min(parameter.shape),), gain)
+                torch.testing.assert_close(torch.linalg.svdvals(parameter.detach()), ones, msg=name)
+            else:
+                bound = (6 / sum(parameter.shape)) ** 0.5
+                assert 0.8 * bound < parameter.abs().max() <= bound
+    plain = model(init="torch")
+    assert isinstance(plain, FeedForwardModel)
+    assert plain.layers[0].bias.any()
+    assert [layer.activation.reference_compat for layer in model(reference_compat=True).local_layers()] == [True] * 3
+
+
+def assert_layers_moved(config: Config, folder: Path) -> None:
+    """Every parameter left where it started, but for the inverse of the first layer, which has none to teach it."""
+    torch.manual_seed(config.seed)
+    start, trained = make_model(config, config.make_task()).state_dict(), checkpoint(folder)["model"]
+    assert start.keys() == trained.keys()
+    for name, value in start.items():
+        moved = not torch.equal(trained[name].to(value.dtype), value)
+        assert moved == (not name.startswith("layers.0.reverse")), name
+
+
+@pytest.mark.parametrize("task", FEED_FORWARD)
+@pytest.mark.parametrize("rule", LAYER_RULES)
+def test_every_feed_forward_task_trains(task: str, rule: Any, data: Path, tmp_path: Path) -> None:
+    if task == "digits-mlp":
+        pytest.importorskip("sklearn")
+    config = tiny(data, task, rule=rule)
+    result = train(config, tmp_path)
+    assert result.iterations == (16 if task == "cifar-mlp" else 20)
+    assert 0 <= result.accuracy <= result.best_accuracy <= 1
+    assert json.loads((tmp_path / "result.json").read_text())["error"] == 1 - result.accuracy
+    assert_layers_moved(config, tmp_path)
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    plane = task in TOYS and task not in ("sphere", "torus")
+    extra = {"decision.png"} if plane else {"reconstruction.png"} if task == "mnist-autoencoder" else set()
+    assert pictures == {"curve.png"} | extra
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "nonlinearity"),
+    [
+        ("sgd", "tanh"),
+        ("tf-rmsprop", "sigmoid"),
+        ("centred-rmsprop", "relu"),
+        ("rmsprop", "leaky_relu"),
+        ("adamw", "identity"),
+    ],
+)
+def test_options_of_feed_forward_runs(optimizer: Any, nonlinearity: Any, data: Path, tmp_path: Path) -> None:
+    momentum = 0.5 if "rmsprop" in optimizer else None
+    options = {"nonlinearity": nonlinearity, "optimizer": optimizer, "momentum": momentum, "precision": "64"}
+    config = tiny(data, "xor", clip_grad_norm=1.0, reduction="element", **options)
+    assert train(config, tmp_path).iterations == 20
+
+
+@pytest.mark.parametrize("rule", LAYER_RULES)
+def test_feed_forward_rules_lower_the_loss(rule: Any, data: Path, tmp_path: Path) -> None:
+    options = {"sizes": (20, 20), "batch_size": 50, "test_size": 200, "iterations": 300, "eval_interval": 300}
+    config = make_config("xor", rule=rule, lr=1e-2, threads=1, **options)
+    result = train(config, tmp_path)
+    assert result.test_loss < 0.5 * float(metrics(tmp_path)[0]["test_loss"])
+
+
+def test_an_epoch_is_evaluated_at_its_end(data: Path, tmp_path: Path) -> None:
+    options = {"epochs": 3, "batch_size": 10, "test_size": 7, "sizes": (6,), "threads": 1, "data_dir": str(data)}
+    train(make_config("mnist-mlp", **options), tmp_path / "parallel")
+    assert [int(row["iteration"]) for row in metrics(tmp_path / "parallel")] == [0, 2, 4, 6]
+    train(make_config("mnist-mlp", rule="dtp", schedule="alternating", **options), tmp_path / "alternating")
+    assert [int(row["iteration"]) for row in metrics(tmp_path / "alternating")] == [0, 4, 8, 12]
+
+
+def test_plan_of_the_alternating_schedule(data: Path) -> None:
+    config = tiny(data, rule="dtp", schedule="alternating", epochs=2, eval_interval=None)
+    plan = Plan.of(config, config.make_task())
+    assert (plan.iterations, plan.eval_interval) == (20, 10)
+    steps = range(20)
+    assert [plan.batch(step) for step in steps] == [0, 1, 2, 3, 4] * 2 + [5, 6, 7, 8, 9] * 2
+    assert [plan.trains_reverse(step) for step in steps] == ([True] * 5 + [False] * 5) * 2
+    assert [plan.trains_forward(step) for step in steps] == ([False] * 5 + [True] * 5) * 2
+    plan = Plan.of(replace(config, schedule="parallel"), config.make_task())
+    assert plan.iterations == 10
+    assert all(plan.batch(step) == step and plan.trains_reverse(step) and plan.trains_forward(step) for step in steps)
+
+
+def test_phases_train_what_they_say(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, rule="dtp", schedule="alternating", epochs=None, iterations=5, eval_interval=3)
+    torch.manual_seed(config.seed)
+    start = make_model(config, config.make_task()).state_dict()
+    train(config, tmp_path / "reverse")
+    for name, value in checkpoint(tmp_path / "reverse")["model"].items():
+        assert torch.equal(value, start[name]) == ("reverse" not in name or name.startswith("layers.0")), name
+    rows = metrics(tmp_path / "reverse")
+    assert len({row["train_loss"] for row in rows}) == 1, "no iteration had a loss"
+    train(replace(config, iterations=10), tmp_path / "both")
+    after = checkpoint(tmp_path / "both")["model"]
+    for name, value in checkpoint(tmp_path / "reverse")["model"].items():
+        assert torch.equal(value, after[name]) == ("reverse" in name), name
+
+
+def test_a_sequence_of_images_runs_by_epochs_too(data: Path, tmp_path: Path) -> None:
+    options = {"chunk": 196, "epochs": 2, "batch_size": 5, "test_size": 7, "hidden_size": 6, "threads": 1}
+    config = make_config("mnist", rule="learned", schedule="alternating", data_dir=str(data), **options)
+    assert train(config, tmp_path).iterations == 20
+
+
+def test_feed_forward_data_that_does_not_fit(data: Path, tmp_path: Path) -> None:
+    for wrong, message in (
+        ({"batch_size": 26}, "batch_size must be at most 25"),
+        ({"train_size": 4}, "batch_size must be at most 4"),
+        ({"train_size": 26}, r"train_size must be 1 \.\. 25"),
+        ({"test_size": 8}, r"test_size must be 1 \.\. 7"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(tiny(data, **wrong), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("where", ["layers.1.bias", "layers.0.weight", "head.bias", "layers.1.reverse_weight"])
+def test_divergence_of_a_feed_forward_network(
+    where: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = train_module._Run._step
+
+    def poisoned(run: Any, iteration: int) -> None:
+        if iteration == 11:
+            run.model.get_parameter(where).data[0] = float("nan")
+        step(run, iteration)
+
+    monkeypatch.setattr(train_module._Run, "_step", poisoned)
+    with pytest.raises(DivergedError, match=r"at iteration 11: the .* loss is nan"):
+        train(tiny(data, rule="dtp"), tmp_path)
+    assert_last_good(tmp_path, 8)
+
+
+@pytest.mark.parametrize("rule", ["constrained", "regularized-least-squares", "backprop"])
+def test_feed_forward_rates_that_are_too_large(rule: Any, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match=r"diverged at iteration [123456]: "):
+        train(tiny(data, rule=rule, optimizer="sgd", lr=1e38), tmp_path)
+    assert_last_good(tmp_path, checkpoint(tmp_path)["iteration"])
+
+
+def test_pictures_are_drawn_again_from_the_folder(data: Path, tmp_path: Path) -> None:
+    for task, name in (("spiral", "decision.png"), ("mnist-autoencoder", "reconstruction.png")):
+        folder = tmp_path / task
+        train(tiny(data, task), folder)
+        (folder / name).unlink()
+        assert draw_task(folder) == folder / name
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        (folder / "checkpoint.pt").unlink()
+        (folder / "metrics.csv").unlink()
+        with pytest.raises(RunError, match="holds no run with a checkpoint"):
+            draw_task(folder)
+    train(tiny(data), tmp_path / "none")
+    assert draw_task(tmp_path / "none") is None
+    with pytest.raises(RunError, match="holds no run"):
+        draw_task(tmp_path / "nowhere")
+
+
+def test_feed_forward_runs_share_a_figure(data: Path, tmp_path: Path) -> None:
+    runs = {}
+    for rule in ("dtp", "constrained"):
+        train(tiny(data, rule=rule), tmp_path / rule)
+        runs[rule] = [tmp_path / rule]
+    assert draw_comparison(runs, tmp_path / "both.png").exists()
+
+
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
@@ -431,6 +829,45 @@ def test_resuming_changes_nothing(
     assert not (tmp_path / "stopped" / "result.json").exists()
     train(config, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "stops"),
+    [
+        # Iterations of an epoch: 5; of the alternating schedule's: 5 for the inverses, then 5 for the rest. Checkpoints
+        # come every 4, so the runs resume in the middle of an epoch, in the middle of a phase and between two phases.
+        ("mnist-mlp", {"rule": "dtp", "schedule": "alternating", "noise": 0.3}, (2, 5, 8, 9, 10, 13, 27)),
+        ("mnist-mlp", {"rule": "dtp", "preset": "lee", "train_size": 25, "checkpoint_interval": 5}, (5, 7, 10, 12)),
+        ("mnist-mlp", {"rule": "constrained", "order": "sequential_first"}, (3, 5, 9)),
+        ("mnist-autoencoder", {"rule": "regularized-least-squares", "optimizer": "tf-rmsprop"}, (6, 11)),
+        ("cifar-mlp", {"rule": "dtp", "noise": 0.1, "optimizer": "centred-rmsprop"}, (3, 7)),
+        ("spiral", {"rule": "dtp", "noise": 0.1}, (1, 9, 18)),
+    ],
+)
+def test_resuming_a_feed_forward_run_changes_nothing(
+    task: str,
+    options: dict[str, Any],
+    stops: tuple[int, ...],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny(data, task, **options)
+    train(config, tmp_path / "whole")
+    step = train_module._Run._step
+    for stop in stops:
+
+        def stopping(run: Any, iteration: int, stop: int = stop) -> None:
+            step(run, iteration)
+            if iteration == stop:
+                raise Killed
+
+        monkeypatch.setattr(train_module._Run, "_step", stopping)
+        with pytest.raises(Killed):
+            train(config, tmp_path / f"stopped{stop}")
+        monkeypatch.setattr(train_module._Run, "_step", step)
+        train(config, tmp_path / f"stopped{stop}", resume=True)
+        assert_same_run(tmp_path / "whole", tmp_path / f"stopped{stop}")
 
 
 def test_kill_9_in_mid_run_changes_nothing(tmp_path: Path) -> None:

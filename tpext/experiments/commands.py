@@ -18,7 +18,9 @@ from rich.console import Console
 import tpext
 from tpext.experiments.config import (
     FREE_FIELDS,
-    RULES,
+    LAYER_RULES,
+    REVERSE_RULES,
+    SEQUENCE_RULES,
     Config,
     ConfigError,
     Initialization,
@@ -26,16 +28,19 @@ from tpext.experiments.config import (
     Optimizer,
     Precision,
     Preset,
+    Reduction,
     RuleName,
+    Schedule,
     make_config,
     published,
 )
+from tpext.experiments.feed_forward import published_presets
 from tpext.experiments.figures import draw_comparison
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import DivergedError, train
-from tpext.rules import Correction, Credit, InputRule
-from tpext.tasks import IMAGES, TASKS, TaskName, make_task
+from tpext.rules import Correction, Credit, Form, InputRule, LocalLoss
+from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, Order, Task, TaskName, make_task
 
 
 def _value(metavar: str, default: str = "the preset's") -> object:
@@ -48,23 +53,36 @@ _Number = Annotated[float | None, _value("FLOAT")]
 
 
 def _default(name: str, metavar: str) -> object:
-    """How an option shows in the help whose default no preset sets; images may have another than the other tasks."""
+    """How an option shows in the help whose default no preset of a sequence sets; images may have another there."""
     default, images = (str(make_config(task).options()[name]) for task in ("temporal-order", "mnist"))
     return _value(metavar, default if images == default else f"{default}, images {images}")
 
 
+def _layer_default(name: str, metavar: str) -> object:
+    """The same of an option that only feed-forward tasks have."""
+    return _value(metavar, str(make_config("mnist-mlp").options()[name]))
+
+
 @dataclass(frozen=True)
 class Train:
-    """Train a recurrent network; with no option but the task, by target propagation with its published settings."""
+    """Train a network, recurrent for sequences, else feed-forward; by target propagation unless told otherwise."""
 
     task: tyro.conf.Positional[TaskName]
     """What to learn; `tpext tasks` describes them."""
 
-    rule: Annotated[RuleName | None, _value("{regularized,learned,backprop}", "regularized")] = None
-    """Target propagation through regularized inverses or learned ones, or back-propagation."""
-    preset: Annotated[Preset | None, _value("{default,published}", "default")] = None
-    """default: published rates (those of the nearest task or length where there are none), fewer iterations.
-    published: as published, for temporal-order with 60 or 120 steps, adding with 30, images pixel by pixel."""
+    rule: Annotated[
+        RuleName | None,
+        _value(
+            "{regularized,learned,backprop,constrained,regularized-least-squares,dtp}",
+            "regularized; feed-forward regularized-least-squares",
+        ),
+    ] = None
+    """Target propagation through regularized inverses or learned ones, or back-propagation. Feed-forward: through least
+    squares inverses, constrained or regularized, or learned ones (dtp), or back-propagation."""
+    preset: Annotated[Preset | None, _value("{default,published,seely,lee}", "default")] = None
+    """default: published rates (those of the nearest task or length where there are none), fewer iterations;
+    feed-forward Adam. published: as published, for temporal-order with 60 or 120 steps, adding with 30, images pixel by
+    pixel. seely, lee: as in these authors' code, for mnist-mlp (seely also mnist-autoencoder)."""
     out: Annotated[Path | None, _value("DIR", "runs/TASK-RULE-SEED")] = None
     """Folder of the run."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -73,57 +91,82 @@ class Train:
     length: Annotated[int | None, _value("INT", "60; adding, random-permutation 30")] = None
     """Number of steps of a synthetic task."""
     chunk: Annotated[int | None, _value("INT", "1")] = None
-    """Pixels per step of an image task, a divisor of 784: 1 is pixel by pixel, 28 is by rows."""
+    """Pixels per step of a sequence of images, a divisor of 784: 1 is pixel by pixel, 28 is by rows."""
 
     reg: _Number = None
     """Regularization of the inverse (rule regularized)."""
     target_step: _Number = None
-    """Size of the first displacement, -target_step * gradient (rules regularized, learned)."""
+    """Size of the first displacement, -target_step * gradient (all rules but backprop)."""
     correction: Annotated[Correction | None, _default("correction", "{linearized,difference,none}")] = None
-    """How displacements pass through the inverse (rule regularized)."""
+    """How displacements pass through the inverse (rules regularized; dtp: difference, by default, or none)."""
     credit: Annotated[Credit | None, _default("credit", "{through_time,local}")] = None
     """Local losses back-propagated through the unrolled layer, or each alone (rules regularized, learned)."""
     clip: Annotated[float | None, _default("clip", "FLOAT")] = None
-    """Distance kept from the edges of the activation's range (rule regularized)."""
+    """Distance kept from the edges of the activation's range (rules regularized; least squares, there 0.01)."""
     normalize: Annotated[bool | None, _value("{True,False}", "False with sgd, as published, else True")] = None
-    """Divide the recurrent layer's gradients by target_step (rules regularized, learned)."""
+    """Divide the local gradients by target_step (all rules but backprop)."""
     input_rule: Annotated[InputRule | None, _default("input_rule", "{gradient,target}")] = None
     """What the layer below gets, where there are several (rule regularized)."""
     noise: _Number = None
-    """Standard deviation of the noise in the reconstruction loss (rule learned)."""
+    """Standard deviation of the noise in the reconstruction loss (rules learned, dtp)."""
     reverse_lr: _Number = None
-    """Learning rate of the reverse layer (rule learned)."""
+    """Learning rate of the reverse layers (rules learned, dtp)."""
+    gamma: _Number = None
+    """Weight of the distance from the current input in the inverse (rule regularized-least-squares)."""
+    form: Annotated[Form | None, _layer_default("form", "{proximal,ridge}")] = None
+    """Which distance: from the current input, or from zero (rule regularized-least-squares)."""
+    local_loss: Annotated[LocalLoss | None, _layer_default("local_loss", "{pre,post}")] = None
+    """Local losses before the activation or after it (rules constrained, regularized-least-squares)."""
 
     hidden_size: Annotated[int | None, _default("hidden_size", "INT")] = None
     """Units of a recurrent layer."""
     layers: Annotated[int | None, _default("layers", "INT")] = None
     """Number of recurrent layers."""
-    nonlinearity: Annotated[Nonlinearity | None, _default("nonlinearity", "{tanh,relu,identity}")] = None
-    """Activation of the recurrent layers."""
-    init: Annotated[Initialization | None, _default("init", "{orthogonal,torch}")] = None
-    """orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own."""
+    sizes: Annotated[tuple[int, ...] | None, _value("INT [INT ...]", "the preset's")] = None
+    """Units of each hidden layer of a feed-forward network."""
+    nonlinearity: Annotated[Nonlinearity | None, _default("nonlinearity", "{tanh,relu,identity,...}")] = None
+    """Activation of the hidden layers; feed-forward also sigmoid and leaky_relu."""
+    init: Annotated[Initialization | None, _default("init", "{orthogonal,torch,xavier}")] = None
+    """orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own. xavier: uniform
+    (feed-forward)."""
+    reference_compat: Annotated[bool | None, _layer_default("reference_compat", "{True,False}")] = None
+    """Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."""
 
-    optimizer: Annotated[Optimizer | None, _default("optimizer", "{sgd,adam,adamw,rmsprop,adagrad}")] = None
-    """Published settings use sgd; with another optimizer, rates start at 1e-3."""
+    optimizer: Annotated[
+        Optimizer | None,
+        _value("{sgd,adam,adamw,rmsprop,adagrad,tf-rmsprop,centred-rmsprop}", "sgd; feed-forward adam"),
+    ] = None
+    """With another optimizer than the preset's, rates start at 1e-3."""
     lr: _Number = None
-    """Learning rate of the recurrent layers, and of the head unless --head-lr is given.
+    """Learning rate of the hidden layers, and of the head unless --head-lr is given.
     For rule learned the preset's is the published 1e-2 divided by the batch size."""
     head_lr: _Number = None
-    """Learning rate of the output layer, which learns by plain gradients."""
+    """Learning rate of the output layer, which learns by plain gradients (not under the least squares rules)."""
     momentum: _Number = None
-    """Momentum (sgd, rmsprop)."""
+    """Momentum (sgd and the three rmsprop)."""
     nesterov: Annotated[bool | None, _value("{True,False}", "True where sgd has a momentum")] = None
     """Nesterov's momentum (sgd)."""
     clip_grad_norm: Annotated[float | None, _default("clip_grad_norm", "FLOAT")] = None
     """Bound on the norm of all gradients together, above 0."""
+    reduction: Annotated[Reduction | None, _layer_default("reduction", "{sum,batch,element}")] = None
+    """How local losses are averaged (feed-forward): sum: half the sum of squares; batch: their mean over the batch, as
+    in Lee's code; element: half their mean over batch and units, as in Seely's."""
+    schedule: Annotated[Schedule | None, _default("schedule", "{parallel,alternating}")] = None
+    """Reverse layers learn at every step, or an epoch before the others (rules learned, dtp)."""
 
+    epochs: _Integer = None
+    """Passes through the training images, in place of --iterations."""
     iterations: _Integer = None
     """Number of training steps."""
     batch_size: _Integer = None
     """Samples per step."""
+    train_size: Annotated[int | None, _value("INT", "all")] = None
+    """Number of training images, the first ones (feed-forward)."""
+    order: Annotated[Order | None, _layer_default("order", "{shuffled,sequential_first,sequential}")] = None
+    """Order of an epoch's images: shuffled, as stored in the first epoch, or always as stored (feed-forward)."""
     test_size: Annotated[int | None, _default("test_size", "INT")] = None
     """Samples of the test set."""
-    eval_interval: Annotated[int | None, _default("eval_interval", "INT")] = None
+    eval_interval: Annotated[int | None, _value("INT", "100, images 1000, as vectors an epoch")] = None
     """Iterations between evaluations."""
     checkpoint_interval: Annotated[int | None, _default("checkpoint_interval", "INT")] = None
     """Iterations between checkpoints."""
@@ -133,10 +176,10 @@ class Train:
     """Float type; bf16 is mixed precision."""
     device: Annotated[str | None, _default("device", "NAME")] = None
     """A torch device."""
-    threads: Annotated[int | None, _value("INT", "1 for a synthetic task, up to 4 for images")] = None
+    threads: Annotated[int | None, _value("INT", "1 for digits and drawn samples, up to 4 for images")] = None
     """CPU threads."""
     data_dir: Annotated[Path | None, _value("DIR", "$TPEXT_DATA or the cache folder")] = None
-    """Folder with the image task's files; without it they are downloaded once."""
+    """Folder with the image task's files; without it MNIST is downloaded once."""
     tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Write TensorBoard events too."""
 
@@ -154,8 +197,9 @@ class Train:
         try:
             result = train(config, out, resume=resume, console=console)
         except DivergedError as error:
-            rates = "--lr, --head-lr, --reverse-lr" if config.rule_name == "learned" else "--lr, --head-lr"
-            reg = ", or a larger --reg" if config.rule_name == "regularized" else ""
+            rates = "--lr, --head-lr, --reverse-lr" if config.rule_name in REVERSE_RULES else "--lr, --head-lr"
+            larger = {"regularized": "--reg", "regularized-least-squares": "--gamma"}.get(config.rule_name)
+            reg = f", or a larger {larger}" if larger else ""
             print(
                 f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with smaller "
                 f"rates ({rates}){reg}.",
@@ -167,7 +211,13 @@ class Train:
             f"accuracy {result.accuracy:.2%} (best {result.best_accuracy:.2%} at iteration {result.best_iteration}), "
             f"test loss {result.test_loss:.4g}, {result.iterations} iterations in {result.seconds:.1f} s",
         )
-        say(console, f"curve: {folder.curve}")
+        for name, picture in (
+            ("curve", folder.curve),
+            ("decision regions", folder.decision),
+            ("reconstructions", folder.reconstruction),
+        ):
+            if picture.exists():
+                say(console, f"{name}: {picture}")
         return 0
 
 
@@ -230,14 +280,26 @@ class Tasks:
         for name in TASKS:
             task = make_task(name)
             steps = "784 / chunk steps of chunk" if name in IMAGES else f"{task.length} steps of {task.input_size}"
-            output = f"{task.output_size} classes" if task.criterion == "cross_entropy" else "a number"
-            known = [rule for rule in RULES if published(name, rule) is not None]
-            lines.append((name, steps, output, task.correct_when, ", ".join(known) or "-"))
+            shown = f"{task.input_size} numbers" if name in FEED_FORWARD else steps
+            known: list[str] = [rule for rule in SEQUENCE_RULES if published(name, rule) is not None]
+            if name in FEED_FORWARD:
+                known = [
+                    f"{rule} ({preset})"
+                    for rule, kind in LAYER_RULES.items()
+                    for preset in published_presets(name, kind)
+                ]
+            lines.append((name, shown, _output(task), task.correct_when, ", ".join(known) or "-"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
             text = "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
             say(console, text.rstrip())
         return 0
+
+
+def _output(task: Task) -> str:
+    if task.criterion == "cross_entropy":
+        return f"{task.output_size} classes"
+    return "a number" if task.output_size == 1 else f"{task.output_size} numbers"
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,47 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from tpext.rules import Backprop, LearnedInverse, RegularizedInverse, Rule
-from tpext.tasks import IMAGES, TASKS, Task, TaskName, make_task
+from tpext.experiments.feed_forward import feed_forward_values, published_presets
+from tpext.rules import (
+    Backprop,
+    ConstrainedLeastSquares,
+    DifferenceTargetPropagation,
+    LayerRule,
+    LearnedInverse,
+    RegularizedInverse,
+    RegularizedLeastSquares,
+    Rule,
+)
+from tpext.tasks import FEED_FORWARD, IMAGES, SYNTHETIC, TASKS, VECTORS, Order, Task, TaskName, make_task
 
-RuleName = Literal["regularized", "learned", "backprop"]
-Preset = Literal["default", "published"]
-Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"]
-Nonlinearity = Literal["tanh", "relu", "identity"]
-Initialization = Literal["orthogonal", "torch"]
+RuleName = Literal["regularized", "learned", "backprop", "constrained", "regularized-least-squares", "dtp"]
+Preset = Literal["default", "published", "seely", "lee"]
+Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "tf-rmsprop", "centred-rmsprop"]
+Nonlinearity = Literal["tanh", "relu", "identity", "sigmoid", "leaky_relu"]
+Initialization = Literal["orthogonal", "torch", "xavier"]
+Reduction = Literal["sum", "batch", "element"]
+Schedule = Literal["parallel", "alternating"]
 Precision = Literal["32", "64", "bf16"]
-OptionValue: TypeAlias = int | float | str | bool | None
+OptionValue: TypeAlias = int | float | str | bool | tuple[int, ...] | None
 
-RULES: dict[RuleName, type[Rule]] = {
+SEQUENCE_RULES: dict[RuleName, type[Rule]] = {
     "regularized": RegularizedInverse,
     "learned": LearnedInverse,
     "backprop": Backprop,
 }
+"""The rules of the sequence tasks, the default first."""
+
+LAYER_RULES: dict[RuleName, type[LayerRule]] = {
+    "regularized-least-squares": RegularizedLeastSquares,
+    "constrained": ConstrainedLeastSquares,
+    "dtp": DifferenceTargetPropagation,
+    "backprop": Backprop,
+}
+"""The rules of the feed-forward tasks, the default first."""
+
+RULES: dict[RuleName, type[Rule] | type[LayerRule]] = {**SEQUENCE_RULES, **LAYER_RULES}
+REVERSE_RULES: tuple[RuleName, ...] = ("learned", "dtp")
+"""The rules with reverse layers, which learn at ``reverse_lr``."""
 
 
 class ConfigError(ValueError):
@@ -81,12 +106,14 @@ def published(
     is ``lr = 1e-2 / batch_size`` beside ``head_lr = 1e-2``.
 
     Args:
-        task: a task's name.
+        task: a sequence task's name.
         rule: "regularized", "learned" or "backprop".
         length: number of steps of a synthetic task; None is the task's default.
         chunk: pixels per step of an image task; published is 1.
         batch_size: 0 means the published one (20, MNIST 16).
     """
+    if task not in (*SYNTHETIC, *IMAGES) or rule not in SEQUENCE_RULES:
+        return None
     if task in IMAGES:
         known = chunk == 1 and (task, rule) != ("permuted-mnist", "learned")
     else:
@@ -122,14 +149,16 @@ class Config:
     """Everything that a run depends on. :func:`make_config` fills it; ``tpext train --help`` explains the fields."""
 
     task: str
-    length: int
+    length: int | None
     chunk: int | None
-    rule: Rule
+    rule: Rule | LayerRule
     preset: Preset
-    hidden_size: int
-    layers: int
+    hidden_size: int | None
+    layers: int | None
+    sizes: tuple[int, ...] | None
     nonlinearity: Nonlinearity
     init: Initialization
+    reference_compat: bool
     optimizer: Optimizer
     lr: float
     head_lr: float
@@ -137,10 +166,15 @@ class Config:
     momentum: float
     nesterov: bool
     clip_grad_norm: float | None
-    iterations: int
+    reduction: Reduction
+    schedule: Schedule
+    epochs: int | None
+    iterations: int | None
     batch_size: int
+    train_size: int | None
+    order: Order | None
     test_size: int
-    eval_interval: int
+    eval_interval: int | None
     checkpoint_interval: int
     seed: int
     precision: Precision
@@ -150,20 +184,24 @@ class Config:
     tensorboard: bool
 
     def __post_init__(self) -> None:
-        for name in ("length", "hidden_size", "layers", "iterations", "batch_size", "test_size"):
-            _check_integer(name, getattr(self, name), 1)
-        for name in ("eval_interval", "checkpoint_interval"):
+        for name in ("batch_size", "test_size", "checkpoint_interval"):
             _check_integer(name, getattr(self, name), 1)
         _check_integer("seed", self.seed, 0, 2**64 - 1)
-        if self.chunk is not None:
-            _check_integer("chunk", self.chunk, 1)
+        for name in ("chunk", "epochs", "iterations", "train_size", "eval_interval"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 1)
         if self.threads is not None:
             _check_integer("threads", self.threads, 1, 1024)
         for name in ("lr", "head_lr", "reverse_lr", "momentum"):
             _check_number(name, getattr(self, name))
         if self.clip_grad_norm is not None:
             _check_number("clip_grad_norm", self.clip_grad_norm, above=True)
-        for name, kind in (("nesterov", bool), ("tensorboard", bool), ("device", str)):
+        for name, kind in (
+            ("nesterov", bool),
+            ("tensorboard", bool),
+            ("device", str),
+            ("reference_compat", bool),
+        ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         if self.data_dir is not None and not isinstance(self.data_dir, str):
@@ -174,6 +212,8 @@ class Config:
             ("nonlinearity", Nonlinearity),
             ("init", Initialization),
             ("optimizer", Optimizer),
+            ("reduction", Reduction),
+            ("schedule", Schedule),
             ("precision", Precision),
         ):
             if getattr(self, name) not in get_args(choices):
@@ -185,18 +225,73 @@ class Config:
             raise ConfigError(f"device must be a torch device such as cpu or cuda:0, got {self.device!r}") from error
         if device not in ("cpu", "cuda"):
             raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
-        if self.momentum and self.optimizer not in ("sgd", "rmsprop"):
-            raise ConfigError(f"momentum does not belong to optimizer={self.optimizer}, only to sgd and rmsprop")
+        if self.momentum and self.optimizer not in ("sgd", "rmsprop", "tf-rmsprop", "centred-rmsprop"):
+            raise ConfigError(
+                f"momentum does not belong to optimizer={self.optimizer}, only to sgd, rmsprop, tf-rmsprop and "
+                "centred-rmsprop"
+            )
+        if self.optimizer in ("rmsprop", "tf-rmsprop", "centred-rmsprop") and self.momentum >= 1:
+            raise ConfigError(f"momentum must be below 1 with optimizer={self.optimizer}, got {self.momentum:g}")
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ConfigError("nesterov needs optimizer=sgd and a momentum above 0")
         if isinstance(self.rule, LearnedInverse) and self.nonlinearity != "tanh":
             raise ConfigError(f"rule=learned needs nonlinearity=tanh, got {self.nonlinearity}")
+        if self.task in FEED_FORWARD:
+            self._check_feed_forward()
+        else:
+            self._check_sequence()
+        self._check_duration()
         try:
             task = self.make_task()
         except ValueError as error:
             raise ConfigError(str(error)) from error
         if task.length != self.length:
             raise ConfigError(f"length of {self.task} must be {task.length} = 784 / chunk, got {self.length}")
+
+    def _check_sequence(self) -> None:
+        for name in ("length", "hidden_size", "layers"):
+            _check_integer(name, getattr(self, name), 1)
+        _check_rule(self.task, self.rule_name)
+        for name, only in (
+            ("sizes", None),
+            ("reference_compat", False),
+            ("reduction", "sum"),
+            ("train_size", None),
+            ("order", None),
+        ):
+            _check_belongs(self.task, name, getattr(self, name), only)
+        if self.nonlinearity not in ("tanh", "relu", "identity"):
+            raise ConfigError(f"nonlinearity of {self.task} must be tanh, relu or identity, got {self.nonlinearity}")
+        if self.init == "xavier":
+            raise ConfigError(f"init of {self.task} must be orthogonal or torch, got xavier")
+
+    def _check_feed_forward(self) -> None:
+        for name in ("length", "chunk", "hidden_size", "layers"):
+            _check_belongs(self.task, name, getattr(self, name), None)
+        _check_rule(self.task, self.rule_name)
+        if not isinstance(self.sizes, tuple) or not self.sizes:
+            raise ConfigError(f"sizes must be the sizes of at least one hidden layer, got {self.sizes!r}")
+        for size in self.sizes:
+            _check_integer("sizes", size, 1)
+        if self.task not in VECTORS:
+            _check_belongs(self.task, "order", self.order, None)
+        elif self.order not in get_args(Order):
+            raise ConfigError(f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}")
+        if self.precision == "bf16":
+            raise ConfigError(f"precision of {self.task} must be 32 or 64, got bf16")
+
+    def _check_duration(self) -> None:
+        has_epochs = self.task in IMAGES or self.task in VECTORS
+        if (self.epochs is None) == (self.iterations is None):
+            raise ConfigError(f"give epochs or iterations, got epochs={self.epochs}, iterations={self.iterations}")
+        if not has_epochs:
+            _check_belongs(self.task, "epochs", self.epochs, None)
+            _check_integer("eval_interval", self.eval_interval, 1)
+        if self.schedule == "alternating" and not (has_epochs and self.rule_name in REVERSE_RULES):
+            raise ConfigError(
+                f"schedule=alternating needs a task with epochs and rule={' or '.join(REVERSE_RULES)}, "
+                f"got task={self.task}, rule={self.rule_name}"
+            )
 
     @property
     def rule_name(self) -> RuleName:
@@ -207,12 +302,14 @@ class Config:
         """Return the task, which reads no data yet."""
         if self.task in IMAGES:
             return make_task(self.task, chunk=self.chunk, data_dir=self.data_dir)
+        if self.task in VECTORS:
+            return make_task(self.task, data_dir=self.data_dir, train_size=self.train_size, order=self.order)
         return make_task(self.task, length=self.length)
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option of :func:`make_config` by its name, the rule's beside the others."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.rule_name != "learned":
+        if self.rule_name not in REVERSE_RULES:
             del values["reverse_lr"]
         return {**values, "rule": self.rule_name, **asdict(self.rule)}
 
@@ -232,7 +329,8 @@ class Config:
         try:
             rule = dict(values["rule"])
             kind = RULES[rule.pop("name")]
-            return cls(**{**values, "rule": kind(**rule)})
+            sizes = None if values["sizes"] is None else tuple(values["sizes"])
+            return cls(**{**values, "rule": kind(**rule), "sizes": sizes})
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not the configuration of a run of this version: {error}") from error
 
@@ -241,38 +339,47 @@ FREE_FIELDS = ("device", "threads", "data_dir", "tensorboard")
 """Fields that say how a run is carried out, not what it computes: a resumed run may change them."""
 
 RULE_OPTIONS: dict[RuleName, tuple[str, ...]] = {
-    name: tuple(field.name for field in fields(kind)) + (("reverse_lr",) if name == "learned" else ())
+    name: tuple(field.name for field in fields(kind)) + (("reverse_lr",) if name in REVERSE_RULES else ())
     for name, kind in RULES.items()
 }
 """The options that each rule has."""
 
 
 def make_config(
-    task: str, *, rule: RuleName = "regularized", preset: Preset = "default", **options: OptionValue
+    task: str, *, rule: RuleName | None = None, preset: Preset = "default", **options: OptionValue
 ) -> Config:
     """Return the configuration of a run: a preset, and the options that differ from it.
 
     Args:
         task: one of :data:`tpext.tasks.TASKS`.
-        rule: "regularized", "learned" or "backprop".
-        preset: "published": the published settings (see :func:`published`), number of iterations included, and a
-            ConfigError where none were published. "default": the same rates and sizes for fewer iterations (4,000;
-            MNIST 16,000), and those of the nearest published task or length where none were published.
+        rule: for a sequence "regularized" (default), "learned" or "backprop"; for a feed-forward task
+            "regularized-least-squares" (default), "constrained", "dtp" or "backprop".
+        preset: for a sequence "published": the published settings (see :func:`published`), number of iterations
+            included, and a ConfigError where none were published; or "default": the same rates and sizes for fewer
+            iterations (4,000; MNIST 16,000), and those of the nearest published task or length where none were
+            published. For a feed-forward task "seely" or "lee" (see
+            :func:`tpext.experiments.feed_forward.published_presets`); or "default": Adam, for few epochs.
         options: any field of :class:`Config` or of the rule; None means "as in the preset". ``lr`` alone sets
-            ``head_lr`` too. With an optimizer other than SGD, for which nothing was published, rates start at 1e-3 and
-            ``normalize`` is True: gradients times ``target_step`` would be lost beside Adam's epsilon.
+            ``head_lr`` too, ``iterations`` takes the place of ``epochs`` and the other way round. With an optimizer
+            other than the preset's, rates start at 1e-3, and for a sequence ``normalize`` is True: gradients times
+            ``target_step`` would be lost beside Adam's epsilon.
 
     Raises:
         ConfigError: an option is unknown, does not belong to the task or the rule, or is out of its range.
 
     >>> make_config("adding", rule="backprop", preset="published").lr
     0.001
+    >>> make_config("mnist-mlp", rule="dtp", preset="lee").reverse_lr
+    0.00501149118237
     """
     if task not in TASKS:
         raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if rule is None:
+        rule = next(iter(LAYER_RULES if task in FEED_FORWARD else SEQUENCE_RULES))
     if rule not in RULES:
         raise ConfigError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
-    given = {name: value for name, value in options.items() if value is not None}
+    _check_rule(task, rule)
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     rule_fields = {option for names in RULE_OPTIONS.values() for option in names}
     for name in given:
         if name not in rule_fields and name not in {field.name for field in fields(Config)}:
@@ -281,51 +388,29 @@ def make_config(
             own = ", ".join(RULE_OPTIONS[rule]) or "none"
             raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own})")
 
+    options_of_task = ("length", "chunk", "data_dir", "train_size", "order")
     try:
-        sequence = make_task(
-            task,
-            **{name: given.get(name) for name in ("length", "chunk", "data_dir")},  # type: ignore[arg-type]
-        )
+        made = make_task(task, **{name: given.get(name) for name in options_of_task})
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    images = task in IMAGES
-    chunk = sequence.input_size if images else 1
-    batch_size = given.get("batch_size", 0)
-    _check_integer("batch_size", batch_size, 0)
-    settings = _starting_settings(task, rule, sequence.length, chunk, int(batch_size))
-    if preset == "published" and published(task, rule, length=sequence.length, chunk=chunk) is None:
-        raise ConfigError(
-            f"no settings were published for task={task}, rule={rule}, "
-            + (f"chunk={chunk}" if images else f"length={sequence.length}")
-        )
-
-    sgd = given.get("optimizer", "sgd") == "sgd"
     if "lr" in given:
         given.setdefault("head_lr", given["lr"])
-    momentum = given.get("momentum", settings.momentum if sgd else 0.0)
+    if "epochs" in given:
+        given.setdefault("iterations", None)
+    elif "iterations" in given:
+        given["epochs"] = None
+    values = (
+        _feed_forward(task, rule, preset, given) if task in FEED_FORWARD else _sequence(task, made, rule, preset, given)
+    )
     rule_options = {name: given.pop(name) for name in RULE_OPTIONS[rule] if name in given and name != "reverse_lr"}
-    if not sgd and "normalize" in RULE_OPTIONS[rule]:
+    if not values.pop("keeps_normalize") and "normalize" in RULE_OPTIONS[rule]:
         rule_options.setdefault("normalize", True)
     try:
-        chosen_rule = replace(settings.rule, **rule_options)  # type: ignore[arg-type]
+        values["rule"] = replace(values["rule"], **rule_options)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    values: dict[str, Any] = {
-        "hidden_size": 100,
-        "layers": 1,
-        "nonlinearity": "tanh",
-        "init": "orthogonal",
-        "optimizer": "sgd",
-        "lr": settings.lr if sgd else 1e-3,
-        "head_lr": settings.head_lr if sgd else 1e-3,
-        "reverse_lr": settings.reverse_lr if sgd or rule != "learned" else 1e-3,
-        "momentum": momentum,
-        "nesterov": sgd and momentum != 0,
-        "clip_grad_norm": None,
-        "iterations": settings.iterations if preset == "published" else 16_000 if images else 4_000,
-        "batch_size": settings.batch_size,
-        "test_size": sequence.default_test_size,
-        "eval_interval": 1_000 if images else 100,
+    shared: dict[str, Any] = {
+        "test_size": made.default_test_size,
         "checkpoint_interval": 500,
         "seed": 1,
         "precision": "32",
@@ -333,11 +418,76 @@ def make_config(
         "threads": None,
         "data_dir": None,
         "tensorboard": False,
-        **given,
-        "length": sequence.length,
-        "chunk": chunk if images else None,
     }
-    return Config(task=task, rule=chosen_rule, preset=preset, **values)
+    return Config(**{**shared, **values, **given, "task": task, "preset": preset, "length": made.length})
+
+
+def _sequence(task: str, made: Task, rule: RuleName, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that the preset of a sequence sets, and whether the rule's ``normalize`` is to stay as it is."""
+    if preset not in ("default", "published"):
+        raise ConfigError(f"preset must be one of default, published for {task}, got {preset!r}")
+    images = task in IMAGES
+    chunk = made.input_size if images else 1
+    batch_size = given.get("batch_size", 0)
+    _check_integer("batch_size", batch_size, 0)
+    settings = _starting_settings(task, rule, made.length or 0, chunk, int(batch_size))
+    if preset == "published" and published(task, rule, length=made.length, chunk=chunk) is None:
+        raise ConfigError(
+            f"no settings were published for task={task}, rule={rule}, "
+            + (f"chunk={chunk}" if images else f"length={made.length}")
+        )
+    sgd = given.get("optimizer", "sgd") == "sgd"
+    momentum = given.get("momentum", settings.momentum if sgd else 0.0)
+    if images:
+        given["chunk"] = chunk
+    return {
+        "rule": settings.rule,
+        "keeps_normalize": sgd,
+        "chunk": None,
+        "hidden_size": 100,
+        "layers": 1,
+        "sizes": None,
+        "nonlinearity": "tanh",
+        "init": "orthogonal",
+        "reference_compat": False,
+        "optimizer": "sgd",
+        "lr": settings.lr if sgd else 1e-3,
+        "head_lr": settings.head_lr if sgd else 1e-3,
+        "reverse_lr": settings.reverse_lr if sgd or rule != "learned" else 1e-3,
+        "momentum": momentum,
+        "nesterov": sgd and momentum != 0,
+        "clip_grad_norm": None,
+        "reduction": "sum",
+        "schedule": "parallel",
+        "epochs": None,
+        "iterations": settings.iterations if preset == "published" else 16_000 if images else 4_000,
+        "batch_size": settings.batch_size,
+        "train_size": None,
+        "order": None,
+        "eval_interval": 1_000 if images else 100,
+    }
+
+
+def _feed_forward(task: str, rule: RuleName, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+    """The fields that the preset of a feed-forward task sets, and that the rule's ``normalize`` is to stay as it is."""
+    known = ["default", *published_presets(task, LAYER_RULES[rule])]
+    if preset not in known:
+        raise ConfigError(f"preset must be one of {', '.join(known)} for task={task}, rule={rule}, got {preset!r}")
+    values = feed_forward_values(task, LAYER_RULES[rule], preset)
+    optimizer = given.get("optimizer", values["optimizer"])
+    if optimizer != values["optimizer"]:
+        momentum = 0.9 if optimizer == "centred-rmsprop" else 0.0
+        values |= {"lr": 1e-3, "reverse_lr": 1e-3, "momentum": momentum}
+    momentum = given.get("momentum", values["momentum"])
+    return {
+        **values,
+        "keeps_normalize": True,
+        "head_lr": values["lr"],
+        "nesterov": optimizer == "sgd" and momentum != 0,
+        "chunk": None,
+        "hidden_size": None,
+        "layers": None,
+    }
 
 
 def differences(saved: Config, asked: Mapping[str, object]) -> list[str]:
@@ -348,6 +498,17 @@ def differences(saved: Config, asked: Mapping[str, object]) -> list[str]:
         for name, value in asked.items()
         if name not in FREE_FIELDS and present.get(name) != value
     ]
+
+
+def _check_rule(task: str, rule: str) -> None:
+    own = LAYER_RULES if task in FEED_FORWARD else SEQUENCE_RULES
+    if rule not in own:
+        raise ConfigError(f"rule={rule} does not belong to {task} (rules of that task: {', '.join(own)})")
+
+
+def _check_belongs(task: str, name: str, value: object, only: object) -> None:
+    if value != only:
+        raise ConfigError(f"{name} does not belong to {task}, got {value!r}")
 
 
 def _check_integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tpext.experiments.config import Config, ConfigError
+from tpext.experiments.model import Model, make_model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
+from tpext.tasks import ImageTask, MnistAutoencoder, Task, ToySet
 
 # Colours that stay apart in print and for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -52,6 +56,85 @@ def draw_run(folder: str | Path) -> Path:
     return _save(figure, folder / "curve.png")
 
 
+def draw_task(folder: str | Path) -> Path | None:
+    """Draw what a run has learned, from its last checkpoint, where its task has a picture.
+
+    A toy set in the plane: decision.png, the probability of class 1 over the plane and test points. An autoencoder:
+    reconstruction.png, test images above what the network makes of them.
+
+    Args:
+        folder: a run's folder, complete or not; its config.json and checkpoint.pt are read, and the task's data.
+
+    Returns:
+        The path of the picture, None if the task has none.
+
+    Raises:
+        RunError: the folder holds no run with a checkpoint of this version.
+        MissingDataError: the images are not there.
+    """
+    run = RunFolder(folder)
+    config = run.read_config()
+    if config is None:
+        raise RunError(f"{folder} holds no run")
+    task = config.make_task()
+    autoencoder = task if isinstance(task, MnistAutoencoder) else None
+    if autoencoder is None and not (isinstance(task, ToySet) and task.input_size == 2):
+        return None
+    state = run.load_checkpoint()
+    if state is None:
+        raise RunError(f"{folder} holds no run with a checkpoint")
+    with torch.random.fork_rng(devices=[]):
+        model = make_model(config, task)
+    try:
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError) as error:
+        raise RunError(f"{run.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
+    title, _, settings = describe(config).partition(", ")
+    figure = Figure(figsize=(6, 5.6) if autoencoder is None else (10, 2.1), layout="constrained")
+    figure.suptitle(f"{title}, iteration {state['iteration']}", fontsize=13, color=INK)
+    if autoencoder is None:
+        _draw_plane(figure, model, task, config)
+    else:
+        _draw_reconstructions(figure, model, autoencoder, config)
+    figure.supxlabel(_wrap(settings, 80 if autoencoder is None else 150), fontsize=8, color="#777777")
+    return _save(figure, run.decision if autoencoder is None else run.reconstruction)
+
+
+@torch.no_grad()
+def _draw_plane(figure: Figure, model: Model, task: Task, config: Config) -> None:
+    input, target = task.test_set(config.seed, min(config.test_size, 500))
+    points, classes = input.numpy(), target.numpy()
+    edge = 1.15 * float(np.abs(points).max())
+    line = torch.linspace(-edge, edge, 240)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), dim=-1).reshape(-1, 2)
+    share = model(grid).softmax(dim=1)[:, 1].reshape(240, 240).numpy()
+    axes = figure.subplots()
+    colours = LinearSegmentedColormap.from_list("classes", [COLOURS[0], "#FFFFFF", COLOURS[1]])
+    extent = (-edge, edge, -edge, edge)
+    axes.imshow(share, origin="lower", extent=extent, cmap=colours, vmin=0, vmax=1, alpha=0.55)
+    if share.min() < 0.5 < share.max():
+        axes.contour(share, levels=[0.5], extent=extent, colors=INK, linewidths=1)
+    for index in (0, 1):
+        chosen = points[classes == index]
+        x, y, label = chosen[:, 0], chosen[:, 1], f"class {index}"
+        axes.scatter(x, y, s=9, color=COLOURS[index], edgecolors="white", linewidths=0.3, label=label)
+    axes.legend(loc="upper right", fontsize=8)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+@torch.no_grad()
+def _draw_reconstructions(figure: Figure, model: Model, task: ImageTask, config: Config, count: int = 20) -> None:
+    input = task.test_set(config.seed, min(config.test_size, count)).input
+    made = model(input).sigmoid()
+    rows = figure.subplots(2, len(input), squeeze=False)
+    for images, axes, label in ((input, rows[0], "image"), (made, rows[1], "made")):
+        for image, place in zip(images, axes, strict=True):
+            place.imshow(image.reshape(task.shape).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            place.set_xticks([])
+            place.set_yticks([])
+        axes[0].set_ylabel(label, color=INK, fontsize=9)
+
+
 def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *, title: str = "") -> Path:
     """Draw the test losses and accuracies of several groups of runs.
 
@@ -71,7 +154,7 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
     groups = {label: [_read(Path(folder)) for folder in folders] for label, folders in runs.items() if folders}
     if not groups:
         raise ConfigError("runs must name at least one folder, got none")
-    tasks = {f"{config.task}, T={config.length}": config for members in groups.values() for config, _ in members}
+    tasks = {_task_title(config): config for members in groups.values() for config, _ in members}
     if len(tasks) > 1:
         raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
     ((name, config),) = tasks.items()
@@ -102,6 +185,10 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     return _save(figure, path)
+
+
+def _task_title(config: Config) -> str:
+    return config.task if config.length is None else f"{config.task}, T={config.length}"
 
 
 def _read(folder: Path) -> tuple[Config, pd.DataFrame]:

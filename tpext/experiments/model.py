@@ -1,12 +1,16 @@
-"""The model of every run: a recurrent layer and a linear output on its last state."""
+"""The models of the runs: recurrent layers or feed-forward ones, and a linear output."""
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tpext.experiments.config import Config
-from tpext.nn import RNN
+from tpext.nn import MLP, RNN, TargetLinear
+from tpext.ops import Activation
+from tpext.rules import Backprop, DifferenceTargetPropagation, LearnedInverse, RegularizedInverse
 from tpext.tasks import Task
 
 
@@ -18,6 +22,9 @@ class SequenceModel(nn.Module):
 
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__()
+        assert isinstance(config.rule, (Backprop, RegularizedInverse, LearnedInverse))
+        assert config.hidden_size is not None
+        assert config.layers is not None
         self.rnn = RNN(
             task.input_size, config.hidden_size, config.layers, nonlinearity=config.nonlinearity, rule=config.rule
         )
@@ -27,32 +34,119 @@ class SequenceModel(nn.Module):
             if name.startswith("bias_hh"):
                 nn.init.zeros_(parameter).requires_grad_(False)
         self.head = nn.Linear(config.hidden_size, task.output_size)
-        if config.init == "orthogonal":
-            initialize_orthogonal(self)
+        initialize(self, config)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the outputs ``[B, output_size]`` of sequences ``[T, B, I]``."""
         output: Tensor = self.head(self.rnn(input)[1][-1])
         return output
 
+    def reconstruction_loss(self, input: Tensor) -> Tensor:
+        """Return the loss of the reverse layers (rule learned)."""
+        return self.rnn.reconstruction_loss(input)
+
+    def local_layers(self) -> list[TargetLinear]:
+        """Return no layer: no recurrent layer's gradients are averaged by ``reduction``."""
+        return []
+
+
+class FeedForwardModel(nn.Module):
+    """``output = h_L W_head^T + b_head``, with ``h_L`` the output of the last hidden layer.
+
+    Under difference target propagation the head is an ordinary layer that learns by the loss's own gradient, and
+    ``h_L`` moves by that gradient too, as published; under the other rules the head is a layer of the rule.
+    """
+
+    def __init__(self, config: Config, task: Task) -> None:
+        super().__init__()
+        rule = config.rule
+        assert not isinstance(rule, (RegularizedInverse, LearnedInverse))
+        assert config.sizes is not None
+        compat = config.reference_compat
+        activation = Activation(config.nonlinearity, reference_compat=compat)
+        self.layers = MLP([task.input_size, *config.sizes], activation, output=activation, rule=rule)
+        width = config.sizes[-1]
+        self.head: nn.Module
+        if isinstance(rule, DifferenceTargetPropagation):
+            self.head = nn.Linear(width, task.output_size)
+        else:
+            identity = Activation("identity", reference_compat=compat)
+            self.head = TargetLinear(width, task.output_size, activation=identity, rule=rule)
+        initialize(self, config)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the outputs ``[B, output_size]`` of vectors ``[B, I]``."""
+        output: Tensor = self.head(self.layers(input))
+        return output
+
+    def reconstruction_loss(self, input: Tensor) -> Tensor:
+        """Return the loss of the reverse layers (rule dtp)."""
+        return self.layers.reconstruction_loss(input)
+
+    def local_layers(self) -> list[TargetLinear]:
+        """Return the layers that have local losses."""
+        return [module for module in self.modules() if isinstance(module, TargetLinear)]
+
+
+Model: TypeAlias = SequenceModel | FeedForwardModel
+
+
+def make_model(config: Config, task: Task) -> Model:
+    """Return the model of a configuration, initialised from torch's random state."""
+    return FeedForwardModel(config, task) if task.length is None else SequenceModel(config, task)
+
 
 @torch.no_grad()
-def initialize_orthogonal(model: nn.Module) -> None:
-    """Give every matrix singular values 1 (semi-orthogonal) and every bias 0, reverse layers included.
+def initialize(model: nn.Module, config: Config) -> None:
+    """Draw all parameters anew, unless ``init`` is "torch": matrices by ``init``, biases 0.
 
-    It matters: with torch's default initialisation, temporal order at T=60 stays at chance for 4,000 iterations under
-    the published settings.
+    "orthogonal": singular values 1 (semi-orthogonal), reverse layers included. It matters: with torch's default
+    initialisation, temporal order at T=60 stays at chance for 4,000 iterations under the published settings.
+    "xavier": uniform in ``+-sqrt(6 / (M + N))``, reverse layers orthogonal times 0.95 (Seely).
     """
-    for parameter in model.parameters():
-        if parameter.ndim == 2:
-            nn.init.orthogonal_(parameter)
-        else:
+    if config.init == "torch":
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.ndim != 2:
             nn.init.zeros_(parameter)
+        elif config.init == "orthogonal":
+            nn.init.orthogonal_(parameter)
+        elif "reverse_" in name:
+            nn.init.orthogonal_(parameter, gain=0.95)
+        else:
+            nn.init.xavier_uniform_(parameter)
 
 
-def split_parameters(model: SequenceModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trained parameters of the recurrent layers, the head, and the reverse layers (learned inverse)."""
-    named = [(name, parameter) for name, parameter in model.rnn.named_parameters() if parameter.requires_grad]
-    reverse = [parameter for name, parameter in named if name.startswith("reverse_")]
-    recurrent = [parameter for name, parameter in named if not name.startswith("reverse_")]
-    return recurrent, list(model.head.parameters()), reverse
+def split_parameters(model: Model) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trained parameters of the hidden layers, the head, and the reverse layers (learned inverses)."""
+    hidden = model.rnn if isinstance(model, SequenceModel) else model.layers
+    named = [(name, parameter) for name, parameter in hidden.named_parameters() if parameter.requires_grad]
+    reverse = [parameter for name, parameter in named if "reverse_" in name]
+    forward = [parameter for name, parameter in named if "reverse_" not in name]
+    return forward, list(model.head.parameters()), reverse
+
+
+def local_scales(model: Model, config: Config) -> list[tuple[nn.Parameter, float]]:
+    """Return by what ``reduction`` multiplies the gradients that the rule gives, for each parameter that it does.
+
+    ============  ==========================================  =======================  =======================
+    reduction     a layer's local loss                        forward                  reverse
+    ============  ==========================================  =======================  =======================
+    ``sum``       1/2 sum over batch and units                1                        1
+    ``batch``     mean over the batch of the sum over units   2 / B                    1
+    ``element``   1/2 mean over batch and units               1 / (B M)                1 / (2 N)
+    ============  ==========================================  =======================  =======================
+    """
+    scales: list[tuple[nn.Parameter, float]] = []
+    if config.reduction == "sum":
+        return scales
+    for layer in model.local_layers():
+        for name, parameter in layer.named_parameters():
+            if config.reduction == "batch":
+                scale = 1.0 if name.startswith("reverse_") else 2 / config.batch_size
+            elif name.startswith("reverse_"):
+                scale = 1 / (2 * layer.in_features)
+            else:
+                scale = 1 / (config.batch_size * layer.out_features)
+            scales.append((parameter, scale))
+    return scales

@@ -19,10 +19,12 @@ REDRAW_SECONDS = 0.1
 class Progress:
     """Shows how a run gets on; a context manager."""
 
-    def __init__(self, console: Console, config: Config, folder: Path, iteration: int, rows: list[Row]) -> None:
+    def __init__(
+        self, console: Console, config: Config, folder: Path, iteration: int, last: int, rows: list[Row]
+    ) -> None:
         self.console = console
         self.first = self.iteration = iteration
-        self.last = config.iterations
+        self.last = last
         self.started = self.drawn = time.perf_counter()
         self.last_row = rows[-1] if rows else None
         say(self.console, describe(config))
@@ -40,7 +42,7 @@ class Progress:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self.line = self.bar.add_task("", total=config.iterations, completed=iteration, numbers="")
+            self.line = self.bar.add_task("", total=last, completed=iteration, numbers="")
         else:
             say(self.console, f"{'iteration':>9}  {'train loss':>10}  {'test loss':>10}  {'accuracy':>8}  {'it/s':>7}")
 
@@ -93,19 +95,24 @@ def describe(config: Config) -> str:
     >>> from tpext.experiments import make_config
     >>> describe(make_config("adding", rule="backprop"))
     'adding, T=30, 100 tanh units, backprop, sgd 0.001 momentum 0.9, batch 20, seed 1'
+    >>> describe(make_config("spiral", rule="constrained"))
+    'spiral, 64-64-64 leaky_relu units, constrained (target step 1), adam 0.003, batch 100, seed 1'
     """
     rule = config.rule_name
     options = [
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
-        for name in ("credit", "correction", "reg", "target_step", "noise")
+        for name in ("credit", "correction", "reg", "gamma", "target_step", "noise")
         if (value := getattr(config.rule, name, None)) is not None
     ]
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"
+    if config.sizes is None:
+        layers = f" x {config.layers} layers" if config.layers != 1 else ""
+        network = [f"T={config.length}", f"{config.hidden_size} {config.nonlinearity} units{layers}"]
+    else:
+        network = [f"{'-'.join(map(str, config.sizes))} {config.nonlinearity} units"]
     parts = [
         config.task,
-        f"T={config.length}",
-        f"{config.hidden_size} {config.nonlinearity} units"
-        + (f" x {config.layers} layers" if config.layers > 1 else ""),
+        *network,
         rule + (f" ({', '.join(options)})" if options else ""),
         f"{config.optimizer} {rates}" + (f" momentum {config.momentum:g}" if config.momentum else ""),
         f"batch {config.batch_size}",

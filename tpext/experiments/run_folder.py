@@ -6,6 +6,8 @@ metrics.csv           iteration, train_loss, test_loss, accuracy, seconds: one r
 checkpoint.pt         everything that continues the run bit for bit, the metrics so far included
 result.json           final and best accuracy, losses, time, versions: present when the run is complete
 curve.png             loss and accuracy over the iterations
+decision.png          decision regions of a toy set in the plane
+reconstruction.png    test images and what an autoencoder makes of them
 lock                  empty; held by the process that is at the run
 ====================  =====================================================================================
 """
@@ -31,7 +33,11 @@ CHECKPOINT_FORMAT = 1
 
 
 class Row(NamedTuple):
-    """One evaluation. ``train_loss`` is the mean over the iterations since the row before, ``accuracy`` is in 0..1."""
+    """One evaluation on the test set; ``accuracy`` is in 0..1.
+
+    ``train_loss`` is the mean over the iterations since the row before. Those that train reverse layers alone have
+    none; if no other came, it is that row's.
+    """
 
     iteration: int
     train_loss: float
@@ -44,8 +50,9 @@ class Row(NamedTuple):
 class Result:
     """The outcome of a complete run, as result.json holds it.
 
-    Accuracies are in 0..1, on the test set. ``best_accuracy`` is the maximum over the evaluations after iteration 0:
-    a choice made on the test set, so it flatters; ``accuracy`` is that of the last iteration.
+    Accuracies are in 0..1, on the test set; ``error`` is ``1 - accuracy``. ``best_accuracy`` is the maximum over the
+    evaluations after iteration 0: a choice made on the test set, so it flatters; ``accuracy`` is that of the last
+    iteration.
     """
 
     task: str
@@ -53,6 +60,7 @@ class Result:
     seed: int
     iterations: int
     accuracy: float
+    error: float
     best_accuracy: float
     best_iteration: int
     train_loss: float
@@ -78,6 +86,8 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.pt"
         self.result = self.path / "result.json"
         self.curve = self.path / "curve.png"
+        self.decision = self.path / "decision.png"
+        self.reconstruction = self.path / "reconstruction.png"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -20,13 +20,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import tpext
-from tpext.experiments.config import Config, ConfigError
-from tpext.experiments.figures import draw_run
-from tpext.experiments.model import SequenceModel, split_parameters
+from tpext.experiments.config import REVERSE_RULES, Config, ConfigError
+from tpext.experiments.figures import draw_run, draw_task
+from tpext.experiments.model import local_scales, make_model, split_parameters
+from tpext.experiments.plan import Plan
 from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import Result, Row, RunError, RunFolder
-from tpext.rules import LearnedInverse
-from tpext.tasks import IMAGES, Batch, Task
+from tpext.optim import CentredRMSprop, TensorFlowRMSprop
+from tpext.tasks import IMAGES, VECTORS, Batch, Task
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,9 +47,9 @@ class DivergedError(RuntimeError):
 def train(config: Config, out: str | Path, *, resume: bool = False, console: Console | None = None) -> Result:
     """Run a configuration in a folder, to its last iteration.
 
-    Each iteration takes its batch from (seed, iteration) alone; a checkpoint holds parameters, optimizer states,
-    torch's random state and the metrics so far. A run that is killed and resumed therefore ends with the same
-    parameters, bit for bit, and the same metrics, times apart (on the same device, threads and versions).
+    Each iteration takes its batch, and what it trains, from (seed, iteration) alone; a checkpoint holds parameters,
+    optimizer states, torch's random state and the metrics so far. A run that is killed and resumed therefore ends with
+    the same parameters, bit for bit, and the same metrics, times apart (on the same device, threads and versions).
 
     Args:
         config: the configuration.
@@ -79,13 +80,14 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError('tensorboard is not installed: pip install "tpext[experiments]"')
     task = config.make_task()
+    plan = Plan.of(config, task)
     try:
         task.batch(config.seed, 0, config.batch_size)
         test_set = task.test_set(config.seed, config.test_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     with _torch_state(config):
-        run = _Run(config, task, test_set, folder, console)
+        run = _Run(config, task, plan, test_set, folder, console)
         with folder.locked(), _interrupts() as interrupts:
             if saved is None:
                 folder.create(config)
@@ -129,13 +131,14 @@ def _interrupts() -> Iterator[list[int]]:
 
 
 def default_threads(config: Config) -> int:
-    """Return the CPU threads of a run that names none: 1 for a synthetic task, torch's but at most 4 for images.
+    """Return the CPU threads of a run that names none: 1 for digits and drawn samples, torch's up to 4 for images.
 
     A step of a synthetic task takes a few milliseconds. A second thread gains little there on an idle machine; on a
     busy one the waits for it made such a run four times slower than one thread. An image task's few batch rows do not
     keep more than 4 busy.
     """
-    return min(torch.get_num_threads(), 4) if config.task in IMAGES else 1
+    large = config.task in IMAGES or (config.task in VECTORS and config.task != "digits-mlp")
+    return min(torch.get_num_threads(), 4) if large else 1
 
 
 def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -148,33 +151,43 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.
         return torch.optim.AdamW(groups, fused=True)
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, momentum=config.momentum)
+    if config.optimizer == "tf-rmsprop":
+        return TensorFlowRMSprop(groups, momentum=config.momentum)
+    if config.optimizer == "centred-rmsprop":
+        return CentredRMSprop(groups, momentum=config.momentum)
     return torch.optim.Adagrad(groups)
 
 
 class _Run:
     """A run's parts and its loop."""
 
-    def __init__(self, config: Config, task: Task, test_set: Batch, folder: RunFolder, console: Console) -> None:
+    def __init__(
+        self, config: Config, task: Task, plan: Plan, test_set: Batch, folder: RunFolder, console: Console
+    ) -> None:
         self.config = config
         self.task = task
+        self.plan = plan
         self.test_set = test_set
         self.folder = folder
         self.console = console
         self.device = torch.device(config.device)
         self.dtype = torch.float64 if config.precision == "64" else torch.float32
 
-        self.model = SequenceModel(config, task).to(self.device, self.dtype)
-        recurrent, head, reverse = split_parameters(self.model)
-        self.trained = recurrent + head
-        groups = [{"params": recurrent, "lr": config.lr}, {"params": head, "lr": config.head_lr}]
+        self.model = make_model(config, task).to(self.device, self.dtype)
+        hidden, head, reverse = split_parameters(self.model)
+        self.trained = hidden + head
+        self.scales = local_scales(self.model, config)
+        groups = [{"params": hidden, "lr": config.lr}, {"params": head, "lr": config.head_lr}]
         self.optimizer = make_optimizer(config, groups)
         self.reverse_optimizer = (
             make_optimizer(config, [{"params": reverse, "lr": config.reverse_lr}])
-            if isinstance(config.rule, LearnedInverse)
+            if config.rule_name in REVERSE_RULES
             else None
         )
         # Whatever is not finite in a backward pass reaches these: they sum it over time and batch.
-        self.biases = [parameter for name, parameter in self.model.named_parameters() if "bias_ih" in name]
+        self.biases = [
+            parameter for name, parameter in self.model.named_parameters() if "bias_ih" in name or ".bias" in name
+        ]
 
         self.iteration = 0
         self.rows: list[Row] = []
@@ -191,15 +204,20 @@ class _Run:
         writer = self._tensorboard() if config.tensorboard else None
         self.started = time.perf_counter()
         try:
-            with Progress(self.console, config, self.folder.path, self.iteration, self.rows) as progress:
+            with Progress(
+                self.console, config, self.folder.path, self.iteration, self.plan.iterations, self.rows
+            ) as progress:
                 if not self.rows:
                     self._add_row(self._first_loss(), progress, writer)
                     self._checkpoint()
-                for iteration in range(self.iteration + 1, config.iterations + 1):
+                for iteration in range(self.iteration + 1, self.plan.iterations + 1):
                     self._step(iteration)
-                    last = iteration == config.iterations
-                    if iteration % config.eval_interval == 0 or last:
-                        self._add_row(math.fsum(self.losses) / len(self.losses), progress, writer)
+                    last = iteration == self.plan.iterations
+                    if iteration % self.plan.eval_interval == 0 or last:
+                        # Iterations that train only the reverse layers have no loss.
+                        count = len(self.losses)
+                        mean = math.fsum(self.losses) / count if count else self.rows[-1].train_loss
+                        self._add_row(mean, progress, writer)
                         self.losses.clear()
                     if iteration % config.checkpoint_interval == 0 or last or interrupts:
                         self._checkpoint()
@@ -215,40 +233,51 @@ class _Run:
                 writer.close()
         result = self._result()
         draw_run(self.folder.path)
+        draw_task(self.folder.path)
         self.folder.write_result(result)
         return result
 
     def _step(self, iteration: int) -> None:
-        config = self.config
-        input, target = self._move(self.task.batch(config.seed, iteration - 1, config.batch_size))
+        config, plan = self.config, self.plan
+        input, target = self._move(self.task.batch(config.seed, plan.batch(iteration - 1), config.batch_size))
         self.iteration = iteration
         try:
-            if self.reverse_optimizer is not None:
+            if self.reverse_optimizer is not None and plan.trains_reverse(iteration - 1):
                 self.reverse_optimizer.zero_grad()
                 with self._autocast():
-                    reconstruction = self.model.rnn.reconstruction_loss(input)
+                    reconstruction = self.model.reconstruction_loss(input)
                 self._watch(reconstruction, "reconstruction loss")
                 torch.autograd.backward(reconstruction)
+                self._scale_gradients()
                 self.reverse_optimizer.step()
-            self.optimizer.zero_grad()
-            loss = self._loss(input, target)
-            value = self._watch(loss, "training loss")
-            torch.autograd.backward(loss)
-            self._check_gradients()
-            self.optimizer.step()
+                self.reverse_optimizer.zero_grad()
+            if plan.trains_forward(iteration - 1):
+                self.optimizer.zero_grad()
+                loss = self._loss(input, target)
+                value = self._watch(loss, "training loss")
+                torch.autograd.backward(loss)
+                self._scale_gradients()
+                self._check_gradients()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.losses.append(value)
         except tpext.SingularError as error:
             raise DivergedError(iteration, str(error)) from error
         except ValueError as error:
             # The regularised inverse refuses NaN and infinite weights; any other refusal is the caller's to see.
             self._check_parameters(error)
             raise
-        self.losses.append(value)
 
     def _watch(self, loss: Tensor, what: str) -> float:
         """Return a loss; stop before one that is not finite moves any parameter."""
         if not math.isfinite(value := loss.item()):
             raise DivergedError(self.iteration, f"the {what} is {value}")
         return value
+
+    def _scale_gradients(self) -> None:
+        for parameter, scale in self.scales:
+            if parameter.grad is not None:
+                parameter.grad *= scale
 
     def _check_gradients(self) -> None:
         if self.config.clip_grad_norm is not None:
@@ -284,12 +313,15 @@ class _Run:
     def _evaluate(self) -> tuple[float, float]:
         """Return mean loss and accuracy on the test set."""
         size = self.test_set.target.size(0)
-        part = max(1, EVALUATION_NUMBERS // (self.task.length * self.config.hidden_size))
+        sequence = self.task.length is not None
+        width = (self.config.hidden_size or 1) * (self.task.length or 1) if sequence else sum(self.config.sizes or ())
+        part = max(1, EVALUATION_NUMBERS // width)
         loss = correct = 0.0
         self.model.eval()
         for start in range(0, size, part):
             rows = slice(start, start + part)
-            input, target = self._move(Batch(self.test_set.input[:, rows], self.test_set.target[rows]))
+            input = self.test_set.input[:, rows] if sequence else self.test_set.input[rows]
+            input, target = self._move(Batch(input, self.test_set.target[rows]))
             with self._autocast():
                 output = self.model(input)
             output = output.to(self.dtype)
@@ -360,6 +392,7 @@ class _Run:
             seed=self.config.seed,
             iterations=last.iteration,
             accuracy=last.accuracy,
+            error=1 - last.accuracy,
             best_accuracy=best.accuracy,
             best_iteration=best.iteration,
             train_loss=last.train_loss,

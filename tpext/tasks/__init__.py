@@ -1,4 +1,4 @@
-"""Sequence tasks: synthetic long-memory problems and sequential MNIST.
+"""Sequence tasks, synthetic long-memory problems and sequential MNIST; and feed-forward ones, image and toy sets.
 
 A :class:`Task` is a small immutable value. It says what goes in and out (``length``, ``input_size``, ``output_size``),
 how an output is judged (``loss``, ``correct``) and produces the data: ``batch(seed, iteration, batch_size)`` and
@@ -9,41 +9,70 @@ that never stopped sees.
 >>> task = make_task("temporal-order", length=60)
 >>> task.batch(seed=1, iteration=0, batch_size=20).input.shape
 torch.Size([60, 20, 6])
+>>> make_task("spiral").batch(seed=1, iteration=0, batch_size=20).input.shape
+torch.Size([20, 2])
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
-from tpext.tasks.base import Batch, Criterion, Task
+from tpext.tasks.base import Batch, Criterion, Order, Task
+from tpext.tasks.images import Digits, FlatCifar10, FlatMnist, ImageTask, MnistAutoencoder, load_cifar10, load_digits
 from tpext.tasks.mnist import MissingDataError, SequentialMnist, load_mnist
 from tpext.tasks.synthetic import Adding, RandomPermutation, TemporalOrder
+from tpext.tasks.toys import ToyName, ToySet
 
 SyntheticName = Literal["temporal-order", "temporal-order-3bit", "adding", "random-permutation"]
 ImageName = Literal["mnist", "permuted-mnist"]
-TaskName = Literal[SyntheticName, ImageName]
+VectorName = Literal["digits-mlp", "mnist-mlp", "cifar-mlp", "mnist-autoencoder"]
+TaskName = Literal[SyntheticName, ImageName, VectorName, ToyName]
 
 SYNTHETIC: tuple[str, ...] = get_args(SyntheticName)
-"""Names of the tasks whose length is free and whose samples are drawn, not read."""
+"""Names of the sequence tasks whose length is free and whose samples are drawn, not read."""
 
 IMAGES: tuple[str, ...] = get_args(ImageName)
-"""Names of the tasks that read images, in chunks of ``chunk`` pixels."""
+"""Names of the sequence tasks that read images, in chunks of ``chunk`` pixels."""
+
+VECTORS: tuple[str, ...] = get_args(VectorName)
+"""Names of the feed-forward tasks that read images, each as a vector."""
+
+TOYS: tuple[str, ...] = get_args(ToyName)
+"""Names of the feed-forward tasks that draw points in two or three dimensions."""
+
+FEED_FORWARD = VECTORS + TOYS
+"""Names of the feed-forward tasks."""
 
 TASKS: tuple[str, ...] = get_args(TaskName)
 """Every name that :func:`make_task` knows."""
 
+_VECTOR_TASKS: dict[str, type[ImageTask]] = {
+    "digits-mlp": Digits,
+    "mnist-mlp": FlatMnist,
+    "cifar-mlp": FlatCifar10,
+    "mnist-autoencoder": MnistAutoencoder,
+}
+
 
 def make_task(
-    name: str, *, length: int | None = None, chunk: int | None = None, data_dir: str | Path | None = None
+    name: str,
+    *,
+    length: int | None = None,
+    chunk: int | None = None,
+    data_dir: str | Path | None = None,
+    train_size: int | None = None,
+    order: Order | None = None,
 ) -> Task:
     """Return the task of that name.
 
     Args:
         name: one of :data:`TASKS`.
         length: number of steps T of a synthetic task; None is its default (60, adding 30, random permutation 30).
-        chunk: pixels per step of an image task, a divisor of 784: 1 (default) is pixel by pixel, 28 is by rows.
-        data_dir: folder of an image task's files; None means the cache folder, filled by a download when needed.
+        chunk: pixels per step of a sequence of images, a divisor of 784: 1 (default) is pixel by pixel, 28 is by rows.
+        data_dir: folder of an image task's files; None means the cache folder, filled by a download when needed
+            (MNIST). ``digits-mlp`` has no files.
+        train_size, order: of a feed-forward image task: see :class:`ImageTask`.
 
     Raises:
         ValueError: an unknown name, an argument that the task does not have, or one out of its range.
@@ -53,14 +82,25 @@ def make_task(
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    if name in IMAGES and length is not None:
+        raise ValueError(f"length does not belong to {name}: it is 784 / chunk")
+    reads_files = name in IMAGES or (name in VECTORS and name != "digits-mlp")
+    for option, value, belongs in (
+        ("length", length, name in SYNTHETIC),
+        ("chunk", chunk, name in IMAGES),
+        ("data_dir", data_dir, reads_files),
+        ("train_size", train_size, name in VECTORS),
+        ("order", order, name in VECTORS),
+    ):
+        if value is not None and not belongs:
+            raise ValueError(f"{option} does not belong to {name}")
+    folder = None if data_dir is None else Path(data_dir)
     if name in IMAGES:
-        if length is not None:
-            raise ValueError(f"length does not belong to {name}: it is 784 / chunk")
-        folder = None if data_dir is None else Path(data_dir)
         return SequentialMnist(chunk=1 if chunk is None else chunk, permuted=name == "permuted-mnist", data_dir=folder)
-    for option, value in (("chunk", chunk), ("data_dir", data_dir)):
-        if value is not None:
-            raise ValueError(f"{option} does not belong to {name}, which draws its samples")
+    if name in VECTORS:
+        return _VECTOR_TASKS[name](train_size=train_size, order="shuffled" if order is None else order, data_dir=folder)
+    if name in TOYS:
+        return ToySet(cast(ToyName, name))
     if name == "adding":
         return Adding() if length is None else Adding(length)
     if name == "random-permutation":
@@ -70,18 +110,30 @@ def make_task(
 
 
 __all__ = [
+    "FEED_FORWARD",
     "IMAGES",
     "SYNTHETIC",
     "TASKS",
+    "TOYS",
+    "VECTORS",
     "Adding",
     "Batch",
     "Criterion",
+    "Digits",
+    "FlatCifar10",
+    "FlatMnist",
+    "ImageTask",
     "MissingDataError",
+    "MnistAutoencoder",
+    "Order",
     "RandomPermutation",
     "SequentialMnist",
     "Task",
     "TaskName",
     "TemporalOrder",
+    "ToySet",
+    "load_cifar10",
+    "load_digits",
     "load_mnist",
     "make_task",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
 
@@ -9,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Criterion = Literal["cross_entropy", "mse"]
+Criterion = Literal["cross_entropy", "mse", "sigmoid_cross_entropy"]
+Order = Literal["shuffled", "sequential_first", "sequential"]
+"""In which order an epoch takes its samples: shuffled, as stored in the first epoch only, or as stored in every one."""
 
 # Independent streams of random numbers of one seed: what is drawn for one purpose never moves the others.
 TRAIN_STREAM, TEST_STREAM, SHUFFLE_STREAM, PERMUTATION_STREAM = range(4)
@@ -37,7 +40,8 @@ def random_generator(seed: int, stream: int, index: int = 0) -> np.random.Genera
 class Batch(NamedTuple):
     """Samples of a task.
 
-    ``input`` is ``[T, B, I]`` float32. ``target`` is ``[B]`` int64 classes, or ``[B, 1]`` float32 for "mse".
+    ``input`` is ``[T, B, I]`` float32, ``[B, I]`` for a feed-forward task. ``target`` is ``[B]`` int64 classes,
+    ``[B, 1]`` float32 for "mse", ``[B, output_size]`` float32 in [0, 1] for "sigmoid_cross_entropy".
     """
 
     input: Tensor
@@ -45,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """A sequence problem with the loss on the last step's output.
+    """A problem with one output a sample: that after the last step of a sequence, or that of a feed-forward network.
 
     Subclasses say the sizes and produce the data. The two methods that do are pure functions of their arguments.
     """
@@ -56,8 +60,8 @@ class Task(ABC):
 
     default_test_size: ClassVar[int] = 1000
 
-    length: int
-    """Number of steps T."""
+    length: int | None = None
+    """Number of steps T; None for a feed-forward task, whose input has no dimension T."""
 
     @property
     @abstractmethod
@@ -68,6 +72,14 @@ class Task(ABC):
     @abstractmethod
     def output_size(self) -> int:
         """Number of classes, or of values with "mse"."""
+
+    def epoch_length(self, batch_size: int) -> int | None:
+        """Return the number of batches in an epoch, None for a task that draws its samples.
+
+        Raises:
+            ValueError: fewer training samples than a batch has.
+        """
+        return None
 
     @abstractmethod
     def batch(self, seed: int, iteration: int, batch_size: int) -> Batch:
@@ -89,13 +101,22 @@ class Task(ABC):
         """
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the mean loss of outputs ``[B, output_size]``: cross-entropy or squared error, a scalar."""
+        """Return the mean loss of outputs ``[B, output_size]``, a scalar, by the criterion.
+
+        ================================  ==================================================================
+        ``"cross_entropy"``               of the softmax of the outputs, mean over ``B``
+        ``"mse"``                         squared error, mean over ``B * output_size``
+        ``"sigmoid_cross_entropy"``       of the sigmoid of each output, mean over ``B * output_size``
+        ================================  ==================================================================
+        """
         if self.criterion == "mse":
             return torch.nn.functional.mse_loss(output, target.to(output.dtype))
+        if self.criterion == "sigmoid_cross_entropy":
+            return torch.nn.functional.binary_cross_entropy_with_logits(output, target.to(output.dtype))
         return torch.nn.functional.cross_entropy(output, target)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return which outputs ``[B, output_size]`` are correct, ``[B]`` bool."""
+        """Return which outputs ``[B, output_size]`` are correct, ``[B]`` bool, or which share of each, ``[B]``."""
         return output.argmax(dim=1) == target
 
 
@@ -111,6 +132,38 @@ class SyntheticTask(Task):
 
     def test_set(self, seed: int, size: int) -> Batch:
         return self.sample(random_generator(seed, TEST_STREAM), size)
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, size: int) -> Tensor:
+    return torch.from_numpy(random_generator(seed, SHUFFLE_STREAM, epoch).permutation(size))
+
+
+def epoch_rows(seed: int, iteration: int, batch_size: int, size: int, order: Order = "shuffled") -> Tensor | slice:
+    """Return which of ``size`` stored samples the batch of an iteration takes.
+
+    Iterations run through epochs; samples left over at an epoch's end are dropped. A shuffled epoch has an order of its
+    own, fixed by (seed, epoch).
+
+    Raises:
+        ValueError: ``batch_size`` is above ``size``.
+    """
+    epoch, index = divmod(iteration, epoch_batches(batch_size, size))
+    rows = slice(index * batch_size, (index + 1) * batch_size)
+    if order == "sequential" or (order == "sequential_first" and epoch == 0):
+        return rows
+    return _shuffled(seed, epoch, size)[rows]
+
+
+def epoch_batches(batch_size: int, size: int) -> int:
+    """Return how many whole batches ``size`` stored samples make.
+
+    Raises:
+        ValueError: they make none.
+    """
+    if batch_size > size:
+        raise ValueError(f"batch_size must be at most {size} (the training images), got {batch_size}")
+    return size // batch_size
 
 
 def one_hot(symbols: np.ndarray, size: int) -> Tensor:

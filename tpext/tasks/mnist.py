@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tpext.tasks.base import PERMUTATION_STREAM, SHUFFLE_STREAM, Batch, Criterion, Task, random_generator
+from tpext.tasks.base import (
+    PERMUTATION_STREAM,
+    Batch,
+    Criterion,
+    Task,
+    epoch_batches,
+    epoch_rows,
+    random_generator,
+)
 
 PIXELS = 784
 
@@ -37,8 +45,8 @@ class MissingDataError(FileNotFoundError):
 
 
 @dataclass(frozen=True)
-class Mnist:
-    """Images ``[N, 784]`` uint8 and labels ``[N]`` int64 of both parts."""
+class Images:
+    """Images ``[N, pixels]`` uint8 and labels ``[N]`` int64 of both parts."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -115,7 +123,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpext"
 
 
-def load_mnist(data_dir: Path | None = None) -> Mnist:
+def load_mnist(data_dir: Path | None = None) -> Images:
     """Return MNIST from a folder, or from the cache folder, downloading what is missing there.
 
     Args:
@@ -144,12 +152,7 @@ def load_mnist(data_dir: Path | None = None) -> Mnist:
         if labels.max() > 9:
             raise ValueError(f"{label_path}: labels must be 0..9, got {labels.max()}")
         parts += [torch.from_numpy(images.reshape(-1, PIXELS).copy()), torch.from_numpy(labels.astype(np.int64))]
-    return Mnist(*parts)
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch_order(seed: int, epoch: int, size: int) -> Tensor:
-    return torch.from_numpy(random_generator(seed, SHUFFLE_STREAM, epoch).permutation(size))
+    return Images(*parts)
 
 
 @functools.lru_cache(maxsize=2)
@@ -198,18 +201,16 @@ class SequentialMnist(Task):
         return 10
 
     @functools.cached_property
-    def data(self) -> Mnist:
+    def data(self) -> Images:
         """The images and labels, read when first asked for."""
         return load_mnist(self.data_dir)
 
+    def epoch_length(self, batch_size: int) -> int:
+        return epoch_batches(batch_size, len(self.data.train_labels))
+
     def batch(self, seed: int, iteration: int, batch_size: int) -> Batch:
         data = self.data
-        batches = len(data.train_labels) // batch_size
-        if batches == 0:
-            images = len(data.train_labels)
-            raise ValueError(f"batch_size must be at most {images} (the training images), got {batch_size}")
-        epoch, index = divmod(iteration, batches)
-        rows = _epoch_order(seed, epoch, len(data.train_labels))[index * batch_size : (index + 1) * batch_size]
+        rows = epoch_rows(seed, iteration, batch_size, len(data.train_labels))
         return Batch(self._sequence(data.train_images[rows], seed), data.train_labels[rows])
 
     def test_set(self, seed: int, size: int) -> Batch:
