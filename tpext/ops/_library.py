@@ -158,14 +158,14 @@ def run_scan(
         return run(torch.get_num_threads())
     stack, time, batch, hidden = states.shape
     wanted = os.environ.get("TPEXT_CUDA_REGIME") or "auto"
-    regime, size = wanted, 0
+    regime, size, dtype = wanted, 0, dtype_name(states.dtype)
     if wanted != "step":
         device = max(states.get_device(), 0)
         try:
-            regime, size, _ = rnn_plan(len(products), _dtype(states), stack, batch, hidden, device, wanted)
+            regime, size, _ = rnn_plan(len(products), dtype, stack, batch, hidden, device, wanted)
         except ValueError as error:
             raise ValueError(
-                f"{op}: TPEXT_CUDA_REGIME={wanted!r} is not possible for {_dtype(states)} [S={stack}, B={batch}, "
+                f"{op}: TPEXT_CUDA_REGIME={wanted!r} is not possible for {dtype} [S={stack}, B={batch}, "
                 f"H={hidden}] on {states.device}: {error}"
             ) from error
     stream = stream_of(states)
@@ -242,7 +242,8 @@ def check_scan(
     sizes = dict(zip(symbols, first.shape, strict=True))
     if dtype not in (torch.float32, torch.float64) and not (dtype in LOW_PRECISION and on_cuda(first)):
         raise ValueError(
-            f"{op}: {leading} must be float32 or float64, got {_dtype(first)}; for lower precision use torch.autocast"
+            f"{op}: {leading} must be float32 or float64, got {dtype_name(dtype)}; "
+            "for lower precision use torch.autocast"
         )
     for name, (tensor, dims) in tensors.items():
         if tensor is None:
@@ -256,12 +257,13 @@ def check_scan(
                 expected = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
                 raise ValueError(f"{op}: {name} must be [{expected}], got {list(tensor.shape)}")
         if tensor.dtype != dtype:
-            raise ValueError(f"{op}: {name} must be {_dtype(first)} as {leading} is, got {_dtype(tensor)}")
+            expected = dtype_name(dtype)
+            raise ValueError(f"{op}: {name} must be {expected} as {leading} is, got {dtype_name(tensor.dtype)}")
         if tensor.device != device:
             raise ValueError(f"{op}: {name} must be on {device} as {leading} is, got {tensor.device}")
     if lengths is not None:
         if lengths.dtype != torch.int64:
-            raise ValueError(f"{op}: lengths must be int64, got {_dtype(lengths)}")
+            raise ValueError(f"{op}: lengths must be int64, got {dtype_name(lengths.dtype)}")
         if lengths.shape != (sizes["B"],):
             raise ValueError(f"{op}: lengths must be [B={sizes['B']}], got {list(lengths.shape)}")
         if lengths.device != device:
@@ -292,5 +294,17 @@ def check_lengths(op: str, lengths: Tensor | None, time: int) -> None:
         raise ValueError(f"{op}: lengths must lie in 0..T={time}, got {lengths.tolist()}")
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def check_like(op: str, name: str, tensor: Tensor, input: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError unless ``tensor`` has this shape, and the dtype and device of ``input``."""
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != input.dtype:
+        expected = dtype_name(input.dtype)
+        raise ValueError(f"{op}: {name} must be {expected} as input is, got {dtype_name(tensor.dtype)}")
+    if tensor.device != input.device:
+        raise ValueError(f"{op}: {name} must be on {input.device} as input is, got {tensor.device}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As error messages and the kernels' plans have it: "float32"."""
+    return str(dtype).removeprefix("torch.")

@@ -46,8 +46,10 @@ from tpext.ops._library import (
     autocasts,
     cast,
     check_choice,
+    check_like,
     define,
     dense,
+    dtype_name,
     full_precision,
     on_cuda,
     refuse_forward_mode,
@@ -264,7 +266,7 @@ def kaczmarz_step(
     tensor([[0.5000, 1.0000]])
     """
     _check_layer("kaczmarz_step", input, weight, bias)
-    _check_like("kaczmarz_step", "displacement", displacement, input, (*input.shape[:-1], weight.shape[0]))
+    check_like("kaczmarz_step", "displacement", displacement, input, (*input.shape[:-1], weight.shape[0]))
     with torch.no_grad(), full_precision(input.device.type):
         d, x = displacement.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
         step = _step(d, x, weight, bias is not None, rule or Kaczmarz(), units)
@@ -401,26 +403,13 @@ def _check_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) ->
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [M, N], got {list(weight.shape)}")
     if input.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{op}: input must be float32 or float64, got {_name(input.dtype)}")
+        raise ValueError(f"{op}: input must be float32 or float64, got {dtype_name(input.dtype)}")
     outputs, inputs = weight.shape
     if input.dim() == 0 or input.shape[-1] != inputs:
         raise ValueError(f"{op}: input must be [..., N={inputs}], got {list(input.shape)}")
-    _check_like(op, "weight", weight, input, (outputs, inputs))
+    check_like(op, "weight", weight, input, (outputs, inputs))
     if bias is not None:
-        _check_like(op, "bias", bias, input, (outputs,))
-
-
-def _check_like(op: str, name: str, tensor: Tensor, input: Tensor, shape: Sequence[int]) -> None:
-    if tuple(tensor.shape) != tuple(shape):
-        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != input.dtype:
-        raise ValueError(f"{op}: {name} must be {_name(input.dtype)} as input is, got {_name(tensor.dtype)}")
-    if tensor.device != input.device:
-        raise ValueError(f"{op}: {name} must be on {input.device} as input is, got {tensor.device}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        check_like(op, "bias", bias, input, (outputs,))
 
 
 def kaczmarz_train(
@@ -487,9 +476,9 @@ def _check_train(
     if input.dim() != 2:
         raise ValueError(f"{op}: input must be [K, N], got {list(input.shape)}")
     if input.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{op}: input must be float32 or float64, got {_name(input.dtype)}")
+        raise ValueError(f"{op}: input must be float32 or float64, got {dtype_name(input.dtype)}")
     if labels.dtype != torch.int64:
-        raise ValueError(f"{op}: labels must be int64, got {_name(labels.dtype)}")
+        raise ValueError(f"{op}: labels must be int64, got {dtype_name(labels.dtype)}")
     if labels.shape != input.shape[:1]:
         raise ValueError(f"{op}: labels must be [K={len(input)}], got {list(labels.shape)}")
     if labels.device != input.device:
@@ -502,9 +491,9 @@ def _check_train(
     for i, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[0] == 0:
             raise ValueError(f"{op}: weights[{i}] must be [M >= 1, N], got {list(weight.shape)}")
-        _check_like(op, f"weights[{i}]", weight, input, (weight.shape[0], below))
+        check_like(op, f"weights[{i}]", weight, input, (weight.shape[0], below))
         if biases:
-            _check_like(op, f"biases[{i}]", biases[i], input, weight.shape[:1])
+            check_like(op, f"biases[{i}]", biases[i], input, weight.shape[:1])
         below = weight.shape[0]
     for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg)):
         _check_number(op, name, value)

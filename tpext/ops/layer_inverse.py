@@ -52,8 +52,10 @@ from tpext import _C
 from tpext.ops._library import (
     LOW_PRECISION,
     check_choice,
+    check_like,
     define,
     dense,
+    dtype_name,
     execution,
     full_precision,
     on_cuda,
@@ -74,22 +76,8 @@ def _check(op: str, target: Tensor, input: Tensor) -> None:
     refuse_forward_mode(op)
     if input.dtype not in (torch.float32, torch.float64):
         hint = "; for lower precision use torch.autocast" if input.dtype in LOW_PRECISION else ""
-        raise ValueError(f"{op}: input must be float32 or float64, got {_name(input.dtype)}{hint}")
-    _check_like(op, "target", target, input, input.shape)
-
-
-def _check_like(op: str, name: str, tensor: Tensor, input: Tensor, shape: torch.Size | tuple[int, ...]) -> None:
-    """Raise ValueError unless ``tensor`` has this shape, and the dtype and device of ``input``."""
-    if tensor.shape != shape:
-        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != input.dtype:
-        raise ValueError(f"{op}: {name} must be {_name(input.dtype)} as input is, got {_name(tensor.dtype)}")
-    if tensor.device != input.device:
-        raise ValueError(f"{op}: {name} must be on {input.device} as input is, got {tensor.device}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise ValueError(f"{op}: input must be float32 or float64, got {dtype_name(input.dtype)}{hint}")
+    check_like(op, "target", target, input, input.shape)
 
 
 def _check_gamma(op: str, gamma: float) -> None:
@@ -107,7 +95,7 @@ def _fake(target: Tensor, input: Tensor, activation: str, slope: float, gamma: f
     _check_gamma(op, gamma)
     least = torch.finfo(input.dtype).eps
     if activation in ("tanh", "sigmoid") and not least <= clip < 0.5:
-        raise ValueError(f"{op}: clip must lie in [{least:.3g}, 0.5) for {_name(input.dtype)}, got {clip}")
+        raise ValueError(f"{op}: clip must lie in [{least:.3g}, 0.5) for {dtype_name(input.dtype)}, got {clip}")
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -476,12 +464,12 @@ class _Layer:
         if input.dim() == 0 or input.shape[-1] != inputs:
             raise ValueError(f"{op}: input must be [..., N={inputs}], got {list(input.shape)}")
         leading = input.shape[:-1]
-        _check_like(op, "weight", weight, input, (outputs, inputs))
-        _check_like(op, *moved, input, (*leading, outputs))
+        check_like(op, "weight", weight, input, (outputs, inputs))
+        check_like(op, *moved, input, (*leading, outputs))
         if bias is not None:
-            _check_like(op, "bias", bias, input, (outputs,))
+            check_like(op, "bias", bias, input, (outputs,))
         if inverse is not None:
-            _check_like(op, "inverse", inverse, input, (inputs, outputs))
+            check_like(op, "inverse", inverse, input, (inputs, outputs))
         else:
             inverse = _operator(weight, gamma if method == "regularized" else 0.0)
         activation = activation if isinstance(activation, Activation) else Activation(activation)

@@ -46,7 +46,16 @@ import torch
 from torch import Tensor
 
 from tpext import _C
-from tpext.ops._library import LIBRARY, define, dense, execution, full_precision, on_cuda, refuse_forward_mode
+from tpext.ops._library import (
+    LIBRARY,
+    define,
+    dense,
+    dtype_name,
+    execution,
+    full_precision,
+    on_cuda,
+    refuse_forward_mode,
+)
 
 # The kernel's status of a matrix whose elements are not finite (csrc/core/regularized_inverse.h).
 _NOT_FINITE = 1
@@ -69,7 +78,7 @@ def _check(weight: Tensor, reg: float, op: str = "regularized_inverse") -> None:
     if weight.dim() < 2:
         raise ValueError(f"{op}: weight must be [..., M, N], got {list(weight.shape)}")
     if weight.dtype not in (torch.float32, torch.float64):
-        dtype = str(weight.dtype).removeprefix("torch.")
+        dtype = dtype_name(weight.dtype)
         raise ValueError(f"{op}: weight must be float32 or float64, got {dtype}")
     if not (0 <= reg < math.inf):
         raise ValueError(f"{op}: reg must be a finite number >= 0, got {reg}")
@@ -145,7 +154,7 @@ def _raise_error(status: Tensor, dtype: torch.dtype, reg: float, op: str) -> Non
         raise ValueError(f"{op}: {_first(unusable)} has NaN or infinite elements")
     raise SingularError(
         f"{op}: the Gram matrix of {_first(status != 0)} plus reg={reg} is singular to the precision of "
-        f"{str(dtype).removeprefix('torch.')}, or overflows it; use a larger reg or smaller weights"
+        f"{dtype_name(dtype)}, or overflows it; use a larger reg or smaller weights"
     )
 
 
@@ -189,7 +198,7 @@ def _check_solve(weight: Tensor, rhs: Tensor, reg: float) -> None:
         expected = "".join(f"{size}, " for size in batch)
         raise ValueError(f"regularized_solve: rhs must be [{expected}K, M={rows}], got {list(rhs.shape)}")
     if rhs.dtype != weight.dtype:
-        dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in (weight, rhs)]
+        dtypes = [dtype_name(tensor.dtype) for tensor in (weight, rhs)]
         raise ValueError(f"regularized_solve: rhs must be {dtypes[0]} as weight is, got {dtypes[1]}")
     if rhs.device != weight.device:
         raise ValueError(f"regularized_solve: rhs must be on {weight.device} as weight is, got {rhs.device}")
