@@ -524,6 +524,51 @@ def test_pickles_and_copies(rule: Any) -> None:
         assert torch.equal(other(x), net(x))
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_tied_layers_share_one_parameter(rule: Any) -> None:
+    """An autoencoder with tied weights: the same as free layers of equal weights, whose gradients are added up."""
+    torch.manual_seed(0)
+    options: Any = {"rule": rule, "dtype": torch.float64}
+    tied = tpext.nn.MLP([6, 5, 3, 5, 6], tied=True, **options)
+    free = tpext.nn.MLP([6, 5, 3, 5, 6], **options)
+    for one, other in zip(tied, free, strict=True):
+        values = {
+            name: value.mT if name == "weight" and one.transposed else value for name, value in one.state_dict().items()
+        }
+        other.load_state_dict(values)
+    x = torch.randn(7, 6, dtype=torch.float64)
+    for net in (tied, free):
+        (net(x) - x).square().sum().backward()
+    assert len({id(layer.weight) for layer in tied}) == 2
+    for layer, mirror in ((0, 3), (1, 2)):
+        expected = free[layer].weight.grad + free[mirror].weight.grad.mT
+        torch.testing.assert_close(tied[layer].weight.grad, expected)
+        torch.testing.assert_close(tied[mirror].bias.grad, free[mirror].bias.grad)
+    displacement = torch.randn(7, 6, dtype=torch.float64)
+    hidden = x[:, :5]
+    torch.testing.assert_close(
+        tied[3].input_displacement(hidden, displacement), free[3].input_displacement(hidden, displacement)
+    )
+    copied = copy.deepcopy(tied)
+    assert copied[3].weight is copied[0].weight
+    again = tpext.nn.MLP([6, 5, 3, 5, 6], tied=True, **options)
+    again.load_state_dict(tied.state_dict())
+    assert torch.equal(again(x), tied(x))
+    assert repr(tied[3]).endswith(", tied)")
+
+
+def test_tie_needs_mirrored_sizes() -> None:
+    encoder, decoder = tpext.nn.TargetLinear(4, 3), tpext.nn.TargetLinear(3, 4)
+    with pytest.raises(ValueError, match="encoder must be a layer of its own weights from M=3 to N=4 features, got"):
+        tpext.nn.TargetLinear(4, 3).tie(encoder)
+    decoder.tie(encoder)
+    with pytest.raises(ValueError, match="that is tied itself"):
+        tpext.nn.TargetLinear(4, 3).tie(decoder)
+    for sizes in ([4, 3, 3, 4], [4, 3, 5]):
+        with pytest.raises(ValueError, match="MLP: sizes must be an odd number of sizes, the same from both ends"):
+            tpext.nn.MLP(sizes, tied=True)
+
+
 def test_repr() -> None:
     layer = TargetLinear(4, 3, activation="tanh", rule=Backprop())
     assert repr(layer) == "TargetLinear(4, 3, bias=True, activation='tanh', rule=Backprop())"

@@ -44,7 +44,7 @@ def layer_diagnostics(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
 
     The passes run on copies of the model, with the same random numbers: model, gradients and random state stay as they
     are. Back-propagation takes the place of the rule in every :class:`tpext.nn.TargetLinear`; a layer's gradient
-    depends on the rules of all layers above it.
+    depends on the rules of all layers above it. Tied layers share that of their weights.
 
     Args:
         model: any model with layers of this kind.

@@ -259,6 +259,7 @@ class TargetLinear(nn.Module):
 
     Attributes:
         weight, bias: ``[M, N]`` and ``[M]``, drawn as ``torch.nn.Linear`` draws them, whose ``state_dict`` fits.
+        transposed: whether ``weight`` is ``W^T [N, M]``, the parameter of another layer: see :meth:`tie`.
         reverse_weight, reverse_bias: ``[N, M]`` and ``[N]``, under ``DifferenceTargetPropagation`` only, initialised
             orthogonal and zero. A ``state_dict`` without them leaves them as they are.
 
@@ -309,6 +310,7 @@ class TargetLinear(nn.Module):
         self.reverse_activation = self.activation if reverse_activation is None else _as_activation(reverse_activation)
         _check_rule(rule, self.activation)
         self._rule: LayerRule = rule
+        self.transposed = False
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
@@ -320,13 +322,45 @@ class TargetLinear(nn.Module):
     def reset_parameters(self) -> None:
         """Draw all parameters anew: uniform in ``+-1/sqrt(N)``; reverse weights orthogonal, reverse biases zero."""
         # torch.nn.Linear's own calls, so that one seed gives both the same parameters
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self._matrix(), a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
         if isinstance(self._rule, DifferenceTargetPropagation):
             nn.init.orthogonal_(self.reverse_weight)
             nn.init.zeros_(self.reverse_bias)
+
+    def tie(self, encoder: TargetLinear) -> None:
+        """Share the weights of the layer that this one mirrors, ``W = W_encoder^T``, in one parameter.
+
+        Its gradient is then the sum of both layers' local gradients. Biases and reverse layers stay each layer's own. A
+        model that loads the ``state_dict`` of one with tied layers ties them first.
+
+        Args:
+            encoder: a layer from M to N features, itself not tied to another.
+
+        Raises:
+            ValueError: sizes that do not mirror this layer's, a tied layer.
+
+        >>> import tpext
+        >>> encoder, decoder = tpext.nn.TargetLinear(8, 3), tpext.nn.TargetLinear(3, 8)
+        >>> decoder.tie(encoder)
+        >>> decoder.weight is encoder.weight
+        True
+        """
+        mirrored = (self.out_features, self.in_features)
+        if (encoder.in_features, encoder.out_features) != mirrored or encoder.transposed:
+            raise ValueError(
+                f"TargetLinear.tie: encoder must be a layer of its own weights from M={mirrored[0]} to N={mirrored[1]} "
+                f"features, got one from {encoder.in_features} to {encoder.out_features}"
+                + (" that is tied itself" if encoder.transposed else "")
+            )
+        self.transposed = True
+        self.weight = encoder.weight
+
+    def _matrix(self) -> Tensor:
+        """``W [M, N]``."""
+        return self.weight.mT if self.transposed else self.weight
 
     @property
     def rule(self) -> LayerRule:
@@ -377,11 +411,11 @@ class TargetLinear(nn.Module):
         self._check_input(input)
         rule = self._rule
         if isinstance(rule, Backprop):
-            return self.activation(functional.linear(input, self.weight, self.bias))
+            return self.activation(functional.linear(input, self._matrix(), self.bias))
         if isinstance(rule, DifferenceTargetPropagation):
-            tensors = (input, self.weight, self.bias, self.reverse_weight, self.reverse_bias)
+            tensors = (input, self._matrix(), self.bias, self.reverse_weight, self.reverse_bias)
             return _apply(_LearnedInverseFunction, tensors, self.activation, self.reverse_activation, rule)
-        return _apply(_LeastSquaresFunction, (input, self.weight, self.bias), self.activation, rule)
+        return _apply(_LeastSquaresFunction, (input, self._matrix(), self.bias), self.activation, rule)
 
     def _check_input(self, input: Tensor) -> None:
         weight = self.weight
@@ -420,7 +454,7 @@ class TargetLinear(nn.Module):
         tensor(0.)
         """
         self._check_input(input)
-        rule, weight = self._rule, self.weight
+        rule, weight = self._rule, self._matrix()
         with full_precision(input.device.type):
             input, displacement = input.to(weight.dtype), displacement.to(weight.dtype)
             preactivation = functional.linear(input, weight, self.bias)
@@ -483,7 +517,7 @@ class TargetLinear(nn.Module):
                 target = input.to(self.weight.dtype)
                 if std > 0:
                     target = target + std * torch.randn_like(target)
-                reached = self.activation(functional.linear(target, self.weight, self.bias))
+                reached = self.activation(functional.linear(target, self._matrix(), self.bias))
             rebuilt = self.reverse_activation(functional.linear(reached, self.reverse_weight, self.reverse_bias))
             return (rebuilt - target).square().sum() / max(1, math.prod(input.shape[:-1]))
 
@@ -491,9 +525,10 @@ class TargetLinear(nn.Module):
         """Sizes, activation, rule."""
         activation = self.activation
         shown = f"'{activation.name}'" if activation == Activation(activation.name) else repr(activation)
+        tied = ", tied" if self.transposed else ""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, activation={shown}, "
-            f"rule={self._rule}"
+            f"rule={self._rule}{tied}"
         )
 
 
@@ -512,10 +547,12 @@ class MLP(nn.Sequential):
         rule: what the backward pass computes; None means ``RegularizedLeastSquares()``.
         output: activation of the last layer.
         bias: False leaves out all ``b_l``.
+        tied: True ties the layers of an autoencoder, the last to the first and so on (:meth:`TargetLinear.tie`);
+            ``sizes`` must be an odd number of sizes, the same from both ends.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: fewer than two sizes. TypeError, ValueError: as :class:`TargetLinear`.
+        ValueError: fewer than two sizes, or sizes that cannot be tied. TypeError, ValueError: as :class:`TargetLinear`.
 
     A slice of the network is a plain ``torch.nn.Sequential`` of its layers.
 
@@ -535,11 +572,16 @@ class MLP(nn.Sequential):
         rule: LayerRule | None = None,
         output: ActivationName | Activation = "identity",
         bias: bool = True,
+        tied: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be two or more, got {list(sizes)}")
+        if tied and (len(sizes) % 2 == 0 or list(sizes) != list(sizes)[::-1]):
+            raise ValueError(
+                f"MLP: sizes must be an odd number of sizes, the same from both ends, for tied=True, got {list(sizes)}"
+            )
         last = len(sizes) - 2
         super().__init__(
             *(
@@ -556,6 +598,11 @@ class MLP(nn.Sequential):
                 for layer in range(last + 1)
             )
         )
+        if tied:
+            layers = list(self._layers())
+            half = len(layers) // 2
+            for encoder, decoder in zip(layers[:half], reversed(layers[half:]), strict=True):
+                decoder.tie(encoder)
 
     def __getitem__(self, index: slice | int) -> Any:
         """A layer, or a plain ``torch.nn.Sequential`` of some."""
