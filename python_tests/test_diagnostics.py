@@ -114,3 +114,50 @@ def test_layers_used_twice_and_not_at_all() -> None:
 def test_needs_a_layer() -> None:
     with pytest.raises(ValueError, match=r"model must have a tpext\.nn\.TargetLinear, got Linear"):
         layer_diagnostics(nn.Linear(3, 2), square(torch.ones(1, 3)))
+
+
+def test_frozen_layers_and_no_grad() -> None:
+    """The gradients of a frozen model, asked for where none are recorded, are those of a trainable one."""
+    net = MLP([5, 4, 3], "tanh", rule=RegularizedLeastSquares(gamma=0.1, target_step=5.0), dtype=DOUBLE)
+    loss = square(torch.randn(7, 5, dtype=DOUBLE))
+    expected = layer_diagnostics(net, loss)
+    net.requires_grad_(False)
+    with torch.no_grad():
+        assert layer_diagnostics(net, loss) == expected
+
+
+def test_residual_is_of_the_rules_own_displacement() -> None:
+    """``d = -target_step g``, which for a bent activation matters."""
+    x = torch.randn(7, 4, dtype=DOUBLE)
+    net = MLP([4, 4], output="tanh", rule=RegularizedLeastSquares(gamma=0.1, target_step=20.0), dtype=DOUBLE)
+    (layer,), h = layer_diagnostics(net, square(x)), net(x).detach()
+    d = -20.0 * 2 * h / h.numel()
+    missed = net(x + net[0].input_displacement(x, d)) - h - d
+    assert layer.inverse_residual == pytest.approx(float((missed.norm() / d.norm()).detach()))
+
+
+def test_hooks_and_keywords() -> None:
+    """Layers called by keyword, and a hook of the model's that changes an output: the layer's own output counts."""
+    x = torch.randn(7, 4, dtype=DOUBLE)
+    net = MLP([4, 4, 4], rule=RegularizedLeastSquares(gamma=0.1), dtype=DOUBLE)
+    plain = layer_diagnostics(net, lambda model: (model[1](input=model[0](input=x)) + 1).square().mean())
+    net[1].register_forward_hook(lambda module, args, output: output + 1)
+    hooked = layer_diagnostics(net, square(x))
+    assert [layer.inverse_residual for layer in hooked] == pytest.approx([layer.inverse_residual for layer in plain])
+
+
+def test_random_numbers_are_the_same_in_both_passes() -> None:
+    net = nn.Sequential(
+        MLP([5, 4], rule=Backprop(), dtype=DOUBLE), nn.Dropout(), MLP([4, 3], rule=Backprop(), dtype=DOUBLE)
+    )
+    state = torch.get_rng_state()
+    layers = layer_diagnostics(net, square(torch.ones(7, 5, dtype=DOUBLE)))
+    assert all(layer.angle < 1e-6 for layer in layers)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_loss_must_use_the_model_that_it_is_given() -> None:
+    net = MLP([5, 4, 3])
+    x = torch.randn(7, 5)
+    with pytest.raises(ValueError, match="layer_diagnostics: loss must call the model that it is given"):
+        layer_diagnostics(net, lambda model: net(x).sum())

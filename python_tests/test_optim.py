@@ -124,3 +124,14 @@ def test_sparse_gradients_are_refused(optimizer: Any) -> None:
     parameter.grad = torch.ones(3).to_sparse()
     with pytest.raises(RuntimeError, match="gradients must be dense"):
         optimizer([parameter]).step()
+
+
+def test_constant_gradients_stay_finite() -> None:
+    """Of a constant gradient the variance is rounding, which must not become a root of a negative number."""
+    parameter = torch.nn.Parameter(torch.zeros(1000))
+    optimizer = CentredRMSprop([parameter], lr=1e-3)
+    gradient = torch.linspace(30, 300, 1000)
+    for _ in range(400):
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    assert parameter.isfinite().all()

@@ -54,7 +54,7 @@ def layer_diagnostics(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
         One value a layer that the loss depends on, in the order of ``model.named_modules()``.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no such layer, or the loss calls none of those of the model that it is given.
 
     Cost: two passes forward and backward, an inverse and a singular value decomposition a layer.
 
@@ -72,11 +72,13 @@ def layer_diagnostics(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
         if isinstance(module, TargetLinear):
             # past the setter, which guards the parameters that an optimizer has
             module._rule = Backprop()
+    # Forked twice, from the same state of every device's generator.
     with torch.random.fork_rng():
-        state = torch.get_rng_state()
         rule_layers = _gradients(by_rule, loss)
-        torch.set_rng_state(state)
+    with torch.random.fork_rng():
         exact_layers = _gradients(by_backprop, loss)
+    if not rule_layers:
+        raise ValueError("layer_diagnostics: loss must call the model that it is given, and called none of its layers")
     return [
         _compare(name, layers[name], gradient, exact_layers[name][0], calls)
         for name, (gradient, calls) in rule_layers.items()
@@ -88,10 +90,14 @@ def _gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> _Layers
     layers = {name: module for name, module in model.named_modules() if isinstance(module, TargetLinear)}
     for name, module in layers.items():
 
-        def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor, name: str = name) -> None:
-            calls.setdefault(name, []).append((inputs[0].detach(), output))
+        def record(
+            module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor, name: str = name
+        ) -> None:
+            input = args[0] if args else kwargs["input"]
+            calls.setdefault(name, []).append((input.detach(), output))
 
-        module.register_forward_hook(record)
+        # before the model's own hooks, which may change the output
+        module.register_forward_hook(record, with_kwargs=True, prepend=True)
         module.requires_grad_(True)
     with torch.enable_grad():
         value = loss(model)
@@ -125,7 +131,8 @@ def _compare(
     missed = wished = 0.0
     for input, output, grad in calls:
         displacement = -step * grad
-        reached = layer(input + layer.input_displacement(input, displacement))
+        # forward itself, past the model's hooks
+        reached = layer.forward(input + layer.input_displacement(input, displacement))
         missed += float((reached - output - displacement).double().square().sum())
         wished += float(displacement.double().square().sum())
     gamma = exact_number(layer.rule, "gamma") if isinstance(layer.rule, RegularizedLeastSquares) else 0.0

@@ -136,7 +136,8 @@ class CentredRMSprop(_RMSprop):
         lr: learning rate, >= 0.
         alpha: weight of the past in both averages, 0 <= alpha < 1.
         momentum: 0 <= momentum < 1.
-        eps: >= 0; far above the rounding of ``v - m^2``, which may fall below zero by that.
+        eps: >= 0; where it is not far above the rounding of ``v - m^2``, that decides the steps of nearly constant
+            gradients (a variance that rounding makes negative counts as zero).
 
     Raises:
         ValueError: an option out of its range, named.
@@ -169,4 +170,4 @@ class CentredRMSprop(_RMSprop):
         alpha, eps = float(group["alpha"]), float(group["eps"])
         mean = state["grad_avg"].mul_(alpha).add_(grad, alpha=1 - alpha)
         squares = state["square_avg"].mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
-        return (squares - mean * mean).add_(eps).sqrt_()
+        return (squares - mean * mean).clamp_(min=0).add_(eps).sqrt_()

@@ -86,7 +86,8 @@ def published_presets(task: str, kind: type[LayerRule]) -> list[str]:
 
     ``"seely"``
         four hidden layers of 240 units, or the autoencoder 784-200-100-5-100-200-784; batches of 100 of the first
-        50,000 images, as stored in the first epoch, 20,000 iterations; Xavier-uniform weights, zero biases;
+        50,000 images (published: of the last), as stored in the first epoch, 20,000 iterations; Xavier-uniform weights,
+        zero biases;
         TensorFlow's RMSProp at 3e-3; ``gamma`` 1e-3, ``target_step`` 0.1, local losses before the activation, averaged
         over batch and units; the published two steps for the activation's inverse (``reference_compat``); gradients
         bounded by a norm of 100 (there each by itself). For constrained and regularized-least-squares, and backprop in
