@@ -17,9 +17,10 @@ from torch import Tensor
 import tpext
 from tpext import _C, reference
 from tpext.ops import Activation, bias_inverse, layer_displacement, layer_inverse, linear_inverse
-from tpext.ops.layer_inverse import _minimizer
-from tpext.reference.layer_inverse import activation_and_slope
+from tpext.ops.layer_inverse import _displacement, _minimizer
+from tpext.reference.layer_inverse import activation_and_slope, activation_change
 
+act_displacement = torch.ops.tpext.act_displacement
 act_inverse = torch.ops.tpext.act_inverse
 regularized_inverse = torch.ops.tpext.regularized_inverse
 
@@ -31,6 +32,8 @@ GAMMAS = [1e-8, 1e-4, 1e-2, 0.1, 0.3, 1.0, 10.0, 1e3]
 SLOPE = 0.125
 EDGE_TARGETS = [-1e4, -2.0, -1.001, -1.0, -0.999, -0.5, -1e-3, 0.0, 1e-3, 0.3, 0.5, 0.999, 1.0, 1.001, 1.3, 2.0, 1e4]
 EDGE_INPUTS = [-50.0, -18.0, -8.0, -3.0, -1.5, -0.5, -1e-3, 0.0, 1e-3, 0.5, 1.5, 3.0, 8.0, 18.0, 50.0]
+DISPLACEMENTS = [1e-30, 1e-12, 1e-6, 1e-4, 3e-3, 0.03, 0.1, 0.3, 1.0, 10.0]
+MOVED_INPUTS = [-16.0, -3.0, -1.5, -0.5, -1e-3, 0.0, 0.7, 2.0, 8.0]
 
 
 def published(file: str) -> dict[str, Tensor]:
@@ -427,6 +430,157 @@ def test_same_bits_on_any_number_of_threads_and_in_any_company(name: str, dtype:
         assert torch.equal(Activation(name).regularized_inverse(y[part], c[part], 0.05), expected[part])
 
 
+def displacements(name: str, d: Tensor, c: Tensor, gamma: float) -> list[Tensor]:
+    """By the op and, for tanh and sigmoid, by the torch operations that CUDA tensors take."""
+    by_op = act_displacement(d, c, name, SLOPE, gamma)
+    return [by_op, _displacement(d, c, name, gamma)] if name in SMOOTH else [by_op]
+
+
+def assert_moves(name: str, d: Tensor, c: Tensor, gamma: float) -> None:
+    """To a few roundings of the result where the cost is curved, and where it is small: 3/8 of tanh's input."""
+    D, C = (a.numpy().astype(np.longdouble) for a in (d, c))
+    expected = reference.act_displacement(D, C, name, SLOPE, gamma)
+    info = torch.finfo(d.dtype)
+    checked = np.ones(d.shape, bool)
+    if name in SMOOTH:
+        scale = 2 if name == "sigmoid" else 1
+        value, slope = activation_and_slope(C + expected, name, SLOPE)
+        bend = (-2 * value if name == "tanh" else 1 - 2 * value) * slope
+        gap = activation_change(expected, C, scale) - D
+        curvature = slope**2 + gap * bend + gamma
+        checked = (curvature > 0.25 * (slope**2 + np.abs(gap * bend) + gamma)) & (np.abs(expected) < 0.375 * scale)
+        assert checked.sum() > 0.25 * len(d)
+    # Products with the displacement that are no normal numbers count as zero.
+    lost = info.tiny / (info.eps * min(gamma, 1.0))
+    for z in displacements(name, d, c, gamma):
+        assert z.dtype == d.dtype
+        assert z.shape == d.shape
+        error = np.abs(z.numpy() - expected) / (info.eps * (np.abs(expected) + lost))
+        worst = int(np.argmax(np.where(checked, error, 0)))
+        where = f"displacement {d[worst].item()!r}, input {c[worst].item()!r}, gamma {gamma}: {z[worst].item()!r}"
+        assert error[worst] <= 12 or not checked[worst], f"{where} is not {expected[worst]!r}, by {error[worst]} eps"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gamma", [1e-6, 1e-4, 1e-2, 0.1, 0.3, 1.0, 10.0, 1e3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_displacements_keep_their_digits(name: str, gamma: float, dtype: torch.dtype) -> None:
+    sizes = [sign * size for size in DISPLACEMENTS for sign in (1, -1)]
+    pairs = torch.tensor(list(itertools.product(sizes, MOVED_INPUTS)), dtype=dtype)
+    assert_moves(name, pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), gamma)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    name=st.sampled_from(NAMES),
+    log_d=st.floats(-12, 1),
+    sign=st.sampled_from([-1, 1]),
+    c=st.one_of(st.floats(-3, 3), st.floats(-12, 12)),
+    log_gamma=st.floats(-6, 3),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_displacement_is_globally_the_best(
+    name: str, log_d: float, sign: int, c: float, log_gamma: float, dtype: torch.dtype
+) -> None:
+    d, input = torch.tensor([sign * 10.0**log_d], dtype=dtype), torch.tensor([c], dtype=dtype)
+    gamma = 10.0**log_gamma
+    y = Activation(name, SLOPE)(input) + d
+    D, C = (a.numpy().astype(np.longdouble) for a in (d, input))
+    points = np.concatenate([np.linspace(-60, 60, 4001) - C, np.linspace(-2, 2, 2001), [0.0]])
+
+    def change(u: np.ndarray) -> np.ndarray:
+        if name in SMOOTH:
+            return activation_change(u, C, 2.0 if name == "sigmoid" else 1.0)
+        return activation_and_slope(C + u, name, SLOPE)[0] - activation_and_slope(C, name, SLOPE)[0]
+
+    eps = torch.finfo(dtype).eps
+    for z in displacements(name, d, input, gamma):
+        u = z.numpy().astype(np.longdouble)
+        cost, slope = (change(u) - D) ** 2 + gamma * u**2, activation_and_slope(C + u, name, SLOPE)[1]
+        # What rounding y = a(c) + d and x = c + u changes it by, as large moves may come from these.
+        residual = eps * (abs(y.item()) + 1 + slope * (np.abs(C) + np.abs(u)))
+        moved = eps * (np.abs(C) + np.abs(u))
+        rounding = residual * (np.abs(change(u) - D) + residual) + gamma * moved * (np.abs(u) + moved)
+        allowed = 8 * (rounding + eps * cost)
+        assert (cost - ((change(points) - D) ** 2 + gamma * points**2)).max() <= allowed
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("gamma", [1e-3, 0.1, 1.0])
+def test_great_displacements_are_those_of_the_inverse(name: str, gamma: float) -> None:
+    d, c = 3 * torch.randn(2000, dtype=torch.float64), torch.randn(2000, dtype=torch.float64)
+    expected = act_inverse(Activation(name)(c) + d, c, name, SLOPE, gamma, 0.01) - c
+    for z in displacements(name, d, c, gamma):
+        torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("gamma", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_displacements_are_of_first_order(name: str, gamma: float, dtype: torch.dtype) -> None:
+    c = torch.linspace(-9, 9, 301, dtype=dtype)
+    slope = torch.from_numpy(activation_and_slope(c.double().numpy(), name, SLOPE)[1])
+    for d in (1e-22, -1e-25):
+        expected = (d * slope / (slope**2 + gamma)).to(dtype)
+        for z in displacements(name, torch.full_like(c, d), c, gamma):
+            torch.testing.assert_close(z, expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("gamma", [1e-12, 1e-4, 1.0, 1e30, 1e300])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_displacement_moves_nothing(name: str, gamma: float, dtype: torch.dtype) -> None:
+    c = torch.cat([torch.linspace(-60, 60, 500, dtype=dtype), torch.zeros(1, dtype=dtype)])
+    for z in displacements(name, torch.zeros_like(c), c, gamma):
+        assert torch.equal(z, torch.zeros_like(z))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_stays_where_it_is_in_displacements(name: str) -> None:
+    d, c = torch.full((40,), 1e-3), torch.full((40,), -0.25)
+    d[1], c[2], d[20] = torch.nan, torch.nan, 5.0
+    for z in displacements(name, d, c, 0.1):
+        assert z.isnan().nonzero().flatten().tolist() == [1, 2]
+
+
+def test_displacement_of_tanh_is_odd() -> None:
+    d, c = 0.3 * torch.randn(5000), 2 * torch.randn(5000)
+    for gamma in (1e-3, 0.1):
+        z = act_displacement(d, c, "tanh", SLOPE, gamma)
+        assert torch.equal(act_displacement(-d, -c, "tanh", SLOPE, gamma), -z)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_displacements_of_a_layer_keep_their_digits(name: Any) -> None:
+    """In float32, at the size that a mean over a great batch gives, they are the first-order ones."""
+    _, x, weight, bias = layer(dtype=torch.float32)
+    d = 1e-10 * torch.randn(5, 6)
+    slope = torch.from_numpy(activation_and_slope((x @ weight.mT + bias).double().numpy(), name, SLOPE)[1])
+    moved = d.double() * slope / (slope**2 + 0.25) / 1.25
+    expected = moved @ regularized_inverse(weight.double(), 0.25).mT
+    actual = layer_displacement(d, x, weight, bias, Activation(name, SLOPE), gamma=0.25)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_displacements_have_the_same_bits_on_any_number_of_threads_and_in_any_company(
+    name: str, dtype: torch.dtype
+) -> None:
+    d, c = 0.3 * torch.randn(5003, dtype=dtype), 2 * torch.randn(5003, dtype=dtype)
+    d[::3] *= 1e-4
+    torch.set_num_threads(1)
+    expected = act_displacement(d, c, name, SLOPE, 0.05)
+    for threads in (2, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(act_displacement(d, c, name, SLOPE, 0.05), expected)
+    for first, last in ((0, 1), (3, 50), (2000, 2017), (4990, 5003)):
+        part = slice(first, last)
+        assert torch.equal(act_displacement(d[part], c[part], name, SLOPE, 0.05), expected[part])
+    order = torch.randperm(5003)
+    assert torch.equal(act_displacement(d[order], c[order], name, SLOPE, 0.05), expected[order])
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 4)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("compat", [False, True])
@@ -435,6 +589,7 @@ def test_shapes(shape: tuple[int, ...], name: Any, compat: bool) -> None:
     activation = Activation(name, reference_compat=compat and name != "leaky_relu")
     assert activation.regularized_inverse(y, c).shape == shape
     assert activation.inverse(y, c).shape == shape
+    assert act_displacement(y, c, name, SLOPE, 0.1).shape == shape
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -457,9 +612,15 @@ def test_inputs_stay_as_they_are_and_results_are_new(name: Any, method: Any) -> 
 def test_opcheck(name: str, gamma: float, requires_grad: bool) -> None:
     y, c = torch.rand(4, 3), torch.randn(3, 4, requires_grad=requires_grad).mT
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(act_inverse.default, (y, c, name, SLOPE, gamma, 0.01), test_utils=utilities)
-    if not requires_grad:
-        torch.library.opcheck(act_inverse.default, (y, c, name, SLOPE, gamma, 0.01))
+    samples = [(act_inverse, (y, c, name, SLOPE, gamma, 0.01))]
+    if gamma > 0:
+        samples.append((act_displacement, (y, c, name, SLOPE, gamma)))
+        expected = act_displacement(y, c.detach().contiguous(), name, SLOPE, gamma)
+        assert torch.equal(act_displacement(y, c, name, SLOPE, gamma), expected)
+    for op, arguments in samples:
+        torch.library.opcheck(op.default, arguments, test_utils=utilities)
+        if not requires_grad:
+            torch.library.opcheck(op.default, arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -483,12 +644,18 @@ def test_differentiating_is_refused(name: Any) -> None:
             layer_inverse(*arguments, name).sum().backward()
         with pytest.raises(RuntimeError, match="not a derivative"):
             layer_displacement(*arguments, name).sum().backward()
+    for index in range(2):
+        d, c = (torch.randn(3).requires_grad_(i == index) for i in range(2))
+        with pytest.raises(RuntimeError, match="not a derivative"):
+            act_displacement(d, c, name, SLOPE, 0.1).sum().backward()
 
 
 def test_forward_mode_is_refused() -> None:
     y, c = torch.randn(3), torch.randn(3)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="act_inverse: forward-mode"):
         Activation("tanh").inverse(torch.autograd.forward_ad.make_dual(y, c), c)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="act_displacement: forward"):
+        act_displacement(torch.autograd.forward_ad.make_dual(y, c), c, "tanh", SLOPE, 0.1)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -498,8 +665,9 @@ def test_autocast_computes_in_float32(method: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = layer_inverse(*arguments, "tanh", method=method)
         alone = Activation("tanh").regularized_inverse(arguments[0].bfloat16(), arguments[0])
+        moved = act_displacement(arguments[0].bfloat16(), arguments[0], "tanh", SLOPE, 0.1)
     assert torch.equal(actual, expected)
-    assert alone.dtype == torch.float32
+    assert alone.dtype == moved.dtype == torch.float32
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
@@ -511,6 +679,10 @@ def test_on_a_gpu_as_on_the_cpu(name: str, gamma: float) -> None:
     y, c = y[keep], c[keep]
     expected = Activation(name).regularized_inverse(y, c, gamma)
     torch.testing.assert_close(Activation(name).regularized_inverse(y.cuda(), c.cuda(), gamma).cpu(), expected)
+    if gamma > 0:
+        moved = act_displacement(1e-9 * y, c, name, SLOPE, gamma)
+        actual = act_displacement(1e-9 * y.cuda(), c.cuda(), name, SLOPE, gamma).cpu()
+        torch.testing.assert_close(actual, moved, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -539,6 +711,25 @@ def test_the_op_refuses_wrong_arguments(change: dict[str, Any], message: str) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"displacement": torch.zeros(3)}, r"displacement must be \[2\], got \[3\]"),
+        ({"displacement": torch.zeros(2).double()}, "displacement must be float32 as input is, got float64"),
+        ({"input": torch.zeros(2).half()}, "input must be float32 or float64, got float16; for lower"),
+        ({"activation": "gelu"}, "activation must be one of 'tanh', .*, got 'gelu'"),
+        ({"activation": "leaky_relu", "slope": 0.0}, "slope must be a finite number > 0, got 0.0"),
+        ({"gamma": 0.0}, "gamma must be a finite number > 0, got 0.0"),
+        ({"gamma": float("nan")}, "gamma must be a finite number > 0, got nan"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_the_displacement_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {"displacement": torch.zeros(2), "input": torch.zeros(2), "activation": "tanh"}
+    with pytest.raises(ValueError, match=f"act_displacement: {message}"):
+        act_displacement(**arguments | {"slope": 0.1, "gamma": 0.1} | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"target": torch.zeros(2, 1)}, r"target must be \[N\], got \[2, 1\]"),
         ({"target": torch.zeros(2).half()}, "target must be float32"),
         ({"input": torch.zeros(3)}, r"input must be \[N=2\], got \[3\]"),
@@ -555,6 +746,8 @@ def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str
     arguments = {"target": torch.zeros(2), "input": torch.zeros(2), "activation": "tanh", "gamma": 1.0}
     with pytest.raises(ValueError, match=f"act_inverse: {message}"):
         _C.act_inverse(**arguments | {"output": torch.zeros(2), "execution": 1} | change)
+    with pytest.raises(ValueError, match=r"act_displacement: displacement must be \[N\], got \[2, 1\]"):
+        _C.act_displacement(torch.zeros(2, 1), torch.zeros(2), "tanh", 1.0, torch.zeros(2), 1)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def act_inverse(
     ``activation`` is "tanh" or "sigmoid"; ``gamma > 0``.
     """
 
+def act_displacement(
+    displacement: object, input: object, activation: str, gamma: float, output: object, execution: Execution
+) -> None:
+    """Write ``output [N]``, the minimiser of ``(a(input + u) - a(input) - displacement)^2 + gamma u^2``; as above."""
+
 def kaczmarz_train(
     input: object,
     labels: object,

@@ -45,9 +45,10 @@ a few saturated units can dominate, so "post" is the default. Published codes av
 the units of the layer (Seely: divide by ``B M``), or over the batch without the half (Lee et al.: multiply by ``2 /
 B``). None of the target rules is linear in ``g`` (the identity activation apart), so what is said above of "difference"
 and "none" holds for them, and accumulating micro-batches gives the whole batch's gradient only if each loss is scaled
-as its part of the whole: a sum over the batch, or a mean times the part's share. The least squares rules take
-differences of outputs, so a displacement below the rounding of the output is lost; with a mean over a large batch and
-float32, a ``target_step`` of some ``B`` keeps it well above.
+as its part of the whole: a sum over the batch, or a mean times the part's share. ``RegularizedLeastSquares(form=
+"proximal")`` keeps the digits of the smallest displacement. ``ConstrainedLeastSquares``, ``form="ridge"`` and ``gamma =
+0`` take differences of outputs, so that a displacement below the rounding of the output is lost; with a mean over a
+large batch and float32, a ``target_step`` of some ``B`` keeps it well above.
 """
 
 from __future__ import annotations
@@ -273,9 +274,10 @@ class RegularizedLeastSquares:
         z = t2(h + d) - t2(h),    d_x = z W (W^T W + gamma I)^-1 / (1 + gamma)       (without a bias not / (1 + gamma))
 
     ``c`` is the pre-activation ("proximal") or zero ("ridge"); the linear maps' inverses differ by that in an offset
-    only, which the difference removes. The published code has the pre-activation itself for ``t2(h)``, which for
-    "proximal" is the same number (computed so here too), but does not solve the problem for tanh, sigmoid and the
-    identity (:mod:`tpext.ops.layer_inverse`); ``Activation(name, reference_compat=True)`` gives the published numbers.
+    only, which the difference removes. For "proximal" ``t2(h)`` is ``c``, and ``z`` is solved for itself, not taken as
+    a difference, so that its digits do not depend on its size. The published code has ``c`` for ``t2(h)`` too, but does
+    not solve the problem for tanh, sigmoid and the identity (:mod:`tpext.ops.layer_inverse`); ``Activation(name,
+    reference_compat=True)`` gives the published numbers.
 
     Args:
         gamma: weight of the second term, >= 0. As it grows nothing is handed down, and with ``local_loss="post"`` the

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tpext.ops._library import LOW_PRECISION, autocast_outputs, autocasts, cast, full_precision, refuse_forward_mode
-from tpext.ops.layer_inverse import Activation, ActivationName
+from tpext.ops.layer_inverse import Activation, ActivationName, act_displacement
 from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
 from tpext.rules import (
@@ -40,9 +40,13 @@ def _move_preactivation(
     """``z``: by how much the pre-activation should move for the output to move by ``displacement``."""
     gamma = exact_number(rule, "gamma") if isinstance(rule, RegularizedLeastSquares) else 0.0
     clip = exact_number(rule, "clip")
-    if activation.name == "identity" and not activation.reference_compat:
-        # not by a difference of outputs, next to which a displacement may be small
-        return displacement / (1 + gamma)
+    if not activation.reference_compat:
+        # where there is a way, not by a difference of outputs, next to which a displacement may be small
+        if activation.name == "identity":
+            return displacement / (1 + gamma)
+        if isinstance(rule, RegularizedLeastSquares) and gamma > 0 and rule.form == "proximal":
+            name, slope = activation.name, activation.slope
+            return act_displacement(displacement, preactivation, name, slope, gamma)  # type: ignore[no-any-return]
 
     def inverse(target: Tensor) -> Tensor:
         if isinstance(rule, ConstrainedLeastSquares) or gamma == 0:
@@ -50,12 +54,7 @@ def _move_preactivation(
         return activation.regularized_inverse(target, preactivation, gamma, rule.form)
 
     moved = inverse(output + displacement)
-    if activation.reference_compat:
-        return moved - preactivation
-    if gamma > 0 and isinstance(rule, RegularizedLeastSquares) and rule.form == "proximal":
-        # inverse(output) is the pre-activation, to rounding: half of the work saved
-        return moved.sub_(preactivation).masked_fill_(displacement == 0, 0.0)
-    return moved.sub_(inverse(output))
+    return moved - preactivation if activation.reference_compat else moved.sub_(inverse(output))
 
 
 def _move_input(

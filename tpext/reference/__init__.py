@@ -6,7 +6,14 @@ None where the op returns an empty tensor because an output was not asked for. T
 Nothing in here imports the rest of the package, and only tests and documentation import it.
 """
 
-from tpext.reference.layer_inverse import act_inverse, activation_cost, bias_inverse, layer_inverse, linear_inverse
+from tpext.reference.layer_inverse import (
+    act_displacement,
+    act_inverse,
+    activation_cost,
+    bias_inverse,
+    layer_inverse,
+    linear_inverse,
+)
 from tpext.reference.regularized_inverse import regularized_inverse, regularized_solve
 from tpext.reference.rnn_scan import (
     RNNGradients,
@@ -25,6 +32,7 @@ from tpext.reference.rnn_target_scan import (
 
 __all__ = [
     "RNNGradients",
+    "act_displacement",
     "act_inverse",
     "activation_cost",
     "bias_inverse",

@@ -116,6 +116,84 @@ def _search(y: Array, c: Array, activation: str, gamma: float) -> Array:
     return solution
 
 
+def act_displacement(displacement: ArrayLike, input: ArrayLike, activation: str, slope: float, gamma: float) -> Array:
+    """``argmin_u (a(c + u) - a(c) - d)^2 + gamma u^2``: the inverse of ``a(c) + d``, as a displacement from ``c``.
+
+    Every difference is written out, so that the result has all its digits however small it is.
+
+    Args:
+        displacement: ``d``, of any shape.
+        input: ``c``, of the same shape.
+        activation: "tanh", "sigmoid", "relu", "leaky_relu" or "identity".
+        slope: of leaky relu below zero.
+        gamma: ``> 0``.
+
+    Returns:
+        An array of that shape.
+    """
+    d, c = promote(displacement, input)
+    if activation in ("tanh", "sigmoid"):
+        solution: Array = np.zeros_like(c)
+        for index in np.ndindex(c.shape):
+            solution[index] = _least_move(d[index], c[index], 2.0 if activation == "sigmoid" else 1.0, gamma)
+        return solution
+    kink = SLOPES.get(activation, slope)
+    here = np.where(c > 0, 1.0, kink).astype(c.dtype)
+
+    def vertex(k: float) -> Array:
+        # on that branch a(c + u) - a(c) - d = k u - offset
+        offset = d + (here - k) * c
+        return k * offset / (k * k + gamma)
+
+    def cost(k: float, u: Array) -> Array:
+        return (k * u - d - (here - k) * c) ** 2 + gamma * u**2
+
+    right, left = np.maximum(vertex(1.0), -c), np.minimum(vertex(kink), -c)
+    return np.where(cost(kink, left) < cost(1.0, right), left, right)
+
+
+def activation_change(u: Array, c: Array, scale: float) -> Array:
+    """``a(c + u) - a(c)``, all digits: ``sinh(v) / (cosh(b) cosh(b + v))`` for tanh of ``b = c / scale``.
+
+    ``scale`` is 1 for tanh, 2 for sigmoid, which is ``(1 + tanh(x / 2)) / 2``.
+    """
+    moved, change = (c + u) / scale, u / scale
+    # e^|v| in sinh alone would overflow
+    numerator = -np.expm1(-2 * np.abs(change)) * 2 * np.exp(np.abs(change) - np.abs(moved) - np.abs(c / scale))
+    result: Array = np.sign(u) * numerator / ((1 + np.exp(-2 * np.abs(moved))) * (1 + np.exp(-2 * np.abs(c / scale))))
+    return result / scale
+
+
+def _least_move(d: Array, c: Array, scale: float, gamma: float) -> Array:
+    """The cheapest stationary ``u`` from 0 to ``d / sqrt(gamma)``, beyond which the second term costs more than 0."""
+    if d == 0:
+        return d
+    reach = d / np.sqrt(np.asarray(gamma, c.dtype))
+    # Every order of magnitude, for a small u; evenly where the activation bends.
+    even = np.concatenate([np.linspace(-45 * scale, 45 * scale, 1801) - c, reach * np.linspace(0, 1, 400)])
+    grid = np.concatenate(
+        [reach * np.geomspace(1e-60, 1, 1200), np.clip(even, np.minimum(reach, 0), np.maximum(reach, 0))]
+    )
+    grid = np.unique(np.append(grid, 0))
+
+    def half_slope(u: Array) -> Array:
+        slope = _sech((c + u) / scale) ** 2 / scale**2
+        result: Array = (activation_change(u, c, scale) - d) * slope + gamma * u
+        return result
+
+    slopes = half_slope(grid)
+    turns = np.nonzero((slopes[:-1] <= 0) & (slopes[1:] >= 0))[0]
+    low, high = grid[turns], grid[turns + 1]
+    for _ in range(90):
+        middle = (low + high) / 2
+        right = half_slope(middle) < 0
+        low, high = np.where(right, middle, low), np.where(right, high, middle)
+    minima = (low + high) / 2
+    costs = (activation_change(minima, c, scale) - d) ** 2 + gamma * minima**2
+    best: Array = minima[np.argmin(costs)]
+    return best
+
+
 def bias_inverse(target: ArrayLike, input: ArrayLike, bias: ArrayLike, gamma: float = 0.0) -> Array:
     """``argmin_x ||x + b - y||^2 + gamma ||x - c||^2 = (y - b + gamma c) / (1 + gamma)``.
 
