@@ -462,7 +462,7 @@ def assert_moves(name: str, d: Tensor, c: Tensor, gamma: float) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [1e-6, 1e-4, 1e-2, 0.1, 0.3, 1.0, 10.0, 1e3])
+@pytest.mark.parametrize("gamma", [1e-6, 1e-3, 0.1, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_displacements_keep_their_digits(name: str, gamma: float, dtype: torch.dtype) -> None:
     sizes = [sign * size for size in DISPLACEMENTS for sign in (1, -1)]

@@ -335,6 +335,23 @@ def test_no_displacement_hands_down_exactly_zero(rule: Any, name: Any) -> None:
     assert not layer.bias.grad.any()
 
 
+@pytest.mark.parametrize("local_loss", ["pre", "post"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_displacement_below_the_rounding_of_the_output_is_not_lost(name: Any, local_loss: Any) -> None:
+    """In float32 it hands down what it is to first order, and twice the displacement twice that."""
+    layer = TargetLinear(4, 3, activation=name, rule=RegularizedLeastSquares(gamma=0.1, local_loss=local_loss))
+    x, cotangent = torch.randn(50, 4, requires_grad=True), torch.randn(50, 3)
+    inputs = [x, layer.weight, layer.bias]
+    grads = [torch.autograd.grad(layer(x), inputs, scale * cotangent) for scale in (1e-12, 2e-12)]
+    weight, before = layer.weight.detach(), functional.linear(x, layer.weight, layer.bias).detach().requires_grad_(True)
+    (slope,) = torch.autograd.grad(layer.activation(before).sum(), before)
+    moved = 1e-12 * cotangent * slope / (slope**2 + 0.1)
+    expected = moved.double() @ torch.ops.tpext.regularized_inverse(weight.double(), 0.1).mT / 1.1
+    assert_equal(grads[0][0].double(), expected, rtol=1e-5)
+    for one, two in zip(*grads, strict=True):
+        assert_equal(two, 2 * one, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rule", TARGET_RULES[:5], ids=repr)
 def test_gradients_of_a_linear_network_scale_with_the_loss(rule: Any) -> None:
     net = MLP([5, 4, 3], "identity", rule=rule, dtype=DOUBLE)

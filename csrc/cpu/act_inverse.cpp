@@ -34,8 +34,8 @@ namespace {
 constexpr int kMostSteps = 128;
 // Fewer elements than this are not worth a second thread.
 constexpr int64_t kGrain = 1024;
-// Newton's steps that any small displacement takes at most, and how small it is.
-constexpr int kMostNewtonSteps = 6;
+// Newton's steps that a lane may take, and up to which displacement; few need the fourth.
+constexpr int kMostNewtonSteps = 4;
 constexpr double kMostSmall = 0.375;
 // Stands for zero under a logarithm.
 template <class T>
