@@ -170,9 +170,9 @@ def _least_move(d: Array, c: Array, scale: float, gamma: float) -> Array:
         return d
     reach = d / np.sqrt(np.asarray(gamma, c.dtype))
     # Every order of magnitude, for a small u; evenly where the activation bends.
-    even = np.concatenate([np.linspace(-45 * scale, 45 * scale, 1801) - c, reach * np.linspace(0, 1, 400)])
+    even = np.concatenate([np.linspace(-45 * scale, 45 * scale, 901) - c, reach * np.linspace(0, 1, 200)])
     grid = np.concatenate(
-        [reach * np.geomspace(1e-60, 1, 1200), np.clip(even, np.minimum(reach, 0), np.maximum(reach, 0))]
+        [reach * np.geomspace(1e-40, 1, 300), np.clip(even, np.minimum(reach, 0), np.maximum(reach, 0))]
     )
     grid = np.unique(np.append(grid, 0))
 
