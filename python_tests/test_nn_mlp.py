@@ -617,8 +617,8 @@ def test_only_what_is_asked_for(rule: Any, monkeypatch: pytest.MonkeyPatch) -> N
     from tpext.nn import mlp
 
     inverses = []
-    inner = mlp.regularized_inverse
-    monkeypatch.setattr(mlp, "regularized_inverse", lambda *args: inverses.append(args) or inner(*args))
+    inner = mlp.regularized_solve
+    monkeypatch.setattr(mlp, "regularized_solve", lambda *args: inverses.append(args) or inner(*args))
     net = MLP([5, 4, 3], rule=rule)
     net[1].bias.requires_grad_(False)
     net(torch.randn(2, 5)).sum().backward()

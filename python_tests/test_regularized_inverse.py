@@ -217,11 +217,15 @@ def test_overflow_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(3, 4)}, r"weight must be \[batch, M, N\], got \[3, 4\]"),
+        ({"weight": torch.zeros(3)}, r"weight must be \[\.\.\., M, N\], got \[3\]"),
         ({"weight": torch.zeros(2, 3, 4).half()}, "weight must be float32"),
         ({"weight": torch.zeros(2, 4, 3).mT}, "weight must be contiguous"),
         ({"inverse": torch.zeros(2, 3, 4)}, r"inverse must be \[batch=2, N=4, M=3\], got \[2, 3, 4\]"),
         ({"inverse": torch.zeros(2, 4, 3).double()}, "inverse must be float32, got float64"),
+        (
+            {"inverse": torch.zeros(2, 1, 4, 3), "weight": torch.zeros(3, 3, 4)},
+            r"inverse must be .* got \[2, 1, 4, 3\]",
+        ),
         ({"status": torch.zeros(3).long()}, r"status must be \[batch=2\], got \[3\]"),
         ({"status": torch.zeros(2)}, "status must be int64, got float32"),
         ({"reg": -1.0}, "reg must be >= 0"),
@@ -318,6 +322,9 @@ def test_status_of_each_of_many_small_matrices(n: int, dtype: torch.dtype) -> No
         assert _C.regularized_inverse(weight, 0.0, inverse, status, threads) == 16
         assert torch.equal(status, expected)
         assert (inverse[~usable] == 7).all()
+        unasked = torch.full_like(weight, 7.0)
+        assert _C.regularized_inverse(weight, 0.0, unasked, None, threads) == 16
+        assert torch.equal(unasked, inverse)
         alone, one = torch.empty_like(weight[:1]), torch.zeros(1, dtype=torch.int64)
         for i in usable.nonzero().flatten().tolist():
             assert _C.regularized_inverse(weight[i : i + 1], 0.0, alone, one, 1) == 0
@@ -355,11 +362,57 @@ def test_solutions_equal_the_oracle_at_block_edges(n: int, dtype: torch.dtype) -
     check_solve(weight.transpose(1, 2), rhs.permute(0, 2, 3, 1), 0.5)
 
 
-@pytest.mark.parametrize("shape", [(100, 70), (70, 100), (130, 20), (20, 130), (4, 90, 90), (128, 64)], ids=str)
+# One after another: around lanes, blocks of rows, groups of panels, blocks of pivots and slices of the depth, beside
+# those of the inverse; tall, wide, square.
+LARGE = [
+    (65, 65),
+    (65, 100),
+    (100, 65),
+    (240, 240),
+    (300, 100),
+    (100, 300),
+    (129, 257),
+    (257, 129),
+    (130, 20),
+    (9, 200),
+]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_solutions_of_larger_matrices_equal_the_oracle(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    for count in (1, 50, 200):
-        check_solve(torch.randn(shape, dtype=dtype), torch.randn(*shape[:-2], count, shape[-2], dtype=dtype), 0.3)
+def test_solutions_of_larger_matrices_equal_the_oracle(shape: tuple[int, int], batch: int, dtype: torch.dtype) -> None:
+    weight = torch.randn(batch, *shape, dtype=torch.float64).to(dtype)
+    for count, threads in [(1, 1), (15, 2), (16, 1), (17, 3), (100, 2), (max(shape), 1), (max(shape) + 1, 2)]:
+        torch.set_num_threads(threads)
+        rhs = torch.randn(batch, count, shape[0], dtype=torch.float64).to(dtype)
+        check_solve(weight, rhs, 0.3)
+        check_solve(weight[0], rhs[0].mT.contiguous().mT, 0.3)
+
+
+@pytest.mark.parametrize("size", EDGES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_solutions_of_one_matrix_equal_the_oracle_at_block_edges(size: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(2)
+    for shape, count in itertools.product([(size, size), (size, 40), (40, size)], (1, 17, 48)):
+        weight = torch.randn(shape, dtype=torch.float64).to(dtype)
+        check_solve(weight, torch.randn(count, shape[0], dtype=torch.float64).to(dtype), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (100, 100), (240, 240), (140, 70), (60, 200), (300, 129)], ids=str)
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_of_solutions_on_any_number_of_threads(
+    shape: tuple[int, int], batch: int, dtype: torch.dtype
+) -> None:
+    weight, rhs = torch.randn(batch, *shape, dtype=dtype), torch.randn(batch, 50, shape[0], dtype=dtype)
+    torch.set_num_threads(1)
+    expected = torch.stack([regularized_solve(*pair, 0.1) for pair in zip(weight, rhs, strict=True)])
+    by_rows = torch.cat([regularized_solve(weight, rhs[:, i : i + 7], 0.1) for i in range(0, 50, 7)], 1)
+    assert torch.equal(by_rows, expected), "a row's solution does not depend on the others"
+    for threads in (1, 2, 3, 4, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(regularized_solve(weight, rhs, 0.1), expected), f"{threads} threads"
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5), (3, 40, 33)], ids=str)
@@ -376,20 +429,20 @@ def test_solutions_are_regularised_least_squares(shape: tuple[int, ...], reg: fl
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (4, 4), (9, 5), (5, 9), (16, 16), (32, 32), (31, 70), (48, 48)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (4, 4), (9, 5), (5, 9), (16, 16), (32, 32), (31, 70), (48, 48), (64, 64)], ids=str
+)
 def test_same_bits_of_solutions_in_any_place_of_any_batch(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight, rhs = torch.randn(70, *shape, dtype=dtype), torch.randn(70, 3, shape[0], dtype=dtype)
     rhs = rhs[:, : max(shape)]
     together = regularized_solve(weight, rhs, 0.1)
-    parts = [slice(1, None), slice(5, 40), slice(None, 17)]
-    # Fewer than 16 matrices above 32 go through their inverses.
-    parts += [slice(i, i + 1) for i in range(70)] if min(shape) <= 32 else []
+    parts = [slice(1, None), slice(5, 40), slice(None, 17), *(slice(i, i + 1) for i in range(70))]
     for threads, part in itertools.product((1, 2, 3), parts):
         torch.set_num_threads(threads)
         assert torch.equal(regularized_solve(weight[part], rhs[part], 0.1), together[part])
 
 
-@pytest.mark.parametrize("n", [2, 5, 8, 17, 33, 64])
+@pytest.mark.parametrize("n", [2, 5, 8, 17, 33, 64, 100, 140])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_status_of_each_matrix_of_a_solve_and_no_harm_to_its_neighbours(n: int, dtype: torch.dtype) -> None:
     weight, expected = failing_batch(n, dtype)
@@ -404,10 +457,12 @@ def test_status_of_each_matrix_of_a_solve_and_no_harm_to_its_neighbours(n: int, 
         without_failures = torch.empty_like(solution)
         assert _C.regularized_solve(good[part], rhs[part], 0.0, without_failures, torch.empty_like(status), 1) == 0
         assert torch.equal(solution[usable[part]], without_failures[usable[part]])
+        assert _C.regularized_solve(*arguments[:3], without_failures, None, 1) == (expected[part] != 0).sum()
+        assert torch.equal(solution[usable[part]], without_failures[usable[part]])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (7, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 5), (5, 8), (7, 7), (100, 65), (65, 100)], ids=str)
 def test_a_row_that_is_not_finite_harms_no_other(shape: tuple[int, int], value: float) -> None:
     weight, rhs = torch.randn(20, *shape), torch.randn(20, 3, shape[0])
     expected = regularized_solve(weight, rhs, 1.0)
@@ -501,14 +556,11 @@ def test_a_solve_refuses_wrong_arguments(weight: Tensor, rhs: Tensor, reg: float
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"weight": torch.zeros(3, 4)}, r"weight must be \[batch, M, N\], got \[3, 4\]"),
+        ({"weight": torch.zeros(3)}, r"weight must be \[\.\.\., M, N\], got \[3\]"),
         ({"weight": torch.zeros(2, 3, 4).half()}, "weight must be float32"),
         ({"weight": torch.zeros(2, 4, 3).mT}, "weight must be contiguous"),
-        (
-            {"weight": torch.zeros(2, 65, 66)},
-            r"weight must have min\(M, N\) of at most 64 and max\(M, N\) of at most 128",
-        ),
-        ({"weight": torch.zeros(2, 3, 129)}, r"weight must have .* got \[2, 3, 129\]"),
+        ({"rhs": torch.zeros(3)}, r"rhs must be \[batch=2, K=0, M=3\], got \[3\]"),
+        ({"rhs": torch.zeros(5, 3)}, r"rhs must be \[batch=2, K=5, M=3\], got \[5, 3\]"),
         ({"rhs": torch.zeros(2, 5, 4)}, r"rhs must be \[batch=2, K=5, M=3\], got \[2, 5, 4\]"),
         ({"rhs": torch.zeros(2, 5, 3).double()}, "rhs must be float32, got float64"),
         ({"rhs": torch.zeros(2, 3, 5).mT}, "rhs must be contiguous"),
@@ -532,6 +584,48 @@ def test_the_kernel_of_the_solve_refuses_wrong_arguments(change: dict[str, Any],
     }
     with pytest.raises(ValueError, match=f"regularized_solve: {message}"):
         _C.regularized_solve(**arguments | change)
+
+
+# The callables of tpext.ops, past torch's dispatcher.
+
+
+# Each as a function of a weight and rows, and the op that it stands for.
+CALLS = [
+    (lambda w, y: tpext.ops.regularized_inverse(w, 0.5), lambda w, y: regularized_inverse(w, 0.5)),
+    (lambda w, y: tpext.ops.regularized_solve(w, y, reg=0.5), lambda w, y: regularized_solve(w, y, 0.5)),
+]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 3, 4), (2, 2, 70, 66)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plain_call_is_the_op(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight, rhs = torch.randn(shape, dtype=dtype), torch.randn(*shape[:-2], 3, shape[-2], dtype=dtype)
+    for plain, op in CALLS:
+        assert torch.equal(plain(weight, rhs), op(weight, rhs))
+        parameter = torch.nn.Parameter(weight)
+        with torch.no_grad():
+            assert not plain(parameter, rhs).requires_grad
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            low = plain(weight.bfloat16(), rhs.bfloat16())
+        assert torch.equal(low.to(dtype), op(weight.bfloat16().float(), rhs.bfloat16().float()).to(dtype))
+        plain(parameter, rhs).square().sum().backward()
+        expected = torch.autograd.grad(op(parameter, rhs).square().sum(), parameter)[0]
+        assert torch.equal(parameter.grad, expected)
+    rows = rhs.requires_grad_()
+    assert tpext.ops.regularized_solve(weight, rows, 1.0).requires_grad
+
+
+def test_plain_calls_are_recorded_twice_compiled_and_faked() -> None:
+    weight = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    rhs = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for plain, op in CALLS:
+        assert torch.autograd.gradgradcheck(plain, (weight, rhs))
+        torch._dynamo.reset()
+        compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(weight, rhs), op(weight, rhs))
+        assert plain(weight.detach().to("meta"), rhs.detach().to("meta")).is_meta
+        with pytest.raises(ValueError, match="weight has NaN"):
+            plain(torch.full_like(weight, torch.nan), rhs)
 
 
 # On CUDA: sizes around the lanes of a small matrix, the groups of 32 rows and the width of a block, and beyond the

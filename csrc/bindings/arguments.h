@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,8 +38,8 @@ class Argument {
   dlpack::Device device() const { return tensor().device; }
 
   void require() const;
-  void require_rank(const std::vector<const char*>& symbols) const;
-  void require_shape(const std::vector<Dim>& dims) const;
+  void require_rank(std::initializer_list<const char*> symbols) const;
+  void require_shape(std::initializer_list<Dim> dims) const;
   // Dense, row-major, of this dtype, on the device of the call's leading tensor.
   void require_dense(dlpack::DataType dtype, const Argument& leading) const;
   // The same, dense along the last axis alone.

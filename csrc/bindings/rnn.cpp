@@ -112,7 +112,7 @@ class Call {
   }
 
  private:
-  void check(const Argument& argument, const std::vector<Dim>& dims) const {
+  void check(const Argument& argument, std::initializer_list<Dim> dims) const {
     argument.require_shape(dims);
     argument.require_dense(dtype_, leading_);
   }

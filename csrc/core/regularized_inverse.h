@@ -27,12 +27,9 @@ struct RegularizedInverse {
 };
 
 // X = Y R' = Y W (W'W + reg I)^-1 of each matrix of a batch, that is argmin_x ||W x - y||^2 + reg ||x||^2 for each row
-// y of Y, without forming R. For small matrices: min(M, N) <= kLargestOrder, max(M, N) <= kMostTerms. Status and
-// failures are those of the inverse.
+// y of Y, without forming R. Status and failures are those of the inverse.
 template <class T>
 struct RegularizedSolve {
-  static constexpr int64_t kLargestOrder = 64, kMostTerms = 128;
-
   int64_t batch;
   int64_t rows;     // M
   int64_t columns;  // N

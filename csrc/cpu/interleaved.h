@@ -11,7 +11,7 @@
 // Between two strips lies a block's worth of vectors, or blocks of different strips would share their places in the
 // first-level cache.
 //
-// Every element takes the operations of regularized_inverse.cpp's kernel for single matrices in the same order: rows
+// Every element takes the operations of the kernel for single matrices (blocked.h) in the same order: rows
 // are eliminated in the same blocks of kRows, and sums run in the same direction. Both give the same bits, so that
 // neither the batch, the place in it, nor the choice between the two changes a result.
 //
@@ -73,10 +73,18 @@ class Interleaved {
   bool suits_inverse() const { return order_ <= 48 && order_ <= 12 * L && terms_ <= kDepth; }
   // The fewest matrices that are inverted faster as a group than one by one (all of these as measured).
   int64_t least() const { return ceil_div(L * (order_ + 8), 64); }
+  // The sizes that groups are solved for in.
+  bool suits_solve() const { return order_ <= 64 && terms_ <= kDepth; }
   // Of the factorisation of a group and of `columns` substitutions, and what moving numbers takes.
   double operations(int64_t columns) const {
     const double k = static_cast<double>(padded_), m = static_cast<double>(terms_), n = static_cast<double>(columns);
     return L * (k * k * (m + k / 3 + 2 * n) + 4 * k * (m + n));
+  }
+  // The same for `count` solutions, of which the tables take 1.5e5: as many as those of a single matrix (blocked.h)
+  // that take as long (as measured).
+  double solve_operations(int64_t count) const {
+    const double k = static_cast<double>(padded_), m = static_cast<double>(terms_), n = static_cast<double>(count);
+    return 1.5e5 + 1.1 * L * (k * k * (m + k / 3) + 2 * n * k * (m + k) + 4 * k * (m + n));
   }
 
   bool tall() const { return tall_; }
@@ -349,7 +357,7 @@ class Interleaved {
     return load(lanes);
   }
 
-  // As for a single matrix (regularized_inverse.cpp). Comparisons are written to fail for NaN.
+  // As for a single matrix (blocked.h). Comparisons are written to fail for NaN.
   void report(const V* squared, const T* weight, int64_t count, int64_t* status) const {
     V greatest = {};
     for (int64_t i = 0; i < order_; ++i) greatest = squared[i] > greatest ? squared[i] : greatest;

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from tpext.ops._library import LOW_PRECISION, autocast_outputs, autocasts, cast, full_precision, refuse_forward_mode
 from tpext.ops.layer_inverse import Activation, ActivationName, act_displacement
-from tpext.ops.regularized_inverse import regularized_inverse
+from tpext.ops.regularized_inverse import regularized_solve
 from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
 from tpext.rules import (
     Backprop,
@@ -67,10 +67,8 @@ def _move_input(
     """``d_x`` times ``scale``: by how much the input should move for the pre-activation to move by ``moved``."""
     gamma = exact_number(rule, "gamma") if isinstance(rule, RegularizedLeastSquares) else 0.0
     scale = scale / (1 + gamma) if has_bias else scale
-    rows, inverse = moved.reshape(-1, moved.shape[-1]), regularized_inverse(weight, gamma)
-    # beta = 0: the sum's first term is not read, and the product comes out scaled
-    input = torch.addmm(rows.new_empty(()), rows, inverse.mT, beta=0, alpha=scale)
-    return input.view(*moved.shape[:-1], inverse.shape[0])
+    input = regularized_solve(weight, moved.reshape(-1, moved.shape[-1]), gamma).mul_(scale)
+    return input.view(*moved.shape[:-1], weight.shape[1])
 
 
 def _local_gradient(grad: Tensor, output: Tensor, activation: Activation) -> Tensor:

@@ -6,7 +6,7 @@ tensors), an autocast rule and an autograd formula, or an error that says why it
 
 from tpext.ops.kaczmarz import kaczmarz_train
 from tpext.ops.layer_inverse import Activation, bias_inverse, layer_displacement, layer_inverse, linear_inverse
-from tpext.ops.regularized_inverse import SingularError
+from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
 from tpext.ops.rnn_scan import input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 
@@ -20,5 +20,7 @@ __all__ = [
     "layer_inverse",
     "learned_target_rnn",
     "linear_inverse",
+    "regularized_inverse",
+    "regularized_solve",
     "target_rnn",
 ]

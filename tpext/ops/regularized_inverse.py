@@ -22,11 +22,12 @@ bits that each gives alone. A matrix without an inverse fails the call but spoil
 
 ``torch.ops.tpext.regularized_solve(weight, rhs, reg)`` applies the inverse to rows: ``X = Y R' = Y W (W'W + reg I)^-1
 [..., K, N]`` for ``Y [..., K, M]``, each row of ``X`` the ``argmin_x ||W x - y||^2 + reg ||x||^2`` of its row of ``Y``.
-``weight`` and ``rhs`` have the same leading dimensions. On the CPU ``R`` is not formed where ``k <= 32`` (64 in a
-batch of 16 or more), ``m <= 128`` and ``K <= m``: one factorisation, two substitutions a row, ``k^2 (m + k / 3) +
-2 K k (m + k)`` operations, each matrix with the same bits on any number of threads and in any place of any batch.
-Elsewhere it is a product with ``R``, by torch. NaN or infinity in a row of ``rhs`` stays in that row. Exact as well,
-with first and second derivatives.
+``weight`` and ``rhs`` have the same leading dimensions. On the CPU, with ``K <= m``, ``R`` is not formed: one
+factorisation, two substitutions a row, ``k^2 (m + k / 3) + 2 K k (m + k)`` operations, each matrix with the same bits
+on any number of threads and in any place of any batch. Elsewhere it is a product with ``R``, by torch. NaN or infinity
+in a row of ``rhs`` stays in that row. Exact as well, with first and second derivatives.
+
+:func:`regularized_inverse` and :func:`regularized_solve` are the same ops for a plain call, past torch's dispatcher.
 
 Raises:
     ValueError: ``weight`` has NaN or infinite elements (the message says which matrix), a wrong rank or dtype;
@@ -60,10 +61,6 @@ from tpext.ops._library import (
 # The kernel's status of a matrix whose elements are not finite (csrc/core/regularized_inverse.h).
 _NOT_FINITE = 1
 _SINGULAR = 2
-# The sizes that the kernel of regularized_solve takes: min(M, N) and max(M, N) (the same file).
-_LARGEST_ORDER, _MOST_TERMS = 64, 128
-# The min(M, N) for which it is used with fewer than so many matrices.
-_LARGEST_OF_FEW, _MANY = 32, 16
 
 # The greatest M and N of the CUDA kernel (csrc/cuda/kernels.h).
 _LARGEST_ON_CUDA = 128
@@ -84,11 +81,6 @@ def _check(weight: Tensor, reg: float, op: str = "regularized_inverse") -> None:
         raise ValueError(f"{op}: reg must be a finite number >= 0, got {reg}")
 
 
-def _stacked(tensor: Tensor) -> object:
-    """A capsule of ``tensor [..., a, b]`` as ``[batch, a, b]``; a view that changes nothing would cost 1 us a call."""
-    return dense(tensor if tensor.dim() == 3 else tensor.reshape(-1, *tensor.shape[-2:]))
-
-
 def _first(failed: Tensor) -> str:
     """The first failing matrix of a batch, for an error message."""
     if failed.dim() == 0:
@@ -101,20 +93,27 @@ def _regularized_inverse(weight: Tensor, reg: float, op: str = "regularized_inve
     _check(weight, reg, op)
     if reg == 0 and weight.dtype == torch.float32:
         return _regularized_inverse(weight.double(), reg, op).float()
-    batch, (rows, columns) = weight.shape[:-2], weight.shape[-2:]
-    inverse = weight.new_empty(*batch, columns, rows)
+    *batch, rows, columns = weight.shape
+    inverse = weight.new_empty((*batch, columns, rows))
     if inverse.numel() == 0:
         return inverse
-    if on_cuda(weight) and max(rows, columns) > _LARGEST_ON_CUDA:
+    if not on_cuda(weight):
+        threads = torch.get_num_threads()
+        if _C.regularized_inverse(dense(weight), reg, dense(inverse), None, threads):
+            # once more, to learn which
+            status = weight.new_empty(batch, dtype=torch.int64)
+            _C.regularized_inverse(dense(weight), reg, dense(inverse), dense(status.view(-1)), threads)
+            _raise_error(status, weight.dtype, reg, op)
+        return inverse
+    if max(rows, columns) > _LARGEST_ON_CUDA:
         with full_precision(weight.device.type):
             status = _invert_by_torch(weight, reg, inverse)
-        failures = 0
     else:
-        status = weight.new_empty(math.prod(batch), dtype=torch.int64)
-        failures = _C.regularized_inverse(_stacked(weight), reg, _stacked(inverse), dense(status), execution(weight))
-    # On CUDA only the device knows of failures.
-    if failures or (on_cuda(weight) and torch.is_anomaly_enabled() and bool(status.any())):
-        _raise_error(status.view(batch), weight.dtype, reg, op)
+        status = weight.new_empty(batch, dtype=torch.int64)
+        _C.regularized_inverse(dense(weight), reg, dense(inverse), dense(status.view(-1)), execution(weight))
+    # Only the device knows of failures.
+    if torch.is_anomaly_enabled() and bool(status.any()):
+        _raise_error(status, weight.dtype, reg, op)
     return inverse
 
 
@@ -185,7 +184,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return (k_transposed - (inverse.mT @ k_transposed.mT + k_transposed @ inverse) @ weight).to(dtype), None
 
 
-regularized_inverse = define(
+_inverse = define(
     "regularized_inverse(Tensor weight, float reg) -> Tensor", _regularized_inverse, _fake, cast_outputs=False
 )
 torch.library.register_autograd("tpext::regularized_inverse", _backward, setup_context=_setup_context, lib=LIBRARY)
@@ -208,21 +207,19 @@ def _regularized_solve(weight: Tensor, rhs: Tensor, reg: float) -> Tensor:
     _check_solve(weight, rhs, reg)
     if reg == 0 and weight.dtype == torch.float32:
         return _regularized_solve(weight.double(), rhs.double(), reg).float()
-    batch, (rows, columns), count = weight.shape[:-2], weight.shape[-2:], rhs.shape[-2]
-    # The kernel works on a matrix a lane: fewer matrices waste lanes, which small ones can afford. With more rows than
-    # the inverse has it is cheaper to form that once.
-    order, terms = min(rows, columns), max(rows, columns)
-    largest = _LARGEST_ORDER if math.prod(batch) >= _MANY else _LARGEST_OF_FEW
-    if on_cuda(weight) or order > largest or terms > _MOST_TERMS or count > terms:
+    *batch, rows, columns = weight.shape
+    count = rhs.shape[-2]
+    # Counting operations: a substitution for every row, or for the max(M, N) of the inverse.
+    if on_cuda(weight) or count > max(rows, columns):
         return rhs @ _regularized_inverse(weight, reg, "regularized_solve").mT
-    solution = weight.new_zeros(*batch, count, columns)
+    solution = weight.new_empty((*batch, count, columns))
     if weight.numel() == 0 or rhs.numel() == 0:
-        return solution
-    status = weight.new_empty(math.prod(batch), dtype=torch.int64)
-    if _C.regularized_solve(
-        _stacked(weight), _stacked(rhs), reg, _stacked(solution), dense(status), torch.get_num_threads()
-    ):
-        _raise_error(status.view(batch), weight.dtype, reg, "regularized_solve")
+        return solution.zero_()
+    threads = torch.get_num_threads()
+    if _C.regularized_solve(dense(weight), dense(rhs), reg, dense(solution), None, threads):
+        status = weight.new_empty(batch, dtype=torch.int64)
+        _C.regularized_solve(dense(weight), dense(rhs), reg, dense(solution), dense(status.view(-1)), threads)
+        _raise_error(status, weight.dtype, reg, "regularized_solve")
     return solution
 
 
@@ -257,7 +254,7 @@ def _solve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
     return grad_weight.to(dtype), grad_rhs.to(dtype), None
 
 
-regularized_solve = define(
+_solution = define(
     "regularized_solve(Tensor weight, Tensor rhs, float reg) -> Tensor",
     _regularized_solve,
     _fake_solve,
@@ -266,3 +263,61 @@ regularized_solve = define(
 torch.library.register_autograd(
     "tpext::regularized_solve", _solve_backward, setup_context=_setup_solve_context, lib=LIBRARY
 )
+
+
+def regularized_inverse(weight: Tensor, reg: float) -> Tensor:
+    """The ridge inverse of each matrix of a batch: ``R = (W'W + reg I)^-1 W' = W' (WW' + reg I)^-1``.
+
+    The op ``torch.ops.tpext.regularized_inverse``, past torch's dispatcher where nothing but the kernel has to see the
+    call: derivatives, autocast and compilation work as with the op.
+
+    Args:
+        weight: ``W [..., M, N]``, float32 or float64.
+        reg: >= 0.
+
+    Returns:
+        ``R [..., N, M]``.
+
+    Raises:
+        ValueError: NaN or infinite elements, a wrong rank or dtype, ``reg`` out of range. SingularError: a matrix is
+        singular to working precision, or overflows; the message says which. (The module's head: on CUDA.)
+
+    Cost: ``k^2 (3 m + k / 3)`` operations a matrix, ``k = min(M, N)``, ``m = max(M, N)``.
+
+    Source: Roulet and Harchaoui (2021), section 3.
+
+    >>> import torch, tpext
+    >>> tpext.ops.regularized_inverse(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), 1.0)
+    tensor([[0.4000, 0.0000],
+            [0.0000, 0.5000]])
+    """
+    return _inverse(weight, reg)  # type: ignore[no-any-return]
+
+
+def regularized_solve(weight: Tensor, rhs: Tensor, reg: float) -> Tensor:
+    """The ridge inverse applied to rows: ``X = Y R' = Y W (W'W + reg I)^-1``.
+
+    Each row of ``X`` is the ``argmin_x ||W x - y||^2 + reg ||x||^2`` of its row of ``Y``. The op
+    ``torch.ops.tpext.regularized_solve``, as :func:`regularized_inverse` is the other.
+
+    Args:
+        weight: ``W [..., M, N]``, float32 or float64.
+        rhs: ``Y [..., K, M]``, with the leading dimensions and the dtype of ``weight``.
+        reg: >= 0.
+
+    Returns:
+        ``X [..., K, N]``.
+
+    Raises:
+        ValueError, SingularError: as :func:`regularized_inverse`; ``rhs`` does not fit ``weight``.
+
+    Cost: ``k^2 (m + k / 3) + 2 K k (m + k)`` operations a matrix, ``k = min(M, N)``, ``m = max(M, N)``; for ``K > m``
+    the inverse and a product, ``k^2 (3 m + k / 3) + 2 K k m``.
+
+    Source: Roulet and Harchaoui (2021), section 3.
+
+    >>> import torch, tpext
+    >>> tpext.ops.regularized_solve(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.ones(1, 2), 1.0)
+    tensor([[0.4000, 0.5000]])
+    """
+    return _solution(weight, rhs, reg)  # type: ignore[no-any-return]

@@ -1,0 +1,556 @@
+// One matrix after another, in panels: what regularized_inverse and regularized_solve are made of beyond the groups of
+// small matrices (interleaved.h).
+//
+// With B = W (or W' where M < N), of m = max(M, N) rows (terms) and k = min(M, N) columns (the order), and U the
+// Cholesky factor of the smaller Gram matrix, U'U = A = B'B + reg I:
+//   pack        B in panels
+//   gram        the upper triangle of A, over which the factor is written
+//   factor      blocks of rows of U: their square on the diagonal by one thread, then the rest of the rows, then what
+//               they subtract from all rows below
+//   substitute  U' Y = X and U X = Y for a group of panels of columns, by one thread and without waiting
+//   project     B' Y, what is substituted for to solve with a tall W; the other threads do it during the first square,
+//               with the part of the Gram matrix that the square does not need
+//   expand      B X, what a wide W makes of the solution
+// Every matrix is kept in panels one vector wide (L lanes), panel p holding the columns p*L .. p*L + L - 1 of all rows
+// one after another. All heavy work is one block: kRows rows times up to kGroup panels accumulate in registers
+//     c[r][p] = sum_k a(r, k) * x[k][p]
+// where a(r, k) is read from panels as well, down a column (U', B') or along a row (U, B). The depth k goes in slices,
+// so that the three panels of x stay in the first-level cache while the rows pass by. The order k is padded to whole
+// blocks of rows with an identity.
+//
+// The triangular solves substitute within blocks rather than multiply by inverted ones: the vector lanes are different
+// columns, so that a substitution is as parallel as a product and nothing is lost in accuracy.
+//
+// Memory: m k + k^2 numbers for a matrix in work, to solve for K rows with a tall matrix K k more; 3 L k a thread.
+// Deterministic: which rows and panels are computed together, and by which thread, changes no operation of an element.
+#pragma once
+
+#include "core/regularized_inverse.h"
+#include "cpu/interleaved.h"
+#include "cpu/microkernel.h"
+#include "cpu/threads.h"
+#include "cpu/transpose.h"
+
+namespace tpext::cpu::TPEXT_CAPABILITY {
+namespace {
+
+// kRows x 3 accumulators. A block of rows never leaves its panel.
+constexpr int kGroup = 3;
+
+// Rows of U that are eliminated together: the square on the diagonal is work for a single thread, and three barriers
+// follow from each, which cost far more than arithmetic where other programs want the processors.
+constexpr int64_t kPivots = 128;
+// A matrix in panels.
+template <class T>
+struct Panels {
+  T* data;
+  int64_t rows;
+
+  int64_t stride() const { return rows * kLanes<T>; }
+  T* at(int64_t panel, int64_t row) const { return data + panel * stride() + row * kLanes<T>; }
+  // Element (row, column).
+  T* element(int64_t row, int64_t column) const { return at(column / kLanes<T>, row) + column % kLanes<T>; }
+};
+
+// Panels [first, end) in groups of at most kGroup, their number a multiple of `parts` as far as panels go.
+struct Groups {
+  int64_t first, panels, count;
+
+  Groups(int64_t first_panel, int64_t end, int64_t parts) : first(first_panel), panels(end - first_panel) {
+    count = ceil_div(ceil_div(panels, kGroup), parts) * parts;
+    count = count < panels ? count : panels;
+  }
+  int64_t begin(int64_t group) const { return first + part_begin(panels, count, group); }
+};
+
+// task.operator()<Count>() for count = 1 .. kGroup.
+template <class Task>
+inline void with_count(int64_t count, const Task& task) {
+  static_assert(kGroup == 3);
+  switch (count) {
+    case 1: return task.template operator()<1>();
+    case 2: return task.template operator()<2>();
+    default: return task.template operator()<3>();
+  }
+}
+
+// Runs task(0) .. task(count - 1), shared among the threads of the team unless the thread works alone; all are done
+// when it returns.
+template <class Task>
+inline void share(bool alone, int64_t count, const Task& task) {
+  if (alone) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+#pragma omp for schedule(dynamic)
+  for (int64_t i = 0; i < count; ++i) task(i);
+}
+
+template <class T, int Count>
+using Block = Vec<T>[kRows<T>][Count];
+
+// block[r][p] += sum_k a[r * RowStep + k * DepthStep] * x[k][p] over `depth` terms.
+template <int RowStep, int DepthStep, class T, int Count>
+[[gnu::always_inline]] inline void accumulate(int64_t depth, const T* a, const T* x, int64_t stride,
+                                              Vec<T> (&block)[kRows<T>][Count]) {
+  for (int64_t k = 0; k < depth; ++k, a += DepthStep, x += kLanes<T>) {
+    Vec<T> row[Count];
+#pragma GCC unroll 8
+    for (int p = 0; p < Count; ++p) row[p] = *reinterpret_cast<const Vec<T>*>(x + p * stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows<T>; ++r)
+#pragma GCC unroll 8
+      for (int p = 0; p < Count; ++p) block[r][p] += row[p] * a[r * RowStep];
+  }
+}
+
+// Visits every vector of a block at x.
+template <int Count, class T, class Visit>
+[[gnu::always_inline]] inline void for_block(T* x, int64_t stride, const Visit& visit) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows<T>; ++r)
+#pragma GCC unroll 8
+    for (int p = 0; p < Count; ++p) visit(r, p, *reinterpret_cast<Vec<T>*>(x + r * kLanes<T> + p * stride));
+}
+
+// A panel of the transposed of from [rows, depth], rows <= L: panel[k][r] = from[r][k]; the lanes beyond are zero.
+template <class T>
+void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t depth, T* panel) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k = 0; k < depth; k += L) {
+    const int64_t count = depth - k < L ? depth - k : L;
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) square[r] = r < rows ? load_part(from + r * stride + k, count) : Vec<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < count; ++i) store(panel + (k + i) * L, square[i]);
+  }
+}
+
+// The way back: to[r][k] = panel[k][r].
+template <class T>
+void unpack_transposed(const T* panel, int64_t rows, int64_t depth, T* to, int64_t stride) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k = 0; k < depth; k += L) {
+    const int64_t count = depth - k < L ? depth - k : L;
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = i < count ? load(panel + (k + i) * L) : Vec<T>{};
+    transpose<T>(square);
+    for (int r = 0; r < rows; ++r) store_part(to + r * stride + k, square[r], count);
+  }
+}
+
+// The same without transposing: L columns of from [depth, ...], of which the first `columns` are there, and back.
+template <class T>
+void pack_straight(const T* from, int64_t stride, int64_t columns, int64_t depth, T* panel) {
+  for (int64_t k = 0; k < depth; ++k) store(panel + k * kLanes<T>, load_part(from + k * stride, columns));
+}
+
+template <class T>
+void unpack_straight(const T* panel, int64_t columns, int64_t depth, T* to, int64_t stride) {
+  for (int64_t k = 0; k < depth; ++k) store_part(to + k * stride, load(panel + k * kLanes<T>), columns);
+}
+
+template <class T>
+class Blocked {
+ public:
+  static constexpr int64_t L = kLanes<T>, R = kRows<T>;
+
+  Blocked(int64_t rows, int64_t columns, T reg)
+      : rows_(rows),
+        columns_(columns),
+        tall_(columns <= rows),
+        order_(tall_ ? columns : rows),
+        terms_(tall_ ? rows : columns),
+        padded_(ceil_div(order_, R) * R),
+        panels_(ceil_div(order_, L)),
+        reg_(reg) {}
+
+  // Of whole panels, and what the smallest matrix costs anyway: to invert, and to solve for `count` rows.
+  double operations() const {
+    const double k = whole(order_), m = whole(terms_);
+    return 5e4 + k * k * (3 * m + k / 3);
+  }
+  double operations(int64_t count) const {
+    const double k = whole(order_), m = whole(terms_);
+    return 5e4 + k * k * (m + k / 3) + 2 * whole(count) * k * (m + k);
+  }
+  // Numbers of the memory for a matrix, of which `count` are solved for, and for a thread; multiples of a vector.
+  int64_t shared_size(int64_t count = 0) const {
+    const int64_t projected = tall_ ? ceil_div(count, L) * L * padded_ : 0;
+    return panels_ * L * (terms_ + padded_) + 2 * ceil_div(padded_, L) * L + projected;
+  }
+  int64_t private_size() const { return kGroup * (padded_ < kDepth ? kDepth : padded_) * L; }
+
+  // Inverts one matrix, by one thread or by all of a team, and returns its status.
+  int64_t invert(const T* weight, T* inverse, T* shared, T* own, bool alone) const {
+    const Work work(*this, shared, alone);
+    if (!factor(weight, work, 0, [](int64_t) {})) return failure(weight, rows_ * columns_);
+    const Groups groups(0, ceil_div(terms_, L), work.threads);
+    share(alone, groups.count, [&](int64_t i) {
+      invert_panels(weight, inverse, work, {own, padded_}, groups.begin(i), groups.begin(i + 1));
+    });
+    return RegularizedInverse<T>::ok;
+  }
+
+  // Solves for the `count` rows of rhs, likewise.
+  int64_t solve(const T* weight, const T* rhs, int64_t count, T* solution, T* shared, T* own, bool alone) const {
+    const Work work(*this, shared, alone);
+    const Groups groups(0, ceil_div(count, L), work.threads);
+    const bool regular = factor(weight, work, tall_ ? groups.count : 0, [&](int64_t i) {
+      project(rhs, count, work, own, groups.begin(i), groups.begin(i + 1));
+    });
+    if (!regular) return failure(weight, rows_ * columns_);
+    share(alone, groups.count, [&](int64_t i) {
+      if (tall_)
+        solve_tall(count, solution, work, groups.begin(i), groups.begin(i + 1));
+      else
+        solve_wide(rhs, count, solution, work, {own, padded_}, groups.begin(i), groups.begin(i + 1));
+    });
+    return RegularizedInverse<T>::ok;
+  }
+
+ private:
+  // What a matrix in work has in memory, and how many threads work on it.
+  struct Work {
+    Panels<T> b, u;
+    T *reciprocal, *squared;  // of the diagonal of U
+    Panels<T> z;              // B' Y of a tall matrix
+    bool alone;
+    int64_t threads;
+
+    Work(const Blocked& matrix, T* shared, bool alone_)
+        : b{shared, matrix.terms_},
+          u{b.data + matrix.panels_ * b.stride(), matrix.padded_},
+          reciprocal(u.data + matrix.panels_ * u.stride()),
+          squared(reciprocal + ceil_div(matrix.padded_, L) * L),
+          z{squared + ceil_div(matrix.padded_, L) * L, matrix.padded_},
+          alone(alone_),
+          threads(alone_ ? 1 : thread_count()) {}
+  };
+
+  static double whole(int64_t count) { return static_cast<double>(ceil_div(count, L) * L); }
+
+  // Lanes of a panel of `columns` columns.
+  static int64_t lanes(int64_t panel, int64_t columns) { return columns - panel * L < L ? columns - panel * L : L; }
+
+  // Panel `panel` of B [m, k].
+  void pack(const T* weight, int64_t panel, Panels<T> b) const {
+    const int64_t first = panel * L, columns = lanes(panel, order_);
+    if (tall_)
+      pack_straight(weight + first, columns_, columns, terms_, b.at(panel, 0));
+    else
+      pack_transposed(weight + first * columns_, columns_, columns, terms_, b.at(panel, 0));
+  }
+
+  // Panels [begin, end) of B'B + reg I on and above the diagonal.
+  void gram(const Work& work, int64_t begin, int64_t end) const {
+    const Panels<T> b = work.b, u = work.u;
+    const int64_t last_row = end * L < padded_ ? end * L : padded_;
+    for (int64_t k = 0; k < terms_; k += kDepth) {
+      const int64_t depth = terms_ - k < kDepth ? terms_ - k : kDepth;
+      for (int64_t row = 0; row < last_row; row += R) {
+        const int64_t first = row / L > begin ? row / L : begin;
+        with_count(end - first, [&]<int Count>() {
+          Block<T, Count> sum = {};
+          accumulate<1, L>(depth, b.element(k, row), b.at(first, k), b.stride(), sum);
+          for_block<Count>(u.at(first, row), u.stride(),
+                           [&](int r, int p, Vec<T>& a) { a = k == 0 ? sum[r][p] : a + sum[r][p]; });
+        });
+      }
+    }
+    for (int64_t i = begin * L; i < last_row; ++i) *u.element(i, i) = i < order_ ? *u.element(i, i) + reg_ : T(1);
+  }
+
+  // Rows row .. row + R - 1 of x, in the panels [first, first + Count), minus what the rows [from, to) of U subtract
+  // from them: x[row + r] -= sum_k U[k][row + r] x[k]; then, if `substitute`, the block's own U' is solved for.
+  template <int Count>
+  static void forward(Panels<T> u, const T* reciprocal, Panels<T> x, int64_t first, int64_t row, int64_t from,
+                      int64_t to, bool substitute) {
+    Block<T, Count> c = {};
+    accumulate<1, L>(to - from, u.element(from, row), x.at(first, from), x.stride(), c);
+    T* const block = x.at(first, row);
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { c[r][p] = v - c[r][p]; });
+    if (substitute) {
+      const T* const diagonal = u.element(row, row);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+        for (int p = 0; p < Count; ++p) c[r][p] *= reciprocal[row + r];
+#pragma GCC unroll 8
+        for (int s = r + 1; s < R; ++s)
+#pragma GCC unroll 8
+          for (int p = 0; p < Count; ++p) c[s][p] -= c[r][p] * diagonal[r * L + s];
+      }
+    }
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { v = c[r][p]; });
+  }
+
+  // The same from below: x[row + r] -= sum_k U[row + r][k] x[k].
+  template <int Count>
+  static void backward(Panels<T> u, const T* reciprocal, Panels<T> x, int64_t row, int64_t from, int64_t to,
+                       bool substitute) {
+    Block<T, Count> c = {};
+    for (int64_t k = from; k < to;) {
+      const int64_t next = (k / L + 1) * L < to ? (k / L + 1) * L : to;
+      accumulate<L, 1>(next - k, u.element(row, k), x.at(0, k), x.stride(), c);
+      k = next;
+    }
+    T* const block = x.at(0, row);
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { c[r][p] = v - c[r][p]; });
+    if (substitute) {
+      const T* const diagonal = u.element(row, row);
+#pragma GCC unroll 8
+      for (int r = R - 1; r >= 0; --r) {
+#pragma GCC unroll 8
+        for (int p = 0; p < Count; ++p) c[r][p] *= reciprocal[row + r];
+#pragma GCC unroll 8
+        for (int s = 0; s < r; ++s)
+#pragma GCC unroll 8
+          for (int p = 0; p < Count; ++p) c[s][p] -= c[r][p] * diagonal[s * L + r];
+      }
+    }
+    for_block<Count>(block, x.stride(), [&](int r, int p, Vec<T>& v) { v = c[r][p]; });
+  }
+
+  // Rows row .. row + R - 1 of U within their own panel; the rows [from, row) above are not yet subtracted. The square
+  // on the diagonal is factored in scalars: it is a chain of roots and divisions. The rest of the panel then follows by
+  // substitution, which rounds the square differently: it is written once for that to read and again over what it made.
+  static void pivots(Panels<T> u, T* reciprocal, T* squared, int64_t row, int64_t from) {
+    forward<1>(u, reciprocal, u, row / L, row, from, row, false);
+    T* const diagonal = u.element(row, row);
+    T d[R][R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int s = r; s < R; ++s) d[r][s] = diagonal[r * L + s];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      squared[row + r] = d[r][r];
+      d[r][r] = sizeof(T) == 4 ? __builtin_sqrtf(d[r][r]) : __builtin_sqrt(d[r][r]);
+      reciprocal[row + r] = T(1) / d[r][r];
+#pragma GCC unroll 8
+      for (int s = r + 1; s < R; ++s) d[r][s] *= reciprocal[row + r];
+#pragma GCC unroll 8
+      for (int s = r + 1; s < R; ++s)
+#pragma GCC unroll 8
+        for (int t = s; t < R; ++t) d[s][t] -= d[r][s] * d[r][t];
+    }
+    const auto write = [&] {
+      for (int r = 0; r < R; ++r)
+        for (int s = r; s < R; ++s) diagonal[r * L + s] = d[r][s];
+    };
+    write();
+    forward<1>(u, reciprocal, u, row / L, row, row, row, true);
+    write();
+  }
+
+  // U over the upper triangle of A, from packing on; returns whether there is one. While one thread factors the first
+  // square, the others compute the Gram matrix beside it and the `extra` tasks, which need B alone.
+  template <class Task>
+  bool factor(const T* weight, const Work& work, int64_t extra, const Task& task) const {
+    share(work.alone, panels_, [&](int64_t panel) { pack(weight, panel, work.b); });
+    const int64_t first = panels_ < kPivots / L ? panels_ : kPivots / L;
+    // Long panels first.
+    const Groups square(0, first, 2 * work.threads), beside(first, panels_, 2 * work.threads);
+    const auto gram_group = [&](const Groups& groups, int64_t i) { gram(work, groups.begin(i), groups.begin(i + 1)); };
+    share(work.alone, square.count, [&](int64_t i) { gram_group(square, square.count - 1 - i); });
+    for (int64_t from = 0; from < padded_; from += kPivots) {
+      const int64_t to = padded_ - from < kPivots ? padded_ : from + kPivots;
+      share(work.alone, from == 0 ? 1 + beside.count + extra : 1, [&](int64_t i) {
+        if (i == 0)
+          factor_square(work, from, to);
+        else if (i <= beside.count)
+          gram_group(beside, beside.count - i);
+        else
+          task(i - 1 - beside.count);
+      });
+      eliminate(work, from, to);
+    }
+    return regular(work.squared);
+  }
+
+  // The square of the rows [from, to) on the diagonal.
+  static void factor_square(const Work& work, int64_t from, int64_t to) {
+    for (int64_t row = from; row < to; row += R) {
+      pivots(work.u, work.reciprocal, work.squared, row, from);
+      const Groups groups(row / L + 1, ceil_div(to, L), 1);
+      for (int64_t i = 0; i < groups.count; ++i)
+        with_count(groups.begin(i + 1) - groups.begin(i), [&]<int Count>() {
+          forward<Count>(work.u, work.reciprocal, work.u, groups.begin(i), row, from, row, true);
+        });
+    }
+  }
+
+  // What is right of the square, and what it subtracts from the rows below.
+  void eliminate(const Work& work, int64_t from, int64_t to) const {
+    const Panels<T> u = work.u;
+    const Groups groups(ceil_div(to, L), panels_, work.threads);
+    if (groups.count == 0) return;
+    share(work.alone, groups.count, [&](int64_t i) {
+      with_count(groups.begin(i + 1) - groups.begin(i), [&]<int Count>() {
+        for (int64_t row = from; row < to; row += R)
+          forward<Count>(u, work.reciprocal, u, groups.begin(i), row, from, row, true);
+      });
+    });
+    share(work.alone, groups.count, [&](int64_t i) {
+      const int64_t group = groups.count - 1 - i, end = groups.begin(group + 1);
+      for (int64_t row = to; row < end * L && row < padded_; row += R) {
+        const int64_t first = row / L > groups.begin(group) ? row / L : groups.begin(group);
+        with_count(end - first,
+                   [&]<int Count>() { forward<Count>(u, work.reciprocal, u, first, row, from, to, false); });
+      }
+    });
+  }
+
+  // Whether the factorisation came to its end. Without regularisation rounding can turn the zero pivot of a singular
+  // matrix into a tiny positive one. Comparisons are written to fail for NaN.
+  bool regular(const T* squared) const {
+    T greatest = 0;
+    for (int64_t i = 0; i < order_; ++i) greatest = squared[i] > greatest ? squared[i] : greatest;
+    const T least = reg_ == T(0) ? kEpsilon<T> * static_cast<T>(order_) * greatest : T(0);
+    bool all = true;
+    for (int64_t i = 0; i < order_; ++i) all = all && squared[i] > least && squared[i] <= Constants<T>::largest;
+    return all;
+  }
+
+  // X of A X = x, over x.
+  template <int Count>
+  void substitute(const Work& work, Panels<T> x) const {
+    for (int64_t from = 0; from < padded_; from += kDepth) {
+      const int64_t to = padded_ - from < kDepth ? padded_ : from + kDepth;
+      for (int64_t row = from; row < padded_; row += R)
+        forward<Count>(work.u, work.reciprocal, x, 0, row, from, row < to ? row : to, row < to);
+    }
+    for (int64_t from = (padded_ - 1) / kDepth * kDepth; from >= 0; from -= kDepth) {
+      const int64_t to = padded_ - from < kDepth ? padded_ : from + kDepth;
+      for (int64_t row = to - R; row >= 0; row -= R)
+        backward<Count>(work.u, work.reciprocal, x, row, row < from ? from : row + R, to, row >= from);
+    }
+  }
+
+  // The rows of a panel of x that the order was padded with.
+  void clear_padding(T* panel) const {
+    std::memset(panel + order_ * L, 0, static_cast<size_t>((padded_ - order_) * L) * sizeof(T));
+  }
+
+  // Panels [begin, end) of the inverse (of its transposed where M < N).
+  void invert_panels(const T* weight, T* inverse, const Work& work, Panels<T> x, int64_t begin, int64_t end) const {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * L, columns = lanes(panel, terms_);
+      T* const to = x.at(panel - begin, 0);
+      if (tall_)
+        pack_transposed(weight + first * columns_, columns_, columns, order_, to);
+      else
+        pack_straight(weight + first, columns_, columns, order_, to);
+      clear_padding(to);
+    }
+    with_count(end - begin, [&]<int Count>() { substitute<Count>(work, x); });
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t first = panel * L, columns = lanes(panel, terms_);
+      const T* const from = x.at(panel - begin, 0);
+      if (tall_)
+        unpack_straight(from, columns, order_, inverse + first, rows_);
+      else
+        unpack_transposed(from, columns, order_, inverse + first * rows_, rows_);
+    }
+  }
+
+  // Panels [begin, end) of B' Y, a row of rhs a lane.
+  void project(const T* rhs, int64_t count, const Work& work, T* own, int64_t begin, int64_t end) const {
+    for (int64_t k = 0; k < terms_; k += kDepth) {
+      const int64_t depth = terms_ - k < kDepth ? terms_ - k : kDepth;
+      const Panels<T> y{own, depth}, z = work.z;
+      for (int64_t panel = begin; panel < end; ++panel)
+        pack_transposed(rhs + panel * L * terms_ + k, terms_, lanes(panel, count), depth, y.at(panel - begin, 0));
+      with_count(end - begin, [&]<int Count>() {
+        for (int64_t row = 0; row < padded_; row += R) {
+          Block<T, Count> sum = {};
+          accumulate<1, L>(depth, work.b.element(k, row), y.data, y.stride(), sum);
+          for_block<Count>(z.at(begin, row), z.stride(),
+                           [&](int r, int p, Vec<T>& v) { v = k == 0 ? sum[r][p] : v + sum[r][p]; });
+        }
+      });
+    }
+  }
+
+  void solve_tall(int64_t count, T* solution, const Work& work, int64_t begin, int64_t end) const {
+    with_count(end - begin, [&]<int Count>() { substitute<Count>(work, {work.z.at(begin, 0), padded_}); });
+    for (int64_t panel = begin; panel < end; ++panel)
+      unpack_transposed(work.z.at(panel, 0), lanes(panel, count), order_, solution + panel * L * order_, order_);
+  }
+
+  void solve_wide(const T* rhs, int64_t count, T* solution, const Work& work, Panels<T> x, int64_t begin,
+                  int64_t end) const {
+    for (int64_t panel = begin; panel < end; ++panel) {
+      pack_transposed(rhs + panel * L * order_, order_, lanes(panel, count), order_, x.at(panel - begin, 0));
+      clear_padding(x.at(panel - begin, 0));
+    }
+    with_count(end - begin, [&]<int Count>() {
+      substitute<Count>(work, x);
+      for (int64_t term = 0; term < terms_; term += L) expand<Count>(count, solution, work.b, x, begin, term);
+    });
+  }
+
+  // L terms of B X from `term` on, into the solution.
+  template <int Count>
+  void expand(int64_t count, T* solution, Panels<T> b, Panels<T> x, int64_t begin, int64_t term) const {
+    alignas(TPEXT_VECTOR_BYTES) T square[Count * L * L];
+    const Panels<T> terms{square, L};
+    for (int64_t row = 0; row < L && term + row < terms_; row += R) {
+      // Terms beyond the last are read from what follows B in memory, and not stored.
+      Block<T, Count> sum = {};
+      for (int64_t panel = 0; panel < panels_; ++panel)
+        accumulate<L, 1>(lanes(panel, order_), b.at(panel, term + row), x.at(0, panel * L), x.stride(), sum);
+      for_block<Count>(terms.at(0, row), terms.stride(), [&](int r, int p, Vec<T>& v) { v = sum[r][p]; });
+    }
+    const int64_t depth = terms_ - term < L ? terms_ - term : L;
+    for (int p = 0; p < Count; ++p)
+      unpack_transposed(terms.at(p, 0), lanes(begin + p, count), depth, solution + (begin + p) * L * terms_ + term,
+                        terms_);
+  }
+
+  int64_t rows_, columns_;
+  bool tall_;
+  int64_t order_;   // k
+  int64_t terms_;   // m
+  int64_t padded_;  // k in whole blocks of rows
+  int64_t panels_;  // of B and U
+  T reg_;
+};
+
+// Operations worth a further thread, some 5 microseconds.
+constexpr double kOperationsPerThread = 1e6;
+
+// task(matrix, shared memory, own memory, whether alone) -> its status, for each matrix of a batch, of so many
+// operations. Each thread takes as many whole matrices as every other; those left over, or a single one, are shared by
+// panels with a barrier after each step. A matrix too small to share stays on one thread.
+template <class T, class Task>
+inline void for_matrices(int64_t batch, double operations, int64_t shared, int64_t own, int max_threads,
+                         int64_t* status, const Task& task) {
+  const double work = operations / kOperationsPerThread, worth = static_cast<double>(batch) * work + 1;
+  int64_t threads = worth < max_threads ? static_cast<int64_t>(worth) : max_threads;
+  if (work < 1 && batch < threads) threads = batch;
+  const int64_t whole = work < 1 ? batch : batch / threads * threads;
+  const Buffer<T> memory(threads * own + (whole > 0 ? threads : 1) * shared);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  {
+    const int64_t thread = thread_index(), team = thread_count();
+    T* const mine = memory.get() + thread * own;
+    T* const common = memory.get() + threads * own;
+    for (int64_t i = part_begin(whole, team, thread); i < part_begin(whole, team, thread + 1); ++i)
+      status[i] = task(i, common + thread * shared, mine, true);
+    if (whole > 0 && whole < batch) {
+      // The first thread's memory becomes everyone's.
+#pragma omp barrier
+    }
+    for (int64_t i = whole; i < batch; ++i) {
+      const int64_t result = task(i, common, mine, false);
+      if (thread == 0) status[i] = result;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tpext::cpu::TPEXT_CAPABILITY
