@@ -1,4 +1,8 @@
-"""Ridge inverses against what torch.linalg offers for them."""
+"""Ridge inverses against what torch.linalg offers for them.
+
+On the CPU ours are the calls that a user makes, ``tpext.ops.regularized_inverse`` and ``regularized_solve``, which go
+past torch's dispatcher; ``torch.ops.tpext.*`` takes some 4 us a call more.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+
+from tpext.ops import regularized_inverse, regularized_solve
 
 # What torch has for (W'W + I)^-1 W': from the Gram matrix, or by factors of W on top of an identity.
 INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -64,7 +70,7 @@ def test_inverse(against, threads, size, batch):
     identity = torch.eye(size)
 
     def ours():
-        return torch.ops.tpext.regularized_inverse(weight, 1.0)
+        return regularized_inverse(weight, 1.0)
 
     def peer():
         gram = weight.mT @ weight + identity
@@ -83,12 +89,12 @@ def test_small_inverses(against, size, batch):
     torch.set_num_threads(2)
     torch.manual_seed(0)
     weight = torch.randn(batch, size, size)
-    expected = torch.ops.tpext.regularized_inverse(weight, 1.0)
+    expected = regularized_inverse(weight, 1.0)
     for peer in INVERSES.values():
         assert torch.allclose(peer(weight[:64]), expected[:64], atol=1e-3)
     name = fastest(INVERSES, weight)
     against(
-        lambda: torch.ops.tpext.regularized_inverse(weight, 1.0),
+        lambda: regularized_inverse(weight, 1.0),
         lambda: INVERSES[name](weight),
         peer_name=name,
         flops=batch * size**3 * 10 / 3,
@@ -104,12 +110,12 @@ def test_small_solutions(against, size, count):
     torch.manual_seed(0)
     batch = 1024
     weight, rhs = torch.randn(batch, size, size), torch.randn(batch, count, size)
-    expected = torch.ops.tpext.regularized_solve(weight, rhs, 1.0)
+    expected = regularized_solve(weight, rhs, 1.0)
     for peer in SOLUTIONS.values():
         assert torch.allclose(peer(weight, rhs), expected, atol=1e-3)
     name = fastest(SOLUTIONS, weight, rhs)
     against(
-        lambda: torch.ops.tpext.regularized_solve(weight, rhs, 1.0),
+        lambda: regularized_solve(weight, rhs, 1.0),
         lambda: SOLUTIONS[name](weight, rhs),
         peer_name=name,
         flops=batch * size**2 * (size * 4 / 3 + 4 * count),

@@ -534,9 +534,7 @@ inline void for_matrices(int64_t batch, double operations, int64_t shared, int64
   if (work < 1 && batch < threads) threads = batch;
   const int64_t whole = work < 1 ? batch : batch / threads * threads;
   const Buffer<T> memory(threads * own + (whole > 0 ? threads : 1) * shared);
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  {
-    const int64_t thread = thread_index(), team = thread_count();
+  const auto run = [&](int64_t thread, int64_t team) {
     T* const mine = memory.get() + thread * own;
     T* const common = memory.get() + threads * own;
     for (int64_t i = part_begin(whole, team, thread); i < part_begin(whole, team, thread + 1); ++i)
@@ -549,7 +547,10 @@ inline void for_matrices(int64_t batch, double operations, int64_t shared, int64
       const int64_t result = task(i, common, mine, false);
       if (thread == 0) status[i] = result;
     }
-  }
+  };
+  if (threads == 1) return run(0, 1);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  run(thread_index(), thread_count());
 }
 
 }  // namespace

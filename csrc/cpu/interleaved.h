@@ -392,12 +392,14 @@ inline void for_groups(int64_t batch, double operations, int64_t memory, int max
   int64_t threads = worth < max_threads ? static_cast<int64_t>(worth) : max_threads;
   if (threads > groups) threads = groups;
   const Buffer<Vec<T>> all(threads * memory, true);
-#pragma omp parallel num_threads(static_cast<int>(threads))
-  {
-    const int64_t thread = thread_index(), team = thread_count();
+  const auto run = [&](int64_t thread, int64_t team) {
     for (int64_t i = part_begin(groups, team, thread); i < part_begin(groups, team, thread + 1); ++i)
       task(i * L, batch - i * L < L ? batch - i * L : L, all.get() + thread * memory);
-  }
+  };
+  // A quarter of the time that 64 matrices of 4 x 4 take would go into a team of one.
+  if (threads == 1) return run(0, 1);
+#pragma omp parallel num_threads(static_cast<int>(threads))
+  run(thread_index(), thread_count());
 }
 
 }  // namespace

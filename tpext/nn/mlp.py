@@ -264,9 +264,10 @@ class TargetLinear(nn.Module):
         TypeError: sizes that are no integers, or a rule that is none of feed-forward layers.
         ValueError: another argument out of its range, named.
 
-    Cost: backward a least squares rule factors the weights once, ``k^2 (3 m + k / 3)`` operations with ``k = min(M,
-    N)``, ``m = max(M, N)``, and has the products of back-propagation; the learned inverse has one product more. If the
-    input needs no gradient nothing is inverted for it.
+    Cost: backward a least squares rule factors the weights once, ``k^2 (m + k / 3)`` operations with ``k = min(M, N)``,
+    ``m = max(M, N)``, substitutes for ``B <= m`` rows, ``2 B k^2`` (for more it inverts, ``2 m k^2``), and has the
+    products of back-propagation; the learned inverse has one product more. If the input needs no gradient nothing is
+    factored for it.
 
     Source: the rules name theirs.
 

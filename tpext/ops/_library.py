@@ -62,35 +62,34 @@ def define(
         LIBRARY.impl(name, functools.partial(autocast, device), f"Autocast{key}")  # type: ignore[no-untyped-call]
 
     def call(*args: Any) -> Any:
-        direct = are_plain(args) and not torch._C._is_any_autocast_enabled() and not _records_gradients(args)
-        return kernel(*args) if direct else op(*args)
+        recorded = torch.is_grad_enabled()
+        return kernel(*args) if not torch._C._is_any_autocast_enabled() and are_plain(args, recorded) else op(*args)
 
     return call
 
 
-def are_plain(args: Sequence[Any]) -> bool:
-    """Whether nothing but the kernels has to see a call: no compiler, mode, transform, subclass or lazy tensor."""
+def are_plain(args: Sequence[Any], recorded: bool = False) -> bool:
+    """Whether nothing but the kernels has to see a call: no compiler, mode, transform, subclass or lazy tensor.
+
+    Where gradients are ``recorded``, no tensor that requires one either.
+    """
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._are_functorch_transforms_active()
     ):
         return False
-    # a loop, as a generator would take half a microsecond more
+    # every small call comes through here, and a generator would take half a microsecond more
     for a in args:
         if isinstance(a, Tensor) and not (
-            type(a) in _PLAIN and (a.is_cpu or a.is_cuda) and not a.is_neg() and not a._is_zerotensor()
+            type(a) in _PLAIN
+            and (a.is_cpu or a.is_cuda)
+            and not a.is_neg()
+            and not a._is_zerotensor()
+            and not (recorded and a.requires_grad)
         ):
             return False
     return True
-
-
-def _records_gradients(args: Sequence[Any]) -> bool:
-    if torch.is_grad_enabled():
-        for a in args:
-            if isinstance(a, Tensor) and a.requires_grad:
-                return True
-    return False
 
 
 def refuse_derivative(name: str, message: str) -> None:

@@ -94,9 +94,7 @@ def _regularized_inverse(weight: Tensor, reg: float, op: str = "regularized_inve
     if reg == 0 and weight.dtype == torch.float32:
         return _regularized_inverse(weight.double(), reg, op).float()
     *batch, rows, columns = weight.shape
-    inverse = weight.new_empty((*batch, columns, rows))
-    if inverse.numel() == 0:
-        return inverse
+    inverse = weight.new_empty(*batch, columns, rows)
     if not on_cuda(weight):
         threads = torch.get_num_threads()
         if _C.regularized_inverse(dense(weight), reg, dense(inverse), None, threads):
@@ -104,6 +102,8 @@ def _regularized_inverse(weight: Tensor, reg: float, op: str = "regularized_inve
             status = weight.new_empty(batch, dtype=torch.int64)
             _C.regularized_inverse(dense(weight), reg, dense(inverse), dense(status.view(-1)), threads)
             _raise_error(status, weight.dtype, reg, op)
+        return inverse
+    if inverse.numel() == 0:
         return inverse
     if max(rows, columns) > _LARGEST_ON_CUDA:
         with full_precision(weight.device.type):
@@ -212,7 +212,7 @@ def _regularized_solve(weight: Tensor, rhs: Tensor, reg: float) -> Tensor:
     # Counting operations: a substitution for every row, or for the max(M, N) of the inverse.
     if on_cuda(weight) or count > max(rows, columns):
         return rhs @ _regularized_inverse(weight, reg, "regularized_solve").mT
-    solution = weight.new_empty((*batch, count, columns))
+    solution = weight.new_empty(*batch, count, columns)
     if weight.numel() == 0 or rhs.numel() == 0:
         return solution.zero_()
     threads = torch.get_num_threads()
