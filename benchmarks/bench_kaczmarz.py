@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tpext.nn import HotTargetLoss, KaczmarzMLP
-from tpext.ops.kaczmarz import Units, kaczmarz_step
+from tpext import Kaczmarz
+from tpext.nn import MLP, HotTargetLoss
+from tpext.ops import Units, kaczmarz_step
 
 # A pass takes long enough that the cold caches after the peer's turn do not matter, as in an epoch of 60,000.
 SAMPLES = 2000
@@ -29,7 +30,7 @@ def with_ones(x: Tensor) -> Tensor:
     return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 
-def columns_of(model: KaczmarzMLP) -> list[Tensor]:
+def columns_of(model: MLP) -> list[Tensor]:
     """The weights of each layer with the bias for the last column."""
     values = [parameter.detach() for parameter in model.parameters()]
     return [torch.cat([w, b[:, None]], 1) for w, b in zip(values[::2], values[1::2], strict=True)]
@@ -95,7 +96,7 @@ def test_stream(against: Any, threads: int, sizes: tuple[int, ...], peer: str) -
     if threads != 1:
         pytest.skip("a sample has too little work for a second thread, ours and the peer's")
     x, labels, hot = data(SAMPLES, sizes[0], sizes[-1])
-    model = KaczmarzMLP(sizes)
+    model = MLP(sizes, "relu", rule=Kaczmarz())
     weights, rows = columns_of(model), list(zip(with_ones(x).split(1), hot.split(1), strict=True))
 
     def by_torch() -> None:
@@ -122,7 +123,7 @@ def test_step(against: Any, threads: int, B: int, N: int, M: int) -> None:
     z = ones @ columns.T
     relu = Units("relu")
     against(
-        lambda: kaczmarz_step(d, x, weight, bias, None, relu),
+        lambda: kaczmarz_step(d, x, weight, True, relu),
         lambda: broadcast_step(z + d, z, ones, columns, data=False),
         peer_name="tensors B x M x N",
         flops=6 * B * N * M,
@@ -137,7 +138,7 @@ def test_network(against: Any, threads: int, B: int) -> None:
     """The published network's training step, ours by modules, autograd and SGD."""
     sizes = NETWORKS[0]
     x, labels, hot = data(B, sizes[0], sizes[-1])
-    model = KaczmarzMLP(sizes)
+    model = MLP(sizes, "relu", rule=Kaczmarz())
     sgd, loss = torch.optim.SGD(model.parameters(), lr=1), HotTargetLoss()
     weights, ones = columns_of(model), with_ones(x)
 

@@ -16,19 +16,11 @@ import torch
 from comparison import DTYPES, pairwise
 from torch import Tensor
 
-from tpext import _C
-from tpext.nn import HotTargetLoss, Kaczmarz, KaczmarzLinear, KaczmarzMLP, KaczmarzUnits
-from tpext.ops import SingularError, kaczmarz_train
-from tpext.ops.kaczmarz import (
-    Units,
-    _train_by_torch,
-    hot_target,
-    kaczmarz_linear,
-    kaczmarz_step,
-    kaczmarz_units,
-    n_hot,
-    running_accuracy,
-)
+from tpext import _C, Backprop, Kaczmarz, RegularizedLeastSquares
+from tpext.diagnostics import layer_diagnostics
+from tpext.nn import MLP, HotTargetLoss, TargetLinear
+from tpext.ops import Activation, SingularError, Units, kaczmarz_step, kaczmarz_train
+from tpext.ops.kaczmarz import _train_by_torch, hot_target, n_hot, running_accuracy
 from tpext.reference import kaczmarz as oracle
 from tpext.tasks.mnist import load_mnist
 
@@ -72,27 +64,27 @@ def test_published_maps_of_the_units() -> None:
 def test_published_second_version_of_the_linear_layer() -> None:
     golden = published("C_layers.npz")
     x, weight = golden["z"], golden["tp2_W"]
-    rule = Kaczmarz(dx="wnorm", order="weight_first")
-    step = kaczmarz_step(golden["tp2_yt"] - x @ weight.T, x, weight, None, rule, Units("doubled_relu"))
+    d = golden["tp2_yt"] - x @ weight.T
+    step = kaczmarz_step(d, x, weight, False, Units("doubled_relu"), dx="wnorm", first="weights")
     close(weight + step.weight, golden["tp2_Wn"])
     close(step.input, golden["tp2_xprime"])
 
 
 @pytest.mark.parametrize("file", ["C_net_B4_init0.001.npz", "C_net_B1_init0.01.npz"])
 def test_published_network(file: str) -> None:
-    """By the modules: a loss's backward and a step of SGD are the published update."""
+    """By the module: a loss's backward and a step of SGD are the published update."""
     golden = published(file)
-    model = KaczmarzMLP([6, 5, 3], dtype=torch.float64)
-    first, units, second = model
+    model = MLP([6, 5, 3], "relu", rule=Kaczmarz(), dtype=torch.float64)
+    first, second = model
     for layer, key in ((first, "W1"), (second, "W2")):
         layer.weight.data, layer.bias.data = golden[key][:, :-1].clone(), golden[key][:, -1].clone()
     optimizer, loss = torch.optim.SGD(model.parameters(), lr=1), HotTargetLoss()
     for step in range(3):
         expected = {key.removeprefix(f"s{step}_"): value for key, value in golden.items() if key.startswith(f"s{step}")}
-        z1 = first(golden["x"])
-        h1 = units(z1)
+        z1 = torch.nn.functional.linear(golden["x"], first.weight, first.bias).detach()
+        h1 = first(golden["x"])
         z2 = second(h1)
-        for tensor in (z1, h1, z2):
+        for tensor in (h1, z2):
             tensor.retain_grad()
         optimizer.zero_grad()
         loss(z2, golden["labels"]).backward()
@@ -100,7 +92,7 @@ def test_published_network(file: str) -> None:
         close(z2, expected["z2"])
         close(z2 - z2.grad, expected["yt2"])
         close(h1 - h1.grad, expected["xpp2"][:, :-1])
-        close(z1 - z1.grad, expected["yt1"])
+        close(Units("relu").input_target(h1 - h1.grad, z1), expected["yt1"])
         for layer, key in ((first, "1"), (second, "2")):
             close(-torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1), expected[f"dW{key}"])
         optimizer.step()
@@ -117,7 +109,7 @@ def test_displacement_of_the_input_as_published(dx: str) -> None:
     golden = published("C_net_B4_init0.001.npz")
     weight = golden["W2"]
     x, d = torch.relu(golden["s0_z1"]), golden["s0_yt2"] - golden["s0_z2"]
-    moved = kaczmarz_step(d, x, weight[:, :-1], weight[:, -1], Kaczmarz(dx=dx), Units("identity")).input
+    moved = kaczmarz_step(d, x, weight[:, :-1], True, Units("identity"), dx=dx).input
     if dx == "mean":
         close(moved, golden["s0_xp2"][:, :-1])
     close(moved, x.numpy() + oracle.move(d, weight[:, :-1], dx, 1.0))
@@ -135,7 +127,7 @@ GRID = pairwise(
     dx_reg=[0.5, 4.0],
     update=["average", "exact"],
     batch_reg=[0.5, 2.0],
-    order=["input_first", "weight_first"],
+    first=["input", "weights"],
     units=["data", "identity", "relu", "doubled_relu", "n_hot", "binary"],
     bias=[True, False],
     dtype=DTYPES,
@@ -150,7 +142,7 @@ def test_step_equals_the_oracle(case: dict[str, Any]) -> None:
     bias = torch.randn(M, dtype=dtype) if bias else None
     before = [tensor.clone() for tensor in (d, x, weight)]
     chosen = None if units == "data" else Units(units)
-    step = kaczmarz_step(d, x, weight, bias, Kaczmarz(**case), chosen)
+    step = kaczmarz_step(d, x, weight, bias is not None, chosen, **case)
     expected = oracle.kaczmarz_step(d, x, weight, bias, **case, units=None if chosen is None else units, count=1)
     # Sums of at most 64 terms, twice over, and a system of condition at most some (64 + 0.5) / 0.5.
     tolerance = 2000 * torch.finfo(dtype).eps
@@ -190,7 +182,7 @@ def test_the_moved_input_then_has_the_target(
     b = torch.randn(4, dtype=dtype) if bias else None
     d = torch.randn(size, 4, dtype=dtype)
     target = torch.nn.functional.linear(x, weight, b) + d
-    step = kaczmarz_step(d, x, weight, b, Kaczmarz(update=update), units)
+    step = kaczmarz_step(d, x, weight, bias, units, update=update)
     after = torch.nn.functional.linear(step.input, weight + step.weight, None if b is None else b + step.bias)
     torch.testing.assert_close(
         after, target, rtol=0, atol=(1e-3 if update == "exact" else 1e-5) if dtype.itemsize == 4 else 1e-10
@@ -200,25 +192,25 @@ def test_the_moved_input_then_has_the_target(
 @pytest.mark.parametrize("relaxation", [0.25, 1.0, 1.75])
 def test_relaxation_leaves_its_share_of_the_residual(relaxation: float) -> None:
     x, weight, d = torch.rand(1, 9).double(), torch.randn(3, 9).double(), torch.randn(1, 3).double()
-    step = kaczmarz_step(d, x, weight, None, Kaczmarz(relaxation))
+    step = kaczmarz_step(d, x, weight, False, relaxation=relaxation)
     torch.testing.assert_close(d - x @ step.weight.T, (1 - relaxation) * d)
 
 
 def test_the_update_is_the_least_one() -> None:
     """Of all changes that meet the targets the exact one has the least norm."""
     x, weight, d = torch.randn(4, 9).double(), torch.randn(3, 9).double(), torch.randn(4, 3).double()
-    step = kaczmarz_step(d, x, weight, None, Kaczmarz(update="exact"))
+    step = kaczmarz_step(d, x, weight, False, update="exact")
     torch.testing.assert_close(step.weight, (torch.linalg.pinv(x) @ d).T)
 
 
 def test_a_zero_row_asks_for_nothing() -> None:
     x, d, weight = torch.rand(3, 5).double(), torch.randn(3, 2).double(), torch.randn(2, 5).double()
     x[1] = 0
-    step = kaczmarz_step(d, x, weight, None)
-    alone = kaczmarz_step(d[[0, 2]], x[[0, 2]], weight, None)
+    step = kaczmarz_step(d, x, weight, False)
+    alone = kaczmarz_step(d[[0, 2]], x[[0, 2]], weight, False)
     torch.testing.assert_close(step.weight, alone.weight * (2 / 3))
     # With a bias it has that one's input.
-    torch.testing.assert_close(kaczmarz_step(d[1:2], x[1:2], weight, d[0]).bias, d[1])
+    torch.testing.assert_close(kaczmarz_step(d[1:2], x[1:2], weight).bias, d[1])
     weights, before = [torch.zeros(2, 5), torch.zeros(3, 2)], torch.zeros(3, 2)
     kaczmarz_train(torch.zeros(4, 5), torch.tensor([0, 1, 2, 0]), weights)
     assert torch.equal(weights[1], before)
@@ -229,14 +221,13 @@ def test_a_zero_row_of_the_weights_moves_nothing() -> None:
     weight = torch.randn(3, 5).double()
     weight[1] = 0
     d = torch.randn(2, 3).double()
-    rule = Kaczmarz(dx="wnorm")
-    moved = kaczmarz_step(d, torch.zeros(2, 5).double(), weight, None, rule, Units("identity")).input
+    moved = kaczmarz_step(d, torch.zeros(2, 5).double(), weight, False, Units("identity"), dx="wnorm").input
     close(moved, oracle.move(d, weight, "wnorm", 1.0))
     assert moved.isfinite().all()
 
 
 def test_no_samples_change_nothing() -> None:
-    step = kaczmarz_step(torch.zeros(0, 3), torch.zeros(0, 5), torch.randn(3, 5), torch.zeros(3), None, Units("relu"))
+    step = kaczmarz_step(torch.zeros(0, 3), torch.zeros(0, 5), torch.randn(3, 5), True, Units("relu"))
     assert torch.equal(step.weight, torch.zeros(3, 5))
     assert torch.equal(step.bias, torch.zeros(3))
     weights = [torch.randn(3, 5)]
@@ -248,9 +239,9 @@ def test_no_samples_change_nothing() -> None:
 def test_nan_spreads_no_further_than_it_must() -> None:
     d, x, weight = torch.randn(3, 4), torch.randn(3, 5), torch.randn(4, 5)
     d[1, 2] = torch.nan
-    step = kaczmarz_step(d, x, weight, None, None, Units("relu"))
+    step = kaczmarz_step(d, x, weight, False, Units("relu"))
     assert step.input.isnan().any(1).tolist() == [False, True, False]
-    data = kaczmarz_step(d, x, weight, None)
+    data = kaczmarz_step(d, x, weight, False)
     assert data.weight.isnan().any(1).tolist() == [False, False, True, False]
     relu = Units("relu")
     assert relu.input_target(torch.tensor([torch.nan]), torch.tensor([1.0])).isnan().all()
@@ -260,28 +251,68 @@ def test_nan_spreads_no_further_than_it_must() -> None:
 
 
 def test_gradients_are_minus_the_step() -> None:
-    layer = KaczmarzLinear(6, 4, inputs="relu", std=1.0, dtype=torch.float64)
+    layer = TargetLinear(6, 4, rule=Kaczmarz(std=1.0), reverse_activation="relu", dtype=torch.float64)
     x, d = torch.rand(2, 3, 6).double().requires_grad_(), torch.randn(2, 3, 4).double()
     layer(x).backward(-d)
-    step = kaczmarz_step(d, x.detach(), layer.weight, layer.bias, None, Units("relu"))
+    step = kaczmarz_step(d, x.detach(), layer.weight, True, Units("relu"))
     torch.testing.assert_close(layer.weight.grad, -step.weight)
     torch.testing.assert_close(layer.bias.grad, -step.bias)
     torch.testing.assert_close(x.grad, x.detach() - step.input)
-    data = KaczmarzLinear(6, 4, bias=False, std=1.0, dtype=torch.float64)
+    torch.testing.assert_close(layer.input_displacement(x, d), step.input - x.detach())
+    data = TargetLinear(6, 4, bias=False, rule=Kaczmarz(std=1.0), dtype=torch.float64)
     data(x.detach()).backward(-d)
-    torch.testing.assert_close(data.weight.grad, -kaczmarz_step(d, x.detach(), data.weight, None).weight)
+    torch.testing.assert_close(data.weight.grad, -kaczmarz_step(d, x.detach(), data.weight, False).weight)
     assert layer(x).shape == (2, 3, 4)
 
 
 @pytest.mark.parametrize("name", ["identity", "relu", "doubled_relu", "n_hot", "binary"])
-def test_units_hand_down_targets(name: Any) -> None:
+def test_units_take_the_target_of_the_output_to_the_preactivation(name: Any) -> None:
     units = Units(name)
-    z = torch.randn(4, 5).double().requires_grad_()
-    output = kaczmarz_units(z, units)
-    target = units.feasible(torch.randn(4, 5).double())
-    output.backward(output.detach() - target)
-    torch.testing.assert_close(z.detach() - z.grad, units.input_target(target, z.detach()))
+    layer = TargetLinear(6, 5, activation=units, rule=Kaczmarz(std=1.0), reverse_activation="relu", dtype=torch.float64)
+    x = torch.rand(4, 6).double().requires_grad_()
+    z = torch.nn.functional.linear(x, layer.weight, layer.bias).detach()
+    output, target = layer(x), units.feasible(torch.randn(4, 5).double())
     assert torch.equal(output, units(z))
+    output.backward(output.detach() - target)
+    step = kaczmarz_step(units.input_target(target, z) - z, x.detach(), layer.weight, True, Units("relu"))
+    torch.testing.assert_close(layer.weight.grad, -step.weight)
+    torch.testing.assert_close(x.grad, x.detach() - step.input)
+    if name in ("n_hot", "binary"):
+        return
+    # These ask for a distance between on and off, the others for nothing that the output has already.
+    torch.testing.assert_close(layer.input_displacement(x, torch.zeros(4, 5).double()), torch.zeros(4, 6).double())
+
+
+def test_parameters_are_drawn_with_the_standard_deviation() -> None:
+    first, second = MLP([300, 200, 100], "relu", rule=Kaczmarz(std=0.1))
+    # Of K normal numbers the standard deviation is known to within some 1 / sqrt(2 K): four of them.
+    for values in (first.weight, second.weight, torch.cat([first.bias, second.bias])):
+        assert values.std().item() == pytest.approx(0.1, rel=4 / (2 * values.numel()) ** 0.5)
+
+
+def test_the_rule_can_be_changed() -> None:
+    model = MLP([6, 5, 3], "relu", rule=Kaczmarz(std=0.5))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x = torch.rand(4, 6)
+    output = model(x)
+    model.rule = RegularizedLeastSquares()
+    torch.testing.assert_close(model(x), output)
+    model.rule = Kaczmarz(0.5)
+    assert model.rule == Kaczmarz(0.5)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"activation must be one of 'identity', .* under Kaczmarz, got .*tanh"):
+        MLP([6, 5, 3]).rule = Kaczmarz()
+    with pytest.raises(ValueError, match=r"activation=.*binary.* needs rule=tpext\.Kaczmarz\(\), the rule is Backprop"):
+        MLP([6, 5, 3], "binary", rule=Kaczmarz()).rule = Backprop()
+
+
+def test_diagnostics_compare_with_back_propagation() -> None:
+    model, x = MLP([6, 5, 3], "relu", rule=Kaczmarz(std=0.5)), torch.rand(4, 6)
+    labels = torch.tensor([0, 1, 2, 0])
+    layers = layer_diagnostics(model, lambda net: HotTargetLoss()(net(x), labels))
+    # The last layer's is minus the mean of c x'' where back-propagation's is minus the sum of d x.
+    assert [layer.name for layer in layers] == ["0", "1"]
+    assert all(0 < layer.angle < 90 and layer.norm_ratio > 0 for layer in layers)
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -298,17 +329,17 @@ def test_loss_asks_for_the_target(output: Any) -> None:
 @pytest.mark.parametrize(
     ("rule", "units"),
     [
-        (Kaczmarz(), "relu"),
-        (Kaczmarz(dx="wnorm", order="weight_first"), "doubled_relu"),
-        (Kaczmarz(dx="regularized", update="exact", batch_reg=1.0), "relu"),
-        (Kaczmarz(0.5, damping=1.0), Units("n_hot", 4)),
-        (Kaczmarz(), "binary"),
+        (Kaczmarz(std=1e-2), "relu"),
+        (Kaczmarz(dx="wnorm", first="weights", std=1e-2), "doubled_relu"),
+        (Kaczmarz(dx="regularized", update="exact", batch_reg=1.0, std=1e-2), "relu"),
+        (Kaczmarz(0.5, damping=1.0, std=1e-2), Units("n_hot", 4)),
+        (Kaczmarz(std=1e-2), "binary"),
     ],
 )
 def test_a_network_learns(rule: Kaczmarz, units: Any) -> None:
     """Three well separated clusters, by the plain loop of any other PyTorch model."""
     centers = torch.randn(3, 10) * 3
-    model = KaczmarzMLP([10, 12, 3], units, rule=rule, std=1e-2)
+    model = MLP([10, 12, 3], units, rule=rule)
     optimizer = torch.optim.SGD(model.parameters(), lr=1)
     for _ in range(200):
         labels = torch.randint(3, (16,))
@@ -321,7 +352,7 @@ def test_a_network_learns(rule: Kaczmarz, units: Any) -> None:
 
 
 def test_compiles_in_one_graph() -> None:
-    model = KaczmarzMLP([6, 5, 3], rule=Kaczmarz(0.7, 0.1, dx="regularized"), std=0.5)
+    model = MLP([6, 5, 3], "relu", rule=Kaczmarz(0.7, 0.1, dx="regularized", std=0.5))
     x, labels = torch.rand(4, 6), torch.tensor([0, 1, 2, 0])
 
     def gradients(run: Any) -> list[Tensor]:
@@ -337,31 +368,29 @@ def test_compiles_in_one_graph() -> None:
 
 
 def test_differentiating_twice_is_refused() -> None:
-    model = KaczmarzMLP([4, 3, 2])
+    model = MLP([4, 3, 2], "relu", rule=Kaczmarz())
     loss = HotTargetLoss()(model(torch.rand(2, 4)), torch.tensor([0, 1]))
-    with pytest.raises(RuntimeError, match=r"kaczmarz_linear: .* target, not a derivative"):
+    with pytest.raises(RuntimeError, match=r"not a derivative.*rule=tpext\.Backprop\(\)"):
         torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
-    z = torch.randn(2, 3, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"kaczmarz_units: .* target, not a derivative"):
-        torch.autograd.grad(kaczmarz_units(z, Units("relu")).sum(), z, create_graph=True)
 
 
 def test_autocast_computes_in_float32() -> None:
-    model = KaczmarzMLP([6, 5, 3], std=0.5)
+    model = MLP([6, 5, 3], "relu", rule=Kaczmarz(std=0.5))
     x = torch.rand(4, 6)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(x.bfloat16())
-    assert output.dtype == torch.float32
-    torch.testing.assert_close(output, model(x.bfloat16().float()))
+    assert output.dtype == torch.bfloat16
+    first, second = model
+    torch.testing.assert_close(output, second(first(x.bfloat16().float()).bfloat16().float()).bfloat16())
 
 
-def test_state_dict_is_that_of_linear_layers() -> None:
-    model = KaczmarzMLP([6, 5, 3])
-    plain = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
-    plain.load_state_dict(model.state_dict())
+def test_state_dict_is_that_of_other_rules_and_of_linear_layers() -> None:
+    model, other = MLP([6, 5, 3], "relu", rule=Kaczmarz()), MLP([6, 5, 3], "relu", rule=Backprop())
+    other.load_state_dict(model.state_dict())
     x = torch.rand(2, 6)
-    assert torch.equal(plain(x), model(x))
-    assert "inputs='relu'" in repr(model)
+    assert torch.equal(other(x), model(x))
+    torch.nn.Linear(6, 5).load_state_dict(model[0].state_dict())
+    assert "activation='relu', rule=Kaczmarz(relaxation=1.0" in repr(model)
 
 
 # The stream
@@ -393,14 +422,12 @@ def stream(case: dict[str, Any]) -> tuple[Tensor, Tensor, list[Tensor], list[Ten
 @pytest.mark.parametrize("case", STREAMS, ids=lambda case: "-".join(map(str, case.values())))
 def test_stream_equals_the_oracle_and_torch(case: dict[str, Any]) -> None:
     x, labels, weights, biases = stream(case)
-    rule = Kaczmarz(case["relaxation"], case["damping"], case["dx"], dx_reg=0.5)
-    expected = oracle.kaczmarz_train(
-        x, labels, weights, biases, rule.relaxation, rule.damping, rule.dx, rule.dx_reg, case["output"]
-    )
+    options = {**{name: case[name] for name in ("relaxation", "damping", "dx", "output")}, "dx_reg": 0.5}
+    expected = oracle.kaczmarz_train(x, labels, weights, biases, **options)
     by_torch = [tensor.clone() for tensor in (*weights, *biases)]
-    _train_by_torch(x, labels, by_torch[: len(weights)], by_torch[len(weights) :], rule, case["output"])
+    _train_by_torch(x, labels, by_torch[: len(weights)], by_torch[len(weights) :], **options)
     versions = [tensor._version for tensor in weights]
-    predictions = kaczmarz_train(x, labels, weights, biases, rule, case["output"])
+    predictions = kaczmarz_train(x, labels, weights, biases, **options)
     # Rounding of every sample's sums, carried through at most 40 of them.
     tolerance = 2e4 * torch.finfo(case["dtype"]).eps
     assert predictions.tolist() == expected[0].tolist()
@@ -412,8 +439,7 @@ def test_stream_equals_the_oracle_and_torch(case: dict[str, Any]) -> None:
 
 
 def test_stream_equals_steps_of_single_samples() -> None:
-    model = KaczmarzMLP([12, 8, 4], std=0.1, dtype=torch.float64)
-    other = KaczmarzMLP([12, 8, 4], dtype=torch.float64)
+    model, other = (MLP([12, 8, 4], "relu", rule=Kaczmarz(std=0.1), dtype=torch.float64) for _ in range(2))
     other.load_state_dict(model.state_dict())
     x, labels = torch.rand(50, 12).double(), torch.randint(4, (50,))
     optimizer, correct = torch.optim.SGD(other.parameters(), lr=1), []
@@ -435,7 +461,7 @@ def test_stream_equals_steps_of_single_samples() -> None:
 
 def test_stream_goes_on_where_it_stopped() -> None:
     x, labels = torch.rand(31, 19), torch.randint(5, (31,))
-    whole, parts = KaczmarzMLP([19, 6, 5], std=0.3), KaczmarzMLP([19, 6, 5])
+    whole, parts = (MLP([19, 6, 5], "relu", rule=Kaczmarz(std=0.3)) for _ in range(2))
     parts.load_state_dict(whole.state_dict())
     expected = whole.stream(x, labels)
     first = parts.stream(x[:13], labels[:13])
@@ -504,13 +530,13 @@ def test_opcheck(requires_grad: bool) -> None:
     weights, biases = [torch.randn(5, 6), torch.randn(3, 5)], [torch.randn(5), torch.randn(3)]
     torch.library.opcheck(op.default, (x, labels, weights, biases, 1.0, 0.0, "mean", 1.0, "clamp"))
     if requires_grad:
-        model = KaczmarzMLP([6, 5, 3])
+        model = MLP([6, 5, 3], "relu", rule=Kaczmarz())
         model.stream(x, labels)
         assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
 
 
 def test_a_graph_from_before_the_pass_is_refused() -> None:
-    model = KaczmarzMLP([6, 5, 3])
+    model = MLP([6, 5, 3], "relu", rule=Kaczmarz())
     x, labels = torch.rand(4, 6), torch.randint(3, (4,))
     loss = HotTargetLoss()(model(x), labels)
     model.stream(x, labels)
@@ -527,8 +553,8 @@ def test_on_a_gpu_as_on_the_cpu(dx: Any) -> None:
         [torch.zeros(5).double(), torch.zeros(3).double()],
     )
     there = [[tensor.cuda() for tensor in tensors] for tensors in (weights, biases)]
-    expected = kaczmarz_train(x, labels, weights, biases, Kaczmarz(dx=dx))
-    actual = kaczmarz_train(x.cuda(), labels.cuda(), *there, Kaczmarz(dx=dx))
+    expected = kaczmarz_train(x, labels, weights, biases, dx=dx)
+    actual = kaczmarz_train(x.cuda(), labels.cuda(), *there, dx=dx)
     assert torch.equal(actual.cpu(), expected)
     for a, b in zip((*there[0], *there[1]), (*weights, *biases), strict=True):
         torch.testing.assert_close(a.cpu(), b)
@@ -548,7 +574,7 @@ def test_published_network_on_mnist(shared: Path) -> None:
     data = load_mnist(shared / "data")
     x, labels = data.train_images.float() / 255, data.train_labels
     test = data.test_images.float() / 255
-    model = KaczmarzMLP([784, 32, 10])
+    model = MLP([784, 32, 10], "relu", rule=Kaczmarz())
     optimizer, loss, batches = torch.optim.SGD(model.parameters(), lr=1), HotTargetLoss(), []
     for rows in torch.cat([torch.randperm(len(x)) for _ in range(2)]).split(64):
         z = model(x[rows])
@@ -559,11 +585,11 @@ def test_published_network_on_mnist(shared: Path) -> None:
     assert torch.stack(batches[-500:]).mean() > 0.88
     assert (model(test).argmax(1) == data.test_labels).float().mean() > 0.88
     order = torch.randperm(len(x))
-    diverging = KaczmarzMLP([784, 32, 10], std=1.0)
+    diverging = MLP([784, 32, 10], "relu", rule=Kaczmarz(std=1.0))
     diverging.stream(x[order], labels[order])
     greatest = diverging[0].weight.abs().max()
     assert not greatest < 1e3
-    regular = KaczmarzMLP([784, 32, 10], std=1.0, rule=Kaczmarz(dx="regularized"))
+    regular = MLP([784, 32, 10], "relu", rule=Kaczmarz(dx="regularized", std=1.0))
     regular.stream(x[order], labels[order])
     assert regular[0].weight.abs().max() < 1e3
 
@@ -574,50 +600,32 @@ def test_published_network_on_mnist(shared: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"relaxation": 2.0}, "relaxation must be a finite number > 0 and < 2, got 2.0"),
-        ({"relaxation": 0}, "relaxation must be"),
-        ({"damping": -1.0}, "damping must be a finite number >= 0, got -1.0"),
-        ({"damping": float("nan")}, "damping must be"),
-        ({"dx_reg": float("inf")}, "dx_reg must be a finite number >= 0, got inf"),
-        ({"batch_reg": "1"}, "batch_reg must be a finite number >= 0, got '1'"),
-        ({"dx": "max"}, "dx must be one of 'mean', 'wnorm', 'regularized', got 'max'"),
-        ({"update": "sum"}, "update must be one of 'average', 'exact', got 'sum'"),
-        ({"order": "both"}, "order must be one of 'input_first', 'weight_first', got 'both'"),
-    ],
-    ids=str,
-)
-def test_the_rule_refuses_wrong_values(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"Kaczmarz: {message}"):
-        Kaczmarz(**change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
         ({"displacement": torch.zeros(2, 3)}, r"displacement must be \[2, 4\], got \[2, 3\]"),
         ({"input": torch.zeros(2, 6)}, r"input must be \[\.\.\., N=5\], got \[2, 6\]"),
         ({"input": torch.zeros(2, 5).half()}, "input must be float32 or float64, got float16"),
         ({"weight": torch.zeros(4)}, r"weight must be \[M, N\], got \[4\]"),
         ({"weight": torch.zeros(4, 5).double()}, "weight must be float32 as input is, got float64"),
-        ({"bias": torch.zeros(5)}, r"bias must be \[4\], got \[5\]"),
-        ({"bias": torch.zeros(4, device="meta")}, "bias must be on cpu as input is, got meta"),
+        ({"weight": torch.zeros(4, 5, device="meta")}, "weight must be on cpu as input is, got meta"),
+        ({"relaxation": 2.0}, "relaxation must be a finite number > 0 and < 2, got 2.0"),
+        ({"damping": -1.0}, "damping must be a finite number >= 0, got -1.0"),
+        ({"dx_reg": float("inf")}, "dx_reg must be a finite number >= 0, got inf"),
+        ({"batch_reg": "1"}, "batch_reg must be a finite number >= 0, got '1'"),
+        ({"dx": "max"}, "dx must be one of 'mean', 'wnorm', 'regularized', got 'max'"),
+        ({"update": "sum"}, "update must be one of 'average', 'exact', got 'sum'"),
+        ({"first": "both"}, "first must be one of 'input', 'weights', got 'both'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_the_step_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {"displacement": torch.zeros(2, 4), "input": torch.zeros(2, 5), "weight": torch.zeros(4, 5)}
     with pytest.raises(ValueError, match=f"kaczmarz_step: {message}"):
-        kaczmarz_step(**{"bias": torch.zeros(4), **arguments, **change})
-    if "displacement" not in change:
-        del arguments["displacement"]
-        with pytest.raises(ValueError, match=f"kaczmarz_linear: {message}"):
-            kaczmarz_linear(**{"bias": torch.zeros(4), **arguments, **change})
+        kaczmarz_step(**{**arguments, **change})
 
 
 def test_singular_systems_are_named() -> None:
     x = torch.ones(2, 5)
     with pytest.raises(SingularError, match="reg=0"):
-        kaczmarz_step(torch.ones(2, 4), x, torch.randn(4, 5), None, Kaczmarz(update="exact"))
+        kaczmarz_step(torch.ones(2, 4), x, torch.randn(4, 5), False, update="exact")
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -673,6 +681,21 @@ def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str
         _C.kaczmarz_train(**ARGUMENTS | {"predictions": torch.zeros(2, dtype=torch.int64)} | change)
 
 
+def streamed(**options: Any) -> Any:
+    model = MLP(**{"sizes": [3, 2, 2], "activation": "relu", "rule": Kaczmarz(), **options})
+    return model.stream(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("rule", [None, Backprop(), RegularizedLeastSquares()])
+def test_only_this_rule_has_a_stream(rule: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"MLP\.stream needs rule=tpext\.Kaczmarz\(\)"):
+        streamed(rule=rule)
+    mixed = MLP([3, 2, 2], "relu", rule=Kaczmarz())
+    mixed[1].rule = Kaczmarz(0.5)
+    with pytest.raises(RuntimeError, match="one for all layers"):
+        mixed.stream(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -686,21 +709,29 @@ def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str
             lambda: HotTargetLoss()(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)),
             r"HotTargetLoss: target must be \[2\] int64 classes, got \[3\] int64",
         ),
-        (lambda: KaczmarzLinear(0, 3), "KaczmarzLinear: in_features must be >= 1, got 0"),
-        (lambda: KaczmarzLinear(3, 3, std=-1.0), "KaczmarzLinear: std must be >= 0, got -1.0"),
-        (lambda: KaczmarzLinear(3, 3, rule="mean"), "KaczmarzLinear: rule must be a Kaczmarz or None, got str"),
-        (lambda: KaczmarzMLP([3]), r"KaczmarzMLP: sizes must have at least 2 values, got \[3\]"),
-        (lambda: KaczmarzUnits("gelu"), "Units: name must be one of"),
         (
-            lambda: KaczmarzMLP([3, 2, 2], "binary").stream(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64)),
-            "KaczmarzMLP.stream: units must be",
+            lambda: TargetLinear(3, 2, activation="tanh", rule=Kaczmarz()),
+            "TargetLinear: activation must be one of 'identity', 'relu', 'doubled_relu', 'n_hot', 'binary' under "
+            r"Kaczmarz, got Activation\(name='tanh'",
         ),
         (
-            lambda: kaczmarz_train(
-                **{k: ARGUMENTS[k] for k in ("input", "labels", "weights")}, rule=Kaczmarz(update="exact")
-            ),
-            "kaczmarz_train: rule must have update='average', got 'exact'",
+            lambda: TargetLinear(3, 2, rule=Kaczmarz(), reverse_activation="sigmoid"),
+            "TargetLinear: reverse_activation must be one of",
         ),
+        (
+            lambda: TargetLinear(3, 2, activation=Activation("relu", reference_compat=True), rule=Kaczmarz()),
+            "TargetLinear: activation must be one of",
+        ),
+        (
+            lambda: MLP([3, 3, 2], "binary"),
+            r"activation=Units\(name='binary'.* needs rule=tpext.Kaczmarz",
+        ),
+        (lambda: MLP([3, 3, 2], rule=Kaczmarz()), "activation must be one of .* under Kaczmarz, got .*'tanh'"),
+        (lambda: streamed(activation="binary"), "MLP.stream: activation must be 'relu', got .*binary"),
+        (lambda: streamed(sizes=[3, 2, 3], tied=True), "MLP.stream: layers must have weights of their own"),
+        (lambda: streamed(output="relu"), "MLP.stream: output must be 'identity', got .*relu"),
+        (lambda: streamed(rule=Kaczmarz(update="exact")), "MLP.stream: rule must have update='average', got 'exact'"),
+        (lambda: streamed(rule=Kaczmarz(first="weights")), "MLP.stream: rule must have first='input', got 'weights'"),
     ],
 )
 def test_the_rest_refuses_wrong_arguments(call: Any, message: str) -> None:

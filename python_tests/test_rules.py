@@ -13,6 +13,7 @@ from tpext.rules import (
     Backprop,
     ConstrainedLeastSquares,
     DifferenceTargetPropagation,
+    Kaczmarz,
     LayerRule,
     LearnedInverse,
     RegularizedInverse,
@@ -21,7 +22,13 @@ from tpext.rules import (
 )
 
 RULES = [Backprop(), RegularizedInverse(), LearnedInverse()]
-LAYER_RULES = [Backprop(), ConstrainedLeastSquares(), RegularizedLeastSquares(), DifferenceTargetPropagation()]
+LAYER_RULES = [
+    Backprop(),
+    ConstrainedLeastSquares(),
+    RegularizedLeastSquares(),
+    DifferenceTargetPropagation(),
+    Kaczmarz(),
+]
 
 
 def test_defaults():
@@ -50,6 +57,16 @@ def test_defaults():
         "correction": "difference",
         "normalize": True,
         "local_loss": "post",
+    }
+    assert dataclasses.asdict(Kaczmarz()) == {
+        "relaxation": 1.0,
+        "damping": 0.0,
+        "dx": "mean",
+        "dx_reg": 1.0,
+        "update": "average",
+        "batch_reg": 0.0,
+        "first": "input",
+        "std": 1e-3,
     }
 
 
@@ -103,6 +120,12 @@ NUMBERS = [
     (DifferenceTargetPropagation, "correction", "'difference' or 'none'", ["linearized", None]),
     (DifferenceTargetPropagation, "normalize", "True or False", ["yes"]),
     (DifferenceTargetPropagation, "local_loss", "'post'", ["pre"]),
+    (Kaczmarz, "relaxation", "a finite number > 0 and < 2", [0, 2.0, math.nan, "1", True]),
+    *((Kaczmarz, name, "a finite number >= 0", [-1.0, math.inf, math.nan, "1"]) for name in ("damping", "dx_reg")),
+    *((Kaczmarz, name, "a finite number >= 0", [-1.0, math.inf, None]) for name in ("batch_reg", "std")),
+    (Kaczmarz, "dx", "'mean' or 'wnorm' or 'regularized'", ["max", None]),
+    (Kaczmarz, "update", "'average' or 'exact'", ["sum"]),
+    (Kaczmarz, "first", "'input' or 'weights'", ["both"]),
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.nn.mlp import TargetLinear
-from tpext.rules import Backprop, RegularizedLeastSquares, exact_number
+from tpext.rules import Backprop, Kaczmarz, RegularizedLeastSquares, exact_number
 
 # A layer's gradient, as one vector, and its (input, output, gradient of the output) at each of its calls.
 _Layers = dict[str, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]]
@@ -127,7 +127,7 @@ def _compare(
         # Of the unit vectors, as the angle's cosine loses half the digits of a small one.
         one, other = gradient / norm, exact / exact_norm
         angle = math.degrees(2 * math.atan2(float((one - other).norm()), float((one + other).norm())))
-    step = 1.0 if isinstance(layer.rule, Backprop) else exact_number(layer.rule, "target_step")
+    step = 1.0 if isinstance(layer.rule, (Backprop, Kaczmarz)) else exact_number(layer.rule, "target_step")
     missed = wished = 0.0
     for input, output, grad in calls:
         displacement = -step * grad

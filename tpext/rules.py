@@ -49,6 +49,11 @@ as its part of the whole: a sum over the batch, or a mean times the part's share
 "proximal")`` keeps the digits of the smallest displacement. ``ConstrainedLeastSquares``, ``form="ridge"`` and ``gamma =
 0`` take differences of outputs, so that a displacement below the rounding of the output is lost; with a mean over a
 large batch and float32, a ``target_step`` of some ``B`` keeps it well above.
+
+Feed-forward layers also take ``Kaczmarz``, which knows neither a step nor a learning rate: ``g`` is taken for ``h``
+minus its target, and the parameters receive minus the change that gives the layer's moved input that target. So the
+loss must be a sum over the batch whose gradient is such a difference (:class:`tpext.nn.HotTargetLoss`), the optimizer
+``torch.optim.SGD(lr=1)``, and micro-batches do not accumulate to the whole one's update.
 """
 
 from __future__ import annotations
@@ -64,6 +69,9 @@ InputRule = Literal["gradient", "target"]
 LocalLoss = Literal["pre", "post"]
 Form = Literal["proximal", "ridge"]
 ReverseCorrection = Literal["difference", "none"]
+Move = Literal["mean", "wnorm", "regularized"]
+Update = Literal["average", "exact"]
+First = Literal["input", "weights"]
 
 
 def _set_number(rule: object, name: str, *, low: float, low_allowed: bool = False, high: float = math.inf) -> None:
@@ -357,4 +365,65 @@ class DifferenceTargetPropagation:
         _check_choice(self, "local_loss", ("post",))
 
 
-LayerRule: TypeAlias = Backprop | ConstrainedLeastSquares | RegularizedLeastSquares | DifferenceTargetPropagation
+@dataclass(frozen=True)
+class Kaczmarz:
+    """Direct weight solves: a feed-forward layer is set to its target by projections, averaged over the batch.
+
+    The gradient that arrives is ``h - h'``, ``h'`` the target of the output, from which the activation gives ``d``, the
+    displacement of the pre-activation (:class:`tpext.ops.Units`). The input is moved, then each sample takes the least
+    change of the weights that gives the moved input ``x''`` the target::
+
+        x'  = x + dx(d)        "mean"         dx = d W / M
+                               "wnorm"        dx = (1/M) sum_k d_k w_k / ||w_k||^2, w_k the rows of W
+                               "regularized"  dx = d (WW' + dx_reg I)^-1 W
+        x'' = feasible(x')     what the layer below can put out that is like x'; x where the input needs no gradient
+        r   = d - (x'' - x) W'
+        dW  = relaxation (1/B) sum_i r_i' x''_i / (||x''_i||^2 + 1 + damping)           "average"
+        [dW db] = relaxation R' (X X' + batch_reg I)^-1 X,   X = [x'' 1]                "exact"
+
+    The parameters' gradients are ``-dW`` and ``-db``, and ``x - x''`` is handed down. Activations are those of
+    :class:`tpext.ops.Units`: relu and the identity, and three that other rules do not have.
+
+    Args:
+        relaxation: factor of every update, > 0 and < 2, the range in which repeated projections converge; 1 projects.
+        damping: added to the squared norms of "average", >= 0.
+        dx: how the input moves: "mean" (published; diverges where the weights are large: beyond ``s_max(W)^2 > 2 M`` it
+            moves the output away from the target), "wnorm" or "regularized".
+        dx_reg: regularisation of "regularized", >= 0.
+        update: "average" or "exact".
+        batch_reg: regularisation of "exact", >= 0; 0 needs linearly independent rows ``[x'' 1]``.
+        first: "input"; or "weights", the published second version: first the weights by the input as it is, then the
+            input is moved by the updated weights for what is left of ``d``.
+        std: standard deviation, >= 0, of the weights and biases that a layer made with this rule draws, normal with
+            mean 0.
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2``.
+
+    >>> Kaczmarz(dx="regularized").dx_reg
+    1.0
+    """
+
+    relaxation: float = 1.0
+    damping: float = 0.0
+    dx: Move = "mean"
+    dx_reg: float = 1.0
+    update: Update = "average"
+    batch_reg: float = 0.0
+    first: First = "input"
+    std: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _set_number(self, "relaxation", low=0.0, high=2.0)
+        _check_choice(self, "dx", get_args(Move))
+        _check_choice(self, "update", get_args(Update))
+        _check_choice(self, "first", get_args(First))
+        for name in ("damping", "dx_reg", "batch_reg", "std"):
+            _set_number(self, name, low=0.0, low_allowed=True)
+
+
+LayerRule: TypeAlias = (
+    Backprop | ConstrainedLeastSquares | RegularizedLeastSquares | DifferenceTargetPropagation | Kaczmarz
+)

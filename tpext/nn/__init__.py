@@ -1,7 +1,7 @@
 """Drop-in modules that train by target propagation, and conversion to and from ``torch.nn``."""
 
 from tpext.nn.convert import convert
-from tpext.nn.kaczmarz import HotTargetLoss, Kaczmarz, KaczmarzLinear, KaczmarzMLP, KaczmarzUnits
+from tpext.nn.kaczmarz import HotTargetLoss, StreamResult
 from tpext.nn.mlp import MLP, TargetLinear
 from tpext.nn.rnn import RNN
 
@@ -9,10 +9,7 @@ __all__ = [
     "MLP",
     "RNN",
     "HotTargetLoss",
-    "Kaczmarz",
-    "KaczmarzLinear",
-    "KaczmarzMLP",
-    "KaczmarzUnits",
+    "StreamResult",
     "TargetLinear",
     "convert",
 ]

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tpext.nn.kaczmarz import StreamResult
 from tpext.ops._library import LOW_PRECISION, autocast_outputs, autocasts, cast, full_precision, refuse_forward_mode
+from tpext.ops.kaczmarz import Output, Units, UnitsName, kaczmarz_step, kaczmarz_train, running_accuracy
 from tpext.ops.layer_inverse import Activation, ActivationName, act_displacement
 from tpext.ops.regularized_inverse import regularized_solve
 from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
@@ -24,6 +26,7 @@ from tpext.rules import (
     Backprop,
     ConstrainedLeastSquares,
     DifferenceTargetPropagation,
+    Kaczmarz,
     LayerRule,
     RegularizedLeastSquares,
     exact_number,
@@ -87,7 +90,7 @@ def _move_by_reverse_layer(
     output: Tensor,
     reverse_weight: Tensor,
     reverse_bias: Tensor,
-    reverse_activation: Activation,
+    reverse_activation: Activation | Units,
     correction: str,
 ) -> Tensor:
     """``d_x`` by a learned inverse."""
@@ -96,12 +99,26 @@ def _move_by_reverse_layer(
     return target - (reverse_activation(current) if correction == "difference" else input)
 
 
+def _kaczmarz_options(rule: Kaczmarz) -> dict[str, Any]:
+    """What :func:`kaczmarz_step` takes of a rule."""
+    numbers = {name: exact_number(rule, name) for name in ("relaxation", "damping", "dx_reg", "batch_reg")}
+    return {**numbers, "dx": rule.dx, "update": rule.update, "first": rule.first}
+
+
+def _move_units(displacement: Tensor, preactivation: Tensor, output: Tensor, units: Units) -> Tensor:
+    """By how much the pre-activation should move for the output to move by ``displacement``."""
+    if units.name == "identity":
+        # not by a difference of outputs, next to which a displacement may be small
+        return displacement
+    return units.input_target(output + displacement, preactivation) - preactivation
+
+
 class _TargetFunction(torch.autograd.Function):
     """What the families below share: the forward pass and the parameters' gradients."""
 
     @staticmethod
     def run_forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, *reverse: Tensor
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | Units, *reverse: Tensor
     ) -> Tensor:
         preactivation = functional.linear(input, weight, bias)
         output = activation(preactivation)
@@ -193,6 +210,31 @@ class _LearnedInverseFunction(_TargetFunction):
             return grad_input, *_TargetFunction.parameter_gradients(ctx, error, input), *[None] * 5
 
 
+class _KaczmarzFunction(_TargetFunction):
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, units: Units, below: Units, rule: Kaczmarz
+    ) -> Tensor:
+        ctx.rule, ctx.below = rule, below
+        return _TargetFunction.run_forward(ctx, input, weight, bias, units)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _check_target_backward()
+        input, weight, output, preactivation = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        with full_precision(grad.device.type):
+            moved = _move_units(-grad, preactivation, output, ctx.activation)
+            below = ctx.below if needs_input else None
+            step = kaczmarz_step(moved, input, weight, ctx.has_bias, below, **_kaczmarz_options(ctx.rule))
+        return (
+            input - step.input if needs_input else None,
+            -step.weight if needs_weight else None,
+            -step.bias if needs_bias and step.bias is not None else None,
+            *[None] * 3,
+        )
+
+
 def _apply(function: type[_TargetFunction], tensors: tuple[Tensor | None, ...], *settings: Any) -> Tensor:
     """Apply a layer; under autocast it runs in float32, and its output gets the autocast dtype."""
     if torch._C._are_functorch_transforms_active():
@@ -208,14 +250,22 @@ def _apply(function: type[_TargetFunction], tensors: tuple[Tensor | None, ...], 
     return autocast_outputs(output, device)  # type: ignore[no-any-return]
 
 
-def _check_rule(rule: LayerRule, activation: Activation) -> None:
-    """Raise unless ``rule`` is one of feed-forward layers, and one that the activation can serve."""
+def _check_rule(rule: LayerRule, activation: Activation | Units, reverse_activation: Activation | Units) -> None:
+    """Raise unless ``rule`` is one of feed-forward layers, and one that the activations can serve."""
     if not isinstance(rule, LayerRule):
         raise TypeError(
             "TargetLinear: rule must be tpext.Backprop(), tpext.ConstrainedLeastSquares(), "
-            f"tpext.RegularizedLeastSquares() or tpext.DifferenceTargetPropagation(), got {rule!r}"
+            "tpext.RegularizedLeastSquares(), tpext.DifferenceTargetPropagation() or tpext.Kaczmarz(), got "
+            f"{rule!r}"
         )
-    if activation.reference_compat and isinstance(rule, RegularizedLeastSquares):
+    for name, value in (("activation", activation), ("reverse_activation", reverse_activation)):
+        if isinstance(rule, Kaczmarz):
+            if _as_units(value) is None:
+                allowed = ", ".join(map(repr, get_args(UnitsName)))
+                raise ValueError(f"TargetLinear: {name} must be one of {allowed} under Kaczmarz, got {value}")
+        elif isinstance(value, Units):
+            raise ValueError(f"TargetLinear: {name}={value} needs rule=tpext.Kaczmarz(), the rule is {rule}")
+    if isinstance(activation, Activation) and activation.reference_compat and isinstance(rule, RegularizedLeastSquares):
         if rule.form == "ridge":
             raise ValueError(
                 "TargetLinear: an activation with reference_compat needs form='proximal' of RegularizedLeastSquares, "
@@ -228,8 +278,21 @@ def _check_rule(rule: LayerRule, activation: Activation) -> None:
             )
 
 
-def _as_activation(activation: ActivationName | Activation) -> Activation:
-    return activation if isinstance(activation, Activation) else Activation(activation)
+def _as_activation(activation: ActivationName | UnitsName | Activation | Units) -> Activation | Units:
+    if isinstance(activation, (Activation, Units)):
+        return activation
+    if activation == "doubled_relu" or activation == "n_hot" or activation == "binary":
+        return Units(activation)
+    return Activation(activation)
+
+
+def _as_units(activation: Activation | Units) -> Units | None:
+    """The units that are this activation, None if there are none."""
+    if isinstance(activation, Units):
+        return activation
+    if activation.name in ("relu", "identity") and not activation.reference_compat:
+        return Units(activation.name)
+    return None
 
 
 class TargetLinear(nn.Module):
@@ -250,12 +313,15 @@ class TargetLinear(nn.Module):
         bias: False leaves out ``b``.
         activation: "tanh", "sigmoid", "relu", "leaky_relu" or "identity", or a :class:`tpext.ops.Activation`, which
             holds their options; with ``reference_compat=True`` the least squares rules propagate the published numbers.
+            Under ``Kaczmarz`` "relu", "identity", "doubled_relu", "n_hot" or "binary", or a :class:`tpext.ops.Units`.
         rule: what the backward pass computes; None means ``RegularizedLeastSquares()``.
-        reverse_activation: ``a_r`` of a learned inverse, that of the layer below it; None means ``activation``.
+        reverse_activation: that of the layer below: ``a_r`` of a learned inverse, and under ``Kaczmarz`` what decides
+            which input is feasible; None means ``activation``.
         device, dtype: of the parameters; float32 or float64 for a target rule.
 
     Attributes:
-        weight, bias: ``[M, N]`` and ``[M]``, drawn as ``torch.nn.Linear`` draws them, whose ``state_dict`` fits.
+        weight, bias: ``[M, N]`` and ``[M]``, drawn as ``torch.nn.Linear`` draws them, whose ``state_dict`` fits; made
+            with a ``Kaczmarz`` normal with its ``std``.
         transposed: whether ``weight`` is ``W^T [N, M]``, the parameter of another layer: see :meth:`tie`.
         reverse_weight, reverse_bias: ``[N, M]`` and ``[N]``, under ``DifferenceTargetPropagation`` only, initialised
             orthogonal and zero. A ``state_dict`` without them leaves them as they are.
@@ -290,9 +356,9 @@ class TargetLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
-        activation: ActivationName | Activation = "identity",
+        activation: ActivationName | UnitsName | Activation | Units = "identity",
         rule: LayerRule | None = None,
-        reverse_activation: ActivationName | Activation | None = None,
+        reverse_activation: ActivationName | UnitsName | Activation | Units | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -306,7 +372,7 @@ class TargetLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.activation = _as_activation(activation)
         self.reverse_activation = self.activation if reverse_activation is None else _as_activation(reverse_activation)
-        _check_rule(rule, self.activation)
+        _check_rule(rule, self.activation, self.reverse_activation)
         self._rule: LayerRule = rule
         self.transposed = False
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -318,7 +384,14 @@ class TargetLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: uniform in ``+-1/sqrt(N)``; reverse weights orthogonal, reverse biases zero."""
+        """Draw all parameters anew: uniform in ``+-1/sqrt(N)``; reverse weights orthogonal, reverse biases zero.
+
+        Under ``Kaczmarz`` weights and biases are normal with its ``std``.
+        """
+        if isinstance(self._rule, Kaczmarz):
+            for parameter in self.parameters():
+                nn.init.normal_(parameter, std=self._rule.std)
+            return
         # torch.nn.Linear's own calls, so that one seed gives both the same parameters
         nn.init.kaiming_uniform_(self._matrix(), a=math.sqrt(5))
         if self.bias is not None:
@@ -367,7 +440,7 @@ class TargetLinear(nn.Module):
 
     @rule.setter
     def rule(self, rule: LayerRule) -> None:
-        _check_rule(rule, self.activation)
+        _check_rule(rule, self.activation, self.reverse_activation)
         if isinstance(rule, DifferenceTargetPropagation) is not isinstance(self._rule, DifferenceTargetPropagation):
             raise ValueError(
                 f"TargetLinear: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; make "
@@ -413,6 +486,9 @@ class TargetLinear(nn.Module):
         if isinstance(rule, DifferenceTargetPropagation):
             tensors = (input, self._matrix(), self.bias, self.reverse_weight, self.reverse_bias)
             return _apply(_LearnedInverseFunction, tensors, self.activation, self.reverse_activation, rule)
+        if isinstance(rule, Kaczmarz):
+            units, below = _as_units(self.activation), _as_units(self.reverse_activation)
+            return _apply(_KaczmarzFunction, (input, self._matrix(), self.bias), units, below, rule)
         return _apply(_LeastSquaresFunction, (input, self._matrix(), self.bias), self.activation, rule)
 
     def _check_input(self, input: Tensor) -> None:
@@ -433,8 +509,9 @@ class TargetLinear(nn.Module):
     def input_displacement(self, input: Tensor, displacement: Tensor) -> Tensor:
         """By how much the rule asks the input to move for the output to move by ``displacement``.
 
-        What the backward pass hands down is ``-1 / target_step`` times this, for ``displacement = -target_step * g``.
-        Under ``Backprop`` it is the chain rule's ``(d * a') W``. Computed in the parameters' dtype.
+        What the backward pass hands down is ``-1 / target_step`` times this, for ``displacement = -target_step * g``
+        (``Kaczmarz``: with 1 for the step). Under ``Backprop`` it is the chain rule's ``(d * a') W``. Computed in the
+        parameters' dtype.
 
         Args:
             input: ``x [..., N]``.
@@ -461,6 +538,13 @@ class TargetLinear(nn.Module):
                 raise ValueError(
                     f"TargetLinear: displacement must be {list(output.shape)}, got {list(displacement.shape)}"
                 )
+            if isinstance(rule, Kaczmarz):
+                units, below = _as_units(self.activation), _as_units(self.reverse_activation)
+                assert units is not None
+                moved = _move_units(displacement, preactivation, output, units)
+                options = _kaczmarz_options(rule)
+                return kaczmarz_step(moved, input, weight, self.bias is not None, below, **options).input - input
+            assert isinstance(self.activation, Activation)
             if isinstance(rule, Backprop):
                 return _local_gradient(displacement, output, self.activation) @ weight
             if isinstance(rule, DifferenceTargetPropagation):
@@ -522,7 +606,7 @@ class TargetLinear(nn.Module):
     def extra_repr(self) -> str:
         """Sizes, activation, rule."""
         activation = self.activation
-        shown = f"'{activation.name}'" if activation == Activation(activation.name) else repr(activation)
+        shown = f"'{activation.name}'" if activation == _as_activation(activation.name) else repr(activation)
         tied = ", tied" if self.transposed else ""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, activation={shown}, "
@@ -534,14 +618,14 @@ class MLP(nn.Sequential):
     """A network of :class:`TargetLinear` layers, one rule for all.
 
     ``h_l = a(h_{l-1} W_l^T + b_l)``; the last layer has the activation ``output``, by default none: what a loss such as
-    cross-entropy takes. A learned inverse has the activation of the layer below, that of the first layer none. A last
-    layer trained by its own gradient, as in difference target propagation's code, is an ordinary one on top::
+    cross-entropy takes. A layer's ``reverse_activation`` is the activation of the layer below, that of the first none.
+    A last layer trained by its own gradient, as in difference target propagation's code, is an ordinary one on top::
 
         nn.Sequential(tpext.nn.MLP([784] + 7 * [240], output="tanh", rule=rule), nn.Linear(240, 10))
 
     Args:
         sizes: features of the input, of each layer in between, and of the output; two or more.
-        activation: of the layers in between: a name or a :class:`tpext.ops.Activation`.
+        activation: of the layers in between: a name, a :class:`tpext.ops.Activation` or a :class:`tpext.ops.Units`.
         rule: what the backward pass computes; None means ``RegularizedLeastSquares()``.
         output: activation of the last layer.
         bias: False leaves out all ``b_l``.
@@ -565,10 +649,10 @@ class MLP(nn.Sequential):
     def __init__(
         self,
         sizes: Sequence[int],
-        activation: ActivationName | Activation = "tanh",
+        activation: ActivationName | UnitsName | Activation | Units = "tanh",
         *,
         rule: LayerRule | None = None,
-        output: ActivationName | Activation = "identity",
+        output: ActivationName | UnitsName | Activation | Units = "identity",
         bias: bool = True,
         tied: bool = False,
         device: torch.device | str | int | None = None,
@@ -651,3 +735,53 @@ class MLP(nn.Sequential):
             with torch.no_grad():
                 output = layer(output)
         return torch.stack(losses).sum()
+
+    def stream(self, input: Tensor, labels: Tensor, output: Output = "clamp", start: float = 0.0) -> StreamResult:
+        """Learn samples one after another in a single call, the parameters updated in place after each.
+
+        The same as ``B = 1`` steps of :class:`HotTargetLoss` and ``torch.optim.SGD(lr=1)``, to rounding.
+
+        Args:
+            input: ``[K, N]``, in the order in which they are to be learnt.
+            labels: ``[K]`` int64.
+            output: as in :class:`HotTargetLoss`.
+            start: running accuracy before the first sample.
+
+        Returns:
+            Predictions and the running accuracy, of decay 0.999 (:func:`tpext.ops.kaczmarz.running_accuracy`).
+
+        Raises:
+            RuntimeError: the layers' rule is not one ``Kaczmarz``.
+            ValueError: it has not ``update="average"`` and ``first="input"``; activations other than relu, and the
+            identity for the last; tied layers; a shape, dtype, device or label that :func:`tpext.ops.kaczmarz_train` does not take.
+
+        >>> import torch, tpext
+        >>> net = tpext.nn.MLP([4, 8, 3], "relu", rule=tpext.Kaczmarz())
+        >>> net.stream(torch.rand(100, 4), torch.arange(100) % 3).predictions.shape
+        torch.Size([100])
+        """
+        layers = list(self._layers())
+        rule, last = layers[0].rule, layers[-1]
+        if not isinstance(rule, Kaczmarz) or any(layer.rule != rule for layer in layers):
+            raise RuntimeError(f"MLP.stream needs rule=tpext.Kaczmarz(), one for all layers, the rule is {self.rule}")
+        for name, only in (("update", "average"), ("first", "input")):
+            if getattr(rule, name) != only:
+                raise ValueError(f"MLP.stream: rule must have {name}={only!r}, got {getattr(rule, name)!r}")
+        for layer in layers:
+            if layer.transposed:
+                raise ValueError("MLP.stream: layers must have weights of their own, got tied ones")
+            which, units = ("output", Units("identity")) if layer is last else ("activation", Units("relu"))
+            if _as_units(layer.activation) != units:
+                raise ValueError(f"MLP.stream: {which} must be {units.name!r}, got {layer.activation}")
+        predictions = kaczmarz_train(
+            input,
+            labels,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers if layer.bias is not None],
+            relaxation=rule.relaxation,
+            damping=rule.damping,
+            dx=rule.dx,
+            dx_reg=rule.dx_reg,
+            output=output,
+        )
+        return StreamResult(predictions, running_accuracy(predictions == labels, start=start))

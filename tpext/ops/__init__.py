@@ -4,7 +4,7 @@ One module an op family. Each op has a schema, a CPU implementation, a fake one 
 tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
-from tpext.ops.kaczmarz import kaczmarz_train
+from tpext.ops.kaczmarz import Units, kaczmarz_step, kaczmarz_train
 from tpext.ops.layer_inverse import Activation, bias_inverse, layer_displacement, layer_inverse, linear_inverse
 from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
 from tpext.ops.rnn_scan import input_projection
@@ -13,8 +13,10 @@ from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 __all__ = [
     "Activation",
     "SingularError",
+    "Units",
     "bias_inverse",
     "input_projection",
+    "kaczmarz_step",
     "kaczmarz_train",
     "layer_displacement",
     "layer_inverse",

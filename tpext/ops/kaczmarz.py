@@ -1,4 +1,4 @@
-"""``kaczmarz_linear``, ``kaczmarz_train``: direct weight solves, layers that are set to their targets by projections.
+"""``kaczmarz_step``, ``kaczmarz_train``: direct weight solves, layers that are set to their targets by projections.
 
 A linear layer ``y = x W' + b`` is given a target ``y' = y + d`` of its output. It moves its input, then takes for each
 sample the least change of its weights that gives the moved input the target, and averages these over the batch::
@@ -16,9 +16,9 @@ without the ones in a layer without bias. "average" is normalised least mean squ
 ``damping = 0`` the layer then maps ``x''`` to ``y'`` to rounding, and so it does any batch of linearly independent rows
 with "exact" and ``batch_reg = 0``. The layer below gets ``x''`` for its target.
 
-In autograd's terms (design of the package): the node receives ``-d`` for the gradient of its output, leaves ``-dW`` and
-``-db`` for those of its parameters, so that one step of ``torch.optim.SGD(lr=1)`` is the update, and hands ``x - x''``
-down. Every update is three products; nothing of size ``B x M x N`` is formed.
+Every update is three products; nothing of size ``B x M x N`` is formed. That is ``first="input"``; with ``"weights"``
+(the published second version) the weights are solved for first, by the input as it is, ``x'' = x``, then the input is
+moved by the updated weights for what is left of ``d``.
 
 ``torch.ops.tpext.kaczmarz_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)`` runs one
 pass of such updates with ``B = 1`` over samples ``input [K, N]``, ``labels [K]`` int64, through all layers of a network
@@ -27,7 +27,7 @@ with relu between them, each sample seeing the weights that the one before left.
 update, ``[K]`` int64. ``output`` is the rule of :func:`hot_target`. On the CPU one kernel call, the weights in the
 cache throughout, float32 or float64; elsewhere layer by layer with torch operations.
 
-Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2`` (order "weight_first").
+Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2`` (``first="weights"``).
 """
 
 from __future__ import annotations
@@ -36,15 +36,13 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from tpext import _C
 from tpext.ops._library import (
-    autocasts,
-    cast,
     check_choice,
     check_like,
     define,
@@ -58,47 +56,10 @@ from tpext.ops.regularized_inverse import regularized_inverse, regularized_solve
 
 Move = Literal["mean", "wnorm", "regularized"]
 Update = Literal["average", "exact"]
-Order = Literal["input_first", "weight_first"]
+First = Literal["input", "weights"]
 UnitsName = Literal["identity", "relu", "doubled_relu", "n_hot", "binary"]
 ReluVersion = Literal["head", "v0"]
 Output = Literal["clamp", "swap", "direct"]
-
-
-@dataclass(frozen=True)
-class Kaczmarz:
-    """How a layer is set to its target: the choices in the equations of the module's head.
-
-    Args:
-        relaxation: factor of every update, > 0 and < 2, the range in which repeated projections converge; 1 projects.
-        damping: added to the squared norms of "average", >= 0.
-        dx: how the input moves: "mean" (published; diverges where the weights are large: beyond ``s_max(W)^2 > 2 M`` it
-            moves the output away from the target), "wnorm" or "regularized".
-        dx_reg: regularisation of "regularized", >= 0.
-        update: "average" or "exact".
-        batch_reg: regularisation of "exact", >= 0; 0 needs linearly independent rows ``[x'' 1]``.
-        order: "input_first"; or "weight_first", the published second version: first the weights by the input as it is,
-            ``x'' = x``, then the input is moved by the updated weights for what is left of ``d``.
-
-    Raises:
-        ValueError: an argument out of its range, named.
-
-    >>> Kaczmarz(dx="regularized").dx_reg
-    1.0
-    """
-
-    relaxation: float = 1.0
-    damping: float = 0.0
-    dx: Move = "mean"
-    dx_reg: float = 1.0
-    update: Update = "average"
-    batch_reg: float = 0.0
-    order: Order = "input_first"
-
-    def __post_init__(self) -> None:
-        for name in ("relaxation", "damping", "dx_reg", "batch_reg"):
-            _check_number("Kaczmarz", name, getattr(self, name))
-        for name, choices in (("dx", Move), ("update", Update), ("order", Order)):
-            check_choice("Kaczmarz", name, getattr(self, name), get_args(choices))
 
 
 def _check_number(op: str, name: str, value: object) -> None:
@@ -237,9 +198,16 @@ def kaczmarz_step(
     displacement: Tensor,
     input: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    rule: Kaczmarz | None = None,
+    has_bias: bool = True,
     units: Units | None = None,
+    *,
+    relaxation: float = 1.0,
+    damping: float = 0.0,
+    dx: Move = "mean",
+    dx_reg: float = 1.0,
+    update: Update = "average",
+    batch_reg: float = 0.0,
+    first: First = "input",
 ) -> KaczmarzStep:
     """The update of a linear layer for a displacement of its output, and the target of its input (the module's head).
 
@@ -247,61 +215,67 @@ def kaczmarz_step(
         displacement: ``d = y' - y``, ``[..., M]``.
         input: ``x``, ``[..., N]``, float32 or float64; the leading dimensions are the batch.
         weight: ``W``, ``[M, N]``.
-        bias: ``b``, ``[M]``, or None.
-        rule: the choices; None: ``Kaczmarz()``.
+        has_bias: whether the layer has one.
         units: what made the input; None: it is data, and stays.
+        relaxation, damping, dx, dx_reg, update, batch_reg, first: as in :class:`tpext.Kaczmarz`.
 
     Returns:
         ``dW``, ``db`` (None without a bias) and ``x''``. They are detached.
 
     Raises:
-        ValueError: a wrong shape, dtype or device; the message names the argument. SingularError: ``batch_reg`` or
-        ``dx_reg`` is 0 and the rows ``[x'' 1]``, or those of ``W``, are linearly dependent.
+        ValueError: a wrong shape, dtype, device, number or choice; the message names the argument. SingularError:
+        ``batch_reg`` or ``dx_reg`` is 0 and the rows ``[x'' 1]``, or those of ``W``, are linearly dependent.
 
     Cost: ``6 B M N`` operations, ``2 B M N`` where the input is data; "regularized" and "exact" beside that an inverse,
     ``k^2 (3 m + k / 3)`` with ``k`` and ``m`` the smaller and the larger size of ``W`` or ``X``.
 
     >>> x, weight, d = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), torch.tensor([[3.0]])
-    >>> kaczmarz_step(d, x, weight, torch.zeros(1)).weight
+    >>> kaczmarz_step(d, x, weight).weight
     tensor([[0.5000, 1.0000]])
     """
-    _check_layer("kaczmarz_step", input, weight, bias)
-    check_like("kaczmarz_step", "displacement", displacement, input, (*input.shape[:-1], weight.shape[0]))
+    _check_step(displacement, input, weight)
+    numbers = {"relaxation": relaxation, "damping": damping, "dx_reg": dx_reg, "batch_reg": batch_reg}
+    for name, value in numbers.items():
+        _check_number("kaczmarz_step", name, value)
+    for name, choice, choices in (("dx", dx, Move), ("update", update, Update), ("first", first, First)):
+        check_choice("kaczmarz_step", name, choice, get_args(choices))
     with torch.no_grad(), full_precision(input.device.type):
         d, x = displacement.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
-        step = _step(d, x, weight, bias is not None, rule or Kaczmarz(), units)
-    return step._replace(input=step.input.view_as(input))
+        grown: Tensor
+        if units is None:
+            moved = x
+            grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg)
+        elif first == "weights":
+            grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg)
+            left = torch.addmm(d if db is None else d - db, x, grown.mT, alpha=-1)
+            moved = units.feasible(_moved(x, left, weight + grown, dx, dx_reg))
+        else:
+            moved = units.feasible(_moved(x, d, weight, dx, dx_reg))
+            residual = torch.addmm(d, moved - x, weight.mT, alpha=-1)
+            grown, db = _solve(residual, moved, has_bias, relaxation, damping, update, batch_reg)
+    return KaczmarzStep(grown, db, moved.view_as(input))
 
 
-def _step(d: Tensor, x: Tensor, weight: Tensor, biased: bool, rule: Kaczmarz, units: Units | None) -> KaczmarzStep:
-    if units is None:
-        return KaczmarzStep(*_solve(d, x, biased, rule), x)
-    if rule.order == "weight_first":
-        grown, db = _solve(d, x, biased, rule)
-        left = torch.addmm(d if db is None else d - db, x, grown.mT, alpha=-1)
-        return KaczmarzStep(grown, db, units.feasible(_moved(x, left, weight + grown, rule)))
-    moved = units.feasible(_moved(x, d, weight, rule))
-    return KaczmarzStep(*_solve(torch.addmm(d, moved - x, weight.mT, alpha=-1), moved, biased, rule), moved)
-
-
-def _moved(x: Tensor, d: Tensor, weight: Tensor, rule: Kaczmarz) -> Tensor:
+def _moved(x: Tensor, d: Tensor, weight: Tensor, dx: Move, dx_reg: float) -> Tensor:
     """``x'``."""
-    if rule.dx == "regularized":
-        return torch.addmm(x, d, regularized_inverse(weight, rule.dx_reg).mT)
-    if rule.dx == "wnorm":
+    if dx == "regularized":
+        return torch.addmm(x, d, regularized_inverse(weight, dx_reg).mT)
+    if dx == "wnorm":
         d = d * _reciprocal(weight.square().sum(-1))
     return torch.addmm(x, d, weight, alpha=1 / max(1, weight.shape[0]))
 
 
-def _solve(residual: Tensor, x: Tensor, biased: bool, rule: Kaczmarz) -> tuple[Tensor, Tensor | None]:
+def _solve(
+    residual: Tensor, x: Tensor, has_bias: bool, relaxation: float, damping: float, update: Update, batch_reg: float
+) -> tuple[Tensor, Tensor | None]:
     """``dW`` and ``db``."""
-    if rule.update == "exact":
-        rows = torch.cat([x, x.new_ones(len(x), 1)], 1) if biased else x
-        solution = regularized_solve(rows, residual.mT.contiguous(), rule.batch_reg) * rule.relaxation
-        return (solution[:, :-1], solution[:, -1]) if biased else (solution, None)
-    size = _reciprocal(x.square().sum(-1, keepdim=True) + (float(biased) + rule.damping))
-    step = residual * (size * (rule.relaxation / max(1, x.shape[0])))
-    return step.mT @ x, step.sum(0) if biased else None
+    if update == "exact":
+        rows = torch.cat([x, x.new_ones(len(x), 1)], 1) if has_bias else x
+        solution = regularized_solve(rows, residual.mT.contiguous(), batch_reg) * relaxation
+        return (solution[:, :-1], solution[:, -1]) if has_bias else (solution, None)
+    size = _reciprocal(x.square().sum(-1, keepdim=True) + (float(has_bias) + damping))
+    step = residual * (size * (relaxation / max(1, x.shape[0])))
+    return step.mT @ x, step.sum(0) if has_bias else None
 
 
 def _reciprocal(norms: Tensor) -> Tensor:
@@ -310,96 +284,8 @@ def _reciprocal(norms: Tensor) -> Tensor:
     return reciprocal
 
 
-class _Linear(torch.autograd.Function):
-    """``x W' + b``, whose backward is the module's head."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, rule: Kaczmarz, units: Units) -> Tensor:
-        ctx.save_for_backward(input, weight)
-        ctx.biased, ctx.rule, ctx.units = bias is not None, rule, units
-        return torch.nn.functional.linear(input, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_create_graph("kaczmarz_linear")
-        input, weight = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        d, x = -grad.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
-        step = _step(d, x, weight, ctx.biased, ctx.rule, ctx.units if needs_input else None)
-        return (
-            (x - step.input).view_as(input) if needs_input else None,
-            -step.weight if needs_weight else None,
-            -step.bias if needs_bias and step.bias is not None else None,
-            None,
-            None,
-        )
-
-
-class _Units(torch.autograd.Function):
-    """The output of units, whose backward hands on the target instead of a derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, units: Units) -> Tensor:
-        output = units(input)
-        ctx.save_for_backward(input, output)
-        ctx.units = units
-        return output.clone() if output is input else output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        _refuse_create_graph("kaczmarz_units")
-        input, output = ctx.saved_tensors
-        return input - ctx.units.input_target(output - grad, input), None
-
-
-def _refuse_create_graph(op: str) -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{op}: what it propagates is a target, not a derivative, and cannot be differentiated again "
-            "(create_graph=True); use torch.nn.Linear for exact gradients"
-        )
-
-
-def kaczmarz_linear(
-    input: Tensor, weight: Tensor, bias: Tensor | None, rule: Kaczmarz | None = None, units: Units | None = None
-) -> Tensor:
-    """``x W' + b``, with gradients such that a step of ``SGD(lr=1)`` is the update of :func:`kaczmarz_step`.
-
-    Args:
-        input: ``x``, ``[..., N]``. It is data, which stays, unless it requires grad; its gradient is ``x - x''``.
-        weight: ``W``, ``[M, N]``, float32 or float64.
-        bias: ``b``, ``[M]``, or None.
-        rule: the choices; None: ``Kaczmarz()``.
-        units: what made the input; None: ``Units("identity")``, any input is feasible.
-
-    Returns:
-        ``[..., M]``. Its gradient is taken for ``-d``: a loss of ``1/2 ||y - t||^2`` asks for ``t``. The update is not
-        divided by anything but the batch's size, so the loss must be a sum, not a mean, over the batch.
-
-    Raises:
-        ValueError: a wrong shape, dtype or device, named. RuntimeError: on backward with ``create_graph=True``.
-    """
-    if autocasts(input.device.type):
-        input = cast(input, weight.dtype)
-    with full_precision(input.device.type):
-        _check_layer("kaczmarz_linear", input, weight, bias)
-        output: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
-            input, weight, bias, rule or Kaczmarz(), units or Units("identity")
-        )
-    return output
-
-
-def kaczmarz_units(input: Tensor, units: Units) -> Tensor:
-    """The output of units for ``z [..., M]``; the gradient handed down is ``z`` minus its target (see :class:`Units`).
-
-    Raises:
-        RuntimeError: on backward with ``create_graph=True``.
-    """
-    output: Tensor = _Units.apply(input, units)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _check_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_step(displacement: Tensor, input: Tensor, weight: Tensor) -> None:
+    op = "kaczmarz_step"
     if weight.dim() != 2:
         raise ValueError(f"{op}: weight must be [M, N], got {list(weight.shape)}")
     if input.dtype not in (torch.float32, torch.float64):
@@ -408,8 +294,7 @@ def _check_layer(op: str, input: Tensor, weight: Tensor, bias: Tensor | None) ->
     if input.dim() == 0 or input.shape[-1] != inputs:
         raise ValueError(f"{op}: input must be [..., N={inputs}], got {list(input.shape)}")
     check_like(op, "weight", weight, input, (outputs, inputs))
-    if bias is not None:
-        check_like(op, "bias", bias, input, (outputs,))
+    check_like(op, "displacement", displacement, input, (*input.shape[:-1], outputs))
 
 
 def kaczmarz_train(
@@ -417,7 +302,11 @@ def kaczmarz_train(
     labels: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] = (),
-    rule: Kaczmarz | None = None,
+    *,
+    relaxation: float = 1.0,
+    damping: float = 0.0,
+    dx: Move = "mean",
+    dx_reg: float = 1.0,
     output: Output = "clamp",
 ) -> Tensor:
     """One pass over samples, the weights of all layers updated in place after each (the module's head).
@@ -427,8 +316,8 @@ def kaczmarz_train(
         labels: ``[K]`` int64, the class of each.
         weights: of each layer from the first, ``[M, N]``, with relu between the layers.
         biases: of each layer, ``[M]``, or none at all.
-        rule: the choices; None: ``Kaczmarz()``. It must have ``update="average"`` (of one sample "exact" differs by its
-            regularisation only) and ``order="input_first"``.
+        relaxation, damping, dx, dx_reg: as in :class:`tpext.Kaczmarz`. There is no ``update``, as of one sample "exact"
+            differs from "average" by its regularisation only, and the input is moved first.
         output: the rule of :func:`hot_target` for the last layer.
 
     Returns:
@@ -436,25 +325,21 @@ def kaczmarz_train(
         have overflowed give NaN, and no error.
 
     Raises:
-        ValueError: a wrong shape, dtype, device, label or rule; the message names the argument.
+        ValueError: a wrong shape, dtype, device, label, number or choice; the message names the argument.
 
     Cost: ``4 M N`` operations a sample for the first layer, ``8 M N`` for the others, of one thread, with each weight
     of the first layer read and written once; with "regularized" ``M^2 (N + M / 3)`` more for each layer but the first.
     """
-    rule = rule or Kaczmarz()
-    for name, only in (("update", "average"), ("order", "input_first")):
-        if getattr(rule, name) != only:
-            raise ValueError(f"kaczmarz_train: rule must have {name}={only!r}, got {getattr(rule, name)!r}")
     with torch.no_grad():
         predictions: Tensor = torch.ops.tpext.kaczmarz_train(
             input.detach(),
             labels,
             [weight.detach() for weight in weights],
             [bias.detach() for bias in biases],
-            rule.relaxation,
-            rule.damping,
-            rule.dx,
-            rule.dx_reg,
+            relaxation,
+            damping,
+            dx,
+            dx_reg,
             output,
         )
     return predictions
@@ -514,8 +399,7 @@ def _train(
 ) -> Tensor:
     _check_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
     if on_cuda(input):
-        rule = Kaczmarz(relaxation, damping, dx, dx_reg)
-        return _train_by_torch(input, labels, weights, biases, rule, output)
+        return _train_by_torch(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
     changed = [*weights, *biases]
     buffers = [tensor.contiguous() for tensor in changed]
     predictions = torch.empty_like(labels, memory_format=torch.contiguous_format)
@@ -540,7 +424,15 @@ def _train(
 
 
 def _train_by_torch(
-    input: Tensor, labels: Tensor, weights: list[Tensor], biases: list[Tensor], rule: Kaczmarz, output: Output
+    input: Tensor,
+    labels: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    relaxation: float,
+    damping: float,
+    dx: Move,
+    dx_reg: float,
+    output: Output,
 ) -> Tensor:
     """What the kernel does, a sample and a layer at a time."""
     predictions = torch.empty_like(labels)
@@ -554,7 +446,17 @@ def _train_by_torch(
         hot = torch.zeros_like(zs[-1]).scatter_(-1, labels[k : k + 1, None], 1.0)
         target = hot_target(hot, zs[-1], output)
         for i in reversed(range(len(weights))):
-            step = _step(target - zs[i], inputs[i], weights[i], bool(biases), rule, relu if i else None)
+            step = kaczmarz_step(
+                target - zs[i],
+                inputs[i],
+                weights[i],
+                bool(biases),
+                relu if i else None,
+                relaxation=relaxation,
+                damping=damping,
+                dx=dx,
+                dx_reg=dx_reg,
+            )
             weights[i] += step.weight
             if step.bias is not None:
                 biases[i] += step.bias

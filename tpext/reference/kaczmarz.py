@@ -123,7 +123,7 @@ def kaczmarz_step(
     dx_reg: float,
     update: str,
     batch_reg: float,
-    order: str,
+    first: str,
     units: str | None,
     count: int,
 ) -> tuple[Array, Array, Array]:
@@ -136,7 +136,7 @@ def kaczmarz_step(
         bias: ``b``, ``[M]``, or None.
         relaxation, damping, update, batch_reg: of the weights' update.
         dx, dx_reg: of the input's displacement.
-        order: "input_first" or "weight_first".
+        first: what is changed first, "input" or "weights".
         units: what made the input, with their ``count``; None: it is data and stays.
 
     Source: ASFaust, "SLMfun", ``experiments/targetprop/layers/linear.py`` and ``experiments/targetprop2``.
@@ -147,7 +147,7 @@ def kaczmarz_step(
     target = x @ W.T + b + d
     if units is None:
         return (*solve_weights(d, x, *options), x)
-    if order == "weight_first":
+    if first == "weights":
         dW, db = solve_weights(d, x, *options)
         W, b = W + dW, b + db
         return dW, db, feasible(x + move(target - (x @ W.T + b), W, dx, dx_reg), units, count)
@@ -186,7 +186,7 @@ def kaczmarz_train(
                 b[i] if b else None,
                 **options,  # type: ignore[arg-type]  # one dict of numbers and names
                 batch_reg=0.0,
-                order="input_first",
+                first="input",
                 units="relu" if i else None,
                 count=1,
             )
