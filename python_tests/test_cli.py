@@ -71,7 +71,7 @@ def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert "60 steps of 6" in lines["temporal-order"]
     assert "|error| < 0.04" in lines["adding"]
     assert lines["permuted-mnist"].endswith("regularized, backprop")
-    assert lines["mnist-mlp"].endswith("dtp (lee), backprop (seely), backprop (lee)")
+    assert lines["mnist-mlp"].endswith("dtp (lee), kaczmarz (faust), backprop (seely), backprop (lee)")
     assert "784 numbers  784 numbers" in " ".join(lines["mnist-autoencoder"].split()).replace("numbers ", "numbers  ")
     assert "2 numbers" in lines["spiral"]
 
@@ -111,6 +111,26 @@ def test_feed_forward_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     status, _, err = call(f"{line} --resume --sizes 9 5 9", capsys)
     assert status == 1
     assert "sizes is (9, 4, 9) there, (9, 5, 9) was asked for" in err
+
+
+def test_direct_weight_solves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(tmp_path / "data")
+    line = f"train mnist-mlp --rule kaczmarz --data-dir {tmp_path / 'data'} --batch-size 5 --test-size 7 --threads 1 "
+    run = tmp_path / "run"
+    options = "--preset faust --epochs 2 --sizes 9 --dx regularized --dx-reg 2 --update exact --batch-reg 1 --std 0.1"
+    status, out, err = call(f"{line} {options} --relaxation 0.5 --damping 1 --first weights --out {run}", capsys)
+    assert (status, err) == (0, "")
+    assert "mnist-mlp, 9 relu units, kaczmarz (dx regularized, update exact), sgd 1, batch 5, seed 1" in out
+    assert "running training accuracy" in out
+    assert json.loads((run / "config.json").read_text())["rule"] == {
+        "name": "kaczmarz", "relaxation": 0.5, "damping": 1.0, "dx": "regularized", "dx_reg": 2.0, "update": "exact",
+        "batch_reg": 1.0, "first": "weights", "std": 0.1,
+    }  # fmt: skip
+    result = json.loads((run / "result.json").read_text())
+    assert 0 <= result["running_accuracy"] < 0.01
+    status, _, err = call(f"{line} --dx mean --std 1e18 --epochs 20 --out {tmp_path / 'far'}", capsys)
+    assert status == 3
+    assert "Start a new run in another --out with --dx regularized, or a smaller --std." in err
 
 
 def test_toy_run_draws_its_decision_regions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -250,6 +270,9 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("train digits-mlp --data-dir nowhere", 1, "data_dir does not belong to digits-mlp"),
         ("train mnist-mlp --rule learned", 1, "rule=learned does not belong to mnist-mlp"),
         ("train adding --rule dtp", 1, "rule=dtp does not belong to adding"),
+        ("train mnist-mlp --rule kaczmarz --optimizer adam", 1, "rule=kaczmarz needs optimizer=sgd"),
+        ("train mnist-autoencoder --rule kaczmarz", 1, "rule=kaczmarz learns classes of images"),
+        ("train mnist-mlp --std 1", 1, "std does not belong to rule=regularized-least-squares"),
         ("train mnist-mlp --hidden-size 5", 1, "hidden_size does not belong to mnist-mlp"),
         ("train adding --sizes 5", 1, "sizes does not belong to adding"),
         ("train spiral --sizes big", 2, "big"),

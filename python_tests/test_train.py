@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -23,12 +25,13 @@ from tpext.experiments import Config, ConfigError, make_config, published
 from tpext.experiments import run_folder as run_folder_module
 from tpext.experiments import train as train_module
 from tpext.experiments.config import LAYER_RULES, RULES, SEQUENCE_RULES, differences
-from tpext.experiments.feed_forward import published_presets
+from tpext.experiments.feed_forward import KACZMARZ_TASKS, published_presets
 from tpext.experiments.figures import draw_comparison, draw_run, draw_task
 from tpext.experiments.model import FeedForwardModel, Model, SequenceModel, make_model
 from tpext.experiments.plan import Plan
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import DivergedError, train
+from tpext.reference import kaczmarz as oracle
 from tpext.tasks import FEED_FORWARD, TOYS
 
 SMALL: dict[str, Any] = {
@@ -75,7 +78,7 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 
 def assert_same_run(left: Path, right: Path) -> None:
     first, second = checkpoint(left), checkpoint(right)
-    for key in ("iteration", "model", "optimizer", "reverse_optimizer", "random_state", "losses"):
+    for key in ("iteration", "model", "optimizer", "reverse_optimizer", "random_state", "losses", "running_accuracy"):
         assert same(first[key], second[key]), f"{key} differs"
     assert metrics(left) == metrics(right)
 
@@ -194,6 +197,28 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"task": "mnist-mlp", "reduction": "mean"}, "reduction must be one of sum, batch, element, got 'mean'"),
         ({"task": "spiral", "rule": "dtp", "schedule": "alternating"}, "schedule=alternating needs a task with epochs"),
         ({"task": "spiral", "data_dir": "x"}, "data_dir does not belong to spiral"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "optimizer": "adam"}, "kaczmarz needs optimizer=sgd, .* got adam"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "lr": 0.5}, "kaczmarz needs lr=1, .* at rate 1, got 0.5"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "head_lr": 0.5}, "kaczmarz needs head_lr=1"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "momentum": 0.9}, "kaczmarz needs momentum=0"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "clip_grad_norm": 1.0}, "kaczmarz needs clip_grad_norm=None"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "reduction": "batch"}, "kaczmarz needs reduction=sum"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "reference_compat": True}, "kaczmarz needs reference_compat=False"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "nonlinearity": "tanh"}, "nonlinearity=relu or identity, got tanh"),
+        (
+            {"task": "mnist-mlp", "rule": "kaczmarz", "relaxation": 2.0},
+            "relaxation must be a finite number > 0 and <",
+        ),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "dx": "max"}, "dx must be 'mean' or 'wnorm' or 'regularized'"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "target_step": 1.0}, "target_step does not belong to rule=kaczmarz"),
+        ({"task": "mnist-mlp", "rule": "dtp", "std": 1.0}, "std does not belong to rule=dtp"),
+        ({"task": "mnist-mlp", "rule": "kaczmarz", "preset": "lee"}, "preset must be one of default, faust for task="),
+        (
+            {"task": "digits-mlp", "rule": "kaczmarz", "preset": "faust"},
+            "preset must be one of default for task=dig",
+        ),
+        ({"task": "mnist-autoencoder", "rule": "kaczmarz"}, "kaczmarz learns classes of images: .*, not mnist-autoenc"),
+        ({"task": "xor", "rule": "kaczmarz"}, "kaczmarz learns classes of images: digits-mlp, .*, not xor"),
         ({"task": "spiral", "epochs": 2}, "epochs does not belong to spiral, got 2"),
     ],
 )
@@ -205,7 +230,8 @@ def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize("rule", RULES)
 def test_config_survives_json(rule: Any) -> None:
     task = "temporal-order" if rule in SEQUENCE_RULES else "mnist-mlp"
-    config = make_config(task, rule=rule, seed=2**40, clip_grad_norm=1.0, data_dir=None, threads=3)
+    clip = None if rule == "kaczmarz" else 1.0
+    config = make_config(task, rule=rule, seed=2**40, clip_grad_norm=clip, data_dir=None, threads=3)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -401,7 +427,8 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "run")
     assert folder.read_config() == config
     rows = metrics(folder.path)
-    assert list(rows[0]) == ["iteration", "train_loss", "test_loss", "accuracy"]
+    assert list(rows[0]) == ["iteration", "train_loss", "test_loss", "accuracy", "running_accuracy"]
+    assert {row["running_accuracy"] for row in rows} == {""}
     assert [int(row["iteration"]) for row in rows] == [0, 6, 12, 18, 20]
     stored = json.loads(folder.result.read_text())
     assert stored["accuracy"] == result.accuracy == float(rows[-1]["accuracy"])
@@ -506,12 +533,21 @@ def test_settings_of_lee() -> None:
         assert (each.batch_size, each.epochs, each.train_size, each.order) == (100, 100, 50_000, "sequential")
 
 
+def test_settings_of_faust() -> None:
+    config = make_config("mnist-mlp", rule="kaczmarz", preset="faust")
+    assert config.rule == tpext.Kaczmarz(relaxation=1.0, damping=0.0, dx="mean", update="average", std=1e-3)
+    assert (config.sizes, config.nonlinearity, config.init) == ((32,), "relu", "torch")
+    assert (config.optimizer, config.lr, config.head_lr, config.momentum) == ("sgd", 1, 1, 0)
+    assert (config.batch_size, config.epochs, config.iterations, config.order) == (64, 10, None, "shuffled")
+
+
 def test_where_there_are_presets() -> None:
     found = {(task, rule): published_presets(task, kind) for task in FEED_FORWARD for rule, kind in LAYER_RULES.items()}
     assert {key: value for key, value in found.items() if value} == {
         ("mnist-mlp", "regularized-least-squares"): ["seely"],
         ("mnist-mlp", "constrained"): ["seely"],
         ("mnist-mlp", "dtp"): ["lee"],
+        ("mnist-mlp", "kaczmarz"): ["faust"],
         ("mnist-mlp", "backprop"): ["seely", "lee"],
         ("mnist-autoencoder", "regularized-least-squares"): ["seely"],
         ("mnist-autoencoder", "constrained"): ["seely"],
@@ -616,6 +652,41 @@ def test_a_run_takes_the_means_of_seely(rule: Any, data: Path, tmp_path: Path) -
         torch.testing.assert_close(trained[name], value.detach() - moved, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("size", "dx"), [(5, "mean"), (5, "regularized"), (1, "wnorm")])
+def test_a_run_is_the_published_direct_weight_solve(size: int, dx: Any, data: Path, tmp_path: Path) -> None:
+    """Two epochs by the oracle, with the running accuracy of the batches before their steps."""
+    options = {"sizes": (9,), "dx": dx, "std": 0.1, "batch_size": size, "precision": "64", "epochs": 2}
+    config = tiny(data, rule="kaczmarz", **options)
+    assert isinstance(config.rule, tpext.Kaczmarz)
+    torch.manual_seed(config.seed)
+    task = config.make_task()
+    start = [value.numpy() for value in make_model(config, task).state_dict().values()]
+    first, first_bias, second, second_bias = start
+    names = ("relaxation", "damping", "dx", "dx_reg", "update", "batch_reg", "first")
+    solve = functools.partial(oracle.kaczmarz_step, **{name: getattr(config.rule, name) for name in names}, count=1)
+    running = 0.0
+    for iteration in range(2 * 25 // size):
+        input, labels = task.batch(config.seed, iteration, size)
+        x = input.double().numpy()
+        z = x @ first.T + first_bias
+        h = np.maximum(z, 0)
+        output = h @ second.T + second_bias
+        running = 0.999 * running + 0.001 * (output.argmax(1) == labels.numpy()).mean()
+        d = oracle.hot_target(np.eye(10)[labels.numpy()], output, "clamp") - output
+        weight, bias, moved = solve(d, h, second, second_bias, units="relu")
+        second, second_bias = second + weight, second_bias + bias
+        d = oracle.units_target(moved, z, "relu", "head") - z
+        weight, bias, _ = solve(d, x, first, first_bias, units=None)
+        first, first_bias = first + weight, first_bias + bias
+    result = train(config, tmp_path)
+    assert result.running_accuracy == pytest.approx(running, rel=1e-12)
+    assert float(metrics(tmp_path)[-1]["running_accuracy"]) == result.running_accuracy
+    for actual, value in zip(
+        checkpoint(tmp_path)["model"].values(), (first, first_bias, second, second_bias), strict=True
+    ):
+        torch.testing.assert_close(actual, torch.from_numpy(value), rtol=1e-9, atol=1e-12)
+
+
 def test_initializations_of_feed_forward_networks(data: Path) -> None:
     def model(**options: Any) -> Model:
         config = tiny(data, **options)
@@ -652,6 +723,8 @@ def assert_layers_moved(config: Config, folder: Path) -> None:
 def test_every_feed_forward_task_trains(task: str, rule: Any, data: Path, tmp_path: Path) -> None:
     if task == "digits-mlp":
         pytest.importorskip("sklearn")
+    if rule == "kaczmarz" and task not in KACZMARZ_TASKS:
+        pytest.skip("a task that this rule refuses")
     config = tiny(data, task, rule=rule)
     result = train(config, tmp_path)
     assert result.iterations == (16 if task == "cifar-mlp" else 20)
@@ -681,7 +754,7 @@ def test_options_of_feed_forward_runs(optimizer: Any, nonlinearity: Any, data: P
     assert train(config, tmp_path).iterations == 20
 
 
-@pytest.mark.parametrize("rule", LAYER_RULES)
+@pytest.mark.parametrize("rule", [rule for rule in LAYER_RULES if rule != "kaczmarz"])
 def test_feed_forward_rules_lower_the_loss(rule: Any, data: Path, tmp_path: Path) -> None:
     options = {"sizes": (20, 20), "batch_size": 50, "test_size": 200, "iterations": 300, "eval_interval": 300}
     config = make_config("xor", rule=rule, lr=1e-2, threads=1, **options)
@@ -842,6 +915,8 @@ def test_resuming_changes_nothing(
         ("mnist-autoencoder", {"rule": "regularized-least-squares", "optimizer": "tf-rmsprop"}, (6, 11)),
         ("cifar-mlp", {"rule": "dtp", "noise": 0.1, "optimizer": "centred-rmsprop"}, (3, 7)),
         ("spiral", {"rule": "dtp", "noise": 0.1}, (1, 9, 18)),
+        ("mnist-mlp", {"rule": "kaczmarz", "preset": "faust", "sizes": (9,)}, (3, 7, 18)),
+        ("mnist-mlp", {"rule": "kaczmarz", "batch_size": 1, "epochs": 1, "update": "exact"}, (2, 13)),
     ],
 )
 def test_resuming_a_feed_forward_run_changes_nothing(
@@ -1038,6 +1113,25 @@ def test_a_wrong_field_of_a_result_is_refused(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text(json.dumps({**values, "accuracy": "high"}))
     with pytest.raises(RunError, match=r"result\.json: accuracy must be of type .*float.*, got 'high'"):
         train(small(), tmp_path, resume=True)
+
+
+def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Without the running accuracy."""
+    result = train(small(), tmp_path)
+    folder = RunFolder(tmp_path)
+    lines = folder.metrics.read_text().splitlines()
+    folder.metrics.write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))
+    stored = json.loads(folder.result.read_text())
+    del stored["running_accuracy"]
+    folder.result.write_text(json.dumps(stored))
+    assert folder.read_result() == result
+    assert [row.accuracy for row in folder.read_rows()][-1] == result.accuracy
+    state = checkpoint(tmp_path)
+    del state["running_accuracy"], state["format"]
+    folder.save_checkpoint({**state, "rows": [row[:-1] for row in state["rows"]]})
+    folder.result.unlink()
+    again = train(small(), tmp_path, resume=True)
+    assert replace(again, seconds=0.0) == replace(result, seconds=0.0)
 
 
 def test_a_lost_or_cut_checkpoint_is_told(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from tpext.experiments.figures import draw_comparison
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import DivergedError, train
-from tpext.rules import Correction, Credit, Form, InputRule, LocalLoss
+from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Update
 from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, Order, Task, TaskName, make_task
 
 
@@ -73,16 +73,18 @@ class Train:
     rule: Annotated[
         RuleName | None,
         _value(
-            "{regularized,learned,backprop,constrained,regularized-least-squares,dtp}",
+            "{regularized,learned,backprop,constrained,regularized-least-squares,dtp,kaczmarz}",
             "regularized; feed-forward regularized-least-squares",
         ),
     ] = None
     """Target propagation through regularized inverses or learned ones, or back-propagation. Feed-forward: through least
-    squares inverses, constrained or regularized, or learned ones (dtp), or back-propagation."""
-    preset: Annotated[Preset | None, _value("{default,published,seely,lee}", "default")] = None
+    squares inverses, constrained or regularized, or learned ones (dtp), or direct weight solves (kaczmarz), or
+    back-propagation."""
+    preset: Annotated[Preset | None, _value("{default,published,seely,lee,faust}", "default")] = None
     """default: published rates (those of the nearest task or length where there are none), fewer iterations;
     feed-forward Adam. published: as published, for temporal-order with 60 or 120 steps, adding with 30, images pixel by
-    pixel. seely, lee: as in these authors' code, for mnist-mlp (seely also mnist-autoencoder)."""
+    pixel. seely, lee, faust: as in these authors' code, for mnist-mlp (seely also mnist-autoencoder; faust for rule
+    kaczmarz)."""
     out: Annotated[Path | None, _value("DIR", "runs/TASK-RULE-SEED")] = None
     """Folder of the run."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -96,7 +98,7 @@ class Train:
     reg: _Number = None
     """Regularization of the inverse (rule regularized)."""
     target_step: _Number = None
-    """Size of the first displacement, -target_step * gradient (all rules but backprop)."""
+    """Size of the first displacement, -target_step * gradient (all rules but backprop and kaczmarz)."""
     correction: Annotated[Correction | None, _default("correction", "{linearized,difference,none}")] = None
     """How displacements pass through the inverse (rules regularized; dtp: difference, by default, or none)."""
     credit: Annotated[Credit | None, _default("credit", "{through_time,local}")] = None
@@ -104,7 +106,7 @@ class Train:
     clip: Annotated[float | None, _default("clip", "FLOAT")] = None
     """Distance kept from the edges of the activation's range (rules regularized; least squares, there 0.01)."""
     normalize: Annotated[bool | None, _value("{True,False}", "False with sgd, as published, else True")] = None
-    """Divide the local gradients by target_step (all rules but backprop)."""
+    """Divide the local gradients by target_step (all rules but backprop and kaczmarz)."""
     input_rule: Annotated[InputRule | None, _default("input_rule", "{gradient,target}")] = None
     """What the layer below gets, where there are several (rule regularized)."""
     noise: _Number = None
@@ -117,6 +119,22 @@ class Train:
     """Which distance: from the current input, or from zero (rule regularized-least-squares)."""
     local_loss: Annotated[LocalLoss | None, _layer_default("local_loss", "{pre,post}")] = None
     """Local losses before the activation or after it (rules constrained, regularized-least-squares)."""
+    relaxation: _Number = None
+    """Factor of every update, above 0 and below 2 (rule kaczmarz)."""
+    damping: _Number = None
+    """Added to the squared norms of the inputs that divide an update (rule kaczmarz)."""
+    dx: Annotated[Move | None, _value("{mean,wnorm,regularized}")] = None
+    """How a layer's input moves towards its target: mean is the published way (rule kaczmarz)."""
+    dx_reg: _Number = None
+    """Regularization of --dx regularized (rule kaczmarz)."""
+    update: Annotated[Update | None, _value("{average,exact}")] = None
+    """Each sample's least update, averaged over the batch, or that of the batch as a whole (rule kaczmarz)."""
+    batch_reg: _Number = None
+    """Regularization of --update exact (rule kaczmarz)."""
+    first: Annotated[First | None, _value("{input,weights}")] = None
+    """What moves first (rule kaczmarz)."""
+    std: _Number = None
+    """Standard deviation of the initial weights and biases (rule kaczmarz, with --init torch)."""
 
     hidden_size: Annotated[int | None, _default("hidden_size", "INT")] = None
     """Units of a recurrent layer."""
@@ -127,8 +145,8 @@ class Train:
     nonlinearity: Annotated[Nonlinearity | None, _default("nonlinearity", "{tanh,relu,identity,...}")] = None
     """Activation of the hidden layers; feed-forward also sigmoid and leaky_relu."""
     init: Annotated[Initialization | None, _default("init", "{orthogonal,torch,xavier}")] = None
-    """orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own. xavier: uniform
-    (feed-forward)."""
+    """orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own (rule kaczmarz: normal,
+    see --std). xavier: uniform (feed-forward)."""
     reference_compat: Annotated[bool | None, _layer_default("reference_compat", "{True,False}")] = None
     """Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."""
 
@@ -136,7 +154,7 @@ class Train:
         Optimizer | None,
         _value("{sgd,adam,adamw,rmsprop,adagrad,tf-rmsprop,centred-rmsprop}", "sgd; feed-forward adam"),
     ] = None
-    """With another optimizer than the preset's, rates start at 1e-3."""
+    """With another optimizer than the preset's, rates start at 1e-3. Rule kaczmarz has sgd at rate 1 only."""
     lr: _Number = None
     """Learning rate of the hidden layers, and of the head unless --head-lr is given.
     For rule learned the preset's is the published 1e-2 divided by the batch size."""
@@ -200,16 +218,19 @@ class Train:
             rates = "--lr, --head-lr, --reverse-lr" if config.rule_name in REVERSE_RULES else "--lr, --head-lr"
             larger = {"regularized": "--reg", "regularized-least-squares": "--gamma"}.get(config.rule_name)
             reg = f", or a larger {larger}" if larger else ""
+            remedy = f"smaller rates ({rates}){reg}"
+            if config.rule_name == "kaczmarz":
+                remedy = "--dx regularized, or a smaller --std"
             print(
-                f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with smaller "
-                f"rates ({rates}){reg}.",
+                f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with {remedy}.",
                 file=sys.stderr,
             )
             return 3
+        running = "" if (mean := result.running_accuracy) is None else f"running training accuracy {mean:.2%}, "
         say(
             console,
             f"accuracy {result.accuracy:.2%} (best {result.best_accuracy:.2%} at iteration {result.best_iteration}), "
-            f"test loss {result.test_loss:.4g}, {result.iterations} iterations in {result.seconds:.1f} s",
+            f"{running}test loss {result.test_loss:.4g}, {result.iterations} iterations in {result.seconds:.1f} s",
         )
         for name, picture in (
             ("curve", folder.curve),

@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 
-from tpext.experiments.feed_forward import feed_forward_values, published_presets
+from tpext.experiments.feed_forward import KACZMARZ_TASKS, feed_forward_values, published_presets
 from tpext.rules import (
     Backprop,
     ConstrainedLeastSquares,
     DifferenceTargetPropagation,
+    Kaczmarz,
     LayerRule,
     LearnedInverse,
     RegularizedInverse,
@@ -26,8 +27,8 @@ from tpext.rules import (
 )
 from tpext.tasks import FEED_FORWARD, IMAGES, SYNTHETIC, TASKS, VECTORS, Order, Task, TaskName, make_task
 
-RuleName = Literal["regularized", "learned", "backprop", "constrained", "regularized-least-squares", "dtp"]
-Preset = Literal["default", "published", "seely", "lee"]
+RuleName = Literal["regularized", "learned", "backprop", "constrained", "regularized-least-squares", "dtp", "kaczmarz"]
+Preset = Literal["default", "published", "seely", "lee", "faust"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "tf-rmsprop", "centred-rmsprop"]
 Nonlinearity = Literal["tanh", "relu", "identity", "sigmoid", "leaky_relu"]
 Initialization = Literal["orthogonal", "torch", "xavier"]
@@ -47,6 +48,7 @@ LAYER_RULES: dict[RuleName, type[LayerRule]] = {
     "regularized-least-squares": RegularizedLeastSquares,
     "constrained": ConstrainedLeastSquares,
     "dtp": DifferenceTargetPropagation,
+    "kaczmarz": Kaczmarz,
     "backprop": Backprop,
 }
 """The rules of the feed-forward tasks, the default first."""
@@ -279,6 +281,28 @@ class Config:
             raise ConfigError(f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}")
         if self.precision == "bf16":
             raise ConfigError(f"precision of {self.task} must be 32 or 64, got bf16")
+        if isinstance(self.rule, Kaczmarz):
+            self._check_kaczmarz()
+
+    def _check_kaczmarz(self) -> None:
+        if self.task not in KACZMARZ_TASKS:
+            raise ConfigError(f"rule=kaczmarz learns classes of images: {', '.join(KACZMARZ_TASKS)}, not {self.task}")
+        if self.nonlinearity not in ("relu", "identity"):
+            raise ConfigError(f"rule=kaczmarz needs nonlinearity=relu or identity, got {self.nonlinearity}")
+        for name, only in (
+            ("optimizer", "sgd"),
+            ("lr", 1),
+            ("head_lr", 1),
+            ("momentum", 0),
+            ("clip_grad_norm", None),
+            ("reduction", "sum"),
+            ("reference_compat", False),
+        ):
+            if getattr(self, name) != only:
+                raise ConfigError(
+                    f"rule=kaczmarz needs {name}={only}, as its update is a plain step of sgd at rate 1, "
+                    f"got {getattr(self, name)}"
+                )
 
     def _check_duration(self) -> None:
         has_epochs = self.task in IMAGES or self.task in VECTORS
@@ -353,12 +377,13 @@ def make_config(
     Args:
         task: one of :data:`tpext.tasks.TASKS`.
         rule: for a sequence "regularized" (default), "learned" or "backprop"; for a feed-forward task
-            "regularized-least-squares" (default), "constrained", "dtp" or "backprop".
+            "regularized-least-squares" (default), "constrained", "dtp", "kaczmarz" or "backprop".
         preset: for a sequence "published": the published settings (see :func:`published`), number of iterations
             included, and a ConfigError where none were published; or "default": the same rates and sizes for fewer
             iterations (4,000; MNIST 16,000), and those of the nearest published task or length where none were
-            published. For a feed-forward task "seely" or "lee" (see
-            :func:`tpext.experiments.feed_forward.published_presets`); or "default": Adam, for few epochs.
+            published. For a feed-forward task "seely", "lee" or "faust" (see
+            :func:`tpext.experiments.feed_forward.published_presets`); or "default": Adam, for few epochs (kaczmarz:
+            SGD at rate 1, its only optimizer).
         options: any field of :class:`Config` or of the rule; None means "as in the preset". ``lr`` alone sets
             ``head_lr`` too, ``iterations`` takes the place of ``epochs`` and the other way round. With an optimizer
             other than the preset's, rates start at 1e-3, and for a sequence ``normalize`` is True: gradients times

@@ -1,4 +1,4 @@
-"""The presets of the feed-forward tasks: what two publications fix, and where to start elsewhere."""
+"""The presets of the feed-forward tasks: what three publications fix, and where to start elsewhere."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from tpext.rules import (
     Backprop,
     ConstrainedLeastSquares,
     DifferenceTargetPropagation,
+    Kaczmarz,
     LayerRule,
     RegularizedLeastSquares,
 )
@@ -32,6 +33,20 @@ DEFAULT_RULES: dict[type[LayerRule], LayerRule] = {
     ConstrainedLeastSquares: ConstrainedLeastSquares(clip=0.4),
     RegularizedLeastSquares: RegularizedLeastSquares(gamma=0.1),
     DifferenceTargetPropagation: DifferenceTargetPropagation(noise=0.1),
+    Kaczmarz: Kaczmarz(dx="regularized"),
+}
+
+KACZMARZ_TASKS = ("digits-mlp", "mnist-mlp", "cifar-mlp")
+"""What that rule learns: it minimises no loss, an autoencoder's neither, and stays at chance on the toy sets."""
+
+# Its update is a step of SGD at the rate 1. More units or layers help little.
+KACZMARZ: dict[str, Any] = {
+    "sizes": (100,),
+    "nonlinearity": "relu",
+    "init": "torch",
+    "optimizer": "sgd",
+    "lr": 1.0,
+    "batch_size": 64,
 }
 
 # J. Seely, "tensorflow-target-prop", tprop_train.py and its sweeps (wrapper.py). It drew gamma, step and rates at
@@ -80,9 +95,12 @@ LEE_TARGETS: dict[str, Any] = {
 }
 LEE_BACKPROP: dict[str, Any] = {"lr": 0.000804436870084}
 
+# ASFaust, "SLMfun", experiments/targetprop.
+FAUST: dict[str, Any] = {"rule": Kaczmarz(), "sizes": (32,), "epochs": 10}
+
 
 def published_presets(task: str, kind: type[LayerRule]) -> list[str]:
-    """Return which of the presets "seely" and "lee" there are for a feed-forward task and a rule.
+    """Return which of the presets "seely", "lee" and "faust" there are for a feed-forward task and a rule.
 
     ``"seely"``
         four hidden layers of 240 units, or the autoencoder 784-200-100-5-100-200-784; batches of 100 of the first
@@ -97,12 +115,17 @@ def published_presets(task: str, kind: type[LayerRule]) -> list[str]:
         semi-orthogonal weights; centred RMSProp with momentum; an epoch of inverses, then an epoch of forward weights.
         The published code never updates the weights of the sixth layer and the biases of the fifth; here all learn. For
         dtp, and backprop as its baseline.
+    ``"faust"``
+        one hidden layer of 32 relu units, weights and biases normal with a standard deviation of 0.001; batches of 64,
+        10 epochs; the one-hot output's target by its clamp. For kaczmarz.
     """
     presets = []
     if task in ("mnist-mlp", "mnist-autoencoder") and kind in SEELY_RULES:
         presets.append("seely")
     if task == "mnist-mlp" and kind in LEE_RULES:
         presets.append("lee")
+    if task == "mnist-mlp" and kind is Kaczmarz:
+        presets.append("faust")
     return presets
 
 
@@ -130,7 +153,11 @@ def feed_forward_values(task: str, kind: type[LayerRule], preset: str) -> dict[s
         "order": None if toy else "shuffled",
         "eval_interval": 100 if toy else None,
     }
-    if preset == "seely":
+    if kind is Kaczmarz:
+        values |= KACZMARZ
+    if preset == "faust":
+        values |= FAUST
+    elif preset == "seely":
         values |= {**SEELY, "rule": SEELY_RULES[kind]}
     elif preset == "lee":
         values |= {**LEE, **(LEE_BACKPROP if kind is Backprop else LEE_TARGETS), "rule": LEE_RULES[kind]}

@@ -71,7 +71,9 @@ class FeedForwardModel(nn.Module):
             self.head = nn.Linear(width, task.output_size)
         else:
             identity = Activation("identity", reference_compat=compat)
-            self.head = TargetLinear(width, task.output_size, activation=identity, rule=rule)
+            self.head = TargetLinear(
+                width, task.output_size, activation=identity, rule=rule, reverse_activation=activation
+            )
         initialize(self, config)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,7 +100,8 @@ def make_model(config: Config, task: Task) -> Model:
 
 @torch.no_grad()
 def initialize(model: nn.Module, config: Config) -> None:
-    """Draw all parameters anew, unless ``init`` is "torch": matrices by ``init``, biases 0.
+    """Draw all parameters anew, unless ``init`` is "torch" (what the layers draw themselves): matrices by ``init``,
+    biases 0.
 
     "orthogonal": singular values 1 (semi-orthogonal), reverse layers included. It matters: with torch's default
     initialisation, temporal order at T=60 stays at chance for 4,000 iterations under the published settings.

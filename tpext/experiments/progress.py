@@ -101,7 +101,7 @@ def describe(config: Config) -> str:
     rule = config.rule_name
     options = [
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
-        for name in ("credit", "correction", "reg", "gamma", "target_step", "noise")
+        for name in ("credit", "correction", "dx", "update", "reg", "gamma", "target_step", "noise")
         if (value := getattr(config.rule, name, None)) is not None
     ]
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"

@@ -2,7 +2,7 @@
 
 ====================  =====================================================================================
 config.json           the configuration
-metrics.csv           iteration, train_loss, test_loss, accuracy, seconds: one row per evaluation
+metrics.csv           iteration, train_loss, test_loss, accuracy, seconds, running_accuracy: one row per evaluation
 checkpoint.pt         everything that continues the run bit for bit, the metrics so far included
 result.json           final and best accuracy, losses, time, versions: present when the run is complete
 curve.png             loss and accuracy over the iterations
@@ -20,9 +20,10 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple, get_origin, get_type_hints
 
 import torch
@@ -36,7 +37,8 @@ class Row(NamedTuple):
     """One evaluation on the test set; ``accuracy`` is in 0..1.
 
     ``train_loss`` is the mean over the iterations since the row before. Those that train reverse layers alone have
-    none; if no other came, it is that row's.
+    none; if no other came, it is that row's. ``running_accuracy`` is that of the training batches, each before its
+    step, as :func:`tpext.ops.kaczmarz.running_accuracy` averages it from zero; under rule kaczmarz only.
     """
 
     iteration: int
@@ -44,6 +46,11 @@ class Row(NamedTuple):
     test_loss: float
     accuracy: float
     seconds: float
+    running_accuracy: float | None = None
+
+
+_READ: tuple[Callable[[str], Any], ...] = (int, *[float] * 4, lambda cell: float(cell) if cell else None)
+"""How each cell of a row is read."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Result:
 
     Accuracies are in 0..1, on the test set; ``error`` is ``1 - accuracy``. ``best_accuracy`` is the maximum over the
     evaluations after iteration 0: a choice made on the test set, so it flatters; ``accuracy`` is that of the last
-    iteration.
+    iteration. ``running_accuracy`` is that of the last :class:`Row`.
     """
 
     task: str
@@ -70,6 +77,7 @@ class Result:
     device: str
     threads: int
     versions: dict[str, str]
+    running_accuracy: float | None = None
 
 
 class RunError(RuntimeError):
@@ -172,7 +180,7 @@ class RunFolder:
         except (OSError, TypeError, ValueError) as error:
             raise RunError(f"{self.result}: not the result of a run of this version: {error}") from error
         for name, kind in get_type_hints(Result).items():
-            if not isinstance(getattr(result, name), get_origin(kind) or kind):
+            if not isinstance(getattr(result, name), kind if isinstance(kind, UnionType) else get_origin(kind) or kind):
                 raise RunError(f"{self.result}: {name} must be of type {kind}, got {getattr(result, name)!r}")
         return result
 
@@ -188,12 +196,13 @@ class RunFolder:
         """
         if not self.metrics.exists():
             return []
-        kinds = get_type_hints(Row).values()
         try:
             # What a kill cut short has no end of line.
             header, *lines = csv.reader(self.metrics.read_text().split("\n")[:-1])
-            if tuple(header) != Row._fields:
+            # Earlier versions had no running accuracy.
+            if tuple(header) not in (Row._fields, Row._fields[:-1]):
                 raise ValueError(f"its columns are {', '.join(header)}")
+            kinds = _READ[: len(header)]
             return [Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True))) for line in lines]
         except (OSError, ValueError, csv.Error) as error:
             raise RunError(f"{self.metrics}: not the metrics of a run: {error}") from error

@@ -26,7 +26,10 @@ from tpext.experiments.model import local_scales, make_model, split_parameters
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import Result, Row, RunError, RunFolder
+from tpext.nn import HotTargetLoss
+from tpext.ops.kaczmarz import running_accuracy
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop
+from tpext.rules import Kaczmarz
 from tpext.tasks import IMAGES, VECTORS, Batch, Task
 
 if TYPE_CHECKING:
@@ -158,6 +161,12 @@ def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.
     return torch.optim.Adagrad(groups)
 
 
+def hot_target_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Half the squared distance of outputs ``[B, M]`` to the targets that classes ``[B]`` ask for, mean over ``B``."""
+    loss: Tensor = HotTargetLoss()(output, target)
+    return loss / len(target)
+
+
 class _Run:
     """A run's parts and its loop."""
 
@@ -184,6 +193,13 @@ class _Run:
             if config.rule_name in REVERSE_RULES
             else None
         )
+        by_targets = isinstance(config.rule, Kaczmarz)
+        self.criterion = hot_target_loss if by_targets else task.loss
+        # The layers of that rule take the gradient of the sum over the batch, and average themselves.
+        self.loss_gradient = (
+            torch.tensor(float(config.batch_size), dtype=self.dtype, device=self.device) if by_targets else None
+        )
+        self.running_accuracy = 0.0 if by_targets else None
         # Whatever is not finite in a backward pass reaches these: they sum it over time and batch.
         self.biases = [
             parameter for name, parameter in self.model.named_parameters() if "bias_ih" in name or ".bias" in name
@@ -253,9 +269,13 @@ class _Run:
                 self.reverse_optimizer.zero_grad()
             if plan.trains_forward(iteration - 1):
                 self.optimizer.zero_grad()
-                loss = self._loss(input, target)
+                output = self._output(input)
+                loss = self.criterion(output, target)
                 value = self._watch(loss, "training loss")
-                torch.autograd.backward(loss)
+                if self.running_accuracy is not None:
+                    share = self.task.correct(output.detach(), target).double().mean()
+                    self.running_accuracy = running_accuracy(share[None], start=self.running_accuracy)
+                torch.autograd.backward(loss, self.loss_gradient)
                 self._scale_gradients()
                 self._check_gradients()
                 self.optimizer.step()
@@ -299,15 +319,16 @@ class _Run:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
 
-    def _loss(self, input: Tensor, target: Tensor) -> Tensor:
+    def _output(self, input: Tensor) -> Tensor:
         with self._autocast():
-            output = self.model(input)
-        return self.task.loss(output.to(self.dtype), target)
+            output: Tensor = self.model(input)
+        return output.to(self.dtype)
 
     @torch.no_grad()
     def _first_loss(self) -> float:
         """Training loss before any step, so that the curve starts at iteration 0."""
-        return self._loss(*self._move(self.task.batch(self.config.seed, 0, self.config.batch_size))).item()
+        input, target = self._move(self.task.batch(self.config.seed, 0, self.config.batch_size))
+        return self.criterion(self._output(input), target).item()
 
     @torch.no_grad()
     def _evaluate(self) -> tuple[float, float]:
@@ -322,10 +343,8 @@ class _Run:
             rows = slice(start, start + part)
             input = self.test_set.input[:, rows] if sequence else self.test_set.input[rows]
             input, target = self._move(Batch(input, self.test_set.target[rows]))
-            with self._autocast():
-                output = self.model(input)
-            output = output.to(self.dtype)
-            loss += self.task.loss(output, target).item() * target.size(0)
+            output = self._output(input)
+            loss += self.criterion(output, target).item() * target.size(0)
             correct += self.task.correct(output, target).sum().item()
         self.model.train()
         return loss / size, correct / size
@@ -334,13 +353,14 @@ class _Run:
         test_loss, accuracy = self._evaluate()
         if not math.isfinite(test_loss):
             raise DivergedError(self.iteration, f"the test loss is {test_loss}")
-        row = Row(self.iteration, train_loss, test_loss, accuracy, round(self._seconds(), 3))
+        row = Row(self.iteration, train_loss, test_loss, accuracy, round(self._seconds(), 3), self.running_accuracy)
         self.rows.append(row)
         self.folder.append_row(row)
         progress.row(row)
         if writer is not None:
-            for name in ("train_loss", "test_loss", "accuracy"):
-                writer.add_scalar(name, getattr(row, name), row.iteration)
+            for name in ("train_loss", "test_loss", "accuracy", "running_accuracy"):
+                if (value := getattr(row, name)) is not None:
+                    writer.add_scalar(name, value, row.iteration)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -357,6 +377,7 @@ class _Run:
                 "random_state": torch.get_rng_state(),
                 "rows": [list(row) for row in self.rows],
                 "losses": list(self.losses),
+                "running_accuracy": self.running_accuracy,
                 "seconds": self._seconds(),
             }
         )
@@ -371,6 +392,8 @@ class _Run:
             torch.set_rng_state(state["random_state"])
             self.rows = [Row(*row) for row in state["rows"]]
             self.losses = state["losses"]
+            if self.running_accuracy is not None:
+                self.running_accuracy = state["running_accuracy"]
             self.seconds_before = state["seconds"]
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise RunError(
@@ -402,6 +425,7 @@ class _Run:
             device=str(self.device),
             threads=torch.get_num_threads(),
             versions=versions(),
+            running_accuracy=last.running_accuracy,
         )
 
 
