@@ -41,6 +41,26 @@ def act_displacement(
 ) -> None:
     """Write ``output [N]``, the minimiser of ``(a(input + u) - a(input) - displacement)^2 + gamma u^2``; as above."""
 
+def kaczmarz_step(
+    displacement: object,
+    input: object,
+    weight: object,
+    dx: str,
+    rectify: bool,
+    relaxation: float,
+    damping: float,
+    weight_change: object,
+    bias_change: object,
+    moved: object,
+    threads: int,
+) -> None:
+    """Write a layer's update for a batch, of at least one number each, on the CPU only.
+
+    ``displacement [B, M]``, ``input [B, N]`` and ``weight [M, N]`` give ``weight_change [M, N]``, ``bias_change [M]``,
+    None for a layer without a bias, and ``moved [B, N]``, None for an input that stays. ``dx`` is "mean" or "wnorm";
+    with ``rectify`` no number of ``moved`` is negative.
+    """
+
 def kaczmarz_train(
     input: object,
     labels: object,

@@ -1,4 +1,4 @@
-// What the kernel of the streaming Kaczmarz update needs to know: sizes, numbers and pointers.
+// What the kernels of the Kaczmarz updates need to know: sizes, numbers and pointers.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,24 @@ struct KaczmarzLayer {
   int64_t outputs;
   T* weight;  // [outputs, inputs], in place
   T* bias;    // [outputs], in place; null: none
+};
+
+// A layer's update for a batch, and the target of its input.
+template <class T>
+struct KaczmarzStep {
+  int64_t batch;  // this and the other sizes at least 1
+  int64_t inputs;
+  int64_t outputs;
+  const T* displacement;  // [batch, outputs]
+  const T* input;         // [batch, inputs]
+  const T* weight;        // [outputs, inputs]
+  KaczmarzMove move;      // mean or wnorm
+  bool rectify;           // a feasible input has no negative number
+  T relaxation;
+  T damping;
+  T* weight_change;  // [outputs, inputs]
+  T* bias_change;    // [outputs]; null: the layer has no bias
+  T* moved;          // [batch, inputs]; null: the input is data, and stays
 };
 
 // y_0 = x, y_l = relu(z_l), z_l = W_l y_(l-1) + b_l; the class predicted is that of the greatest z of the last layer.

@@ -12,6 +12,8 @@ namespace tpext::cpu {
   namespace name {                                                   \
   void act_inverse(const ActInverse<float>&, int);                   \
   void act_inverse(const ActInverse<double>&, int);                  \
+  void kaczmarz_step(const KaczmarzStep<float>&, int);               \
+  void kaczmarz_step(const KaczmarzStep<double>&, int);              \
   void kaczmarz_train(const KaczmarzTrain<float>&);                  \
   void kaczmarz_train(const KaczmarzTrain<double>&);                 \
   void regularized_inverse(const RegularizedInverse<float>&, int);   \
@@ -29,6 +31,8 @@ namespace tpext::cpu {
   constexpr Kernels table = {#name,                                  \
                              act_inverse,                            \
                              act_inverse,                            \
+                             kaczmarz_step,                          \
+                             kaczmarz_step,                          \
                              kaczmarz_train,                         \
                              kaczmarz_train,                         \
                              regularized_inverse,                    \

@@ -12,6 +12,8 @@ struct Kernels {
   const char* capability;
   void (*act_inverse_float)(const ActInverse<float>&, int threads);
   void (*act_inverse_double)(const ActInverse<double>&, int threads);
+  void (*kaczmarz_step_float)(const KaczmarzStep<float>&, int threads);
+  void (*kaczmarz_step_double)(const KaczmarzStep<double>&, int threads);
   void (*kaczmarz_train_float)(const KaczmarzTrain<float>&);
   void (*kaczmarz_train_double)(const KaczmarzTrain<double>&);
   void (*regularized_inverse_float)(const RegularizedInverse<float>&, int threads);
@@ -29,6 +31,8 @@ struct Kernels {
 
   void operator()(const ActInverse<float>& args, int threads) const { act_inverse_float(args, threads); }
   void operator()(const ActInverse<double>& args, int threads) const { act_inverse_double(args, threads); }
+  void operator()(const KaczmarzStep<float>& args, int threads) const { kaczmarz_step_float(args, threads); }
+  void operator()(const KaczmarzStep<double>& args, int threads) const { kaczmarz_step_double(args, threads); }
   void operator()(const KaczmarzTrain<float>& args) const { kaczmarz_train_float(args); }
   void operator()(const KaczmarzTrain<double>& args) const { kaczmarz_train_double(args); }
   void operator()(const RegularizedInverse<float>& args, int threads) const {

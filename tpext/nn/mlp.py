@@ -753,7 +753,8 @@ class MLP(nn.Sequential):
         Raises:
             RuntimeError: the layers' rule is not one ``Kaczmarz``.
             ValueError: it has not ``update="average"`` and ``first="input"``; activations other than relu, and the
-            identity for the last; tied layers; a shape, dtype, device or label that :func:`tpext.ops.kaczmarz_train` does not take.
+            identity for the last; tied layers; a shape, dtype, device or label that
+            :func:`tpext.ops.kaczmarz_train` does not take.
 
         >>> import torch, tpext
         >>> net = tpext.nn.MLP([4, 8, 3], "relu", rule=tpext.Kaczmarz())

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from tpext import _C
 from tpext.ops._library import (
+    are_plain,
     check_choice,
     check_like,
     define,
@@ -242,7 +243,18 @@ def kaczmarz_step(
     with torch.no_grad(), full_precision(input.device.type):
         d, x = displacement.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
         grown: Tensor
-        if units is None:
+        stays = units is None or units.name in ("identity", "doubled_relu")
+        if (
+            (stays or units.name == "relu")
+            and update == "average"
+            and dx != "regularized"
+            and (units is None or first == "input")
+            and d.numel() * x.numel() > 0
+            and x.is_cpu
+            and are_plain((d, x, weight))
+        ):
+            grown, db, moved = _step(d, x, weight, has_bias, units is None, not stays, relaxation, damping, dx)
+        elif units is None:
             moved = x
             grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg)
         elif first == "weights":
@@ -254,6 +266,37 @@ def kaczmarz_step(
             residual = torch.addmm(d, moved - x, weight.mT, alpha=-1)
             grown, db = _solve(residual, moved, has_bias, relaxation, damping, update, batch_reg)
     return KaczmarzStep(grown, db, moved.view_as(input))
+
+
+def _step(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    is_data: bool,
+    rectify: bool,
+    relaxation: float,
+    damping: float,
+    dx: Move,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The same by the kernel: ``dW``, ``db`` and ``x''``."""
+    grown = torch.empty(weight.shape, dtype=x.dtype)
+    db = x.new_empty(weight.shape[0]) if has_bias else None
+    moved = None if is_data else torch.empty(x.shape, dtype=x.dtype)
+    _C.kaczmarz_step(
+        dense(d),
+        dense(x),
+        dense(weight),
+        dx,
+        rectify,
+        relaxation,
+        damping,
+        dense(grown),
+        dense(db),
+        dense(moved),
+        torch.get_num_threads(),
+    )
+    return grown, db, x if moved is None else moved
 
 
 def _moved(x: Tensor, d: Tensor, weight: Tensor, dx: Move, dx_reg: float) -> Tensor:
