@@ -20,7 +20,7 @@ from tpext import _C, Backprop, Kaczmarz, RegularizedLeastSquares
 from tpext.diagnostics import layer_diagnostics
 from tpext.nn import MLP, HotTargetLoss, TargetLinear
 from tpext.ops import Activation, SingularError, Units, kaczmarz_step, kaczmarz_train
-from tpext.ops.kaczmarz import _train_by_torch, hot_target, n_hot, running_accuracy
+from tpext.ops.kaczmarz import KaczmarzStep, _step_by_torch, _train_by_torch, hot_target, n_hot, running_accuracy
 from tpext.reference import kaczmarz as oracle
 from tpext.tasks.mnist import load_mnist
 
@@ -142,16 +142,71 @@ def test_step_equals_the_oracle(case: dict[str, Any]) -> None:
     bias = torch.randn(M, dtype=dtype) if bias else None
     before = [tensor.clone() for tensor in (d, x, weight)]
     chosen = None if units == "data" else Units(units)
-    step = kaczmarz_step(d, x, weight, bias is not None, chosen, **case)
     expected = oracle.kaczmarz_step(d, x, weight, bias, **case, units=None if chosen is None else units, count=1)
     # Sums of at most 64 terms, twice over, and a system of condition at most some (64 + 0.5) / 0.5.
     tolerance = 2000 * torch.finfo(dtype).eps
-    for actual, wanted in zip((step.weight, step.bias, step.input), expected, strict=True):
+    for run in (kaczmarz_step, _step_by_torch):
+        assert_step(run(d, x, weight, bias is not None, chosen, **case), expected, tolerance, dtype)
+    assert all(torch.equal(a, b) for a, b in zip((d, x, weight), before, strict=True))
+
+
+def assert_step(step: KaczmarzStep, expected: Any, tolerance: float, dtype: torch.dtype) -> None:
+    for actual, wanted in zip(step, (expected[0], expected[1], expected[2]), strict=True):
         if actual is not None:
             close(actual, wanted, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(wanted).max())))
             assert actual.dtype == dtype
-    assert all(torch.equal(a, b) for a, b in zip((d, x, weight), before, strict=True))
-    assert (step.bias is None) == (bias is None)
+            assert not actual.requires_grad
+
+
+# Beyond a chunk of rows, a block of rows, the panels that registers hold; fewer columns than a vector has.
+KERNEL = pairwise(
+    B=[1, 5, 64, 130, 300],
+    N=[1, 3, 15, 17, 48, 100, 785],
+    M=[1, 7, 16, 33, 50],
+    relaxation=[1.0, 1.5],
+    damping=[0.0, 0.5],
+    dx=["mean", "wnorm"],
+    units=[None, Units("identity"), Units("relu"), Units("relu", version="v0"), Units("doubled_relu")],
+    bias=[True, False],
+    contiguous=[True, False],
+    threads=[1, 2, 3],
+    dtype=DTYPES,
+)
+
+
+@pytest.mark.parametrize("case", KERNEL, ids=lambda case: "-".join(map(str, case.values())))
+def test_kernel_of_the_step_equals_the_oracle_and_torch(case: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    B, N, M, units, dtype = (case[name] for name in ("B", "N", "M", "units", "dtype"))
+    options = {name: case[name] for name in ("relaxation", "damping", "dx")}
+    rest = {"dx_reg": 1.0, "update": "average", "batch_reg": 0.0, "first": "input"}
+    d, x = torch.randn(B, M, dtype=dtype), torch.rand(B, N, dtype=dtype)
+    weight = torch.nn.Parameter(torch.randn(M, N, dtype=dtype) / N**0.5)
+    if not case["contiguous"]:
+        d, x, weight = (tensor.mT.contiguous().mT for tensor in (d, x, weight))
+    bias = torch.zeros(M) if case["bias"] else None
+    name = None if units is None else units.name
+    expected = oracle.kaczmarz_step(d, x, weight.detach(), bias, **options, **rest, units=name, count=1)
+    by_torch = _step_by_torch(d, x, weight.detach(), case["bias"], units, **options, **rest)
+    # One sum over N and one over B, of at most 785 and 300 terms.
+    tolerance = 1100 * torch.finfo(dtype).eps
+    assert_step(by_torch, expected, tolerance, dtype)
+    monkeypatch.setattr("tpext.ops.kaczmarz._step_by_torch", None)
+    torch.set_num_threads(case["threads"])
+    assert_step(kaczmarz_step(d, x, weight, case["bias"], units, **options), expected, tolerance, dtype)
+
+
+@pytest.mark.parametrize("units", [None, Units("relu")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_step_has_the_same_bits_on_any_threads(units: Units | None, dtype: torch.dtype) -> None:
+    d, x, weight = (torch.randn(size, dtype=dtype) for size in ((300, 33), (300, 211), (33, 211)))
+    results = []
+    for threads in (1, 2, 3, 4):
+        torch.set_num_threads(threads)
+        results.append(kaczmarz_step(d, x, weight, True, units, dx="wnorm"))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    # Rows are moved by themselves.
+    assert torch.equal(kaczmarz_step(d[7:20], x[7:20], weight, True, units, dx="wnorm").input, results[0].input[7:20])
 
 
 @pytest.mark.parametrize("name", ["identity", "relu", "doubled_relu", "n_hot", "binary"])
@@ -487,12 +542,15 @@ def test_stream_has_the_same_bits_on_any_threads_and_again() -> None:
 
 PROGRAM = """
 import torch
-from tpext.ops import kaczmarz_train
+from tpext.ops import Units, kaczmarz_step, kaczmarz_train
 def trained(dtype):
     torch.manual_seed(0)
     x, labels = torch.rand(20, 37, dtype=dtype), torch.randint(5, (20,))
     weights = [torch.randn(18, 37, dtype=dtype) * 0.3, torch.randn(5, 18, dtype=dtype) * 0.3]
     kaczmarz_train(x, labels, weights)
+    for rows in (3, 150):
+        d, x, weight = (torch.randn(size, dtype=dtype) for size in ((rows, 21), (rows, 53), (21, 53)))
+        weights += kaczmarz_step(d, x, weight, True, Units("relu"), dx="wnorm")
     return [float(w) for weight in weights for w in weight.flatten()]
 """
 
@@ -664,6 +722,48 @@ COMMON = [
 def test_the_op_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"kaczmarz_train: {message}"):
         op(**ARGUMENTS | change)
+
+
+STEP: dict[str, Any] = {
+    "displacement": torch.zeros(2, 4),
+    "input": torch.zeros(2, 5),
+    "weight": torch.zeros(4, 5),
+    "dx": "mean",
+    "rectify": True,
+    "relaxation": 1.0,
+    "damping": 0.0,
+    "weight_change": torch.zeros(4, 5),
+    "bias_change": torch.zeros(4),
+    "moved": torch.zeros(2, 5),
+    "threads": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"displacement": torch.zeros(2, 3)}, r"displacement must be \[B=2, M=4\], got \[2, 3\]"),
+        ({"displacement": torch.zeros(4, 2).mT}, "displacement must be contiguous"),
+        ({"input": torch.zeros(5)}, r"input must be \[B, N\], got \[5\]"),
+        ({"input": torch.zeros(2, 5).half()}, "input must be float32, got float16"),
+        ({"input": torch.zeros(0, 5)}, r"input must have numbers, got \[0, 5\]"),
+        ({"weight": torch.zeros(0, 5)}, r"weight must have M >= 1, got \[0, 5\]"),
+        ({"weight": torch.zeros(4, 6)}, r"weight must be \[M=4, N=5\], got \[4, 6\]"),
+        ({"weight": torch.zeros(4, 5).double()}, "weight must be float32, got float64"),
+        ({"weight_change": torch.zeros(5, 4)}, r"weight_change must be \[M=4, N=5\], got \[5, 4\]"),
+        ({"weight_change": torch.zeros(5, 4).mT}, "weight_change must be contiguous"),
+        ({"bias_change": torch.zeros(5)}, r"bias_change must be \[M=4\], got \[5\]"),
+        ({"moved": torch.zeros(2, 4)}, r"moved must be \[B=2, N=5\], got \[2, 4\]"),
+        ({"dx": "regularized"}, "dx must be one of 'mean', 'wnorm', got 'regularized'"),
+        ({"relaxation": 2.0}, "relaxation must be a finite number > 0 and < 2, got 2"),
+        ({"damping": float("inf")}, "damping must be a finite number >= 0, got inf"),
+        ({"threads": 0}, "threads must be >= 1, got 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_the_kernel_of_the_step_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"kaczmarz_step: {message}"):
+        _C.kaczmarz_step(**STEP | change)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ without the ones in a layer without bias. "average" is normalised least mean squ
 ``damping = 0`` the layer then maps ``x''`` to ``y'`` to rounding, and so it does any batch of linearly independent rows
 with "exact" and ``batch_reg = 0``. The layer below gets ``x''`` for its target.
 
-Every update is three products; nothing of size ``B x M x N`` is formed. That is ``first="input"``; with ``"weights"``
-(the published second version) the weights are solved for first, by the input as it is, ``x'' = x``, then the input is
-moved by the updated weights for what is left of ``d``.
+Every update is three products, and nothing of size ``B x M x N`` is formed. That is ``first="input"``; with
+``"weights"`` (the published second version) the weights are solved for first, by the input as it is, ``x'' = x``, then
+the input is moved by the updated weights for what is left of ``d``.
 
 ``torch.ops.tpext.kaczmarz_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)`` runs one
 pass of such updates with ``B = 1`` over samples ``input [K, N]``, ``labels [K]`` int64, through all layers of a network
@@ -64,7 +64,7 @@ Output = Literal["clamp", "swap", "direct"]
 
 
 def _check_number(op: str, name: str, value: object) -> None:
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    if isinstance(value, (float, numbers.Real)) and not isinstance(value, bool):
         number = float(value)
         if 0 < number < 2 if name == "relaxation" else 0 <= number < math.inf:
             return
@@ -228,44 +228,37 @@ def kaczmarz_step(
         ``batch_reg`` or ``dx_reg`` is 0 and the rows ``[x'' 1]``, or those of ``W``, are linearly dependent.
 
     Cost: ``6 B M N`` operations, ``2 B M N`` where the input is data; "regularized" and "exact" beside that an inverse,
-    ``k^2 (3 m + k / 3)`` with ``k`` and ``m`` the smaller and the larger size of ``W`` or ``X``.
+    ``k^2 (3 m + k / 3)`` with ``k`` and ``m`` the smaller and the larger size of ``W`` or ``X``. On the CPU one kernel
+    call for "average", units of which each stands alone, ``dx`` "mean" or "wnorm" and ``first="input"``; for the rest,
+    and elsewhere, torch operations.
 
     >>> x, weight, d = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), torch.tensor([[3.0]])
     >>> kaczmarz_step(d, x, weight).weight
     tensor([[0.5000, 1.0000]])
     """
     _check_step(displacement, input, weight)
-    numbers = {"relaxation": relaxation, "damping": damping, "dx_reg": dx_reg, "batch_reg": batch_reg}
-    for name, value in numbers.items():
+    for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg), ("batch_reg", batch_reg)):
         _check_number("kaczmarz_step", name, value)
     for name, choice, choices in (("dx", dx, Move), ("update", update, Update), ("first", first, First)):
         check_choice("kaczmarz_step", name, choice, get_args(choices))
-    with torch.no_grad(), full_precision(input.device.type):
-        d, x = displacement.reshape(-1, weight.shape[0]), input.reshape(-1, weight.shape[1])
-        grown: Tensor
-        stays = units is None or units.name in ("identity", "doubled_relu")
-        if (
-            (stays or units.name == "relu")
-            and update == "average"
-            and dx != "regularized"
-            and (units is None or first == "input")
-            and d.numel() * x.numel() > 0
-            and x.is_cpu
-            and are_plain((d, x, weight))
-        ):
-            grown, db, moved = _step(d, x, weight, has_bias, units is None, not stays, relaxation, damping, dx)
-        elif units is None:
-            moved = x
-            grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg)
-        elif first == "weights":
-            grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg)
-            left = torch.addmm(d if db is None else d - db, x, grown.mT, alpha=-1)
-            moved = units.feasible(_moved(x, left, weight + grown, dx, dx_reg))
-        else:
-            moved = units.feasible(_moved(x, d, weight, dx, dx_reg))
-            residual = torch.addmm(d, moved - x, weight.mT, alpha=-1)
-            grown, db = _solve(residual, moved, has_bias, relaxation, damping, update, batch_reg)
-    return KaczmarzStep(grown, db, moved.view_as(input))
+    d, x = displacement, input
+    if x.dim() != 2:
+        d, x = d.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
+    has_kernel = update == "average" and (
+        units is None or (units.name in _RECTIFIES and dx != "regularized" and first == "input")
+    )
+    if has_kernel and x.is_cpu and d.numel() > 0 and x.numel() > 0 and are_plain((d, x, weight)):
+        step = _step(d, x, weight, has_bias, units, relaxation, damping, dx)
+    else:
+        with torch.no_grad(), full_precision(input.device.type):
+            step = _step_by_torch(
+                d, x, weight, has_bias, units, relaxation, damping, dx, dx_reg, update, batch_reg, first
+            )
+    return step if input.dim() == 2 else step._replace(input=step.input.view_as(input))
+
+
+# Units whose output for a number depends on that number alone, and whether it is never negative.
+_RECTIFIES = {"identity": False, "doubled_relu": False, "relu": True}
 
 
 def _step(
@@ -273,22 +266,20 @@ def _step(
     x: Tensor,
     weight: Tensor,
     has_bias: bool,
-    is_data: bool,
-    rectify: bool,
+    units: Units | None,
     relaxation: float,
     damping: float,
     dx: Move,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The same by the kernel: ``dW``, ``db`` and ``x''``."""
-    grown = torch.empty(weight.shape, dtype=x.dtype)
+) -> KaczmarzStep:
+    grown = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
     db = x.new_empty(weight.shape[0]) if has_bias else None
-    moved = None if is_data else torch.empty(x.shape, dtype=x.dtype)
+    moved = None if units is None else torch.empty_like(x, memory_format=torch.contiguous_format)
     _C.kaczmarz_step(
         dense(d),
         dense(x),
         dense(weight),
-        dx,
-        rectify,
+        dx if units is not None else "mean",
+        units is not None and _RECTIFIES[units.name],
         relaxation,
         damping,
         dense(grown),
@@ -296,7 +287,33 @@ def _step(
         dense(moved),
         torch.get_num_threads(),
     )
-    return grown, db, x if moved is None else moved
+    return KaczmarzStep(grown, db, x.detach() if moved is None else moved)
+
+
+def _step_by_torch(
+    d: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    has_bias: bool,
+    units: Units | None,
+    relaxation: float,
+    damping: float,
+    dx: Move,
+    dx_reg: float,
+    update: Update,
+    batch_reg: float,
+    first: First,
+) -> KaczmarzStep:
+    """What the kernel does, and the choices that it lacks."""
+    if units is None:
+        return KaczmarzStep(*_solve(d, x, has_bias, relaxation, damping, update, batch_reg), x.detach())
+    if first == "weights":
+        grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg)
+        left = torch.addmm(d if db is None else d - db, x, grown.mT, alpha=-1)
+        return KaczmarzStep(grown, db, units.feasible(_moved(x, left, weight + grown, dx, dx_reg)))
+    moved = units.feasible(_moved(x, d, weight, dx, dx_reg))
+    residual = torch.addmm(d, moved - x, weight.mT, alpha=-1)
+    return KaczmarzStep(*_solve(residual, moved, has_bias, relaxation, damping, update, batch_reg), moved)
 
 
 def _moved(x: Tensor, d: Tensor, weight: Tensor, dx: Move, dx_reg: float) -> Tensor:
