@@ -318,6 +318,7 @@ void pack_transposed(const T* weight, int64_t inputs, int64_t outputs, int64_t p
 // Rows of x'' that the third product takes at a time.
 constexpr int64_t kRowChunk = 128;
 
+// The memory of one kaczmarz_step and its three passes.
 template <class T>
 class Step {
  public:

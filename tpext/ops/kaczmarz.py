@@ -247,7 +247,7 @@ def kaczmarz_step(
     has_kernel = update == "average" and (
         units is None or (units.name in _RECTIFIES and dx != "regularized" and first == "input")
     )
-    if has_kernel and x.is_cpu and d.numel() > 0 and x.numel() > 0 and are_plain((d, x, weight)):
+    if has_kernel and not on_cuda(x) and d.numel() > 0 and x.numel() > 0 and are_plain((d, x, weight)):
         step = _step(d, x, weight, has_bias, units, relaxation, damping, dx)
     else:
         with torch.no_grad(), full_precision(input.device.type):
