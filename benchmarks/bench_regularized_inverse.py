@@ -32,6 +32,10 @@ SOLUTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+# By how much many small inverses are to be faster than the best of these, up to each size.
+TARGETS = {16: 8, 32: 5, 64: 3}
+
+
 def identities(w: Tensor, columns: int, rows: int) -> Tensor:
     return torch.eye(rows, columns).expand(len(w), rows, columns)
 
@@ -98,6 +102,7 @@ def test_small_inverses(against, size, batch):
         lambda: INVERSES[name](weight),
         peer_name=name,
         flops=batch * size**3 * 10 / 3,
+        target_ratio=next(target for largest, target in TARGETS.items() if size <= largest),
         n=size,
         batch=batch,
     )
