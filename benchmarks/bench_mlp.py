@@ -161,6 +161,7 @@ def test_published_step(against: Any, threads: int, rule: str, first_layer: bool
         B=B,
         optimizer="SGD",
         rule=rule,
+        first_layer=first_layer,
     )
 
 

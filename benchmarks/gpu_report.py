@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from rows import RULES, Results, Row, ms, read, sizes, table
+from rows import RULES, Results, Row, met, ms, read, sizes, table, verdict
 
 PARTS = ("build", "test", "sanitize", "bench", "cpu")
 Columns = dict[str, Callable[[Row], str]]
@@ -25,25 +25,6 @@ def machine(results: Results) -> str:
         f"{gpu['copy_gbs']:,.0f} GB/s, torch's products of random 8192 x 8192 matrices reach {gpu['fp32_tflops']:.0f} "
         f"TFLOP/s in float32 and {gpu['bf16_tflops']:.0f} in bfloat16"
     )
-
-
-def met(row: Row) -> list[bool]:
-    """Whether each of the row's targets is met: of ratio and of time, as far as there are any."""
-    found = []
-    if row.get("target_ratio") is not None:
-        found.append(row["ratio"] >= row["target_ratio"])
-    if row.get("target_seconds") is not None:
-        found.append(row["seconds"] <= row["target_seconds"])
-    return found
-
-
-def verdict(row: Row) -> str:
-    targets = []
-    if row.get("target_ratio") is not None:
-        targets.append(f"≥ {row['target_ratio']:g}")
-    if row.get("target_seconds") is not None:
-        targets.append(f"≤ {ms(row['target_seconds'])} ms")
-    return ", ".join(f"{t} {'met' if ok else '**missed**'}" for t, ok in zip(targets, met(row), strict=True))
 
 
 def side(row: Row, name: str, mode: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import gpu_report
-from rows import RULES, Results, Row, ms, read, sizes, table
+from rows import RULES, Results, Row, ms, read, sizes, table, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -87,7 +87,7 @@ def summary(results: Results) -> str:
     parts += [f"{machine(results)}; two threads, medians of interleaved rounds, ms, and **torch's time by ours**:"]
     parts += [table([" I, H, B, T", " loss on", "`torch.nn.RNN`", *RULES.values(), "at sgemm's rate"], lines)]
     parts += ["![How many times faster than torch.nn.RNN, over T and over H](docs/speed.png)"]
-    return "\n\n".join([*parts, *memory(results)])
+    return "\n\n".join([*parts, *memory(results), *feed_forward(results)])
 
 
 def memory(results: Results) -> list[str]:
@@ -117,6 +117,59 @@ def memory(results: Results) -> list[str]:
     return parts
 
 
+# What README.md shows of feed-forward networks beside the inverses by size: label, against what, test, its row.
+MLP: Row = {"threads": 2, "optimizer": "SGD", "rule": "regularized"}
+FEED_FORWARD: list[tuple[str, str, str, Row]] = [
+    (
+        "{samples:,} single samples, network {network}",
+        "a layer at a time in torch",
+        "test_stream",
+        {"sizes": [784, 32, 10], "peer": "a layer at a time in torch, products"},
+    ),
+    ("training step of it, batch {B}", "the published tensors B x M x N", "test_network", {"threads": 2, "B": 64}),
+    ("training step of {network}, batch {B}", "back-propagation in torch", "test_mlp_step", MLP),
+]
+MLP_RULES = {
+    "regularized": "`RegularizedLeastSquares`",
+    "constrained": "`ConstrainedLeastSquares`",
+    "dtp": "`DifferenceTargetPropagation` with its reconstruction loss",
+    "backprop": "`Backprop()`",
+}
+OPTIMIZERS = ("SGD", "Adam")
+
+
+def feed_forward(results: Results) -> list[str]:
+    """README.md's part on feed-forward networks: whole steps by rule, then a table beside what is asked for."""
+    times = []
+    for rule, name in MLP_RULES.items():
+        steps = [results.of("test_mlp_step", **MLP | {"rule": rule, "optimizer": o})[0] for o in OPTIMIZERS]
+        times.append("{} {:.2f} ({:.2f})".format(name, *(1 / row["ratio"] for row in steps)))
+    published, without_first = (
+        results.of("test_published_step", **MLP | {"first_layer": first})[0]["ratio"] for first in (True, False)
+    )
+    lines = []
+    for shown in results.of("test_small_inverses", batch=1024):
+        n, batches = shown["n"], results.of("test_small_inverses", n=shown["n"])
+        least, most = (pick(batches, key=lambda row: row["ratio"]) for pick in (min, max))
+        what = [f"1,024 regularised inverses, {n} x {n}", "the best of `torch.linalg`"]
+        ratios = f"**{least['ratio']:.1f}** to {most['ratio']:.1f}"
+        lines.append([*what, ms(shown["peer_median"]), ms(shown["seconds"]), ratios, verdict(least)])
+    for what, against, test, wanted in FEED_FORWARD:
+        row = results.of(test, **wanted)[0]
+        ratio = f"**{row['ratio']:.{1 if row['ratio'] >= 2 else 2}f}**"
+        label = what.format_map({**row, "network": network(row)})
+        lines.append([label, against, ms(row["peer_median"]), ms(row["seconds"]), ratio, verdict(row)])
+    return [
+        "Feed-forward networks. A step of the last row's network takes so many times as long as back-propagation in "
+        f"torch, with SGD (with Adam): {', '.join(times)}. The first of them is {published:.1f} times as fast as the "
+        f"published way, by an explicit inverse a layer, and {without_first:.1f} times as that without the first "
+        "layer's inverse, which is of no use.",
+        "Two threads, single samples on one, ms. Ratios of the inverses: the least and the greatest of batches of "
+        "64, 1,024 and 16,384 (64 x 64: not the last); the target is for the least.",
+        table([" what", " against", "torch", "ours", "ratio", " target"], lines),
+    ]
+
+
 def timing(row: Row) -> list[str]:
     """Peer, ours, ratio with its quartiles."""
     low, _, high = row["ratio_quartiles"]
@@ -136,53 +189,99 @@ def limit(row: Row) -> list[str]:
     return [ms(row["limit_seconds"]), f"{row['limit_ratio']:.1f}", f"{row['fraction_of_sgemm']:.0%}"]
 
 
+def network(row: Row) -> str:
+    return "-".join(map(str, row["sizes"]))
+
+
+# What stands in a column that is not a value of the row by its name.
+CELLS: dict[str, Callable[[Row], str]] = {
+    "I, H, B, T": sizes,
+    "H, B, T": lambda row: f"{row['H']}, {row['B']}, {row['T']}",
+    "N, M, B": lambda row: f"{row['N']}, {row['M']}, {row['B']}",
+    "batch x n x n": lambda row: f"{row['batch']} x {row['n']} x {row['n']}",
+    "loss on": lambda row: f"{row['loss']} step",
+    "network": network,
+    "right-hand sides": lambda row: str(row["count"]),
+    "shape": lambda row: f"{row['rows']} x {row['M']}",
+}
+
+
+def cell(row: Row, column: str) -> str:
+    return CELLS[column](row) if column in CELLS else str(row[column])
+
+
+STEPS = "Whole training step against `torch.nn.RNN` with BPTT"
+STEP = ("I, H, B, T", "threads", "loss on", "rule")
+INVERSE = ("batch x n x n", "threads", "peer")
+MLP_STEP = ("network", "B", "threads", "optimizer", "rule")
+# The tables of docs/benchmarks.md: title, test, first columns.
+SECTIONS: list[tuple[str, str, tuple[str, ...]]] = [
+    (STEPS, "test_step", STEP),
+    (f"{STEPS}: over T and over H", "test_sweep", STEP),
+    ("Whole training step against loops of torch operations", "test_eager_loop", ("I, H, B, T", "threads", "peer")),
+    ("Forward scan alone", "test_forward", ("H, B, T", "threads", "peer")),
+    ("A step by chunks against the whole sequence", "test_long_sequence", ("I, H, B, T", "threads")),
+    ("Regularised inverse", "test_inverse", INVERSE),
+    ("Many small regularised inverses", "test_small_inverses", INVERSE),
+    (
+        "Many small regularised solutions",
+        "test_small_solutions",
+        ("batch x n x n", "right-hand sides", "threads", "peer"),
+    ),
+    ("Feed-forward training step against back-propagation in torch", "test_mlp_step", MLP_STEP),
+    ("Feed-forward training step against the published way", "test_published_step", (*MLP_STEP, "peer")),
+    (
+        "Regularised inverse of an activation",
+        "test_act_inverse",
+        ("shape", "activation", "displacement", "threads", "peer"),
+    ),
+    ("Inverse of a linear map", "test_linear_inverse", ("N, M, B", "method", "threads", "peer")),
+    ("Inverse of a tanh layer", "test_layer", ("N, M, B", "op", "method", "threads", "peer")),
+    ("Direct weight solves, a pass over single samples", "test_stream", ("network", "samples", "threads", "peer")),
+    ("Direct weight solves, a layer's update and its input's target", "test_layer_step", ("N, M, B", "threads")),
+    ("Direct weight solves, the published network's training step", "test_network", ("network", "B", "threads")),
+]
+
+
+def timed_table(rows: list[Row], columns: Iterable[str]) -> str:
+    """The columns, times and ratio; a target where a row has one, what the products cost where all have that."""
+    header = [*(f" {name}" for name in columns), *TIMING]
+    cells = [[*(cell(row, name) for name in columns), *timing(row)] for row in rows]
+    if any(row.get("target_ratio") is not None for row in rows):
+        header.append(" target")
+        cells = [[*line, verdict(row)] for line, row in zip(cells, rows, strict=True)]
+    if all("limit_ratio" in row for row in rows):
+        header += LIMIT
+        cells = [[*line, *limit(row)] for line, row in zip(cells, rows, strict=True)]
+    return table(header, cells)
+
+
 def details(results: Results, source: str) -> str:
-    """The whole of docs/benchmarks.md."""
+    """The whole of docs/benchmarks.md; no row is left out, those without a section of their own come last."""
     parts = [
         "# Benchmarks",
         f"Made by `python benchmarks/report.py` from `{source}`. {machine(results)}.",
-        "Each row runs its peer right before every round of ours, either as often in a row as fills 20 ms. Times are "
-        "medians of a call ± half the interquartile range; the ratio is the peer's median by ours, beside the "
-        "quartiles of single rounds. *At sgemm's rate* is what the step's products (recurrent weights and inputs; a "
-        "head's are left out) and its inverse cost at the rate of torch's own sgemm, 1024 x 1024, measured just before "
-        "the row, and the ratio that this would be. It is a yardstick, not the machine's peak: our kernels outrun that "
-        "sgemm where MKL does not use the processor's widest vectors, and they skip products of zeros (loss on the "
-        "last step: with orthogonal weights and reg = 1 a displacement halves at every step and is exactly zero after "
-        "some 150).",
+        "Each row runs its peer right before every round of ours, either as often in a row as fills 20 ms. What the "
+        "two are, the heads of the files `benchmarks/bench_*.py` say. Times are medians of a call ± half the "
+        "interquartile range; the ratio is the peer's median by ours, beside the quartiles of single rounds. *At "
+        "sgemm's rate* is what a row's products (of a recurrent step those with weights, not with a head's) and its "
+        "inverses cost at the rate of torch's own sgemm, 1024 x 1024, measured just before the row, and the ratio "
+        "that this would be. It is a yardstick, not the machine's peak: our kernels outrun that sgemm where MKL does "
+        "not use the processor's widest vectors, and they skip products of zeros (loss on the last step: with "
+        "orthogonal weights and reg = 1 a displacement halves at every step and is exactly zero after some 150).",
     ]
-
-    def section(title: str, rows: list[Row], columns: dict[str, Callable[[Row], str]], limited: bool) -> None:
-        if rows:
-            header = [*(" " + name for name in columns), *TIMING, *(LIMIT if limited else [])]
-            cells = [[*(get(r) for get in columns.values()), *timing(r), *(limit(r) if limited else [])] for r in rows]
-            parts.extend([f"## {title}", table(header, cells)])
-
-    threads = {"threads": lambda row: str(row["threads"])}
-    size = {"I, H, B, T": sizes}
-    rule = {"rule": lambda row: row["rule"]}
-    loss = {"loss on": lambda row: f"{row['loss']} step"}
-    steps = "Whole training step against `torch.nn.RNN` with BPTT"
-    section(steps, results.of("test_step"), {**size, **threads, **loss, **rule}, True)
-    section(f"{steps}: over T and over H", results.of("test_sweep"), {**size, **threads, **loss, **rule}, True)
-    eager = results.of("test_eager_loop")
-    peer = {"peer": lambda row: row["peer"]}
-    section("Whole training step against loops of torch operations", eager, {**size, **threads, **peer}, False)
-    scan = {"H, B, T": lambda row: f"{row['H']}, {row['B']}, {row['T']}"}
-    section("Forward scan alone", results.of("test_forward"), {**scan, **threads, **peer}, True)
-    inverse = {"batch x n x n": lambda row: f"{row['batch']} x {row['n']} x {row['n']}"}
-    section("Regularised inverse", results.of("test_inverse"), {**inverse, **threads, **peer}, False)
-    small = results.of("test_small_inverses")
-    section("Many small regularised inverses", small, {**inverse, **threads, **peer}, True)
-    rows = {"rows": lambda row: str(row["count"])}
-    small = results.of("test_small_solutions")
-    section("Many small regularised solutions", small, {**inverse, **rows, **threads, **peer}, True)
-    peaks = results.of("test_peak")
-    if peaks:
+    for title, test, columns in SECTIONS:
+        if rows := results.of(test):
+            parts += [f"## {title}", timed_table(rows, columns)]
+    if peaks := results.of("test_peak"):
         cells = [[r["model"], sizes(r), mib(r["peak_bytes"]), f"{r['peak_arrays']:.2f}"] for r in peaks]
         parts.append("## Peak memory of a step")
         parts.append("Beyond what was resident before it, in a process of its own; and in arrays of all states.")
         parts.append(table([" model", " I, H, B, T", "MiB", "arrays [T, B, H]"], cells))
-    section("A step by chunks against the whole sequence", results.of("test_long_sequence"), {**size, **threads}, False)
+    known = {test for _, test, _ in SECTIONS} | {"test_peak"}
+    if others := [row for row in results.rows if row["test"] not in known]:
+        cells = [[row["name"], *(timing(row) if "ratio_quartiles" in row else [""] * len(TIMING))] for row in others]
+        parts += ["## Other rows", table([" name", *TIMING], cells)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -237,6 +336,10 @@ def missing_rows(results: Results) -> list[str]:
     flagship = {"threads": 2, "H": 100, "B": 16, "T": 784}
     needed = [("test_step", {**flagship, "rule": rule, "loss": loss}) for rule in RULES for loss in ("last", "every")]
     needed += [("test_eager_loop", flagship), ("test_sweep", {}), ("test_peak", {}), ("test_long_sequence", {})]
+    needed += [("test_small_inverses", {"batch": 1024})]
+    needed += [(test, wanted) for _, _, test, wanted in FEED_FORWARD]
+    needed += [("test_mlp_step", MLP | {"rule": rule, "optimizer": name}) for rule in MLP_RULES for name in OPTIMIZERS]
+    needed += [("test_published_step", MLP | {"first_layer": first}) for first in (True, False)]
     return [f"{test} {wanted}" for test, wanted in needed if not results.of(test, **wanted)]
 
 

@@ -53,3 +53,22 @@ def ms(seconds: float) -> str:
     """Milliseconds with three digits, whole from 100 on."""
     value = seconds * 1e3
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3}f}"
+
+
+def met(row: Row) -> list[bool]:
+    """Whether each of the row's targets is met: of ratio and of time, as far as there are any."""
+    found = []
+    if row.get("target_ratio") is not None:
+        found.append(row["ratio"] >= row["target_ratio"])
+    if row.get("target_seconds") is not None:
+        found.append(row["seconds"] <= row["target_seconds"])
+    return found
+
+
+def verdict(row: Row) -> str:
+    targets = []
+    if row.get("target_ratio") is not None:
+        targets.append(f"≥ {row['target_ratio']:.3g}")
+    if row.get("target_seconds") is not None:
+        targets.append(f"≤ {ms(row['target_seconds'])} ms")
+    return ", ".join(f"{t} {'met' if ok else '**missed**'}" for t, ok in zip(targets, met(row), strict=True))

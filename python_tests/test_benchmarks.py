@@ -9,6 +9,7 @@ import copy
 import importlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -171,14 +172,67 @@ def test_pieces_of_a_long_sequence_take_the_memory_that_they_promise(load: Any) 
 # Report
 
 
+LIMITS = {"limit_seconds": 5e-4, "limit_ratio": 8.0, "fraction_of_sgemm": 0.5}
+
+
 def step(test: str, rule: str, sizes: tuple[int, int, int, int], *, threads: int = 2, **extra: Any) -> dict[str, Any]:
-    limits = {"sgemm_gflops": 90.0 * threads, "limit_seconds": 5e-4, "limit_ratio": 8.0, "fraction_of_sgemm": 0.5}
+    limits = {"sgemm_gflops": 90.0 * threads, **LIMITS}
     named = {**dict(zip("IHBT", sizes, strict=True)), "rule": rule, "loss": "last", "threads": threads, **limits}
     return timed(f"{test}[{threads}-{rule}-{sizes}]", **{**named, **extra})
 
 
+@pytest.fixture(scope="module")
+def feed_forward() -> list[dict[str, Any]]:
+    """Rows of feed-forward networks as their benchmarks say them, for made-up times."""
+    if not (ROOT / "benchmarks").is_dir():
+        pytest.skip("no folder benchmarks beside the tests")
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        rows = run_feed_forward()
+    torch.set_num_threads(threads)
+    return rows
+
+
+def run_feed_forward() -> list[dict[str, Any]]:
+    names = ("regularized_inverse", "layer_inverse", "mlp", "kaczmarz")
+    inverse, layers, mlp, kaczmarz = (importlib.import_module(f"bench_{name}") for name in names)
+    rows: list[dict[str, Any]] = []
+
+    def run(test: Callable[..., None], *args: Any, threads: int = 2, ratio: float = 4.0) -> None:
+        def against(
+            ours: Any, peer: Any, *, peer_name: str, seconds: float = 0.0, flops: Any = None, **extra: Any
+        ) -> None:
+            limits = {} if flops is None else LIMITS
+            rows.append(
+                timed(f"{test.__name__}[{len(rows)}]", ratio=ratio, peer=peer_name, threads=threads, **extra, **limits)
+            )
+
+        test(against, *args)
+
+    for size, batch, ratio in [(4, 64, 9.0), (4, 1024, 12.0), (8, 64, 7.0), (8, 1024, 11.0)]:
+        run(inverse.test_small_inverses, size, batch, ratio=ratio)
+    run(inverse.test_small_solutions, 8, 1)
+    for activation, displacement in (("tanh", "small"), ("sigmoid", "any")):
+        run(layers.test_act_inverse, 2, (4, 5), activation, displacement)
+    for method in layers.GAMMAS:
+        run(layers.test_linear_inverse, 2, 8, 5, method)
+        for op in (layers.layer_inverse, layers.layer_displacement):
+            run(layers.test_layer, 2, 8, 5, method, op)
+    for rule, ratio in zip(mlp.RULES, (0.625, 0.5, 0.4, 1.25), strict=True):
+        for optimizer in mlp.OPTIMIZERS:
+            run(mlp.test_mlp_step, 2, optimizer, rule, ratio=ratio)
+    for first_layer, ratio in ((True, 7.25), (False, 2.5)):
+        run(mlp.test_published_step, 2, "regularized", first_layer, ratio=ratio)
+    for peer in kaczmarz.PEERS:
+        run(kaczmarz.test_stream, 1, kaczmarz.NETWORKS[0], peer, threads=1, ratio=31.0)
+    run(kaczmarz.test_layer_step, 2, *kaczmarz.LAYERS[0])
+    run(kaczmarz.test_network, 2, 64, ratio=5.5)
+    return json.loads(json.dumps(rows))
+
+
 @pytest.fixture
-def suite() -> list[dict[str, Any]]:
+def suite(feed_forward: list[dict[str, Any]]) -> list[dict[str, Any]]:
     long = (1, 128, 16, 10_000)
     rows = [step("test_step", rule, (6, 100, 20, 60)) for rule in ("local", "through_time", "backprop")]
     rows[1]["extra_info"].update(ratio=3.0, limit_ratio=6.0)
@@ -194,7 +248,7 @@ def suite() -> list[dict[str, Any]]:
     rows += [peak("torch.nn.RNN", 900 << 20, 1, 128, 512, 784), peak("local", 500 << 20, 1, 128, 512, 784)]
     rows += [peak("through_time", 300 << 20, *long), peak("checkpointed", 20 << 20, *long)]
     chunked = {**dict(zip("IHBT", long, strict=True)), "checkpoint_every": 316}
-    return [*rows, timed("test_long_sequence[a]", seconds=0.125, ratio=0.8, **chunked)]
+    return [*rows, timed("test_long_sequence[a]", seconds=0.125, ratio=0.8, **chunked), *copy.deepcopy(feed_forward)]
 
 
 def test_report_summary(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:
@@ -211,6 +265,51 @@ def test_report_summary(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) 
     assert "`torch.nn.RNN` 900 MiB, local 500 MiB; one array of all states is 196 MiB" in text
     # Ours is the step by chunks: 125 ms against 100 ms are 1.25 times as long.
     assert "| 1, 128, 16, 10000 | 100 | 300 | 125 | 20 | 1.25 |" in text
+
+
+def test_report_summary_of_feed_forward_networks(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:
+    text = load("report").summary(load("rows").read(write(tmp_path / "a.json", suite)))
+    # Ratios are torch's time by ours; 0.625 of it is 1.6 times as long, which misses 1.5.
+    assert "`RegularizedLeastSquares` 1.60 (1.60), `ConstrainedLeastSquares` 2.00 (2.00)" in text
+    assert "reconstruction loss 2.50 (2.50), `Backprop()` 0.80 (0.80)" in text
+    assert "is 7.2 times as fast as the published way" in text
+    assert "and 2.5 times as that without the first" in text
+    network = "784-240-240-240-240-10, batch 100 | back-propagation in torch"
+    assert f"| training step of {network} | 0.625 | 1.00 | **0.62** | ≥ 0.667 **missed** |" in text
+    stream = "2,000 single samples, network 784-32-10 | a layer at a time in torch"
+    assert f"| {stream} | 31.0 | 1.00 | **31.0** | ≥ 30 met |" in text
+    assert (
+        "| training step of it, batch 64 | the published tensors B x M x N | 5.50 | 1.00 | **5.5** | ≥ 5 met |" in text
+    )
+    # Times are those of 1,024, the verdict is that of the least ratio.
+    inverses = "| 1,024 regularised inverses, {0} x {0} | the best of `torch.linalg` "
+    assert inverses.format(4) + "| 12.0 | 1.00 | **9.0** to 12.0 | ≥ 8 met |" in text
+    assert inverses.format(8) + "| 11.0 | 1.00 | **7.0** to 11.0 | ≥ 8 **missed** |" in text
+
+
+def test_report_leaves_no_row_out(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:
+    report, rows = load("report"), load("rows")
+    suite += [
+        timed("test_of_tomorrow[a]", seconds=0.25, ratio=2.0),
+        {"name": "test_untimed[b]", "extra_info": {"n": 3}},
+    ]
+    suite += [peak("backprop", 77 << 20, 1, 128, 512, 784)]
+    text = report.details(rows.read(write(tmp_path / "a.json", suite)), "a.json")
+    assert "## Other rows" in text
+    assert "| test_of_tomorrow[a] | 500 ± 2.50 | 250 ± 1.25 | **2.00** | 1.90 to 2.10 |" in text
+    assert "| test_untimed[b] |  |  |  |  |" in text
+    table_rows = [line for line in text.splitlines() if line.startswith("|") and not line.startswith("| ---")]
+    headers = text.count("\n| ---")
+    assert len(table_rows) - headers == len(suite)
+
+
+def test_benchmarks_have_names_of_their_own_and_a_section(load: Any) -> None:
+    """The report tells rows apart by their test's name alone."""
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    names = [name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)]
+    assert len(names) == len(set(names))
+    on_cpu = {name for name in names if not name.startswith("test_gpu_")}
+    assert on_cpu == {test for _, test, _ in load("report").SECTIONS} | {"test_peak"}
 
 
 def test_report_keeps_the_rest_of_the_readme(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:
