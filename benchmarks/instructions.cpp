@@ -1,6 +1,7 @@
 // Runs one kernel once, in float32 on one thread, for instructions.py to count its instructions:
 //     kernel_driver KERNEL        the instruction set is the one of TPEXT_CPU_CAPABILITY
 //     kernel_driver compiler      prints the compiler's name and version
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <exception>
@@ -28,7 +29,56 @@ std::vector<float> numbers(int64_t count, float scale) {
 // What is counted is this function and all that it calls; the name stands in instructions.py.
 template <class Args>
 __attribute__((noinline)) void run_kernel(const Args& args) {
-  tpext::cpu::kernels()(args, 1);
+  if constexpr (requires { tpext::cpu::kernels()(args, 1); })
+    tpext::cpu::kernels()(args, 1);
+  else
+    tpext::cpu::kernels()(args);
+}
+
+// Of tanh with gamma = 0.1: a training step's small displacements of the output, or targets in and beyond the range.
+void act_inverse(bool small, std::vector<float>& output) {
+  const float gamma = 0.1f;
+  const std::vector<float> input = numbers(B * H, 2);
+  std::vector<float> target = numbers(B * H, small ? 0.01f : 1.2f);
+  if (small)
+    for (size_t i = 0; i < target.size(); ++i) target[i] += std::tanh(input[i]);
+  output.resize(target.size());
+  tpext::ActInverse<float> args{};
+  args.count = B * H;
+  args.scale = 1;
+  args.pull = 1;
+  args.spring = gamma;
+  args.reach = 1 / std::sqrt(gamma);
+  args.half_log = std::log(4 / gamma) / 2;
+  args.target = target.data();
+  args.input = input.data();
+  args.output = output.data();
+  run_kernel(args);
+}
+
+// Some samples through two layers; by how much they change the weights of the first is left in `change`.
+void kaczmarz_train(std::vector<float>& change) {
+  constexpr int64_t K = 24, N = 100, M = 13, classes = 7;
+  const std::vector<float> input = numbers(K * N, 1);
+  std::vector<float> first = numbers(M * N, 0.15f), first_bias = numbers(M, 0.15f);
+  std::vector<float> second = numbers(classes * M, 0.15f), second_bias = numbers(classes, 0.15f);
+  std::vector<int64_t> labels(K), predictions(K);
+  for (size_t i = 0; i < labels.size(); ++i) labels[i] = static_cast<int64_t>(i) % classes;
+  change = first;
+  const tpext::KaczmarzLayer<float> layers[] = {{N, M, first.data(), first_bias.data()},
+                                                {M, classes, second.data(), second_bias.data()}};
+  tpext::KaczmarzTrain<float> args{};
+  args.samples = K;
+  args.layer_count = 2;
+  args.layers = layers;
+  args.input = input.data();
+  args.labels = labels.data();
+  args.relaxation = 1;
+  args.move = tpext::KaczmarzMove::mean;
+  args.output = tpext::KaczmarzOutput::clamp;
+  args.predictions = predictions.data();
+  run_kernel(args);
+  for (size_t i = 0; i < first.size(); ++i) change[i] -= first[i];
 }
 
 int run(const std::string& kernel) {
@@ -51,7 +101,11 @@ int run(const std::string& kernel) {
     args.weight_hh = weight.data();
   };
   const std::vector<float> input = numbers(T * B * I, 1), weight_ih = numbers(H * I, 0.15f);
-  if (kernel == "regularized_inverse") {
+  if (kernel == "act_inverse small" || kernel == "act_inverse any") {
+    act_inverse(kernel == "act_inverse small", large);
+  } else if (kernel == "kaczmarz_train") {
+    kaczmarz_train(large);
+  } else if (kernel == "regularized_inverse") {
     int64_t status = 0;
     large.resize(static_cast<size_t>(H * H));
     tpext::RegularizedInverse<float> args{};

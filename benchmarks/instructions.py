@@ -22,6 +22,9 @@ RECORD = ROOT / "benchmarks" / "results" / "instructions.json"
 BUILD = ROOT / "build" / "kernel_driver"
 CAPABILITIES = ("baseline", "avx2")
 KERNELS = (
+    "act_inverse small",
+    "act_inverse any",
+    "kaczmarz_train",
     "regularized_inverse",
     "regularized_inverse batch",
     "regularized_solve",
