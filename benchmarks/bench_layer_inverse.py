@@ -50,30 +50,39 @@ def search(y: Tensor, c: Tensor, activation: str) -> Tensor:
 @pytest.mark.parametrize("displacement", ["small", "any"])
 @pytest.mark.parametrize("activation", BEYOND)
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_act_inverse(against: Any, threads: int, shape: tuple[int, int], activation: str, displacement: str) -> None:
+@pytest.mark.parametrize("op", ["act_inverse", "act_displacement"])
+def test_act_inverse(
+    against: Any, threads: int, op: str, shape: tuple[int, int], activation: str, displacement: str
+) -> None:
     """Of outputs moved by some 0.01, or of targets anywhere in the range and a little beyond it."""
     torch.manual_seed(0)
     c = torch.randn(shape)
     output = getattr(torch, activation)(c)
     if displacement == "small":
-        y, peer, name = output + 0.01 * torch.randn(shape), newton, "Newton's steps"
+        d, solve, name = 0.01 * torch.randn(shape), newton, "Newton's steps"
     else:
-        y = torch.empty(shape).uniform_(*BEYOND[activation])
-        peer, name = search, "safeguarded search"
+        d, solve, name = torch.empty(shape).uniform_(*BEYOND[activation]) - output, search, "safeguarded search"
+    y, moves = output + d, op == "act_displacement"
 
     def ours() -> Tensor:
+        if moves:
+            return torch.ops.tpext.act_displacement(d, c, activation, 0.0, GAMMA)
         return torch.ops.tpext.act_inverse(y, c, activation, 0.0, GAMMA, EPS)
 
+    def peer() -> Tensor:
+        return solve(y, c, activation) - c if moves else solve(y, c, activation)
+
     # Where two minima cost the same to rounding, either is right.
-    near = (ours() - peer(y, c, activation)).abs() < 1e-3
+    near = (ours() - peer()).abs() < 1e-3
     assert near.float().mean() > 0.999
     against(
         ours,
-        lambda: peer(y, c, activation),
+        peer,
         peer_name=f"{name} in torch operations",
         seconds=0.6,
         rows=shape[0],
         M=shape[1],
+        op=op,
         activation=activation,
         displacement=displacement,
     )

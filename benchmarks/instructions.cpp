@@ -36,11 +36,11 @@ __attribute__((noinline)) void run_kernel(const Args& args) {
 }
 
 // Of tanh with gamma = 0.1: a training step's small displacements of the output, or targets in and beyond the range.
-void act_inverse(bool small, std::vector<float>& output) {
+void act_inverse(bool small, bool displacement, std::vector<float>& output) {
   const float gamma = 0.1f;
   const std::vector<float> input = numbers(B * H, 2);
   std::vector<float> target = numbers(B * H, small ? 0.01f : 1.2f);
-  if (small)
+  if (small && !displacement)
     for (size_t i = 0; i < target.size(); ++i) target[i] += std::tanh(input[i]);
   output.resize(target.size());
   tpext::ActInverse<float> args{};
@@ -50,9 +50,11 @@ void act_inverse(bool small, std::vector<float>& output) {
   args.spring = gamma;
   args.reach = 1 / std::sqrt(gamma);
   args.half_log = std::log(4 / gamma) / 2;
+  args.inward = 0.75f * std::sqrt(gamma);
   args.target = target.data();
   args.input = input.data();
   args.output = output.data();
+  args.displacement = displacement;
   run_kernel(args);
 }
 
@@ -101,8 +103,8 @@ int run(const std::string& kernel) {
     args.weight_hh = weight.data();
   };
   const std::vector<float> input = numbers(T * B * I, 1), weight_ih = numbers(H * I, 0.15f);
-  if (kernel == "act_inverse small" || kernel == "act_inverse any") {
-    act_inverse(kernel == "act_inverse small", large);
+  if (kernel == "act_inverse small" || kernel == "act_inverse any" || kernel == "act_displacement") {
+    act_inverse(kernel != "act_inverse any", kernel == "act_displacement", large);
   } else if (kernel == "kaczmarz_train") {
     kaczmarz_train(large);
   } else if (kernel == "regularized_inverse") {

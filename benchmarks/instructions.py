@@ -24,6 +24,7 @@ CAPABILITIES = ("baseline", "avx2")
 KERNELS = (
     "act_inverse small",
     "act_inverse any",
+    "act_displacement",
     "kaczmarz_train",
     "regularized_inverse",
     "regularized_inverse batch",

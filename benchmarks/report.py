@@ -243,7 +243,7 @@ SECTIONS: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "Regularised inverse of an activation",
         "test_act_inverse",
-        ("shape", "activation", "displacement", "threads", "peer"),
+        ("op", "shape", "activation", "displacement", "threads", "peer"),
     ),
     ("Inverse of a linear map", "test_linear_inverse", ("N, M, B", "method", "threads", "peer")),
     ("Inverse of a tanh layer", "test_layer", ("N, M, B", "op", "method", "threads", "peer")),

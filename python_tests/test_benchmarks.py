@@ -213,8 +213,8 @@ def run_feed_forward() -> list[dict[str, Any]]:
     for size, batch, ratio in [(4, 64, 9.0), (4, 1024, 12.0), (8, 64, 7.0), (8, 1024, 11.0)]:
         run(inverse.test_small_inverses, size, batch, ratio=ratio)
     run(inverse.test_small_solutions, 8, 1)
-    for activation, displacement in (("tanh", "small"), ("sigmoid", "any")):
-        run(layers.test_act_inverse, 2, (4, 5), activation, displacement)
+    for op, activation, displacement in (("act_inverse", "tanh", "small"), ("act_displacement", "sigmoid", "any")):
+        run(layers.test_act_inverse, 2, op, (4, 5), activation, displacement)
     for method in layers.GAMMAS:
         run(layers.test_linear_inverse, 2, 8, 5, method)
         for op in (layers.layer_inverse, layers.layer_displacement):
