@@ -58,6 +58,28 @@ void act_inverse(bool small, bool displacement, std::vector<float>& output) {
   run_kernel(args);
 }
 
+// A batch through a layer that is not the first, by the published mean.
+void kaczmarz_step(std::vector<float>& weight_change) {
+  constexpr int64_t M = 13;
+  const std::vector<float> displacement = numbers(B * M, 1), input = numbers(B * H, 1), weight = numbers(M * H, 0.15f);
+  std::vector<float> bias_change(M), moved(input.size());
+  weight_change.resize(weight.size());
+  tpext::KaczmarzStep<float> args{};
+  args.batch = B;
+  args.inputs = H;
+  args.outputs = M;
+  args.displacement = displacement.data();
+  args.input = input.data();
+  args.weight = weight.data();
+  args.move = tpext::KaczmarzMove::mean;
+  args.rectify = true;
+  args.relaxation = 1;
+  args.weight_change = weight_change.data();
+  args.bias_change = bias_change.data();
+  args.moved = moved.data();
+  run_kernel(args);
+}
+
 // Some samples through two layers; by how much they change the weights of the first is left in `change`.
 void kaczmarz_train(std::vector<float>& change) {
   constexpr int64_t K = 24, N = 100, M = 13, classes = 7;
@@ -105,6 +127,8 @@ int run(const std::string& kernel) {
   const std::vector<float> input = numbers(T * B * I, 1), weight_ih = numbers(H * I, 0.15f);
   if (kernel == "act_inverse small" || kernel == "act_inverse any" || kernel == "act_displacement") {
     act_inverse(kernel != "act_inverse any", kernel == "act_displacement", large);
+  } else if (kernel == "kaczmarz_step") {
+    kaczmarz_step(large);
   } else if (kernel == "kaczmarz_train") {
     kaczmarz_train(large);
   } else if (kernel == "regularized_inverse") {

@@ -25,6 +25,7 @@ KERNELS = (
     "act_inverse small",
     "act_inverse any",
     "act_displacement",
+    "kaczmarz_step",
     "kaczmarz_train",
     "regularized_inverse",
     "regularized_inverse batch",
