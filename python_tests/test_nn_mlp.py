@@ -26,7 +26,7 @@ from tpext import (
     RegularizedLeastSquares,
 )
 from tpext.nn import MLP, TargetLinear
-from tpext.ops import Activation, layer_displacement
+from tpext.ops import Activation, bias_inverse, layer_displacement
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop
 
 DOUBLE = torch.float64
@@ -70,7 +70,7 @@ def keep_outputs(net: nn.Module) -> list[Tensor]:
 # Published numbers
 
 
-def seely(data: dict[str, Tensor], algorithm: int) -> MLP:
+def seely(data: dict[str, Any], algorithm: int, name: Any = "tanh") -> MLP:
     step = float(data["alpha"])
     rule = {
         0: Backprop(),
@@ -83,8 +83,11 @@ def seely(data: dict[str, Tensor], algorithm: int) -> MLP:
         "learning_rate": float(data["lr_rinv"]),
         "num_steps": int(data["num_steps_rinv"]),
     }
-    activation, output = Activation("tanh", **options), Activation("identity", **options)
-    net = MLP([6, 5, 4, 3], activation, output=output, rule=rule, dtype=DOUBLE)
+    activation, output = Activation(name, **options), Activation("identity", **options)
+    sizes = [data["x"].shape[1]]
+    while f"W{len(sizes)}" in data:
+        sizes.append(data[f"W{len(sizes)}"].shape[1])
+    net = MLP(sizes, activation, output=output, rule=rule, dtype=DOUBLE)
     with torch.no_grad():
         for index, layer in enumerate(net, 1):
             layer.weight.copy_(data[f"W{index}"].T)
@@ -95,12 +98,11 @@ def seely(data: dict[str, Tensor], algorithm: int) -> MLP:
     return net
 
 
-@pytest.mark.parametrize("algorithm", [0, 1, 2, 3])
-def test_equals_the_published_code_of_seely(algorithm: int) -> None:
-    data = published("A_err_tanh.npz")
-    net, step = seely(data, algorithm), float(data["alpha"])
+def assert_equals_seely(data: dict[str, Any], algorithm: int, name: Any = "tanh") -> None:
+    """Outputs, targets on either side of bias and activation, gradients and a step: those of ``data``."""
+    net, step, gamma = seely(data, algorithm, name), float(data["alpha"]), float(data["gamma"])
     outputs = keep_outputs(net)
-    x = data["x"].requires_grad_(algorithm in (1, 2))
+    x = data["x"].clone().requires_grad_(algorithm in (1, 2))
     loss = functional.cross_entropy(net(x), data["y"])
     loss.backward()
     prefix = f"alg{algorithm}"
@@ -108,9 +110,23 @@ def test_equals_the_published_code_of_seely(algorithm: int) -> None:
     # The published back-propagation ignores the step.
     step = 1.0 if algorithm == 0 else step
     rates = TensorFlowRMSprop(net.parameters(), lr=3e-3)
+    below = x.detach()
     for index, (layer, output) in enumerate(zip(net, outputs, strict=True), 1):
         assert_equal(output.detach(), data[f"{prefix}_x3_{index}"])
-        assert_equal((output - step * output.grad).detach(), data[f"{prefix}_t3_{index}"])
+        target = (output - step * output.grad).detach()
+        assert_equal(target, data[f"{prefix}_t3_{index}"])
+        x1 = functional.linear(below, layer.weight.detach())
+        x2 = x1 + layer.bias.detach()
+        assert_equal(x2, data[f"{prefix}_x2_{index}"])
+        if algorithm == 1:
+            t2 = layer.activation.inverse(target, x2)
+            assert_equal(t2, data[f"{prefix}_t2_{index}"])
+            assert_equal(bias_inverse(t2, x1, layer.bias.detach()), data[f"{prefix}_t1_{index}"])
+        elif algorithm == 2:
+            t2 = layer.activation.regularized_inverse(target, x2, gamma)
+            assert_equal(t2, data[f"{prefix}_t2_{index}"])
+            assert_equal(bias_inverse(t2, x1, layer.bias.detach(), gamma), data[f"{prefix}_t1_{index}"])
+        below = output.detach()
         # Published losses are means over the batch and the units.
         mean = output.numel()
         layer.weight.grad /= mean
@@ -122,6 +138,121 @@ def test_equals_the_published_code_of_seely(algorithm: int) -> None:
     rates.step()
     for index, layer in enumerate(net, 1):
         assert_equal(layer.weight.detach().T, data[f"{prefix}_Wafter_{index}"])
+
+
+@pytest.mark.parametrize("algorithm", [0, 1, 2, 3])
+def test_equals_the_published_code_of_seely(algorithm: int) -> None:
+    assert_equals_seely(published("A_err_tanh.npz"), algorithm)
+
+
+def run_published(name: str, algorithm: int, sizes: list[int], batch: int) -> dict[str, Tensor]:
+    """``tprop_train.py`` by its equations, in NumPy: a random network's data and numbers, named as the stored ones.
+
+    The weights are large, so that units of tanh and sigmoid stand beyond the published clip.
+    """
+    random = np.random.default_rng(len(sizes) * batch + algorithm)
+    alpha, gamma, rate, steps, count = 0.5, 0.05, 0.1, 2, len(sizes) - 1
+    functions: dict[str, Any] = {
+        "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
+        "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), lambda x: np.exp(-x) / (1 + np.exp(-x)) ** 2),
+        "relu": (lambda x: x * (x > 0), lambda x: 1.0 * (x > 0)),
+        "identity": (lambda x: x, np.ones_like),
+    }
+
+    def invert(name: str, y: Any, x0: Any) -> Any:
+        if name == "tanh":
+            return np.arctanh(np.clip(y, -0.99, 0.99))
+        if name == "sigmoid":
+            return -np.log(1 / np.clip(y, 0.01, 0.99) - 1)
+        return np.where(y > 0, y, np.minimum(x0, 0)) if name == "relu" else y
+
+    def invert_regularized(name: str, y: Any, x0: Any) -> Any:
+        if name == "identity":
+            return y
+        if name == "relu":
+            above = (gamma * x0 + y) / (1 + gamma)
+            cheaper = gamma / (1 + gamma) * (y - x0) ** 2 <= y**2
+            below_zero = np.where((above > 0) & cheaper, above, x0)
+            return np.where(x0 >= 0, np.maximum(above, 0), below_zero)
+        function, slope = functions[name]
+        x = invert(name, y, x0)
+        for _ in range(steps):
+            x = x - rate * 2 / x.size * ((function(x) - y) * slope(x) + gamma * (x - x0))
+        return x
+
+    data: dict[str, Any] = {"alpha": alpha, "gamma": gamma, "lr_rinv": rate, "num_steps_rinv": steps}
+    weights, biases, reverse, reverse_biases = [], [], [], []
+    for inputs, outputs in itertools.pairwise(sizes):
+        weights.append(2 * random.standard_normal((inputs, outputs)))
+        biases.append(0.3 * random.standard_normal((1, outputs)))
+        reverse.append(random.standard_normal((outputs, inputs)))
+        reverse_biases.append(0.3 * random.standard_normal((1, inputs)))
+    # for probabilities away from 0 and 1, next to which a loss has no digits left
+    weights[-1] /= 100
+    x, y = random.standard_normal((batch, sizes[0])), np.eye(sizes[-1])[random.integers(sizes[-1], size=batch)]
+    data |= {"x": x, "y": y}
+    for key, values in (("W", weights), ("b", biases), ("V", reverse), ("c", reverse_biases)):
+        data |= {f"{key}{layer}": value for layer, value in enumerate(values, 1)}
+
+    prefix, names = f"alg{algorithm}", [name] * (count - 1) + ["identity"]
+    x1, x2, x3 = [], [], [x]
+    for layer in range(count):
+        x1.append(x3[-1] @ weights[layer])
+        x2.append(x1[-1] + biases[layer])
+        x3.append(functions[names[layer]][0](x2[-1]))
+    share = np.exp(x3[-1] - x3[-1].max(1, keepdims=True))
+    share /= share.sum(1, keepdims=True)
+    data[f"{prefix}_loss"] = -np.mean(np.log(share[y == 1]))
+    wish = (share - y) / batch
+    t3 = x3[-1] - (1.0 if algorithm == 0 else alpha) * wish
+    for layer in reversed(range(count)):
+        slope = functions[names[layer]][1]
+        mean = batch * sizes[layer + 1]
+        if algorithm == 0:
+            wish = wish * slope(x2[layer])
+            error, t2, t1 = wish, x2[layer] - wish, x1[layer] - wish
+            wish = wish @ weights[layer].T
+            t3_below = x3[layer] - wish
+        elif algorithm == 3:
+            error = (x3[layer + 1] - t3) * slope(x2[layer])
+            reached, wanted = (
+                functions[name][0](h @ reverse[layer] + reverse_biases[layer]) for h in (x3[layer + 1], t3)
+            )
+            t3_below = x3[layer] - reached + wanted
+        else:
+            w = weights[layer]
+            if algorithm == 1:
+                t2 = invert(names[layer], t3, x2[layer])
+                t1, operator = t2 - biases[layer], np.linalg.pinv(w)
+            else:
+                t2 = invert_regularized(names[layer], t3, x2[layer])
+                t1 = (t2 - biases[layer] + gamma * x1[layer]) / (1 + gamma)
+                operator = w.T @ np.linalg.inv(w @ w.T + gamma * np.eye(len(w)))
+            error, t3_below = x2[layer] - t2, x3[layer] + (t1 - x1[layer]) @ operator
+        gradient = x3[layer].T @ error / mean
+        data[f"{prefix}_gW_{layer + 1}"] = gradient
+        data[f"{prefix}_gb_{layer + 1}"] = error.sum(0, keepdims=True) / mean
+        data[f"{prefix}_Wafter_{layer + 1}"] = weights[layer] - 3e-3 * gradient / np.sqrt(
+            0.9 + 0.1 * gradient**2 + 1e-10
+        )
+        data |= {f"{prefix}_x2_{layer + 1}": x2[layer], f"{prefix}_x3_{layer + 1}": x3[layer + 1]}
+        data[f"{prefix}_t3_{layer + 1}"] = t3
+        if algorithm in (1, 2):
+            data |= {f"{prefix}_t2_{layer + 1}": t2, f"{prefix}_t1_{layer + 1}": t1}
+        t3 = t3_below
+    data[f"{prefix}_t3_0"] = t3
+    return {key: torch.from_numpy(np.asarray(value)) for key, value in data.items()}
+
+
+@pytest.mark.parametrize("algorithm", [0, 1, 2, 3])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu", "identity"])
+@pytest.mark.parametrize(("sizes", "batch"), [([6, 5, 4, 3], 7), ([3, 5, 7, 4, 3], 1)])
+def test_equals_the_published_equations(name: Any, algorithm: int, sizes: list[int], batch: int) -> None:
+    """Other activations and sizes, narrowing and widening, than those of the stored numbers; and saturated units."""
+    data = run_published(name, algorithm, sizes, batch)
+    beyond = {"tanh": math.atanh(0.99), "sigmoid": math.log(99), "relu": 0.0, "identity": 0.0}[name]
+    assert batch == 1 or bool((data[f"alg{algorithm}_x2_1"].abs() > beyond).any())
+    assert_equals_seely(data, algorithm, name)
 
 
 def test_equals_the_published_code_of_lee() -> None:
@@ -581,6 +712,13 @@ def test_tie_needs_mirrored_sizes() -> None:
     decoder.tie(encoder)
     with pytest.raises(ValueError, match="that is tied itself"):
         tpext.nn.TargetLinear(4, 3).tie(decoder)
+    square = tpext.nn.TargetLinear(3, 3)
+    with pytest.raises(ValueError, match="encoder must be another layer"):
+        square.tie(square)
+    with pytest.raises(ValueError, match=r"encoder must have weights of this layer's dtype, torch.float32, got torch"):
+        square.tie(tpext.nn.TargetLinear(3, 3, dtype=torch.float64))
+    with pytest.raises(TypeError, match="encoder must be a TargetLinear, got Linear"):
+        square.tie(nn.Linear(3, 3))
     for sizes in ([4, 3, 3, 4], [4, 3, 5]):
         with pytest.raises(ValueError, match="MLP: sizes must be an odd number of sizes, the same from both ends"):
             tpext.nn.MLP(sizes, tied=True)
@@ -772,3 +910,60 @@ def test_rule_setter_guards_the_parameters() -> None:
         layer.rule = DifferenceTargetPropagation()
     with pytest.raises(TypeError, match="rule must be"):
         layer.rule = "bp"
+
+
+@pytest.mark.parametrize("rule", [*TARGET_RULES, tpext.Kaczmarz()], ids=lambda rule: type(rule).__name__)
+def test_the_next_module_may_work_in_place(rule: Any) -> None:
+    """As after ``torch.nn.Linear``: of an identity layer nothing is kept that ``nn.ReLU(inplace=True)`` would spoil."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, requires_grad=True)
+    first, second = TargetLinear(4, 4, rule=rule), TargetLinear(4, 2, rule=rule)
+    grads = []
+    for inplace in (False, True):
+        nn.Sequential(first, nn.ReLU(inplace), second)(x).square().sum().backward()
+        grads.append([value.grad for value in (x, first.weight, second.weight)])
+        for value in (x, first.weight, first.bias, second.weight, second.bias):
+            value.grad = None
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["tanh", "relu", "leaky_relu"])
+def test_ridge_without_regularisation_is_its_limit(name: Any) -> None:
+    x, d = torch.randn(5, 4, dtype=DOUBLE), 0.1 * torch.randn(5, 3, dtype=DOUBLE)
+    layer = TargetLinear(4, 3, activation=name, rule=RegularizedLeastSquares(0.0, "ridge", clip=1e-9), dtype=DOUBLE)
+    at_zero = layer.input_displacement(x, d)
+    layer.rule = RegularizedLeastSquares(1e-11, "ridge")
+    torch.testing.assert_close(at_zero, layer.input_displacement(x, d), rtol=1e-5, atol=1e-6)
+
+
+def test_rule_of_a_network_changes_everywhere_or_nowhere() -> None:
+    net = MLP([4, 3, 2], rule=tpext.ConstrainedLeastSquares())
+    net.append(TargetLinear(2, 2, rule=DifferenceTargetPropagation()))
+    with pytest.raises(ValueError, match="strict=False"):
+        net.rule = Backprop()
+    assert [type(layer.rule) for layer in net[:2]] == [tpext.ConstrainedLeastSquares] * 2
+
+
+def test_reconstruction_loss_of_a_network_ignores_autocast() -> None:
+    torch.manual_seed(0)
+    net, x = MLP([8, 6, 4], rule=DifferenceTargetPropagation()), torch.randn(7, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = net.reconstruction_loss(x)
+    assert torch.equal(under_autocast, net.reconstruction_loss(x))
+
+
+def test_stream_refuses_what_it_would_not_do() -> None:
+    x, labels = torch.rand(3, 4), torch.tensor([0, 1, 0])
+    net = MLP([4, 3, 2], "relu", rule=tpext.Kaczmarz())
+    net[0].bias.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"MLP.stream: 0.bias must require grad"):
+        net.stream(x, labels)
+    net = MLP([4, 3, 2], "relu", rule=tpext.Kaczmarz()).append(nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="got a Linear in it"):
+        net.stream(x, labels)
+
+
+def test_unused_activation_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="name must be one of"):
+        MLP([3, 2], activation="nope")

@@ -289,7 +289,8 @@ class RegularizedLeastSquares:
 
     Args:
         gamma: weight of the second term, >= 0. As it grows nothing is handed down, and with ``local_loss="post"`` the
-            layer's own gradients stay as they are. 0 is ``ConstrainedLeastSquares(clip=clip)``.
+            layer's own gradients stay as they are. 0 is ``ConstrainedLeastSquares(clip=clip)``, about zero in form
+            "ridge".
         form: "proximal" or "ridge".
         target_step: size of the displacement, ``d = -target_step * g``, > 0.
         clip: for ``gamma = 0`` alone: as in ``ConstrainedLeastSquares``.

@@ -35,26 +35,30 @@ from tpext.rules import (
 
 def _move_preactivation(
     displacement: Tensor,
-    preactivation: Tensor,
-    output: Tensor,
+    preactivation: Tensor | None,
+    output: Tensor | None,
     activation: Activation,
     rule: ConstrainedLeastSquares | RegularizedLeastSquares,
 ) -> Tensor:
     """``z``: by how much the pre-activation should move for the output to move by ``displacement``."""
     gamma = exact_number(rule, "gamma") if isinstance(rule, RegularizedLeastSquares) else 0.0
+    form = rule.form if isinstance(rule, RegularizedLeastSquares) else "proximal"
     clip = exact_number(rule, "clip")
-    if not activation.reference_compat:
-        # where there is a way, not by a difference of outputs, next to which a displacement may be small
-        if activation.name == "identity":
-            return displacement / (1 + gamma)
-        if isinstance(rule, RegularizedLeastSquares) and gamma > 0 and rule.form == "proximal":
-            name, slope = activation.name, activation.slope
-            return act_displacement(displacement, preactivation, name, slope, gamma)  # type: ignore[no-any-return]
+    # where there is a way, not by a difference of outputs, next to which a displacement may be small
+    if activation.name == "identity":
+        # the published inverse ignores gamma
+        return displacement if activation.reference_compat else displacement / (1 + gamma)
+    assert preactivation is not None
+    assert output is not None
+    if gamma > 0 and form == "proximal" and not activation.reference_compat:
+        name, slope = activation.name, activation.slope
+        return act_displacement(displacement, preactivation, name, slope, gamma)  # type: ignore[no-any-return]
 
     def inverse(target: Tensor) -> Tensor:
-        if isinstance(rule, ConstrainedLeastSquares) or gamma == 0:
-            return activation.inverse(target, preactivation, clip)
-        return activation.regularized_inverse(target, preactivation, gamma, rule.form)
+        if gamma > 0:
+            return activation.regularized_inverse(target, preactivation, gamma, form)
+        center = preactivation if form == "proximal" else torch.zeros_like(preactivation)
+        return activation.inverse(target, center, clip)
 
     moved = inverse(output + displacement)
     return moved - preactivation if activation.reference_compat else moved.sub_(inverse(output))
@@ -74,8 +78,11 @@ def _move_input(
     return input.view(*moved.shape[:-1], weight.shape[1])
 
 
-def _local_gradient(grad: Tensor, output: Tensor, activation: Activation) -> Tensor:
+def _local_gradient(grad: Tensor, output: Tensor | None, activation: Activation) -> Tensor:
     """``g * a'``, one step of the chain rule, from the activation's output, which needs no tanh anew."""
+    if activation.name == "identity":
+        return grad
+    assert output is not None
     if activation.name == "tanh":
         return torch.ops.aten.tanh_backward(grad, output)  # type: ignore[no-any-return]
     if activation.name == "sigmoid":
@@ -105,11 +112,13 @@ def _kaczmarz_options(rule: Kaczmarz) -> dict[str, Any]:
     return {**numbers, "dx": rule.dx, "update": rule.update, "first": rule.first}
 
 
-def _move_units(displacement: Tensor, preactivation: Tensor, output: Tensor, units: Units) -> Tensor:
+def _move_units(displacement: Tensor, preactivation: Tensor | None, output: Tensor | None, units: Units) -> Tensor:
     """By how much the pre-activation should move for the output to move by ``displacement``."""
     if units.name == "identity":
         # not by a difference of outputs, next to which a displacement may be small
         return displacement
+    assert preactivation is not None
+    assert output is not None
     return units.input_target(output + displacement, preactivation) - preactivation
 
 
@@ -122,7 +131,12 @@ class _TargetFunction(torch.autograd.Function):
     ) -> Tensor:
         preactivation = functional.linear(input, weight, bias)
         output = activation(preactivation)
-        ctx.save_for_backward(input, weight, output, *(reverse if reverse else (preactivation,)))
+        kept: tuple[Tensor | None, ...] = (output, *(reverse or (preactivation,)))
+        if activation.name == "identity":
+            # The next module may change this output in place, as after torch.nn.Linear; only a learned inverse needs
+            # it again.
+            kept = (output.clone(), *reverse) if reverse else (None, None)
+        ctx.save_for_backward(input, weight, *kept)
         ctx.activation, ctx.has_bias = activation, bias is not None
         return output
 
@@ -411,7 +425,8 @@ class TargetLinear(nn.Module):
             encoder: a layer from M to N features, itself not tied to another.
 
         Raises:
-            ValueError: sizes that do not mirror this layer's, a tied layer.
+            TypeError: ``encoder`` is no such layer.
+            ValueError: sizes that do not mirror this layer's, a tied layer, this layer itself, another dtype or device.
 
         >>> import tpext
         >>> encoder, decoder = tpext.nn.TargetLinear(8, 3), tpext.nn.TargetLinear(3, 8)
@@ -419,6 +434,16 @@ class TargetLinear(nn.Module):
         >>> decoder.weight is encoder.weight
         True
         """
+        if not isinstance(encoder, TargetLinear):
+            raise TypeError(f"TargetLinear.tie: encoder must be a TargetLinear, got {type(encoder).__name__}")
+        if encoder is self:
+            raise ValueError("TargetLinear.tie: encoder must be another layer, got this one")
+        for name in ("dtype", "device"):
+            if getattr(encoder.weight, name) != getattr(self.weight, name):
+                raise ValueError(
+                    f"TargetLinear.tie: encoder must have weights of this layer's {name}, "
+                    f"{getattr(self.weight, name)}, got {getattr(encoder.weight, name)}"
+                )
         mirrored = (self.out_features, self.in_features)
         if (encoder.in_features, encoder.out_features) != mirrored or encoder.transposed:
             raise ValueError(
@@ -440,13 +465,16 @@ class TargetLinear(nn.Module):
 
     @rule.setter
     def rule(self, rule: LayerRule) -> None:
+        self._check_change(rule)
+        self._rule = rule
+
+    def _check_change(self, rule: LayerRule) -> None:
         _check_rule(rule, self.activation, self.reverse_activation)
         if isinstance(rule, DifferenceTargetPropagation) is not isinstance(self._rule, DifferenceTargetPropagation):
             raise ValueError(
                 f"TargetLinear: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; make "
-                "a layer with the rule and load this one's state_dict"
+                "a layer with the rule and load this one's state_dict with strict=False"
             )
-        self._rule = rule
 
     def _load_from_state_dict(
         self,
@@ -660,6 +688,8 @@ class MLP(nn.Sequential):
     ) -> None:
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be two or more, got {list(sizes)}")
+        # checked even if there is no layer in between
+        activation = _as_activation(activation)
         if tied and (len(sizes) % 2 == 0 or list(sizes) != list(sizes)[::-1]):
             raise ValueError(
                 f"MLP: sizes must be an odd number of sizes, the same from both ends, for tied=True, got {list(sizes)}"
@@ -702,7 +732,11 @@ class MLP(nn.Sequential):
 
     @rule.setter
     def rule(self, rule: LayerRule) -> None:
-        for layer in self._layers():
+        layers = list(self._layers())
+        # none is changed if one of them refuses
+        for layer in layers:
+            layer._check_change(rule)
+        for layer in layers:
             layer.rule = rule
 
     def reconstruction_loss(self, input: Tensor, *, noise: float | None = None) -> Tensor:
@@ -728,13 +762,15 @@ class MLP(nn.Sequential):
         >>> net[1].reverse_weight.grad.shape, net[0].reverse_weight.grad
         (torch.Size([6, 4]), None)
         """
-        losses, output = [], input
-        for index, layer in enumerate(self):
-            if isinstance(layer, TargetLinear) and (index > 0 or input.requires_grad or len(self) == 1):
-                losses.append(layer.reconstruction_loss(output, noise=noise))
-            with torch.no_grad():
-                output = layer(output)
-        return torch.stack(losses).sum()
+        losses = []
+        with full_precision(input.device.type):
+            output = input.to(next(self._layers()).weight.dtype)
+            for index, layer in enumerate(self):
+                if isinstance(layer, TargetLinear) and (index > 0 or input.requires_grad or len(self) == 1):
+                    losses.append(layer.reconstruction_loss(output, noise=noise))
+                with torch.no_grad():
+                    output = layer(output)
+            return torch.stack(losses).sum()
 
     def stream(self, input: Tensor, labels: Tensor, output: Output = "clamp", start: float = 0.0) -> StreamResult:
         """Learn samples one after another in a single call, the parameters updated in place after each.
@@ -751,10 +787,11 @@ class MLP(nn.Sequential):
             Predictions and the running accuracy, of decay 0.999 (:func:`tpext.ops.kaczmarz.running_accuracy`).
 
         Raises:
-            RuntimeError: the layers' rule is not one ``Kaczmarz``.
+            RuntimeError: the layers' rule is not one ``Kaczmarz``, or there are other modules among them.
             ValueError: it has not ``update="average"`` and ``first="input"``; activations other than relu, and the
-            identity for the last; tied layers; a shape, dtype, device or label that
-            :func:`tpext.ops.kaczmarz_train` does not take.
+            identity for the last; tied layers or frozen parameters; a shape, dtype, device or label that
+            :func:`tpext.ops.kaczmarz_train` does not take. Weights that overflow, or have no inverse where
+            ``dx="regularized"`` and ``dx_reg=0`` ask for one, become NaN without an error.
 
         >>> import torch, tpext
         >>> net = tpext.nn.MLP([4, 8, 3], "relu", rule=tpext.Kaczmarz())
@@ -765,6 +802,12 @@ class MLP(nn.Sequential):
         rule, last = layers[0].rule, layers[-1]
         if not isinstance(rule, Kaczmarz) or any(layer.rule != rule for layer in layers):
             raise RuntimeError(f"MLP.stream needs rule=tpext.Kaczmarz(), one for all layers, the rule is {self.rule}")
+        if len(layers) < len(self):
+            other = next(module for module in self if not isinstance(module, TargetLinear))
+            raise RuntimeError(f"MLP.stream needs a network of TargetLinear alone, got a {type(other).__name__} in it")
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                raise ValueError(f"MLP.stream: {name} must require grad, as it is changed, got a frozen parameter")
         for name, only in (("update", "average"), ("first", "input")):
             if getattr(rule, name) != only:
                 raise ValueError(f"MLP.stream: rule must have {name}={only!r}, got {getattr(rule, name)!r}")
