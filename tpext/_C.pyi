@@ -80,9 +80,10 @@ def kaczmarz_train(
     """
 
 def regularized_inverse(weight: object, reg: float, inverse: object, status: object, execution: Execution) -> int:
-    """Write ``inverse [batch, N, M]`` and ``status [batch]``, and return how many statuses are not 0.
+    """Write ``inverse [..., N, M]`` of ``weight [..., M, N]`` and ``status [batch]``; return how many of it are not 0.
 
-    0: inverted; 1: NaN or infinity in the weight; 2: singular or overflow. ``inverse`` is written for 0 only.
+    0: inverted; 1: NaN or infinity in the weight; 2: singular or overflow. ``inverse`` is written for 0 only. On the
+    CPU ``status`` may be None, where only their number matters. Batch is the product of the leading sizes.
 
     On CUDA, where M and N are at most 128, the kernel is only enqueued: the return value is 0 whatever comes of it
     (read ``status`` yourself), and an inverse that fails is filled with NaN.
@@ -91,9 +92,9 @@ def regularized_inverse(weight: object, reg: float, inverse: object, status: obj
 def regularized_solve(
     weight: object, rhs: object, reg: float, solution: object, status: object, execution: Execution
 ) -> int:
-    """Write ``solution [batch, K, N]`` for ``rhs [batch, K, M]``, and ``status``, as ``regularized_inverse`` does.
+    """Write ``solution [..., K, N]`` for ``rhs [..., K, M]``, and ``status``, as ``regularized_inverse`` does.
 
-    On the CPU only, ``min(M, N) <= 64`` and ``max(M, N) <= 128``.
+    On the CPU only.
     """
 
 def rnn_plan(
