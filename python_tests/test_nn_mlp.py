@@ -967,3 +967,15 @@ def test_stream_refuses_what_it_would_not_do() -> None:
 def test_unused_activation_is_checked_too() -> None:
     with pytest.raises(ValueError, match="name must be one of"):
         MLP([3, 2], activation="nope")
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "identity"])
+def test_a_large_gamma_hands_down_back_propagations_direction(name: Any, bias: bool) -> None:
+    gamma = 1e6
+    layer = TargetLinear(5, 4, bias, activation=name, rule=RegularizedLeastSquares(gamma), dtype=DOUBLE)
+    x, d = torch.randn(7, 5, dtype=DOUBLE), torch.randn(7, 4, dtype=DOUBLE)
+    moved = layer.input_displacement(x, d) * gamma**2 * (1 + gamma if bias else 1)
+    layer.rule = Backprop()
+    exact = layer.input_displacement(x, d)
+    torch.testing.assert_close(moved, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))

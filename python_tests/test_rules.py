@@ -50,7 +50,7 @@ def test_defaults():
     assert dataclasses.asdict(Backprop()) == {}
     least_squares = {"target_step": 1.0, "clip": 1e-2, "normalize": True, "local_loss": "post"}
     assert dataclasses.asdict(ConstrainedLeastSquares()) == least_squares
-    assert dataclasses.asdict(RegularizedLeastSquares()) == {"gamma": 1e-2, "form": "proximal", **least_squares}
+    assert dataclasses.asdict(RegularizedLeastSquares()) == {"gamma": 1.0, "form": "proximal", **least_squares}
     assert dataclasses.asdict(DifferenceTargetPropagation()) == {
         "target_step": 1.0,
         "noise": 0.0,

@@ -31,7 +31,7 @@ TOY_ITERATIONS = 3_000
 DEFAULT_RULES: dict[type[LayerRule], LayerRule] = {
     Backprop: Backprop(),
     ConstrainedLeastSquares: ConstrainedLeastSquares(clip=0.4),
-    RegularizedLeastSquares: RegularizedLeastSquares(gamma=0.1),
+    RegularizedLeastSquares: RegularizedLeastSquares(gamma=1.0),
     DifferenceTargetPropagation: DifferenceTargetPropagation(noise=0.1),
     Kaczmarz: Kaczmarz(dx="regularized"),
 }
