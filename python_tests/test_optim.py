@@ -116,6 +116,14 @@ def test_bad_options_are_named(optimizer: Any) -> None:
             optimizer([parameter], **{name: value})
     with pytest.raises(ValueError, match=r"alpha must be a finite number >= 0 and < 1, got 1\.0"):
         optimizer([parameter], alpha=1.0)
+    for name, value in (("lr", -1.0), ("momentum", 1.0), ("eps", float("nan"))):
+        group = {"params": [torch.nn.Parameter(torch.zeros(1))], name: value}
+        with pytest.raises(ValueError, match=f"^{optimizer.__name__}: {name} must be a finite number >= 0"):
+            optimizer([{"params": [parameter]}, group])
+        steps = optimizer([parameter])
+        with pytest.raises(ValueError, match=f"^{optimizer.__name__}: {name} must be a finite number >= 0"):
+            steps.add_param_group(group)
+        assert len(steps.param_groups) == 1
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

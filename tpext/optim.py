@@ -25,10 +25,15 @@ class _RMSprop(torch.optim.Optimizer):
     """What both variants share: options, the loop over parameters, a step along the momentum's sum."""
 
     def __init__(self, params: Iterable[Any], **options: float) -> None:
-        name = type(self).__name__
-        for option, value in options.items():
-            _check_number(name, option, value, 1.0 if option in ("alpha", "momentum") else math.inf)
         super().__init__(params, options)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; ValueError for an option out of its range, as when the optimizer is made."""
+        for option, value in {**self.defaults, **param_group}.items():
+            if option in self.defaults:
+                bound = 1.0 if option in ("alpha", "momentum") else math.inf
+                _check_number(type(self).__name__, option, value, bound)
+        super().add_param_group(param_group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
