@@ -223,6 +223,20 @@ def test_units_equal_the_oracle(name: Any, version: Any) -> None:
     close(units.input_target(y, z).view(10, 7), oracle.units_target(flat_y, flat_z, name, version))
 
 
+def test_the_first_of_equals_are_hot() -> None:
+    z = torch.randint(0, 2, (3, 400)).double()
+    assert z.sum(-1).max() < 300
+    for count in (1, 30, 300):
+        close(n_hot(z, count), oracle.n_hot(z, count))
+
+
+def test_soft_targets_are_taken_as_they_are() -> None:
+    z, soft = torch.zeros(2, 2, requires_grad=True), torch.tensor([[0.1, 0.9], [0.5, 0.5]])
+    HotTargetLoss("direct")(z, soft).backward()
+    assert z.grad is not None
+    assert torch.equal(z.grad, -soft)
+
+
 # Properties
 
 
@@ -682,8 +696,12 @@ def test_the_step_refuses_wrong_arguments(change: dict[str, Any], message: str) 
 
 def test_singular_systems_are_named() -> None:
     x = torch.ones(2, 5)
-    with pytest.raises(SingularError, match="reg=0"):
-        kaczmarz_step(torch.ones(2, 4), x, torch.randn(4, 5), False, update="exact")
+    for bias, rows in ((False, "x"), (True, r"\[x 1\]")):
+        expected = f"kaczmarz_step: the batch's rows {rows} are not of full rank to .* float32.* and batch_reg=0.0; use"
+        with pytest.raises(SingularError, match=expected):
+            kaczmarz_step(torch.ones(2, 4), x, torch.randn(4, 5), bias, update="exact")
+    with pytest.raises(SingularError, match=r"kaczmarz_step: weight is not of full rank .* and dx_reg=0\.0; use"):
+        kaczmarz_step(torch.ones(2, 4), x, torch.ones(4, 5), True, Units("relu"), dx="regularized", dx_reg=0.0)
 
 
 ARGUMENTS: dict[str, Any] = {
@@ -800,14 +818,24 @@ def test_only_this_rule_has_a_stream(rule: Any) -> None:
     ("call", "message"),
     [
         (lambda: Units("gelu"), "Units: name must be one of 'identity', .*, got 'gelu'"),
-        (lambda: Units("n_hot", 0), "Units: count must be >= 1, got 0"),
+        (lambda: Units("n_hot", 0), "Units: count must be an integer >= 1, got 0"),
+        (lambda: Units("n_hot", 2.5), "Units: count must be an integer >= 1, got 2.5"),  # type: ignore[arg-type]
         (lambda: Units("relu", version="v1"), "Units: version must be one of 'head', 'v0', got 'v1'"),
-        (lambda: n_hot(torch.zeros(2, 3), 4), r"n_hot: count must lie in 1\.\.M=3, got 4"),
+        (lambda: n_hot(torch.zeros(2, 3), 4), r"n_hot: count must be an integer in 1\.\.M=3, got 4"),
         (lambda: hot_target(torch.zeros(2), torch.zeros(3)), r"hot_target: target must be \[3\], got \[2\]"),
         (lambda: HotTargetLoss("max"), "hot_target: output must be one of 'clamp', 'swap', 'direct', got 'max'"),
         (
             lambda: HotTargetLoss()(torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)),
             r"HotTargetLoss: target must be \[2\] int64 classes, got \[3\] int64",
+        ),
+        (
+            lambda: HotTargetLoss()(torch.zeros(2, 3), torch.tensor([0, 3])),
+            r"HotTargetLoss: target must lie in 0\.\.M-1=2, got \[0, 3\]",
+        ),
+        (lambda: HotTargetLoss()(torch.zeros(3), torch.tensor(-1)), "HotTargetLoss: target must lie in .*, got -1"),
+        (
+            lambda: HotTargetLoss("swap")(torch.zeros(2), torch.tensor([0.1, 0.9])),
+            "HotTargetLoss: target must be ones and zeros with output='swap', got",
         ),
         (
             lambda: TargetLinear(3, 2, activation="tanh", rule=Kaczmarz()),

@@ -298,6 +298,7 @@ def test_published_numbers_of_linear_maps_and_biases(golden: dict[str, Tensor]) 
             check(f"lin_{shape}_frinv_g{gamma}", linear_inverse(y, x0, weight, gamma))
     b, x0, y = (golden[f"add_{key}"] for key in ("b", "x0", "y"))
     check("add_f", x0 + b)
+    b = b.view(-1)
     check("add_finv", bias_inverse(y, x0, b))
     check("add_frinv_g0p01", bias_inverse(y, x0, b, 0.01))
 
@@ -654,7 +655,7 @@ def test_forward_mode_is_refused() -> None:
     y, c = torch.randn(3), torch.randn(3)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="act_inverse: forward-mode"):
         Activation("tanh").inverse(torch.autograd.forward_ad.make_dual(y, c), c)
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="act_displacement: forward"):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"act_.* no derivative"):
         act_displacement(torch.autograd.forward_ad.make_dual(y, c), c, "tanh", SLOPE, 0.1)
 
 
@@ -668,6 +669,16 @@ def test_autocast_computes_in_float32(method: Any) -> None:
         moved = act_displacement(arguments[0].bfloat16(), arguments[0], "tanh", SLOPE, 0.1)
     assert torch.equal(actual, expected)
     assert alone.dtype == moved.dtype == torch.float32
+    # as the ops do: arguments of lower precision become float32
+    lower = [argument.bfloat16() for argument in arguments]
+    with pytest.raises(
+        ValueError, match=r"must be float32 or float64, got bfloat16; for lower precision use torch\.auto"
+    ):
+        layer_inverse(*lower, "tanh", method=method)
+    for function in (layer_inverse, layer_displacement):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = function(*lower, "tanh", method=method)
+        assert torch.equal(actual, function(*(argument.float() for argument in lower), "tanh", method=method))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.1])
@@ -773,12 +784,52 @@ def test_the_layer_refuses_wrong_arguments(change: dict[str, Any], message: str)
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": torch.zeros(6)}, r"target must be \[5, 6\], got \[6\]"),
+        ({"input": torch.zeros(5, 3)}, r"input must be \[\.\.\., N=4\], got \[5, 3\]"),
+        ({"input": torch.zeros(())}, r"input must be \[\.\.\., N=4\], got \[\]"),
+        ({"weight": torch.zeros(1, 6, 4)}, r"weight must be \[M, N\], got \[1, 6, 4\]"),
+        ({"inverse": torch.zeros(6, 4)}, r"inverse must be \[4, 6\], got \[6, 4\]"),
+        ({"gamma": -1.0, "inverse": torch.zeros(4, 6)}, "gamma must be a finite number >= 0, got -1.0"),
+        ({"gamma": float("nan"), "inverse": torch.zeros(4, 6)}, "gamma must be a finite number >= 0, got nan"),
+        ({"form": "tikhonov"}, "form must be one of 'proximal', 'ridge', got 'tikhonov'"),
+    ],
+    ids=str,
+)
+def test_the_linear_map_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {"target": torch.zeros(5, 6), "input": torch.zeros(5, 4), "weight": torch.randn(6, 4)}
+    with pytest.raises(ValueError, match=f"linear_inverse: {message}"):
+        linear_inverse(**arguments | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": torch.zeros(1, 3)}, r"target must be \[2, 3\], got \[1, 3\]"),
+        ({"input": torch.zeros(())}, r"input must be \[\.\.\., M\], got \[\]"),
+        ({"bias": torch.zeros(3, 1)}, r"bias must be \[3\], got \[3, 1\]"),
+        ({"gamma": -1.0}, "gamma must be a finite number >= 0, got -1.0"),
+    ],
+    ids=str,
+)
+def test_the_bias_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    arguments = {"target": torch.zeros(2, 3), "input": torch.zeros(2, 3), "bias": torch.zeros(3)}
+    with pytest.raises(ValueError, match=f"bias_inverse: {message}"):
+        bias_inverse(**arguments | change)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"name": "gelu"}, "Activation: name must be one of"),
         ({"name": "tanh", "slope": 0.0}, "Activation: slope must be a finite number > 0"),
         ({"name": "tanh", "learning_rate": -1.0}, "Activation: learning_rate must be a finite number > 0"),
-        ({"name": "tanh", "num_steps": -1}, "Activation: num_steps must be >= 0"),
+        ({"name": "tanh", "learning_rate": "x"}, "Activation: learning_rate must be a finite number > 0, got 'x'"),
+        ({"name": "tanh", "slope": True}, "Activation: slope must be a finite number > 0, got True"),
+        ({"name": "tanh", "num_steps": -1}, "Activation: num_steps must be an integer >= 0, got -1"),
+        ({"name": "tanh", "num_steps": 1.5}, "Activation: num_steps must be an integer >= 0, got 1.5"),
+        ({"name": "tanh", "reference_compat": "yes"}, "Activation: reference_compat must be True or False, got 'yes'"),
     ],
     ids=str,
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tpext.ops._library import dtype_name
+from tpext.ops._library import are_plain, dtype_name, on_cuda
 from tpext.ops.kaczmarz import Output, hot_target
 
 
@@ -38,15 +38,26 @@ class HotTargetLoss(torch.nn.Module):
 
         Args:
             input: ``z``, ``[..., M]``.
-            target: classes, ``[...]`` int64; or ones and zeros, ``[..., M]`` (n-hot and binary outputs).
+            target: classes, ``[...]`` int64; or ones and zeros, ``[..., M]`` (n-hot and binary outputs; "direct" takes
+                any numbers).
+
+        Raises:
+            ValueError: a wrong shape or dtype, or a target of other values (not on CUDA, where looking would wait).
         """
+        looks = are_plain((target,)) and not on_cuda(target)
         if target.dim() < input.dim():
             if target.shape != input.shape[:-1] or target.dtype != torch.int64:
                 raise ValueError(
                     f"HotTargetLoss: target must be {list(input.shape[:-1])} int64 classes, got {list(target.shape)} "
                     f"{dtype_name(target.dtype)}"
                 )
+            if looks and not bool(((target >= 0) & (target < input.shape[-1])).all()):
+                raise ValueError(
+                    f"HotTargetLoss: target must lie in 0..M-1={input.shape[-1] - 1}, got {target.tolist()}"
+                )
             target = torch.zeros_like(input).scatter(-1, target[..., None], 1.0)
+        elif looks and self.output != "direct" and not bool(((target == 0) | (target == 1)).all()):
+            raise ValueError(f"HotTargetLoss: target must be ones and zeros with output={self.output!r}, got {target}")
         return 0.5 * (input - hot_target(target, input.detach(), self.output)).square().sum()
 
 

@@ -4,17 +4,37 @@ One module an op family. Each op has a schema, a CPU implementation, a fake one 
 tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
-from tpext.ops.kaczmarz import Units, kaczmarz_step, kaczmarz_train
-from tpext.ops.layer_inverse import Activation, bias_inverse, layer_displacement, layer_inverse, linear_inverse
+from tpext.ops.kaczmarz import (
+    KaczmarzStep,
+    Units,
+    hot_target,
+    kaczmarz_step,
+    kaczmarz_train,
+    n_hot,
+    running_accuracy,
+)
+from tpext.ops.layer_inverse import (
+    Activation,
+    act_displacement,
+    act_inverse,
+    bias_inverse,
+    layer_displacement,
+    layer_inverse,
+    linear_inverse,
+)
 from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
 from tpext.ops.rnn_scan import input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 
 __all__ = [
     "Activation",
+    "KaczmarzStep",
     "SingularError",
     "Units",
+    "act_displacement",
+    "act_inverse",
     "bias_inverse",
+    "hot_target",
     "input_projection",
     "kaczmarz_step",
     "kaczmarz_train",
@@ -22,7 +42,9 @@ __all__ = [
     "layer_inverse",
     "learned_target_rnn",
     "linear_inverse",
+    "n_hot",
     "regularized_inverse",
     "regularized_solve",
+    "running_accuracy",
     "target_rnn",
 ]

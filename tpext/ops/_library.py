@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import torch
 import torch.utils.dlpack
@@ -23,6 +24,7 @@ NONLINEARITIES = ("tanh", "relu", "identity")
 Execution: TypeAlias = int | tuple[int, str, object | None] | tuple[int, str, None, int, object, object]
 
 CREDITS = ("local", "through_time")
+PLAIN_RNN = "use torch.autograd.grad, or torch.nn.RNN, which tpext.nn.RNN.to_torch() gives"
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -216,6 +218,17 @@ def _capsule(tensor: Tensor) -> object:
     return torch.utils.dlpack.to_dlpack(tensor)  # type: ignore[attr-defined]
 
 
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an int, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether ``value`` is a real number, and not a bool."""
+    # float first, as the compiler knows nothing of abstract classes
+    return isinstance(value, (float, numbers.Real)) and not isinstance(value, bool)
+
+
 def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:
@@ -244,7 +257,7 @@ def check_scan(
     Raises:
         ValueError: naming the argument, what was expected and what came.
     """
-    refuse_forward_mode(op)
+    refuse_forward_mode(op, PLAIN_RNN)
     first, symbols = tensors[leading]
     assert first is not None
     if first.dim() != len(symbols):
@@ -285,15 +298,14 @@ def check_scan(
         check_choice(op, "nonlinearity", nonlinearity, NONLINEARITIES)
 
 
-def refuse_forward_mode(op: str) -> None:
+def refuse_forward_mode(op: str, advice: str = "use torch.autograd.grad") -> None:
     """Raise NotImplementedError in a forward-mode context, where the op would drop tangents silently.
 
     Under ``torch.func.jvp`` the tangents themselves cannot be seen from inside an op.
     """
     if forward_ad._current_level >= 0:
         raise NotImplementedError(
-            f"{op}: forward-mode differentiation (torch.func.jvp, jacfwd) is not supported; use torch.autograd.grad, "
-            "or torch.nn.RNN, which tpext.nn.RNN.to_torch() gives"
+            f"{op}: forward-mode differentiation (torch.func.jvp, jacfwd) is not supported; {advice}"
         )
 
 

@@ -12,9 +12,10 @@ sample the least change of its weights that gives the moved input the target, an
     [dW db] = relaxation R' (X X' + batch_reg I)^-1 X,   X = [x'' 1], the whole batch at once                   "exact"
 
 without the ones in a layer without bias. "average" is normalised least mean squares (Kaczmarz's projection for ``B =
-1``, Cimmino's averaged ones above); a sample with ``X = 0`` asks for nothing. With ``B = 1``, ``relaxation = 1`` and
-``damping = 0`` the layer then maps ``x''`` to ``y'`` to rounding, and so it does any batch of linearly independent rows
-with "exact" and ``batch_reg = 0``. The layer below gets ``x''`` for its target.
+1``, Cimmino's averaged ones above); a sample with ``X = 0`` asks for nothing. Of ``k`` micro-batches, accumulated
+gradients are the sum of ``k`` updates: ``k`` times the averaged one. With ``B = 1``, ``relaxation = 1`` and ``damping =
+0`` the layer then maps ``x''`` to ``y'`` to rounding, and so it does any batch of linearly independent rows with
+"exact" and ``batch_reg = 0``. The layer below gets ``x''`` for its target.
 
 Every update is three products, and nothing of size ``B x M x N`` is formed. That is ``first="input"``; with
 ``"weights"`` (the published second version) the weights are solved for first, by the input as it is, ``x'' = x``, then
@@ -33,7 +34,6 @@ Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetpr
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -50,10 +50,12 @@ from tpext.ops._library import (
     dense,
     dtype_name,
     full_precision,
+    is_integer,
+    is_number,
     on_cuda,
     refuse_forward_mode,
 )
-from tpext.ops.regularized_inverse import regularized_inverse, regularized_solve
+from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
 
 Move = Literal["mean", "wnorm", "regularized"]
 Update = Literal["average", "exact"]
@@ -64,10 +66,8 @@ Output = Literal["clamp", "swap", "direct"]
 
 
 def _check_number(op: str, name: str, value: object) -> None:
-    if isinstance(value, (float, numbers.Real)) and not isinstance(value, bool):
-        number = float(value)
-        if 0 < number < 2 if name == "relaxation" else 0 <= number < math.inf:
-            return
+    if is_number(value) and (0 < value < 2 if name == "relaxation" else 0 <= value < math.inf):
+        return
     expected = "> 0 and < 2" if name == "relaxation" else ">= 0"
     raise ValueError(f"{op}: {name} must be a finite number {expected}, got {value!r}")
 
@@ -78,8 +78,8 @@ def n_hot(input: Tensor, count: int = 1) -> Tensor:
     >>> n_hot(torch.tensor([[3.0, 1.0, 2.0]]), 2)
     tensor([[1., 0., 1.]])
     """
-    if not 1 <= count <= input.shape[-1]:
-        raise ValueError(f"n_hot: count must lie in 1..M={input.shape[-1]}, got {count}")
+    if not is_integer(count) or not 1 <= count <= input.shape[-1]:
+        raise ValueError(f"n_hot: count must be an integer in 1..M={input.shape[-1]}, got {count!r}")
     chosen = input.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(input).scatter_(-1, chosen, 1.0)
 
@@ -147,8 +147,8 @@ class Units:
     def __post_init__(self) -> None:
         check_choice("Units", "name", self.name, get_args(UnitsName))
         check_choice("Units", "version", self.version, get_args(ReluVersion))
-        if self.count < 1:
-            raise ValueError(f"Units: count must be >= 1, got {self.count!r}")
+        if not is_integer(self.count) or self.count < 1:
+            raise ValueError(f"Units: count must be an integer >= 1, got {self.count!r}")
 
     def __call__(self, input: Tensor) -> Tensor:
         """The output for ``z [..., M]``."""
@@ -319,7 +319,13 @@ def _step_by_torch(
 def _moved(x: Tensor, d: Tensor, weight: Tensor, dx: Move, dx_reg: float) -> Tensor:
     """``x'``."""
     if dx == "regularized":
-        return torch.addmm(x, d, regularized_inverse(weight, dx_reg).mT)
+        try:
+            return torch.addmm(x, d, regularized_inverse(weight, dx_reg).mT)
+        except SingularError as error:
+            raise SingularError(
+                f"kaczmarz_step: weight is not of full rank to the precision of {dtype_name(x.dtype)}, or overflows "
+                f"it, with dx='regularized' and dx_reg={dx_reg}; use a larger dx_reg"
+            ) from error
     if dx == "wnorm":
         d = d * _reciprocal(weight.square().sum(-1))
     return torch.addmm(x, d, weight, alpha=1 / max(1, weight.shape[0]))
@@ -331,7 +337,14 @@ def _solve(
     """``dW`` and ``db``."""
     if update == "exact":
         rows = torch.cat([x, x.new_ones(len(x), 1)], 1) if has_bias else x
-        solution = regularized_solve(rows, residual.mT.contiguous(), batch_reg) * relaxation
+        try:
+            solution = regularized_solve(rows, residual.mT.contiguous(), batch_reg) * relaxation
+        except SingularError as error:
+            raise SingularError(
+                f"kaczmarz_step: the batch's rows {'[x 1]' if has_bias else 'x'} are not of full rank to the precision "
+                f"of {dtype_name(x.dtype)}, or overflow it, with update='exact' and batch_reg={batch_reg}; use a "
+                "larger batch_reg"
+            ) from error
         return (solution[:, :-1], solution[:, -1]) if has_bias else (solution, None)
     size = _reciprocal(x.square().sum(-1, keepdim=True) + (float(has_bias) + damping))
     step = residual * (size * (relaxation / max(1, x.shape[0])))
@@ -417,7 +430,7 @@ def _check_train(
     output: str,
 ) -> None:
     op = "kaczmarz_train"
-    refuse_forward_mode(op)
+    refuse_forward_mode(op, "it has no derivative")
     if input.dim() != 2:
         raise ValueError(f"{op}: input must be [K, N], got {list(input.shape)}")
     if input.dtype not in (torch.float32, torch.float64):

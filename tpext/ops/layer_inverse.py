@@ -19,7 +19,8 @@ activation: ``target = y`` and ``input = c`` of any one shape, float32 or float6
 ``gamma > 0`` it is regularised and any target has an answer, inside or outside the activation's range. With ``gamma =
 0`` it is constrained: the target of tanh and sigmoid is first brought ``clip`` inside the range, as beyond it no
 minimiser exists, and a target below relu's range gives ``min(c, 0)``. NaN in the target, or in an input that
-matters, gives NaN there; infinite targets and inputs have no defined result.
+matters, gives NaN there; infinite targets and inputs have no defined result, nor have targets of tanh and sigmoid
+beyond 1e18 in size (float64: 1e150), whose squares overflow.
 
 For tanh and sigmoid each of the two possible minima has a bracket, searched by safeguarded Halley steps: on the CPU by
 a kernel, each element until it has converged, for 128 steps at most; on CUDA by torch operations, 10 bisections and 8
@@ -49,8 +50,9 @@ numbers with ``reference_compat=True``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -58,6 +60,8 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     LOW_PRECISION,
+    autocasts,
+    cast,
     check_choice,
     check_like,
     define,
@@ -65,6 +69,8 @@ from tpext.ops._library import (
     dtype_name,
     execution,
     full_precision,
+    is_integer,
+    is_number,
     on_cuda,
     refuse_derivative,
     refuse_forward_mode,
@@ -84,7 +90,7 @@ _MOST_SMALL = 0.375
 
 
 def _check(op: str, name: str, target: Tensor, input: Tensor) -> None:
-    refuse_forward_mode(op)
+    refuse_forward_mode(op, "it has no derivative")
     if input.dtype not in (torch.float32, torch.float64):
         hint = "; for lower precision use torch.autocast" if input.dtype in LOW_PRECISION else ""
         raise ValueError(f"{op}: input must be float32 or float64, got {dtype_name(input.dtype)}{hint}")
@@ -94,6 +100,18 @@ def _check(op: str, name: str, target: Tensor, input: Tensor) -> None:
 def _check_gamma(op: str, gamma: float) -> None:
     if not 0 <= gamma < math.inf:
         raise ValueError(f"{op}: gamma must be a finite number >= 0, got {gamma}")
+
+
+def _check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{op}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+
+
+def _check_product(op: str, input: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"{op}: weight must be [M, N], got {list(weight.shape)}")
+    if input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: input must be [..., N={weight.shape[1]}], got {list(input.shape)}")
 
 
 def _check_activation(op: str, activation: str, slope: float) -> None:
@@ -288,20 +306,76 @@ def _tanh_displacement(d: Tensor, c: Tensor, gamma: float) -> Tensor:
     return torch.where(settled, u, far)
 
 
-act_inverse = define(
+_inverse = define(
     "act_inverse(Tensor target, Tensor input, str activation, float slope, float gamma, float clip) -> Tensor",
     _act_inverse,
     _fake,
     cast_outputs=False,
 )
 refuse_derivative("act_inverse", NOT_A_DERIVATIVE)
-act_displacement = define(
+_moved_input = define(
     "act_displacement(Tensor displacement, Tensor input, str activation, float slope, float gamma) -> Tensor",
     _act_displacement,
     _fake_displacement,
     cast_outputs=False,
 )
 refuse_derivative("act_displacement", NOT_A_DERIVATIVE)
+
+
+def act_inverse(
+    target: Tensor, input: Tensor, activation: ActivationName, slope: float, gamma: float, clip: float
+) -> Tensor:
+    """The proximal inverse of an activation, ``argmin_x (a(x) - y)^2 + gamma (x - c)^2`` (the module's head).
+
+    The op ``torch.ops.tpext.act_inverse``, past torch's dispatcher where nothing but the kernel has to see the call.
+    :class:`Activation` has it with defaults, and for ``form="ridge"``.
+
+    Args:
+        target: ``y``, float32 or float64, of any shape.
+        input: ``c``, of its shape.
+        activation: "tanh", "sigmoid", "relu", "leaky_relu" or "identity".
+        slope: of leaky relu below zero, > 0; the others ignore it.
+        gamma: >= 0; 0 is the constrained inverse.
+        clip: distance kept from the edges of the range of tanh and sigmoid where ``gamma`` is 0, < 0.5 and at least the
+            dtype's eps.
+
+    Returns:
+        ``x``, of the shape of ``input``.
+
+    Raises:
+        ValueError: an argument that does not fit, named. RuntimeError: when differentiated.
+
+    >>> import torch
+    >>> act_inverse(torch.tensor([3.0]), torch.tensor([1.0]), "relu", 0.0, gamma=1.0, clip=0.0)
+    tensor([2.])
+    """
+    return _inverse(target, input, activation, slope, gamma, clip)  # type: ignore[no-any-return]
+
+
+def act_displacement(
+    displacement: Tensor, input: Tensor, activation: ActivationName, slope: float, gamma: float
+) -> Tensor:
+    """How far the proximal inverse moves ``c``: ``argmin_u (a(c + u) - a(c) - d)^2 + gamma u^2`` (the module's head).
+
+    The op ``torch.ops.tpext.act_displacement``, as :func:`act_inverse` is the other.
+
+    Args:
+        displacement: ``d``, float32 or float64, of any shape.
+        input: ``c``, of its shape.
+        activation, slope: as in :func:`act_inverse`.
+        gamma: > 0.
+
+    Returns:
+        ``u``, of the shape of ``input``.
+
+    Raises:
+        ValueError: an argument that does not fit, named. RuntimeError: when differentiated.
+
+    >>> import torch
+    >>> act_displacement(torch.tensor([2.0]), torch.tensor([1.0]), "relu", 0.0, gamma=1.0)
+    tensor([1.])
+    """
+    return _moved_input(displacement, input, activation, slope, gamma)  # type: ignore[no-any-return]
 
 
 def _center(input: Tensor, form: str) -> Tensor:
@@ -348,10 +422,13 @@ class Activation:
     def __post_init__(self) -> None:
         check_choice("Activation", "name", self.name, get_args(ActivationName))
         for name in ("slope", "learning_rate"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"Activation: {name} must be a finite number > 0, got {getattr(self, name)!r}")
-        if self.num_steps < 0:
-            raise ValueError(f"Activation: num_steps must be >= 0, got {self.num_steps!r}")
+            value = getattr(self, name)
+            if not is_number(value) or not 0 < value < math.inf:
+                raise ValueError(f"Activation: {name} must be a finite number > 0, got {value!r}")
+        if not isinstance(self.reference_compat, bool):
+            raise ValueError(f"Activation: reference_compat must be True or False, got {self.reference_compat!r}")
+        if not is_integer(self.num_steps) or self.num_steps < 0:
+            raise ValueError(f"Activation: num_steps must be an integer >= 0, got {self.num_steps!r}")
 
     def __call__(self, input: Tensor) -> Tensor:
         """``a(x)``, an ordinary differentiable function of a tensor of any shape and floating-point dtype."""
@@ -459,10 +536,14 @@ def bias_inverse(target: Tensor, input: Tensor, bias: Tensor, gamma: float = 0.0
         The target of the input, ``[..., M]``.
 
     Raises:
-        ValueError: ``gamma`` or ``form`` out of range.
+        ValueError: a wrong shape, ``gamma`` or ``form`` out of range; the message names the argument.
     """
     check_choice("bias_inverse", "form", form, get_args(Form))
     _check_gamma("bias_inverse", gamma)
+    if input.dim() == 0:
+        raise ValueError("bias_inverse: input must be [..., M], got []")
+    _check_shape("bias_inverse", "bias", bias, input.shape[-1:])
+    _check_shape("bias_inverse", "target", target, input.shape)
     exact = target - bias
     if form == "ridge":
         return exact / (1 + gamma)
@@ -498,12 +579,19 @@ def linear_inverse(
     Raises:
         SingularError: ``gamma`` is 0 and the weights have not full rank to working precision. A small ``gamma``, or
         ``inverse=torch.linalg.pinv(weight)``, answers there.
-        ValueError: weights with NaN or infinite elements; ``gamma`` or ``form`` out of range.
+        ValueError: weights with NaN or infinite elements; a wrong shape, ``gamma`` or ``form`` out of range; the
+        message names the argument.
 
     Cost: ``k^2 (3 m + k / 3)`` operations for ``R``, ``k = min(M, N)``, ``m = max(M, N)``, if it is not given; a row
     ``4 M N`` ("ridge": ``2 M N``).
     """
-    check_choice("linear_inverse", "form", form, get_args(Form))
+    op = "linear_inverse"
+    check_choice(op, "form", form, get_args(Form))
+    _check_gamma(op, gamma)
+    _check_product(op, input, weight)
+    _check_shape(op, "target", target, (*input.shape[:-1], weight.shape[0]))
+    if inverse is not None:
+        _check_shape(op, "inverse", inverse, (weight.shape[1], weight.shape[0]))
     operator = _operator(weight, gamma) if inverse is None else inverse
     if form == "ridge":
         return target @ operator.mT
@@ -542,12 +630,9 @@ class _Layer:
         check_choice(op, "method", method, get_args(Method))
         check_choice(op, "form", form, get_args(Form))
         _check_gamma(op, gamma)
-        if weight.dim() != 2:
-            raise ValueError(f"{op}: weight must be [M, N], got {list(weight.shape)}")
-        outputs, inputs = weight.shape
         _check(op, "input", input, input)
-        if input.dim() == 0 or input.shape[-1] != inputs:
-            raise ValueError(f"{op}: input must be [..., N={inputs}], got {list(input.shape)}")
+        _check_product(op, input, weight)
+        outputs, inputs = weight.shape
         leading = input.shape[:-1]
         check_like(op, "weight", weight, input, (outputs, inputs))
         check_like(op, *moved, input, (*leading, outputs))
@@ -586,6 +671,13 @@ class _Layer:
         return moved if self.bias is None else moved / (1 + self.gamma)  # type: ignore[no-any-return]
 
 
+def _cast_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """The arguments of a layer's inverse: under autocast in float32, as those of the ops."""
+    input = tensors[1]
+    assert input is not None
+    return tuple(cast(tensor, torch.float32) for tensor in tensors) if autocasts(input.device.type) else tensors
+
+
 def layer_inverse(
     target: Tensor,
     input: Tensor,
@@ -622,7 +714,7 @@ def layer_inverse(
             constrained: ``torch.ops.tpext.regularized_inverse(weight, gamma)``, once a change of the weights.
 
     Returns:
-        ``[..., N]``.
+        ``[..., N]``; under autocast computed in float32 and returned in it, as by the ops.
 
     Raises:
         ValueError: a wrong shape, dtype or device, an option out of range; the message names the argument.
@@ -638,6 +730,7 @@ def layer_inverse(
     >>> torch.allclose(layer_inverse(target, x, weight, bias, "tanh"), x)
     True
     """
+    target, input, weight, bias, inverse = _cast_under_autocast(target, input, weight, bias, inverse)
     with full_precision(input.device.type):
         op = "layer_inverse"
         layer = _Layer.of(op, ("target", target), input, weight, bias, activation, method, gamma, form, clip, inverse)
@@ -679,6 +772,7 @@ def layer_displacement(
 
     Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation" (2015): the difference correction.
     """
+    displacement, input, weight, bias, inverse = _cast_under_autocast(displacement, input, weight, bias, inverse)
     with full_precision(input.device.type):
         op = "layer_displacement"
         layer = _Layer.of(

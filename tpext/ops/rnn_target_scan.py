@@ -57,6 +57,7 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     CREDITS,
+    PLAIN_RNN,
     Execution,
     cast,
     check_choice,
@@ -527,7 +528,7 @@ class _LearnedTargetLayer(_TargetLayer):
 
 def _run(layer: type[_TargetLayer], tensors: tuple[Tensor | None, ...], *settings: Any) -> tuple[Tensor, Tensor]:
     if torch._C._are_functorch_transforms_active():
-        refuse_forward_mode("rnn_layer")
+        refuse_forward_mode("rnn_layer", PLAIN_RNN)
         raise RuntimeError(NOT_A_DERIVATIVE)
     return run_layer(layer, tensors, *settings)
 
