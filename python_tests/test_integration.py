@@ -361,7 +361,7 @@ def test_reconstruction_loss_ignores_autocast():
 # DistributedDataParallel
 
 
-def ddp_worker(rank: int, folder: str, backend: str) -> None:
+def join_processes(rank: int, folder: str, backend: str) -> torch.device:
     torch.set_num_threads(1)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
@@ -374,18 +374,27 @@ def ddp_worker(rank: int, folder: str, backend: str) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     torch.manual_seed(rank)
+    return device
+
+
+def leave_with(found: dict[str, Tensor], rank: int, folder: str) -> None:
+    """Save what this process found, and leave together with the other."""
+    torch.save({name: tensor.cpu() for name, tensor in found.items()}, f"{folder}/found{rank}.pt")
+    # Without the interpreter's teardown: gloo's threads race with it and now and then abort.
+    while not all(Path(folder, f"found{other}.pt").exists() for other in range(2)):
+        time.sleep(0.02)
+    os._exit(0)
+
+
+def ddp_worker(rank: int, folder: str, backend: str) -> None:
+    device = join_processes(rank, folder, backend)
     model = Classifier(num_layers=2).double()
     model.load_state_dict(torch.load(f"{folder}/model.pt"))
     parallel = DistributedDataParallel(model.to(device))
     x, label = (tensor.to(device) for tensor in task())
     half = slice(16 * rank, 16 * (rank + 1))
     nn.functional.cross_entropy(parallel(x[:, half].double()), label[half]).backward()
-    found = {name: gradient.cpu() for name, gradient in gradients(model).items()}
-    torch.save(found, f"{folder}/gradients{rank}.pt")
-    # Leave together, and without the interpreter's teardown: gloo's threads race with it and now and then abort.
-    while not all(Path(folder, f"gradients{other}.pt").exists() for other in range(2)):
-        time.sleep(0.02)
-    os._exit(0)
+    leave_with(gradients(model), rank, folder)
 
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -401,10 +410,71 @@ def test_distributed_data_parallel_equals_one_process(tmp_path, backend):
     nn.functional.cross_entropy(model(x.double()), label).backward()
     expected = gradients(model)
     for rank in range(2):
-        found = torch.load(tmp_path / f"gradients{rank}.pt")
+        found = torch.load(tmp_path / f"found{rank}.pt")
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13)
+
+
+class Learner(nn.Module):
+    """Layers with learned inverses and a head; ``forward`` gives the inverses' loss too."""
+
+    def __init__(self, recurrent: bool, target_step: float) -> None:
+        super().__init__()
+        self.layers: nn.Module
+        if recurrent:
+            self.layers = tpext.nn.RNN(I, H, rule=LearnedInverse(target_step=target_step))
+        else:
+            rule = tpext.DifferenceTargetPropagation(target_step=target_step)
+            self.layers = tpext.nn.MLP([I, H, H], output="tanh", rule=rule)
+        self.head = nn.Linear(H, 2)
+
+    def forward(self, x: Tensor, reconstruct: bool = False) -> Tensor:
+        if reconstruct:
+            return self.layers.reconstruction_loss(x)
+        output = self.layers(x)
+        return self.head(output if isinstance(output, Tensor) else output[1][-1])
+
+
+def learn(run: nn.Module, x: Tensor, label: Tensor) -> None:
+    """Two iterations: the inverses, then all else."""
+    optimizer = torch.optim.SGD(run.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        run(x, reconstruct=True).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(run(x), label).backward()
+        optimizer.step()
+
+
+def inverse_worker(rank: int, folder: str, recurrent: bool) -> None:
+    join_processes(rank, folder, "gloo")
+    # a mean over half the batch has twice the gradient, to which half the step gives the same displacement
+    model = Learner(recurrent, 0.5).double()
+    model.load_state_dict(torch.load(f"{folder}/model.pt"))
+    x, label = task()
+    half = slice(16 * rank, 16 * (rank + 1))
+    x = x[:, half] if recurrent else x[0, half]
+    learn(DistributedDataParallel(model, find_unused_parameters=True), x.double(), label[half])
+    leave_with(model.state_dict(), rank, folder)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+@pytest.mark.parametrize("recurrent", [True, False])
+def test_learned_inverses_in_two_processes_equal_those_in_one(recurrent, tmp_path):
+    model = Learner(recurrent, 1.0).double()
+    start = copy.deepcopy(model.state_dict())
+    torch.save(start, tmp_path / "model.pt")
+    torch.multiprocessing.spawn(inverse_worker, (str(tmp_path), recurrent), nprocs=2)
+    x, label = task()
+    learn(model, (x if recurrent else x[0]).double(), label)
+    untaught = {"layers.0.reverse_weight", "layers.0.reverse_bias"}
+    for rank in range(2):
+        found = torch.load(tmp_path / f"found{rank}.pt")
+        for name, expected in model.state_dict().items():
+            assert torch.equal(expected, start[name]) == (name in untaught and not recurrent), name
+            torch.testing.assert_close(found[name], expected, rtol=1e-10, atol=1e-13)
 
 
 # Lightning
@@ -578,7 +648,7 @@ def test_forward_mode_is_refused(rule):
     """Rather than a zero tangent, which torch's fallback for ops without the formula gives."""
     rnn = tpext.nn.RNN(I, H, rule=rule)
     x = torch.randn(T, B, I)
-    with pytest.raises(NotImplementedError, match="forward-mode"):
+    with pytest.raises(NotImplementedError, match=r"forward-mode .* or torch\.nn\.RNN, which tpext\.nn\.RNN\.to_torch"):
         torch.func.jvp(lambda x: rnn(x)[0], (x,), (x,))
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jacfwd(lambda x: rnn(x)[0])(x)
