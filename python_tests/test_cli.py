@@ -113,6 +113,18 @@ def test_feed_forward_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "sizes is (9, 4, 9) there, (9, 5, 9) was asked for" in err
 
 
+def test_tied_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mnist(tmp_path / "data")
+    line = f"train mnist-autoencoder --tied True --data-dir {tmp_path / 'data'} --sizes 9 4 9 --iterations 4 "
+    line += f"--batch-size 5 --test-size 7 --threads 1 --out {tmp_path / 'run'}"
+    status, out, err = call(line, capsys)
+    assert (status, err) == (0, "")
+    assert "mnist-autoencoder, 9-4-9 tanh units, tied, regularized-least-squares" in out
+    status, _, err = call(f"{line.replace('--tied True', '--tied False')} --resume", capsys)
+    assert status == 1
+    assert "tied is True there, False was asked for" in err
+
+
 def test_direct_weight_solves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mnist(tmp_path / "data")
     line = f"train mnist-mlp --rule kaczmarz --data-dir {tmp_path / 'data'} --batch-size 5 --test-size 7 --threads 1 "
@@ -273,6 +285,9 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("train mnist-mlp --rule kaczmarz --optimizer adam", 1, "rule=kaczmarz needs optimizer=sgd"),
         ("train mnist-autoencoder --rule kaczmarz", 1, "rule=kaczmarz learns classes of images"),
         ("train mnist-mlp --std 1", 1, "std does not belong to rule=regularized-least-squares"),
+        ("train digits-mlp --rule kaczmarz --std 1 --init orthogonal", 1, "std is that of init=torch"),
+        ("train spiral --reference-compat True", 1, "tpext: reference_compat=True does not go with nonlinearity=leaky"),
+        ("train mnist-mlp --tied True", 1, "tied ties the layers of mnist-autoencoder, not of mnist-mlp"),
         ("train mnist-mlp --hidden-size 5", 1, "hidden_size does not belong to mnist-mlp"),
         ("train adding --sizes 5", 1, "sizes does not belong to adding"),
         ("train spiral --sizes big", 2, "big"),

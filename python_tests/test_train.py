@@ -219,6 +219,40 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ),
         ({"task": "mnist-autoencoder", "rule": "kaczmarz"}, "kaczmarz learns classes of images: .*, not mnist-autoenc"),
         ({"task": "xor", "rule": "kaczmarz"}, "kaczmarz learns classes of images: digits-mlp, .*, not xor"),
+        (
+            {"task": "mnist-mlp", "rule": "kaczmarz", "std": 0.1, "init": "xavier"},
+            "std is that of init=torch, .*=xavier",
+        ),
+        (
+            {"task": "spiral", "reference_compat": True},
+            "reference_compat=True does not go with nonlinearity=leaky_relu, rule=regularized-least-squares: Regular",
+        ),
+        (
+            {"task": "digits-mlp", "nonlinearity": "leaky_relu", "reference_compat": True},
+            "reference_compat=True does not go with nonlinearity=leaky_relu",
+        ),
+        (
+            {"task": "digits-mlp", "form": "ridge", "reference_compat": True},
+            "needs form='proximal' .* got form='ridge'",
+        ),
+        ({"clip": 1e-9}, "clip must be at least 1.19e-07 with precision=32, got 1e-09"),
+        (
+            {"task": "spiral", "rule": "constrained", "clip": 1e-17, "precision": "64"},
+            "clip must be at least 2.22e-16 with precision=64, got 1e-17",
+        ),
+        ({"tied": True}, "tied does not belong to temporal-order, got True"),
+        ({"task": "mnist-mlp", "tied": True}, "tied ties the layers of mnist-autoencoder, not of mnist-mlp"),
+        ({"task": "mnist-autoencoder", "tied": 1}, "tied must be a bool, got 1"),
+        ({"task": "mnist-autoencoder", "rule": "dtp", "tied": True}, "tied does not belong to rule=dtp, whose head"),
+        (
+            {"task": "mnist-autoencoder", "sizes": (9, 7, 8), "tied": True},
+            r"sizes must be an odd number .* with tied=True, got \(9, 7, 8\)",
+        ),
+        ({"task": "mnist-autoencoder", "sizes": (9, 9), "tied": True}, r"sizes must be an odd number .*, got \(9, 9\)"),
+        (
+            {"task": "mnist-autoencoder", "reduction": "batch", "tied": True},
+            "reduction must be sum with tied=True, .* got batch",
+        ),
         ({"task": "spiral", "epochs": 2}, "epochs does not belong to spiral, got 2"),
     ],
 )
@@ -708,6 +742,44 @@ def test_initializations_of_feed_forward_networks(data: Path) -> None:
     assert [layer.activation.reference_compat for layer in model(reference_compat=True).local_layers()] == [True] * 3
 
 
+@pytest.mark.parametrize("rule", ["regularized-least-squares", "constrained", "backprop"])
+@pytest.mark.parametrize("init", ["orthogonal", "torch", "xavier"])
+def test_tied_layers_share_one_parameter(rule: Any, init: Any, data: Path, tmp_path: Path) -> None:
+    """One step of SGD: a shared matrix moves by both layers' gradients, once, at ``lr``; the head's bias at its own."""
+    options = {"sizes": (9, 5, 9), "tied": True, "init": init, "precision": "64", "epochs": None, "iterations": 1}
+    config = tiny(data, "mnist-autoencoder", rule=rule, optimizer="sgd", lr=1e-3, head_lr=1e-2, **options)
+    torch.manual_seed(config.seed)
+    task = config.make_task()
+    model = make_model(config, task).double()
+    assert isinstance(model, FeedForwardModel)
+    one, two, three, four = layers = model.local_layers()
+    assert four.weight is one.weight
+    assert three.weight is two.weight
+    result = train(config, tmp_path)
+    assert result.parameters == 784 * 9 + 9 * 5 + 9 + 5 + 9 + 784
+    input, target = task.batch(config.seed, 0, 5)
+    output = input.double()
+    for layer in layers:
+        # the encoder's matrix once more, so that each layer has a gradient of its own
+        weight = torch.nn.Parameter(layer.weight.detach().mT if layer.transposed else layer.weight.detach())
+        layer.transposed, layer.weight = False, weight
+        output = layer(output)
+    task.loss(output, target.double()).backward()
+    trained = checkpoint(tmp_path)["model"]
+    for name, encoder, decoder in (("layers.0", one, four), ("layers.1", two, three)):
+        assert encoder.weight.grad is not None
+        assert decoder.weight.grad is not None
+        expected = encoder.weight.detach() - 1e-3 * (encoder.weight.grad + decoder.weight.grad.mT)
+        torch.testing.assert_close(trained[f"{name}.weight"], expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(trained["head.weight"], trained["layers.0.weight"])
+    assert torch.equal(trained["layers.2.weight"], trained["layers.1.weight"])
+    for name, layer, lr in (("layers.2", three, 1e-3), ("head", four, 1e-2)):
+        assert layer.bias is not None
+        assert layer.bias.grad is not None
+        expected = layer.bias.detach() - lr * layer.bias.grad
+        torch.testing.assert_close(trained[f"{name}.bias"], expected, rtol=1e-9, atol=1e-12)
+
+
 def assert_layers_moved(config: Config, folder: Path) -> None:
     """Every parameter left where it started, but for the inverse of the first layer, which has none to teach it."""
     torch.manual_seed(config.seed)
@@ -913,6 +985,7 @@ def test_resuming_changes_nothing(
         ("mnist-mlp", {"rule": "dtp", "preset": "lee", "train_size": 25, "checkpoint_interval": 5}, (5, 7, 10, 12)),
         ("mnist-mlp", {"rule": "constrained", "order": "sequential_first"}, (3, 5, 9)),
         ("mnist-autoencoder", {"rule": "regularized-least-squares", "optimizer": "tf-rmsprop"}, (6, 11)),
+        ("mnist-autoencoder", {"sizes": (9, 5, 9), "tied": True}, (3, 11)),
         ("cifar-mlp", {"rule": "dtp", "noise": 0.1, "optimizer": "centred-rmsprop"}, (3, 7)),
         ("spiral", {"rule": "dtp", "noise": 0.1}, (1, 9, 18)),
         ("mnist-mlp", {"rule": "kaczmarz", "preset": "faust", "sizes": (9,)}, (3, 7, 18)),

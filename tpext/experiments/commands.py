@@ -149,6 +149,9 @@ class Train:
     see --std). xavier: uniform (feed-forward)."""
     reference_compat: Annotated[bool | None, _layer_default("reference_compat", "{True,False}")] = None
     """Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."""
+    tied: Annotated[bool | None, _layer_default("tied", "{True,False}")] = None
+    """Tie the decoder's weights to the encoder's, the last layer's to the first's and so on; they learn at --lr
+    (mnist-autoencoder; not rule dtp, --reduction sum only)."""
 
     optimizer: Annotated[
         Optimizer | None,

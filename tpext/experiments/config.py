@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from tpext.experiments.feed_forward import KACZMARZ_TASKS, feed_forward_values, published_presets
+from tpext.nn import TargetLinear
+from tpext.ops import Activation
 from tpext.rules import (
     Backprop,
     ConstrainedLeastSquares,
@@ -161,6 +163,7 @@ class Config:
     nonlinearity: Nonlinearity
     init: Initialization
     reference_compat: bool
+    tied: bool
     optimizer: Optimizer
     lr: float
     head_lr: float
@@ -203,6 +206,7 @@ class Config:
             ("tensorboard", bool),
             ("device", str),
             ("reference_compat", bool),
+            ("tied", bool),
         ):
             if not isinstance(getattr(self, name), kind):
                 raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
@@ -238,6 +242,9 @@ class Config:
             raise ConfigError("nesterov needs optimizer=sgd and a momentum above 0")
         if isinstance(self.rule, LearnedInverse) and self.nonlinearity != "tanh":
             raise ConfigError(f"rule=learned needs nonlinearity=tanh, got {self.nonlinearity}")
+        clip, least = getattr(self.rule, "clip", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
+        if clip < least:
+            raise ConfigError(f"clip must be at least {least:.3g} with precision={self.precision}, got {clip:g}")
         if self.task in FEED_FORWARD:
             self._check_feed_forward()
         else:
@@ -257,6 +264,7 @@ class Config:
         for name, only in (
             ("sizes", None),
             ("reference_compat", False),
+            ("tied", False),
             ("reduction", "sum"),
             ("train_size", None),
             ("order", None),
@@ -283,6 +291,36 @@ class Config:
             raise ConfigError(f"precision of {self.task} must be 32 or 64, got bf16")
         if isinstance(self.rule, Kaczmarz):
             self._check_kaczmarz()
+        if self.reference_compat:
+            self._check_reference_compat()
+        if self.tied:
+            self._check_tied()
+
+    def _check_reference_compat(self) -> None:
+        assert not isinstance(self.rule, (RegularizedInverse, LearnedInverse))
+        activation = Activation(self.nonlinearity, reference_compat=True)
+        try:
+            TargetLinear(1, 1, activation=activation, rule=self.rule, device="meta")
+        except ValueError as error:
+            raise ConfigError(
+                f"reference_compat=True does not go with nonlinearity={self.nonlinearity}, rule={self.rule_name}: "
+                + str(error).removeprefix("TargetLinear: ")
+            ) from error
+
+    def _check_tied(self) -> None:
+        assert self.sizes is not None
+        if self.task != "mnist-autoencoder":
+            raise ConfigError(f"tied ties the layers of mnist-autoencoder, not of {self.task}")
+        if isinstance(self.rule, DifferenceTargetPropagation):
+            raise ConfigError("tied does not belong to rule=dtp, whose head is an ordinary layer")
+        if len(self.sizes) % 2 == 0 or self.sizes != self.sizes[::-1]:
+            raise ConfigError(
+                f"sizes must be an odd number of sizes, the same from both ends, with tied=True, got {self.sizes}"
+            )
+        if self.reduction != "sum":
+            raise ConfigError(
+                f"reduction must be sum with tied=True, as one parameter has two local losses, got {self.reduction}"
+            )
 
     def _check_kaczmarz(self) -> None:
         if self.task not in KACZMARZ_TASKS:
@@ -427,6 +465,10 @@ def make_config(
     values = (
         _feed_forward(task, rule, preset, given) if task in FEED_FORWARD else _sequence(task, made, rule, preset, given)
     )
+    if "std" in given and given.get("init", values["init"]) != "torch":
+        raise ConfigError(
+            f"std is that of init=torch, got std={given['std']}, init={given.get('init', values['init'])}"
+        )
     rule_options = {name: given.pop(name) for name in RULE_OPTIONS[rule] if name in given and name != "reverse_lr"}
     if not values.pop("keeps_normalize") and "normalize" in RULE_OPTIONS[rule]:
         rule_options.setdefault("normalize", True)
@@ -475,6 +517,7 @@ def _sequence(task: str, made: Task, rule: RuleName, preset: Preset, given: dict
         "nonlinearity": "tanh",
         "init": "orthogonal",
         "reference_compat": False,
+        "tied": False,
         "optimizer": "sgd",
         "lr": settings.lr if sgd else 1e-3,
         "head_lr": settings.head_lr if sgd else 1e-3,

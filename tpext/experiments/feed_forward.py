@@ -139,6 +139,7 @@ def feed_forward_values(task: str, kind: type[LayerRule], preset: str) -> dict[s
         "nonlinearity": "leaky_relu" if toy else "tanh",
         "init": "orthogonal",
         "reference_compat": False,
+        "tied": False,
         "optimizer": "adam",
         "lr": lr,
         "reverse_lr": lr,

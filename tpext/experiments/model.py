@@ -54,7 +54,8 @@ class FeedForwardModel(nn.Module):
     """``output = h_L W_head^T + b_head``, with ``h_L`` the output of the last hidden layer.
 
     Under difference target propagation the head is an ordinary layer that learns by the loss's own gradient, and
-    ``h_L`` moves by that gradient too, as published; under the other rules the head is a layer of the rule.
+    ``h_L`` moves by that gradient too, as published; under the other rules the head is a layer of the rule. Tied, the
+    last layer shares the first one's weights, and so on.
     """
 
     def __init__(self, config: Config, task: Task) -> None:
@@ -74,6 +75,11 @@ class FeedForwardModel(nn.Module):
             self.head = TargetLinear(
                 width, task.output_size, activation=identity, rule=rule, reverse_activation=activation
             )
+        if config.tied:
+            layers = self.local_layers()
+            half = len(layers) // 2
+            for encoder, decoder in zip(layers[:half], reversed(layers[half:]), strict=True):
+                decoder.tie(encoder)
         initialize(self, config)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -121,12 +127,16 @@ def initialize(model: nn.Module, config: Config) -> None:
 
 
 def split_parameters(model: Model) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trained parameters of the hidden layers, the head, and the reverse layers (learned inverses)."""
+    """Return the trained parameters of the hidden layers, the head, and the reverse layers (learned inverses).
+
+    Weights that the head shares with a hidden layer are the hidden layer's.
+    """
     hidden = model.rnn if isinstance(model, SequenceModel) else model.layers
     named = [(name, parameter) for name, parameter in hidden.named_parameters() if parameter.requires_grad]
     reverse = [parameter for name, parameter in named if "reverse_" in name]
     forward = [parameter for name, parameter in named if "reverse_" not in name]
-    return forward, list(model.head.parameters()), reverse
+    shared = {id(parameter) for parameter in forward}
+    return forward, [parameter for parameter in model.head.parameters() if id(parameter) not in shared], reverse
 
 
 def local_scales(model: Model, config: Config) -> list[tuple[nn.Parameter, float]]:
@@ -139,6 +149,8 @@ def local_scales(model: Model, config: Config) -> list[tuple[nn.Parameter, float
     ``batch``     mean over the batch of the sum over units   2 / B                    1
     ``element``   1/2 mean over batch and units               1 / (B M)                1 / (2 N)
     ============  ==========================================  =======================  =======================
+
+    Tied layers have ``sum`` only: their gradients arrive already added up.
     """
     scales: list[tuple[nn.Parameter, float]] = []
     if config.reduction == "sum":

@@ -109,7 +109,8 @@ def describe(config: Config) -> str:
         layers = f" x {config.layers} layers" if config.layers != 1 else ""
         network = [f"T={config.length}", f"{config.hidden_size} {config.nonlinearity} units{layers}"]
     else:
-        network = [f"{'-'.join(map(str, config.sizes))} {config.nonlinearity} units"]
+        tied = ", tied" if config.tied else ""
+        network = [f"{'-'.join(map(str, config.sizes))} {config.nonlinearity} units{tied}"]
     parts = [
         config.task,
         *network,
