@@ -71,7 +71,7 @@ def update_by_broadcasting(x: Tensor, hot: Tensor, weights: list[Tensor]) -> Non
         inputs.append(with_ones(zs[-1].relu()))
     target = torch.where(hot == 1, zs[-1].clamp(min=1), zs[-1].clamp(max=0))
     for i in range(len(weights) - 1, -1, -1):
-        # The first layer's displacement is published too, though it is of no use.
+        # Published is a displacement of the data too, which is of no use.
         moved, change = broadcast_step(target, zs[i], inputs[i], weights[i], data=i == 0)
         weights[i] += change
         if i:
@@ -79,8 +79,10 @@ def update_by_broadcasting(x: Tensor, hot: Tensor, weights: list[Tensor]) -> Non
 
 
 def broadcast_step(target: Tensor, z: Tensor, x: Tensor, weight: Tensor, data: bool) -> tuple[Tensor, Tensor]:
-    moved = x + ((target - z)[:, :, None] * weight).mean(1)
-    moved = x if data else torch.cat([moved[:, :-1].relu(), moved.new_ones(len(moved), 1)], 1)
+    moved = x
+    if not data:
+        moved = x + ((target - z)[:, :, None] * weight).mean(1)
+        moved = torch.cat([moved[:, :-1].relu(), moved.new_ones(len(moved), 1)], 1)
     scaled = (target - moved @ weight.T) / moved.square().sum(1, keepdim=True)
     return moved, (scaled[:, :, None] * moved[:, None, :]).mean(0)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tpext import Backprop, ConstrainedLeastSquares, DifferenceTargetPropagation, RegularizedLeastSquares
+from tpext import Backprop, ConstrainedLeastSquares, DifferenceTargetPropagation, Kaczmarz, RegularizedLeastSquares
 from tpext.diagnostics import layer_diagnostics
 from tpext.nn import MLP, TargetLinear
 
@@ -161,3 +161,9 @@ def test_loss_must_use_the_model_that_it_is_given() -> None:
     x = torch.randn(7, 5)
     with pytest.raises(ValueError, match="layer_diagnostics: loss must call the model that it is given"):
         layer_diagnostics(net, lambda model: net(x).sum())
+
+
+def test_units_without_a_slope_are_refused() -> None:
+    net = MLP([4, 6, 3], "n_hot", rule=Kaczmarz())
+    with pytest.raises(ValueError, match="layer_diagnostics: back-propagation does not pass the units of layer '0'"):
+        layer_diagnostics(net, square(torch.randn(7, 4)))

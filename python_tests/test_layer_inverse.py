@@ -528,7 +528,7 @@ def test_small_displacements_are_of_first_order(name: str, gamma: float, dtype: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [1e-12, 1e-4, 1.0, 1e30, 1e300])
+@pytest.mark.parametrize("gamma", [1e-300, 1e-38, 1e-12, 1e-4, 1.0, 1e30, 1e300])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_displacement_moves_nothing(name: str, gamma: float, dtype: torch.dtype) -> None:
     c = torch.cat([torch.linspace(-60, 60, 500, dtype=dtype), torch.zeros(1, dtype=dtype)])

@@ -791,3 +791,20 @@ def test_cuda_runs_on_the_current_stream_and_compiled() -> None:
     assert torch.equal(inverse, expected)
     compiled = torch.compile(lambda w: regularized_inverse(w, 1.0), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(weight), expected)
+
+
+def test_plain_calls_are_seen_by_tracers() -> None:
+    """A traced function computes anew: where a tracer records, a call past the dispatcher would be lost."""
+    for op in (tpext.ops.regularized_inverse, torch.ops.tpext.regularized_inverse):
+        traced = torch.jit.trace(lambda w, op=op: op(w, 1.0) + 1, torch.randn(4, 3), check_trace=False)
+        weight = torch.randn(4, 3)
+        torch.testing.assert_close(traced(weight), op(weight, 1.0) + 1)
+    graph = torch.fx.symbolic_trace(lambda w: tpext.ops.regularized_inverse(w, 1.0))
+    torch.testing.assert_close(graph(weight), tpext.ops.regularized_inverse(weight, 1.0))
+
+
+@pytest.mark.parametrize("weight", [torch.eye(3).to_sparse(), [[1.0]]], ids=["sparse", "list"])
+def test_plain_calls_refuse_what_the_op_refuses(weight: Any) -> None:
+    with pytest.raises((RuntimeError, NotImplementedError)) as error:
+        tpext.ops.regularized_inverse(weight, 1.0)
+    assert "tpext::regularized_inverse" in str(error.value)

@@ -54,7 +54,8 @@ def layer_diagnostics(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
         One value a layer that the loss depends on, in the order of ``model.named_modules()``.
 
     Raises:
-        ValueError: the model has no such layer, or the loss calls none of those of the model that it is given.
+        ValueError: the model has no such layer, or one of units "n_hot" or "binary", or the loss calls none of those of
+        the model that it is given.
 
     Cost: two passes forward and backward, an inverse and a singular value decomposition a layer.
 
@@ -67,6 +68,12 @@ def layer_diagnostics(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
     layers = {name: module for name, module in by_rule.named_modules() if isinstance(module, TargetLinear)}
     if not layers:
         raise ValueError(f"layer_diagnostics: model must have a tpext.nn.TargetLinear, got {type(model).__name__}")
+    for name, layer in layers.items():
+        if layer.activation.name in ("n_hot", "binary"):
+            raise ValueError(
+                f"layer_diagnostics: back-propagation does not pass the units of layer {name!r}, "
+                f"{layer.activation.name!r}, whose slope is zero"
+            )
     by_backprop = copy.deepcopy(model)
     for module in by_backprop.modules():
         if isinstance(module, TargetLinear):

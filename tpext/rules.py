@@ -53,7 +53,7 @@ large batch and float32, a ``target_step`` of some ``B`` keeps it well above.
 Feed-forward layers also take ``Kaczmarz``, which knows neither a step nor a learning rate: ``g`` is taken for ``h``
 minus its target, and the parameters receive minus the change that gives the layer's moved input that target. So the
 loss must be a sum over the batch whose gradient is such a difference (:class:`tpext.nn.HotTargetLoss`), the optimizer
-``torch.optim.SGD(lr=1)``, and micro-batches do not accumulate to the whole one's update.
+``torch.optim.SGD(lr=1)``, and the gradients of ``k`` micro-batches add up to ``k`` times the averaged update.
 """
 
 from __future__ import annotations
@@ -199,6 +199,10 @@ class LearnedInverse:
     backward pass leaves them without a gradient; they learn from :meth:`tpext.nn.RNN.reconstruction_loss`, stepped
     before the target pass. Needs the tanh nonlinearity. Not linear in the gradient (see the module's head).
 
+    Under ``DistributedDataParallel`` compute the reconstruction loss in the wrapped module's ``forward``, by a flag,
+    and pass ``find_unused_parameters=True``, with no other forward pass between a loss's forward and its backward: then
+    both losses' gradients are averaged.
+
     Args:
         target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0.
         credit: "through_time" or "local" (see the module's head).
@@ -336,6 +340,10 @@ class DifferenceTargetPropagation:
     The reverse weights ``V [N, M]`` and biases ``c [N]`` are parameters of the module, present only under this rule.
     The loss's backward pass leaves them without a gradient; they learn from ``reconstruction_loss``, so when to step
     them (every batch, or an epoch before) is the caller's choice.
+
+    Under ``DistributedDataParallel`` compute the reconstruction loss in the wrapped module's ``forward``, by a flag,
+    and pass ``find_unused_parameters=True``, with no other forward pass between a loss's forward and its backward: then
+    both losses' gradients are averaged.
 
     Args:
         target_step: size of the displacement, ``d = -target_step * g``, > 0.

@@ -1,4 +1,4 @@
-// What the kernel of the regularised inverse of an activation need to know: sizes, numbers and pointers.
+// What the kernel of the regularised inverse of an activation needs to know: sizes, numbers and pointers.
 #pragma once
 
 #include <cstdint>

@@ -18,8 +18,8 @@
 // start from Halley's at u = 0, which errs by some u^3: small displacements take one step more, greater ones a few. At
 // the zero s1 r = gamma u, so |D''| <= 6 (gamma + s1^2), and a step of length e ends within |D'' / 2 D'| + 3 |t1| <= 15
 // times e^2 of it: one with 32 e^2 <= eps |u| is the last. Lanes that are left over take the search, and if that ends
-// within kMostSmall, steps from there: what they settle at close by has all its digits, and where they do not settle,
-// minima merge.
+// within kMostSmall, steps from there: what they settle at close by has all its digits. Where they do not settle,
+// minima merge, or (float32, g below 1e-6) t + d has lost too much of d.
 //
 // Threads take contiguous parts, whole vectors; the last vector is filled with zeros. No memory but the arrays.
 #include "core/act_inverse.h"
@@ -217,7 +217,9 @@ inline Vec<T> displacement(const ActInverse<T>& args, Vec<T> target, Vec<T> inpu
     Vec<T> near = far;
     const Bits<T> refined = refine<T>(args, d, t, s, near, wanted & (magnitude<T>(far) <= T(kMostSmall)));
     const Vec<T> searched = refined & (magnitude<T>(near - far) <= T(1) / 64) ? near : far;
-    u = found ? u : wanted ? searched : target + input;
+    // Rounding may move a search's result past the input.
+    const Vec<T> zero{}, outside = d > 0 ? greater<T>(searched, zero) : lesser<T>(searched, zero);
+    u = found ? u : wanted ? (d == 0 ? zero : outside) : target + input;
   }
   return u * args.scale;
 }

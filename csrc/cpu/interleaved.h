@@ -13,7 +13,7 @@
 //
 // Every element takes the operations of the kernel for single matrices (blocked.h) in the same order: rows
 // are eliminated in the same blocks of kRows, and sums run in the same direction. Both give the same bits, so that
-// neither the batch, the place in it, nor the choice between the two changes a result.
+// neither the batch, the place in it, nor the choice between the two changes a result of finite numbers.
 //
 // A lane whose matrix fails holds NaN or infinity from there on; no operation crosses lanes. Lanes without a matrix of
 // their own repeat the group's last one.

@@ -223,13 +223,15 @@ class Train:
             reg = f", or a larger {larger}" if larger else ""
             remedy = f"smaller rates ({rates}){reg}"
             if config.rule_name == "kaczmarz":
-                remedy = "--dx regularized, or a smaller --std"
+                remedy = "--dx regularized, a larger --dx-reg or --batch-reg, or a smaller --std"
             print(
                 f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with {remedy}.",
                 file=sys.stderr,
             )
             return 3
-        running = "" if (mean := result.running_accuracy) is None else f"running training accuracy {mean:.2%}, "
+        running = (
+            "" if (mean := result.running_accuracy) is None else f"running training accuracy (from zero) {mean:.2%}, "
+        )
         say(
             console,
             f"accuracy {result.accuracy:.2%} (best {result.best_accuracy:.2%} at iteration {result.best_iteration}), "

@@ -33,7 +33,7 @@ DEFAULT_RULES: dict[type[LayerRule], LayerRule] = {
     ConstrainedLeastSquares: ConstrainedLeastSquares(clip=0.4),
     RegularizedLeastSquares: RegularizedLeastSquares(gamma=1.0),
     DifferenceTargetPropagation: DifferenceTargetPropagation(noise=0.1),
-    Kaczmarz: Kaczmarz(dx="regularized"),
+    Kaczmarz: Kaczmarz(dx="regularized", batch_reg=1.0),
 }
 
 KACZMARZ_TASKS = ("digits-mlp", "mnist-mlp", "cifar-mlp")

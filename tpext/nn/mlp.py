@@ -52,7 +52,7 @@ def _move_preactivation(
     assert output is not None
     if gamma > 0 and form == "proximal" and not activation.reference_compat:
         name, slope = activation.name, activation.slope
-        return act_displacement(displacement, preactivation, name, slope, gamma)  # type: ignore[no-any-return]
+        return act_displacement(displacement, preactivation, name, slope, gamma)
 
     def inverse(target: Tensor) -> Tensor:
         if gamma > 0:
@@ -419,10 +419,11 @@ class TargetLinear(nn.Module):
         """Share the weights of the layer that this one mirrors, ``W = W_encoder^T``, in one parameter.
 
         Its gradient is then the sum of both layers' local gradients. Biases and reverse layers stay each layer's own. A
-        model that loads the ``state_dict`` of one with tied layers ties them first.
+        model that loads the ``state_dict`` of one with tied layers ties them first: of square layers a mistake there
+        cannot be seen from the sizes.
 
         Args:
-            encoder: a layer from M to N features, itself not tied to another.
+            encoder: a layer from M to N features, itself not tied to another, now or later.
 
         Raises:
             TypeError: ``encoder`` is no such layer.
@@ -743,8 +744,8 @@ class MLP(nn.Sequential):
         """The sum of the layers' reconstruction losses, each at the layer's input in a forward pass without noise.
 
         The first of several layers takes part only if ``input`` requires a gradient, as only then its inverse is used.
-        ``DistributedDataParallel`` does not average these gradients, because the loss does not come from its
-        ``forward``: do that yourself, or the processes' reverse parameters drift apart.
+        Under ``DistributedDataParallel`` call it inside the wrapped module's ``forward``: see
+        :class:`tpext.DifferenceTargetPropagation`.
 
         Args:
             input: ``x [..., N]``.

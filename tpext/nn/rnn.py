@@ -612,8 +612,8 @@ class RNN(nn.Module):
         the layer ``f``, its reverse ``G(x, h) = tanh(h V^T + c + x U^T)`` and Gaussian noise ``n_t``, drawn anew for
         each entry. Only ``V`` and ``c`` receive gradients. Call it, and step an optimizer of the reverse parameters,
         before the target pass of the same batch. Steps beyond ``lengths`` do not count. Computed in the parameters'
-        dtype, autocast or not. ``DistributedDataParallel`` does not average these gradients, because the loss does not
-        come from its ``forward``: do that yourself, or the processes' reverse parameters drift apart.
+        dtype, autocast or not. Under ``DistributedDataParallel`` call it inside the wrapped module's ``forward``: see
+        :class:`tpext.LearnedInverse`.
 
         Args:
             input, hx, lengths: as in the forward pass.

@@ -64,19 +64,26 @@ def define(
         LIBRARY.impl(name, functools.partial(autocast, device), f"Autocast{key}")  # type: ignore[no-untyped-call]
 
     def call(*args: Any) -> Any:
-        recorded = torch.is_grad_enabled()
-        return kernel(*args) if not torch._C._is_any_autocast_enabled() and are_plain(args, recorded) else op(*args)
+        plain = (
+            # not another object, such as a tracer's
+            isinstance(args[0], Tensor)
+            and not torch._C._is_any_autocast_enabled()
+            and are_plain(args, recorded=torch.is_grad_enabled())
+        )
+        return kernel(*args) if plain else op(*args)
 
     return call
 
 
 def are_plain(args: Sequence[Any], recorded: bool = False) -> bool:
-    """Whether nothing but the kernels has to see a call: no compiler, mode, transform, subclass or lazy tensor.
+    """Whether nothing but the kernels has to see a call: no compiler, tracer, mode, transform, subclass or lazy tensor.
 
     Where gradients are ``recorded``, no tensor that requires one either.
     """
     if (
         torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_function_stack() != 0
         or torch._C._len_torch_dispatch_stack() != 0
         or torch._C._are_functorch_transforms_active()
     ):
@@ -86,6 +93,8 @@ def are_plain(args: Sequence[Any], recorded: bool = False) -> bool:
         if isinstance(a, Tensor) and not (
             type(a) in _PLAIN
             and (a.is_cpu or a.is_cuda)
+            and a.layout is torch.strided
+            and not a.is_nested
             and not a.is_neg()
             and not a._is_zerotensor()
             and not (recorded and a.requires_grad)

@@ -31,10 +31,11 @@ normal one count as zero there.
 
 ``torch.ops.tpext.act_displacement(displacement, input, activation, slope, gamma)`` is by how much the proximal inverse
 at ``y = a(c) + d`` moves ``c``, with ``gamma > 0``: ``argmin_u (a(c + u) - a(c) - d)^2 + gamma u^2``. It is solved for
-``u`` itself, so that ``u`` is precise relative to its own size, however small beside ``c``; tanh's from 3/8 on
-(sigmoid's from 3/4) is ``act_inverse(a(c) + d) - c``, and as precise as that. ``d = 0`` gives exactly 0, and a small
-``d`` tends to ``d s / (s^2 + gamma)``, ``s = a'(c)``. Most displacements below that size take one to four steps of
-Newton's instead of the search: all outward ones, and inward ones of tanh with ``|d tanh c| <= 3/4 sqrt(gamma)``.
+``u`` itself, so that ``u`` is precise relative to its own size, however small beside ``c`` (float32: for ``gamma`` from
+1e-6); tanh's from 3/8 on (sigmoid's from 3/4) is ``act_inverse(a(c) + d) - c``, and as precise as that. ``d = 0`` gives
+exactly 0, and a small ``d`` tends to ``d s / (s^2 + gamma)``, ``s = a'(c)``. Most displacements below that size take
+one to four steps of Newton's instead of the search: all outward ones, and inward ones of tanh with ``|d tanh c| <= 3/4
+sqrt(gamma)``.
 
 Under CPU autocast both compute in and return float32. They are target ops, no derivatives: differentiating through
 them, and so through a layer's inverse, raises RuntimeError. Inputs are never changed. Cost of ``act_inverse``: some 20
@@ -303,7 +304,8 @@ def _tanh_displacement(d: Tensor, c: Tensor, gamma: float) -> Tensor:
         u = u + move
         settled = (fall > 0) & (32 * move * move <= torch.finfo(u.dtype).eps * u.abs())
     settled &= (u.abs() <= _MOST_SMALL) & (one_zero | ((u - far).abs() <= 1 / 64))
-    return torch.where(settled, u, far)
+    # Rounding may move a search's result past the input.
+    return torch.where(settled, u, torch.where(d == 0, 0.0, torch.where(d > 0, far.clamp(min=0), far.clamp(max=0))))
 
 
 _inverse = define(

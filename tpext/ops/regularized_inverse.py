@@ -24,8 +24,8 @@ bits that each gives alone. A matrix without an inverse fails the call but spoil
 [..., K, N]`` for ``Y [..., K, M]``, each row of ``X`` the ``argmin_x ||W x - y||^2 + reg ||x||^2`` of its row of ``Y``.
 ``weight`` and ``rhs`` have the same leading dimensions. On the CPU, with ``K <= m``, ``R`` is not formed: one
 factorisation, two substitutions a row, ``k^2 (m + k / 3) + 2 K k (m + k)`` operations, each matrix with the same bits
-on any number of threads and in any place of any batch. Elsewhere it is a product with ``R``, by torch. NaN or infinity
-in a row of ``rhs`` stays in that row. Exact as well, with first and second derivatives.
+on any number of threads and, of finite rows, in any place of any batch. Elsewhere it is a product with ``R``, by torch.
+NaN or infinity in a row of ``rhs`` stays in that row. Exact as well, with first and second derivatives.
 
 :func:`regularized_inverse` and :func:`regularized_solve` are the same ops for a plain call, past torch's dispatcher.
 
