@@ -142,7 +142,10 @@ def test_direct_weight_solves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert 0 <= result["running_accuracy"] < 0.01
     status, _, err = call(f"{line} --dx mean --std 1e18 --epochs 20 --out {tmp_path / 'far'}", capsys)
     assert status == 3
-    assert "Start a new run in another --out with --dx regularized, or a smaller --std." in err
+    assert (
+        "Start a new run in another --out with --dx regularized, a larger --dx-reg or --batch-reg, or a smaller --std."
+        in err
+    )
 
 
 def test_toy_run_draws_its_decision_regions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
