@@ -830,7 +830,7 @@ def test_only_this_rule_has_a_stream(rule: Any) -> None:
         ),
         (
             lambda: HotTargetLoss()(torch.zeros(2, 3), torch.tensor([0, 3])),
-            r"HotTargetLoss: target must lie in 0\.\.M-1=2, got \[0, 3\]",
+            r"HotTargetLoss: target must lie in 0\.\.M-1=2, got 3",
         ),
         (lambda: HotTargetLoss()(torch.zeros(3), torch.tensor(-1)), "HotTargetLoss: target must lie in .*, got -1"),
         (

@@ -292,3 +292,11 @@ def test_to_torch_keeps_mode_and_refuses_identity():
     assert not tpext.nn.RNN(I, H).eval().to_torch().training
     with pytest.raises(ValueError, match="no nonlinearity 'identity'"):
         tpext.nn.RNN(I, H, nonlinearity="identity").to_torch()
+
+
+def test_a_rule_of_feed_forward_layers_is_refused_even_where_nothing_is_to_convert():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    with pytest.raises(
+        TypeError, match=r"convert: rule must be one of recurrent layers, .*, got RegularizedLeastSquares"
+    ):
+        tpext.nn.convert(model, tpext.RegularizedLeastSquares())

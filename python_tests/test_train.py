@@ -450,6 +450,10 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(tpext, "build_info", lambda: {"version": "0", "cuda_architectures": []})
     with pytest.raises(ConfigError, match="this build of tpext has no CUDA kernels"):
         train(small(device="cuda"), tmp_path / "run")
+    monkeypatch.setattr(tpext, "build_info", lambda: {"version": "0", "cuda_architectures": ["sm_90"]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device must be cpu: torch sees no CUDA device, got cuda"):
+        train(small(device="cuda"), tmp_path / "run")
     with pytest.raises(MemoryError):
         train(small(length=2_000_000_000), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -399,7 +399,8 @@ class Kaczmarz:
         relaxation: factor of every update, > 0 and < 2, the range in which repeated projections converge; 1 projects.
         damping: added to the squared norms of "average", >= 0.
         dx: how the input moves: "mean" (published; diverges where the weights are large: beyond ``s_max(W)^2 > 2 M`` it
-            moves the output away from the target), "wnorm" or "regularized".
+            moves the output away from the target; small weights hardly move it, so that with more than one hidden layer
+            the lower ones learn late), "wnorm" or "regularized".
         dx_reg: regularisation of "regularized", >= 0.
         update: "average" or "exact".
         batch_reg: regularisation of "exact", >= 0; 0 needs linearly independent rows ``[x'' 1]``.

@@ -78,8 +78,11 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
         if result is not None:
             say(console, f"{folder.path} is complete already")
             return result
-    if torch.device(config.device).type == "cuda" and not tpext.build_info()["cuda_architectures"]:
-        raise ConfigError("device must be cpu: this build of tpext has no CUDA kernels")
+    if torch.device(config.device).type == "cuda":
+        if not tpext.build_info()["cuda_architectures"]:
+            raise ConfigError("device must be cpu: this build of tpext has no CUDA kernels")
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device must be cpu: torch sees no CUDA device, got {config.device}")
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError('tensorboard is not installed: pip install "tpext[experiments]"')
     task = config.make_task()

@@ -34,7 +34,7 @@ def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
         ValueError: a ``torch.nn.RNN`` carries hooks, parametrized or pruned weights or members of its own, which a
             replacement would lose; the reverse parameters of a ``tpext.nn.RNN`` cannot be removed, being parametrized
             or pruned; the rule does not fit a nonlinearity. The model is then unchanged.
-        TypeError: ``rule`` is no rule.
+        TypeError: ``rule`` is none of recurrent layers.
 
     >>> import torch, tpext
     >>> model = torch.nn.ModuleDict({"rnn": torch.nn.RNN(3, 4), "head": torch.nn.Linear(4, 2)})
@@ -42,6 +42,11 @@ def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
     RNN(3, 4, rule=Backprop())
     """
     rule = RegularizedInverse() if rule is None else rule
+    if not isinstance(rule, Rule):
+        raise TypeError(
+            "convert: rule must be one of recurrent layers, tpext.Backprop(), tpext.RegularizedInverse() or "
+            f"tpext.LearnedInverse(), got {rule!r}; feed-forward layers are made anew, with tpext.nn.TargetLinear"
+        )
     replacements: dict[nn.Module, RNN] = {}
     kept: list[RNN] = []
     # everything that can fail comes before the first change

@@ -51,13 +51,20 @@ class HotTargetLoss(torch.nn.Module):
                     f"HotTargetLoss: target must be {list(input.shape[:-1])} int64 classes, got {list(target.shape)} "
                     f"{dtype_name(target.dtype)}"
                 )
-            if looks and not bool(((target >= 0) & (target < input.shape[-1])).all()):
-                raise ValueError(
-                    f"HotTargetLoss: target must lie in 0..M-1={input.shape[-1] - 1}, got {target.tolist()}"
-                )
+            if looks:
+                outside = (target < 0) | (target >= input.shape[-1])
+                if bool(outside.any()):
+                    raise ValueError(
+                        f"HotTargetLoss: target must lie in 0..M-1={input.shape[-1] - 1}, got {int(target[outside][0])}"
+                    )
             target = torch.zeros_like(input).scatter(-1, target[..., None], 1.0)
-        elif looks and self.output != "direct" and not bool(((target == 0) | (target == 1)).all()):
-            raise ValueError(f"HotTargetLoss: target must be ones and zeros with output={self.output!r}, got {target}")
+        elif looks and self.output != "direct":
+            other = (target != 0) & (target != 1)
+            if bool(other.any()):
+                raise ValueError(
+                    f"HotTargetLoss: target must be ones and zeros with output={self.output!r}, got "
+                    f"{float(target[other][0]):g}"
+                )
         return 0.5 * (input - hot_target(target, input.detach(), self.output)).square().sum()
 
 
