@@ -46,13 +46,18 @@ def data(samples: int, inputs: int, classes: int) -> tuple[Tensor, Tensor, Tenso
     return x, labels, torch.nn.functional.one_hot(labels, classes).float()
 
 
-def update_by_products(x: Tensor, hot: Tensor, weights: list[Tensor]) -> None:
-    """The updates of one sample ``[1, N + 1]``, for each layer the fewest torch operations."""
+def forward(x: Tensor, hot: Tensor, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Inputs and outputs of the layers, and the target of the last output."""
     inputs, zs = [x], []
     for weight in weights:
         zs.append(inputs[-1] @ weight.T)
         inputs.append(with_ones(zs[-1].relu()))
-    target = torch.where(hot == 1, zs[-1].clamp(min=1), zs[-1].clamp(max=0))
+    return inputs, zs, torch.where(hot == 1, zs[-1].clamp(min=1), zs[-1].clamp(max=0))
+
+
+def update_by_products(x: Tensor, hot: Tensor, weights: list[Tensor]) -> None:
+    """The updates of one sample ``[1, N + 1]``, for each layer the fewest torch operations."""
+    inputs, zs, target = forward(x, hot, weights)
     for i in range(len(weights) - 1, -1, -1):
         weight, moved, residual = weights[i], inputs[i], target - zs[i]
         if i:
@@ -65,11 +70,7 @@ def update_by_products(x: Tensor, hot: Tensor, weights: list[Tensor]) -> None:
 
 def update_by_broadcasting(x: Tensor, hot: Tensor, weights: list[Tensor]) -> None:
     """The updates of a batch ``[B, N + 1]`` as published: displacements and updates of each sample, then their mean."""
-    inputs, zs = [x], []
-    for weight in weights:
-        zs.append(inputs[-1] @ weight.T)
-        inputs.append(with_ones(zs[-1].relu()))
-    target = torch.where(hot == 1, zs[-1].clamp(min=1), zs[-1].clamp(max=0))
+    inputs, zs, target = forward(x, hot, weights)
     for i in range(len(weights) - 1, -1, -1):
         # Published is a displacement of the data too, which is of no use.
         moved, change = broadcast_step(target, zs[i], inputs[i], weights[i], data=i == 0)

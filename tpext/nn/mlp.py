@@ -769,8 +769,9 @@ class MLP(nn.Sequential):
             for index, layer in enumerate(self):
                 if isinstance(layer, TargetLinear) and (index > 0 or input.requires_grad or len(self) == 1):
                     losses.append(layer.reconstruction_loss(output, noise=noise))
-                with torch.no_grad():
-                    output = layer(output)
+                if index < len(self) - 1:
+                    with torch.no_grad():
+                        output = layer(output)
             return torch.stack(losses).sum()
 
     def stream(self, input: Tensor, labels: Tensor, output: Output = "clamp", start: float = 0.0) -> StreamResult:

@@ -418,7 +418,7 @@ def kaczmarz_train(
     return predictions
 
 
-def _check_train(
+def _fake_train(
     input: Tensor,
     labels: Tensor,
     weights: list[Tensor],
@@ -428,7 +428,8 @@ def _check_train(
     dx: str,
     dx_reg: float,
     output: str,
-) -> None:
+) -> Tensor:
+    """Check the arguments and return empty predictions."""
     op = "kaczmarz_train"
     refuse_forward_mode(op, "it has no derivative")
     if input.dim() != 2:
@@ -457,6 +458,7 @@ def _check_train(
         _check_number(op, name, value)
     check_choice(op, "dx", dx, get_args(Move))
     check_choice(op, "output", output, get_args(Output))
+    return torch.empty_like(labels, memory_format=torch.contiguous_format)
 
 
 def _train(
@@ -470,12 +472,11 @@ def _train(
     dx_reg: float,
     output: Output,
 ) -> Tensor:
-    _check_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
+    predictions = _fake_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
     if on_cuda(input):
         return _train_by_torch(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
     changed = [*weights, *biases]
     buffers = [tensor.contiguous() for tensor in changed]
-    predictions = torch.empty_like(labels, memory_format=torch.contiguous_format)
     _C.kaczmarz_train(
         dense(input),
         dense(labels),
@@ -536,21 +537,6 @@ def _train_by_torch(
             if i:
                 target = relu.input_target(step.input, zs[i - 1])
     return predictions
-
-
-def _fake_train(
-    input: Tensor,
-    labels: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    relaxation: float,
-    damping: float,
-    dx: str,
-    dx_reg: float,
-    output: str,
-) -> Tensor:
-    _check_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
-    return torch.empty_like(labels, memory_format=torch.contiguous_format)
 
 
 define(

@@ -76,6 +76,7 @@ from tpext.ops._library import (
     refuse_derivative,
     refuse_forward_mode,
 )
+from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
 
 ActivationName = Literal["tanh", "sigmoid", "relu", "leaky_relu", "identity"]
@@ -385,10 +386,6 @@ def _center(input: Tensor, form: str) -> Tensor:
     return input if form == "proximal" else torch.zeros_like(input)
 
 
-def _operator(weight: Tensor, gamma: float) -> Tensor:
-    return torch.ops.tpext.regularized_inverse(weight, gamma)  # type: ignore[no-any-return]
-
-
 @dataclass(frozen=True)
 class Activation:
     """An elementwise activation ``a`` with its derivative and its inverses: what target propagation asks of it.
@@ -478,7 +475,7 @@ class Activation:
         Raises:
             ValueError: a wrong shape, dtype, device or ``clip``, named. RuntimeError: when differentiated.
         """
-        return torch.ops.tpext.act_inverse(target, input, self.name, self.slope, 0.0, clip)  # type: ignore[no-any-return]
+        return act_inverse(target, input, self.name, self.slope, 0.0, clip)
 
     def regularized_inverse(
         self, target: Tensor, input: Tensor, gamma: float = 1e-2, form: Form = "proximal"
@@ -512,7 +509,7 @@ class Activation:
             if self.name in ("tanh", "sigmoid"):
                 return self._published_steps(target, center, gamma)
         eps = torch.finfo(input.dtype).eps if input.is_floating_point() else 0.0
-        return torch.ops.tpext.act_inverse(target, center, self.name, self.slope, gamma, eps)  # type: ignore[no-any-return]
+        return act_inverse(target, center, self.name, self.slope, gamma, eps)
 
     def _published_steps(self, target: Tensor, center: Tensor, gamma: float) -> Tensor:
         x = self.inverse(target, center)
@@ -572,7 +569,7 @@ def linear_inverse(
         gamma: weight of ``||x - c||^2``, >= 0. 0 is the limit, with the pseudo-inverse for ``R``: the least squares
             solution nearest to ``c``.
         form: "proximal" or "ridge".
-        inverse: ``R``, ``[N, M]``, if it is known: ``torch.ops.tpext.regularized_inverse(weight, gamma)``, once a
+        inverse: ``R``, ``[N, M]``, if it is known: ``tpext.ops.regularized_inverse(weight, gamma)``, once a
             change of the weights. ``gamma`` is then not used.
 
     Returns:
@@ -594,7 +591,7 @@ def linear_inverse(
     _check_shape(op, "target", target, (*input.shape[:-1], weight.shape[0]))
     if inverse is not None:
         _check_shape(op, "inverse", inverse, (weight.shape[1], weight.shape[0]))
-    operator = _operator(weight, gamma) if inverse is None else inverse
+    operator = regularized_inverse(weight, gamma) if inverse is None else inverse
     if form == "ridge":
         return target @ operator.mT
     return input + (target - input @ weight.mT) @ operator.mT
@@ -643,7 +640,7 @@ class _Layer:
         if inverse is not None:
             check_like(op, "inverse", inverse, input, (inputs, outputs))
         else:
-            inverse = _operator(weight, gamma if method == "regularized" else 0.0)
+            inverse = regularized_inverse(weight, gamma if method == "regularized" else 0.0)
         activation = activation if isinstance(activation, Activation) else Activation(activation)
         return cls(input, bias, activation, method, gamma, form, clip, inverse, input @ weight.mT)
 
@@ -669,8 +666,8 @@ class _Layer:
         if self.method == "constrained" or self.gamma == 0 or self.form == "ridge" or act.reference_compat:
             output = act(center)
             return self.product_target(output + displacement) - self.product_target(output)
-        moved = torch.ops.tpext.act_displacement(displacement, center, act.name, act.slope, self.gamma)
-        return moved if self.bias is None else moved / (1 + self.gamma)  # type: ignore[no-any-return]
+        moved = act_displacement(displacement, center, act.name, act.slope, self.gamma)
+        return moved if self.bias is None else moved / (1 + self.gamma)
 
 
 def _cast_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -713,7 +710,7 @@ def layer_inverse(
         form: "proximal": near to ``x``, ``x1`` and ``x2``; "ridge": near to zero.
         clip: for "constrained": as in :meth:`Activation.inverse`.
         inverse: ``[N, M]``, the regularised inverse of the weights if it is known, for ``gamma``, or for 0 if
-            constrained: ``torch.ops.tpext.regularized_inverse(weight, gamma)``, once a change of the weights.
+            constrained: ``tpext.ops.regularized_inverse(weight, gamma)``, once a change of the weights.
 
     Returns:
         ``[..., N]``; under autocast computed in float32 and returned in it, as by the ops.
