@@ -17,16 +17,20 @@ if _importlib_util.find_spec("tpext._C") is None:
         "outside it to use the installed package."
     )
 
-from tpext import _C, diagnostics, nn, optim
+from tpext import _C, diagnostics, feedback, nn, optim
 from tpext.ops import SingularError
 from tpext.rules import (
     Backprop,
     ConstrainedLeastSquares,
     DifferenceTargetPropagation,
+    DifferenceTargets,
+    DirectTargets,
+    GaussNewtonTargets,
     Kaczmarz,
     LearnedInverse,
     RegularizedInverse,
     RegularizedLeastSquares,
+    Targets,
 )
 
 __version__: str = _C.build_info()["version"]
@@ -50,14 +54,19 @@ __all__ = [
     "Backprop",
     "ConstrainedLeastSquares",
     "DifferenceTargetPropagation",
+    "DifferenceTargets",
+    "DirectTargets",
+    "GaussNewtonTargets",
     "Kaczmarz",
     "LearnedInverse",
     "RegularizedInverse",
     "RegularizedLeastSquares",
     "SingularError",
+    "Targets",
     "__version__",
     "build_info",
     "diagnostics",
+    "feedback",
     "nn",
     "optim",
 ]

@@ -4,6 +4,7 @@ from tpext.nn.convert import convert
 from tpext.nn.kaczmarz import HotTargetLoss, StreamResult
 from tpext.nn.mlp import MLP, TargetLinear
 from tpext.nn.rnn import RNN
+from tpext.nn.sequential import TargetSequential
 
 __all__ = [
     "MLP",
@@ -11,5 +12,6 @@ __all__ = [
     "HotTargetLoss",
     "StreamResult",
     "TargetLinear",
+    "TargetSequential",
     "convert",
 ]

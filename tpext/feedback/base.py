@@ -1,0 +1,162 @@
+"""Feedback modules: learned inverses made from forward modules.
+
+The feedback ``G`` of a block ``F`` maps the space of the block's outputs to that of its inputs. It is made from the
+block's own modules, the last one first (:func:`make_feedback`)::
+
+    Linear, Conv         a linear map of the transposed shape, with weights of its own
+    activation           the same activation once more (not its inverse function)
+    MaxPool              unpooling to the places of the maxima
+    AvgPool              adaptive average pooling up to the input's size
+    Flatten, Unflatten   a reshape to the input's shape
+    BatchNorm            a batch normalisation of its own, by the statistics of the batch
+    Dropout              multiplication by the same mask
+    Sequential           the inverses of its modules in reversed order
+
+What the feedback has to know of a forward pass (sizes, places of maxima, masks) is that pass's *code*, a value that
+:meth:`Feedback.encode` returns beside the output and :meth:`Feedback.forward` takes. No module keeps it, so it is never
+that of another pass. A module of your own joins by :func:`register_feedback`.
+
+Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
+
+from torch import Tensor, nn
+
+Indices = Literal["noisy", "clean"]
+"""Which places of maxima feedback of a noisy pass uses: those of that pass or of the clean one."""
+
+Code: TypeAlias = Any
+"""What a feedback module has to know of a forward pass of its block: tensors and sizes, in nested tuples."""
+
+
+class Step(NamedTuple):
+    """A module of a block, with its feedback and the code of one pass."""
+
+    module: nn.Module
+    feedback: Feedback
+    code: Code
+
+
+class Feedback(nn.Module, ABC):
+    """The feedback of a block: ``r = G(y; code)``.
+
+    Subclasses give :meth:`forward`, and :meth:`encode` if the feedback has to know more than the block's output.
+
+    Attributes:
+        elementwise: whether each element of ``G(F(x))`` depends on one element of ``x`` only, at a fixed code, and each
+            element of ``G(y)`` on one of ``y``. It opens the expected and the closed forms of feedback training.
+        is_linear: whether ``G`` is linear in ``y`` up to a constant at a fixed code. Then :meth:`difference` does not
+            look at ``y``.
+        is_view: whether block and feedback only change the shape.
+    """
+
+    elementwise: bool = False
+    is_linear: ClassVar[bool] = False
+    is_view: ClassVar[bool] = False
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
+        """Run the block, and return its output and the code of this pass.
+
+        Args:
+            block: the module that this feedback was made from.
+            input: ``[B, ...]``.
+            clean: the code of the pass without noise when this is a noisy one. What is random in the block is taken
+                from it, and no running statistics are updated.
+        """
+        return block(input), None
+
+    @abstractmethod
+    def forward(self, output: Tensor, code: Code) -> Tensor:
+        """Return ``G(y; code)`` in the shape of the block's input."""
+
+    def difference(self, output: Tensor, displacement: Tensor, code: Code) -> Tensor:
+        """Return ``G(y + d; code) - G(y; code)``."""
+        return self(output + displacement, code) - self(output, code)
+
+    def steps(self, block: nn.Module, code: Code | None = None) -> list[Step]:
+        """Return the chain of modules that the block is, the first one first: itself, unless it is a sequence."""
+        return [Step(block, self, code)]
+
+    def copy_weights(self, block: nn.Module) -> None:
+        """Take over the block's weights, transposed (weight transport); biases become zero."""
+
+    def tie(self, block: nn.Module) -> None:
+        """Use the block's own weights, transposed, from now on instead of parameters of its own."""
+
+
+_Builder: TypeAlias = Callable[[Any], Feedback]
+_BuilderT = TypeVar("_BuilderT", bound=_Builder)
+_BUILDERS: dict[type[nn.Module], _Builder] = {}
+
+
+def register_feedback(*kinds: type[nn.Module]) -> Callable[[_BuilderT], _BuilderT]:
+    """Say how the feedback of modules of these classes is made, by a function of the module; a decorator.
+
+    Subclasses that keep the ``forward`` of a registered class are served too.
+
+    >>> import torch, tpext
+    >>> class Double(torch.nn.Module):
+    ...     def forward(self, x):
+    ...         return 2 * x
+    >>> class Half(tpext.feedback.Feedback):
+    ...     def forward(self, output, code):
+    ...         return output / 2
+    >>> @tpext.feedback.register_feedback(Double)
+    ... def half(module):
+    ...     return Half()
+    >>> tpext.feedback.make_feedback(Double())
+    Half()
+    """
+
+    def register(builder: _BuilderT) -> _BuilderT:
+        for kind in kinds:
+            _BUILDERS[kind] = builder
+        return builder
+
+    return register
+
+
+def make_feedback(block: nn.Module) -> Feedback:
+    """Return the feedback module of a block, initialised as torch initialises such layers.
+
+    Raises:
+        TypeError: a module of a class that no feedback is registered for; names it.
+        ValueError: a module with an option that its feedback does not know.
+    """
+    for kind in type(block).__mro__:
+        if kind in _BUILDERS and type(block).forward is kind.forward:
+            return _BUILDERS[kind](block)
+    raise TypeError(
+        f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
+        "tpext.feedback.register_feedback"
+    )
+
+
+class BlockCall(NamedTuple):
+    """One block in one forward pass of a network.
+
+    Attributes:
+        block: the module ``F_i``.
+        feedback: what gives the displacement of the block's input, or None.
+        input: ``s_{i-1}``, detached.
+        output: ``s_i``, detached.
+        code: of this pass, see :class:`Feedback`.
+    """
+
+    block: nn.Module
+    feedback: Feedback | None
+    input: Tensor
+    output: Tensor
+    code: Code
+
+
+class Trace(NamedTuple):
+    """What a forward pass of a network leaves: its output, whose backward pass is the rule's, and its blocks' calls."""
+
+    output: Tensor
+    calls: tuple[BlockCall, ...]

@@ -1,0 +1,280 @@
+"""Trainers that take gradient steps on a loss of the feedback, several a batch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tpext.feedback.base import BlockCall, Feedback
+from tpext.feedback.linear_block import feedback_power, input_correlation, linear_block
+from tpext.feedback.losses import Indices, difference_reconstruction_loss, ldrl_loss, reconstruction_loss
+from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
+
+MakeOptimizer: TypeAlias = Callable[[Iterable[Tensor]], Optimizer]
+SecondTerm = Literal["drawn", "expected"]
+
+
+class GradientTrainer(FeedbackTrainer):
+    """A trainer that takes ``iterations`` gradient steps on each layer's own loss at every batch.
+
+    Subclasses give :meth:`_gradients`. Each layer has an optimizer of its own, so layers are independent given the
+    forward pass.
+
+    Args:
+        net: whose feedback to train.
+        lr: learning rate, > 0; one for all layers with feedback or a list, the first layer first.
+        noise: standard deviation of the noise, > 0; one or a list.
+        iterations: gradient steps a batch, >= 1; one or a list.
+        samples: draws of noise that one gradient averages, >= 1.
+        momentum, weight_decay: of SGD.
+        optimizer: instead of SGD with these, a function of parameters, as ``lambda p: torch.optim.Adam(p, lr=3e-4)``;
+            ``lr``, ``momentum`` and ``weight_decay`` must be left out then.
+        seed: of the noise, 0 .. 2^64 - 1.
+        noise_source: draws the noise; None: :class:`CounterNoise`, a function of the seed, step, layer, draw and row.
+
+    Raises:
+        ValueError: an argument out of its range, or a list of another length; named.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        lr: float | Sequence[float] | None = None,
+        noise: float | Sequence[float],
+        iterations: int | Sequence[int] = 1,
+        samples: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        optimizer: MakeOptimizer | None = None,
+        seed: int = 0,
+        noise_source: NoiseSource | None = None,
+    ) -> None:
+        super().__init__(net, seed=seed, noise_source=noise_source)
+        self.noise, self.iterations = self._positive("noise", noise), self._counts("iterations", iterations)
+        self.samples = self._counts("samples", samples)[0]
+        if (lr is None) == (optimizer is None):
+            raise ValueError(f"{type(self).__name__}: give lr or optimizer, got lr={lr!r}, optimizer={optimizer!r}")
+        self.optimizers: list[Optimizer] = []
+        rates = self._positive("lr", lr) if optimizer is None else [0.0] * len(self.layers)
+        for (index, feedback), rate in zip(self.layers, rates, strict=True):
+            parameters = list(feedback.parameters())
+            if not parameters:
+                raise ValueError(f"{type(self).__name__}: the feedback of block {index} has no parameters; is it tied?")
+            self.optimizers.append(
+                torch.optim.SGD(parameters, rate, momentum, weight_decay=weight_decay)
+                if optimizer is None
+                else optimizer(parameters)
+            )
+
+    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        for number, (index, feedback) in enumerate(self.layers):
+            for iteration in range(self.iterations[number]):
+                gradients, loss = self._gradients(calls, number, iteration, records is not None)
+                if records is not None:
+                    assert loss is not None
+                    records.append(Record(index, loss, *weight_alignment(calls[index])))
+                average_over_processes(list(gradients.values()))
+                for parameter, gradient in gradients.items():
+                    parameter.grad = gradient
+                self.optimizers[number].step()
+                for parameter in feedback.parameters():
+                    parameter.grad = None
+
+    @abstractmethod
+    def _gradients(
+        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
+    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+        """Return the gradients of one iteration of layer ``number`` of those with feedback, and perhaps its loss."""
+
+    def _differentiate(
+        self, feedback: Feedback, losses: Callable[[], Iterable[Tensor]]
+    ) -> tuple[dict[Tensor, Tensor], Tensor]:
+        """Gradients of the mean of losses by autograd, and that mean."""
+        parameters = list(feedback.parameters())
+        wanted = [parameter.requires_grad for parameter in parameters]
+        try:
+            with torch.enable_grad():
+                for parameter in parameters:
+                    parameter.requires_grad_()
+                mean = torch.stack(list(losses())).mean()
+                gradients = torch.autograd.grad(mean, parameters, allow_unused=True)
+        finally:
+            for parameter, want in zip(parameters, wanted, strict=True):
+                parameter.requires_grad_(want)
+        named = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+        return named, mean.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+class LDRL(GradientTrainer):
+    r"""Trains feedback by the local difference reconstruction loss (:func:`ldrl_loss`), towards ``J_G = J_F^T``.
+
+    For a block that begins with a linear map and its feedback, which ends in one (``F(x) = psi(Lx + b)``, ``G(y) = W^T
+    phi(y) + c``), an iteration is the same gradient with less work::
+
+        A' - A = phi(psi(z + L dx)) - phi(y),    A'' - A = phi(y + dy) - phi(y)
+        grad W = (1/B) sum_b  -2 wgrad(dx, A' - A) + 2 wgrad(W^T (A'' - A), A'' - A)
+
+    one pass of ``F``, one of ``G`` and two weight gradients instead of eight such passes. With
+    ``second_term="expected"`` the second term is its expectation over small noise, ``2 sigma^2 W_cp sum_b s_G^2``, the
+    sum over the features that a tap acts on, ``s_G`` the slope of ``phi``: then one pass of ``F`` and one weight
+    gradient are left. Other blocks take autograd through the whole loss.
+
+    Args:
+        second_term: "drawn" (published) or "expected", which needs such a block with an elementwise ``psi`` and
+            ``phi`` (activations, max-pooling).
+        indices: "noisy" (published) or "clean", see :func:`ldrl_loss`.
+        net, lr, noise, iterations, samples, momentum, weight_decay, optimizer, seed, noise_source: see
+            :class:`GradientTrainer`. Published: SGD with momentum 0.9.
+
+    Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        second_term: SecondTerm = "drawn",
+        indices: Indices = "noisy",
+        **options: Any,
+    ) -> None:
+        super().__init__(net, **options)
+        self.second_term = self._choice("second_term", second_term, ("drawn", "expected"))
+        self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
+        self._expected: dict[int, Tensor] = {}
+        if second_term == "expected":
+            self._require_elementwise("second_term='expected'")
+
+    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        self._expected.clear()
+        super()._train(calls, records)
+
+    def _gradients(
+        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
+    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+        index, feedback = self.layers[number]
+        call, sigma = calls[index], self.noise[number]
+        block = linear_block(call)
+        draws = range(iteration * self.samples, (iteration + 1) * self.samples)
+        if block is None:
+
+            def losses() -> Iterator[Tensor]:
+                for draw in draws:
+                    input_noise = self._noise(index, draw, sigma, call.input)
+                    yield ldrl_loss(call, input_noise, self._noise(index, draw, sigma, call.output, True), self.indices)
+
+            return self._differentiate(feedback, losses)
+        weight, batch = block.head.current_weight(), len(call.input)
+        first = torch.zeros_like(weight)
+        second = torch.zeros_like(weight)
+        square = weight.new_zeros(())
+        for draw in draws:
+            first += input_correlation(block, self._noise(index, draw, sigma, call.input), self.indices)
+            if self.second_term == "drawn":
+                noise = self._noise(index, draw, sigma, call.output, True)
+                change = block.phi(call.output + noise) - block.phi(call.output)
+                moved = block.head.map(change, block.input_shape)
+                second += block.head.weight_gradient(moved, change)
+                square += moved.square().sum()
+        scale = 1 / (batch * self.samples)
+        first *= scale
+        second *= scale
+        square *= scale
+        if self.second_term == "expected":
+            if number not in self._expected:
+                self._expected[number] = sigma**2 * feedback_power(block) / batch
+            second = self._expected[number] * weight
+            square = (second * weight).sum()
+        loss = square - 2 * (first * weight).sum() if with_loss else None
+        return {weight: (second - first).mul_(2)}, loss
+
+
+class Reconstruction(GradientTrainer):
+    """Trains feedback to reconstruct noisy inputs (:func:`reconstruction_loss`), as the first methods did.
+
+    Args:
+        indices: "noisy" (published) or "clean", see :func:`ldrl_loss`.
+        reduction: "sample": the loss is a sum over features, as in Ernoult et al.'s code; "element": a mean, divided by
+            the variance of the noise but at most by 0.02^2, as in Meulemans et al.'s.
+        net, lr, noise, iterations, samples, momentum, weight_decay, optimizer, seed, noise_source: see
+            :class:`GradientTrainer`.
+
+    Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        indices: Indices = "noisy",
+        reduction: Literal["sample", "element"] = "sample",
+        **options: Any,
+    ) -> None:
+        super().__init__(net, **options)
+        self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
+        self.reduction = self._choice("reduction", reduction, ("sample", "element"))
+
+    def _gradients(
+        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
+    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+        index, feedback = self.layers[number]
+        call, sigma = calls[index], self.noise[number]
+        scale = 1.0 if self.reduction == "sample" else 1 / (max(sigma, 0.02) ** 2 * call.input[0].numel())
+
+        def losses() -> Iterator[Tensor]:
+            for sample in range(self.samples):
+                noise = self._noise(index, iteration * self.samples + sample, sigma, call.input)
+                yield reconstruction_loss(call, noise, self.indices) * scale
+
+        return self._differentiate(feedback, losses)
+
+
+class DifferenceReconstruction(GradientTrainer):
+    """Trains feedback through all blocks above (:func:`difference_reconstruction_loss`), towards Gauss-Newton targets.
+
+    With ``DirectTargets`` this trains the direct feedback (DDTP-linear, DDTP-RHL). ``weight_decay`` acts as damping.
+
+    Args:
+        difference: False leaves out the difference correction, and the division of the loss by the variance of the
+            noise (DDTP-control); for direct feedback.
+        net, lr, noise, iterations, samples, momentum, weight_decay, optimizer, seed, noise_source: see
+            :class:`GradientTrainer`. Published: Adam, one iteration a batch.
+
+    Cost: an iteration of layer ``i`` runs blocks ``i .. L-1`` once and the feedback above as often as the rule does.
+
+    Source: Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020.
+    """
+
+    def __init__(self, net: nn.Module, *, difference: bool = True, **options: Any) -> None:
+        super().__init__(net, **options)
+        if not isinstance(difference, bool):
+            raise ValueError(f"DifferenceReconstruction: difference must be True or False, got {difference!r}")
+        self.difference = difference
+
+    def _gradients(
+        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
+    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+        index, feedback = self.layers[number]
+        call, sigma = calls[index], self.noise[number]
+        scale = sigma**-2 if self.difference else 1.0
+
+        def losses() -> Iterator[Tensor]:
+            for sample in range(self.samples):
+                noise = self._noise(index, iteration * self.samples + sample, sigma, call.input)
+                loss = difference_reconstruction_loss(calls, index, self.net.rule, noise, self.difference)
+                yield loss * scale
+
+        return self._differentiate(feedback, losses)

@@ -1,0 +1,132 @@
+"""Blocks that begin with a linear map: what the fast ways of training their feedback compute with.
+
+Such a block and its feedback are ``F(x) = psi(z)``, ``z = L x + b``, and ``G(y) = W^T phi(y) + c``; ``psi`` is an
+activation, with or without pooling, ``phi`` the feedback of that. So changes need one product only: ``F(x + dx)`` is
+``psi(z + L dx)``, and ``G(y') - G(y)`` is ``W^T (phi(y') - phi(y))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tpext.feedback.base import BlockCall, Code, Feedback, Indices, Step
+from tpext.feedback.linear_map import LinearCode, LinearMap
+
+
+class Slopes(NamedTuple):
+    """Slopes of a block at a sample's feature positions, ``[B, *features]``: zero where no feedback arrives.
+
+    Attributes:
+        feedback: ``s_G``, that of ``phi`` at the block's output.
+        both: ``s_F s_G``, that of ``phi`` after ``psi``.
+    """
+
+    feedback: Tensor
+    both: Tensor
+
+
+class LinearBlock(NamedTuple):
+    """A block of this form in one forward pass.
+
+    Attributes:
+        module: ``L``, a linear layer or a convolution.
+        head: its feedback, which has ``W``.
+        views: what changes the input's shape before ``L``.
+        tail: ``psi`` and ``phi``, module by module.
+        input_shape: of ``L``'s input, without the batch.
+        preactivation: ``z``.
+        output: ``y``.
+    """
+
+    module: nn.Module
+    head: LinearMap
+    views: Sequence[Step]
+    tail: Sequence[Step]
+    input_shape: torch.Size
+    preactivation: Tensor
+    output: Tensor
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether ``phi`` and ``phi psi`` are diagonal, so that slopes say all of them near the clean pass."""
+        return all(step.feedback.elementwise for step in self.tail)
+
+    def view(self, input: Tensor) -> Tensor:
+        """Return something in the shape of the block's input in that of ``L``'s input."""
+        for step in self.views:
+            input = step.module(input)
+        return input
+
+    def psi(self, preactivation: Tensor) -> tuple[Tensor, list[Code]]:
+        """Return ``psi`` of noisy pre-activations, and the code of that pass."""
+        codes = []
+        for step in self.tail:
+            preactivation, code = step.feedback.encode(step.module, preactivation, step.code)
+            codes.append(code)
+        return preactivation, codes
+
+    def phi(self, output: Tensor, codes: Sequence[Code] | None = None) -> Tensor:
+        """Return ``phi(y)``, by the codes of the clean pass or by others."""
+        codes = [step.code for step in self.tail] if codes is None else codes
+        for step, code in zip(reversed(self.tail), reversed(codes), strict=True):
+            output = step.feedback(output, code)
+        return output
+
+    def slopes(self) -> Slopes:
+        """Return the slopes at the clean pass; needs :attr:`elementwise`."""
+        feedback = torch.func.jvp(self.phi, (self.output,), (torch.ones_like(self.output),))[1]
+        # a diagonal matrix is its own transpose
+        with torch.enable_grad():
+            at = self.preactivation.detach().requires_grad_()
+            output = at
+            for step in self.tail:
+                output, _ = step.feedback.encode(step.module, output, step.code)
+            (both,) = torch.autograd.grad(self.phi(output).sum(), at)
+        return Slopes(feedback, both)
+
+
+def linear_block(call: BlockCall) -> LinearBlock | None:
+    """Return a block's call in this form, None if it has another."""
+    if call.feedback is None:
+        return None
+    steps = linear_steps(call.block, call.feedback, call.code)
+    if steps is None:
+        return None
+    views, (module, head, code), tail = steps
+    assert isinstance(head, LinearMap)
+    assert isinstance(code, LinearCode)
+    return LinearBlock(module, head, views, tail, code.input_shape, code.preactivation, call.output)
+
+
+def linear_steps(
+    block: nn.Module, feedback: Feedback, code: Code | None = None
+) -> tuple[list[Step], Step, list[Step]] | None:
+    """Return what a block does before its linear map, the map, and what comes after; None without one at the start."""
+    steps = feedback.steps(block, code)
+    start = next((index for index, step in enumerate(steps) if not step.feedback.is_view), len(steps))
+    if start == len(steps) or not isinstance(steps[start].feedback, LinearMap):
+        return None
+    return steps[:start], steps[start], steps[start + 1 :]
+
+
+def input_correlation(block: LinearBlock, noise: Tensor, indices: Indices) -> Tensor:
+    """Return the gradient of ``<dx, W^T (A' - A)>``, summed over the batch, for ``W``: ``R`` of one draw.
+
+    Args:
+        noise: ``dx``, of the shape of the block's input.
+        indices: places of maxima of ``A'``, those of the "noisy" or of the "clean" pass.
+    """
+    noise = block.view(noise)
+    moved = block.preactivation + block.head.block_map(block.module, noise)
+    output, codes = block.psi(moved)
+    change = block.phi(output, codes if indices == "noisy" else None) - block.phi(block.output)
+    return block.head.weight_gradient(noise, change)
+
+
+def feedback_power(block: LinearBlock) -> Tensor:
+    """Return ``D = sum_b s_G^2`` over the features that an element of ``W`` acts on, so that it broadcasts to ``W``."""
+    return block.head.sum_over_uses(block.slopes().feedback.square().sum(0), block.input_shape)

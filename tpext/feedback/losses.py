@@ -1,0 +1,113 @@
+"""The losses that train feedback, as plain differentiable functions of a block's call and of noise.
+
+Each is differentiable for the feedback's parameters, once these require gradients; nothing reaches the blocks. The
+trainers of :mod:`tpext.feedback` have faster ways to the same gradients where a block allows them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tpext.feedback.base import BlockCall, Code, Feedback, Indices
+
+
+class Recursion(Protocol):
+    """What a loss through the blocks above needs of a rule."""
+
+    def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
+        """See :class:`tpext.rules.NetworkRule`."""
+
+
+def _feedback(call: BlockCall) -> Feedback:
+    if call.feedback is None:
+        raise ValueError("call must be one of a block with feedback, got one without")
+    return call.feedback
+
+
+@torch.no_grad()
+def _noisy(call: BlockCall, input: Tensor, indices: Indices) -> tuple[Tensor, Code]:
+    if indices not in ("noisy", "clean"):
+        raise ValueError(f"indices must be 'noisy' or 'clean', got {indices!r}")
+    output, code = _feedback(call).encode(call.block, input, call.code)
+    return output, code if indices == "noisy" else call.code
+
+
+def ldrl_loss(call: BlockCall, input_noise: Tensor, output_noise: Tensor, indices: Indices = "noisy") -> Tensor:
+    r"""Local difference reconstruction loss of a block.
+
+    With ``x`` and ``y`` the input and output of the call, ``dx`` and ``dy`` the noise::
+
+        (1/B) sum_b  -2 <dx, G(F(x + dx)) - G(y)> + ||G(y + dy) - G(y)||^2
+
+    For linear blocks and noise of standard deviation ``sigma`` its mean is ``sigma^2 (||J_G - J_F^T||^2 - ||J_F||^2)``,
+    least where the feedback is the transposed of the block: the Jacobian matching condition. It is usually negative. A
+    bias at the end of ``G`` cancels and gets no gradient.
+
+    Args:
+        call: of a block with feedback, from :meth:`tpext.nn.TargetSequential.trace`.
+        input_noise: ``dx``, of ``x``'s shape.
+        output_noise: ``dy``, of ``y``'s shape.
+        indices: which places of maxima ``G(F(x + dx))`` unpools to: those of the noisy pass, as published, or of the
+            clean one. Where maxima switch places, the noisy ones leave a term of the loss's own order at every size of
+            noise, so that its minimum is not the transposed block; the clean ones do not.
+
+    Returns:
+        The loss, a scalar, a sum over features and a mean over the batch.
+
+    Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022.
+    """
+    feedback = _feedback(call)
+    noisy, code = _noisy(call, call.input + input_noise, indices)
+    clean = feedback(call.output, call.code)
+    first = (input_noise * (feedback(noisy, code) - clean)).sum()
+    second = (feedback(call.output + output_noise, call.code) - clean).square().sum()
+    return (second - 2 * first) / len(call.input)
+
+
+def reconstruction_loss(call: BlockCall, input_noise: Tensor, indices: Indices = "noisy") -> Tensor:
+    """Reconstruction loss of a noisy auto-encoder, ``(1/B) sum_b ||x + dx - G(F(x + dx))||^2``.
+
+    Args, returns: as :func:`ldrl_loss`.
+
+    Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015.
+    """
+    noisy_input = call.input + input_noise
+    output, code = _noisy(call, noisy_input, indices)
+    return (noisy_input - _feedback(call)(output, code)).square().sum() / len(call.input)
+
+
+def difference_reconstruction_loss(
+    calls: Sequence[BlockCall], index: int, rule: Recursion, input_noise: Tensor, difference: bool = True
+) -> Tensor:
+    """Difference reconstruction loss of a block's feedback through all blocks above.
+
+    The input ``x`` of block ``index`` is moved by ``dx``, the network's output moves with it, and the rule's recursion
+    takes the output's displacement back down to ``x``::
+
+        (1 / BN) sum ||move(x) - dx||^2,                  N the number of features of x
+        (1 / BN) sum ||G(output(x + dx)) - (x + dx)||^2,  difference=False, for direct feedback (DDTP-control)
+
+    Meulemans et al. divide by the variance of ``dx`` besides; the trainer does. Differentiate it for the parameters of
+    block ``index``'s feedback only.
+
+    Args:
+        calls: of the whole network.
+        index: of the block, >= 1.
+        rule: the network's rule.
+        input_noise: ``dx``, of the shape of ``calls[index].input``.
+
+    Source: Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020.
+    """
+    call = calls[index]
+    noisy_input = state = call.input + input_noise
+    with torch.no_grad():
+        for above in calls[index:]:
+            state, _ = _feedback(above).encode(above.block, state, above.code)
+    if not difference:
+        return (_feedback(call)(state, call.code) - noisy_input).square().mean()
+    moves = rule.displacements(calls[index - 1 :], state - calls[-1].output)
+    return (moves[0] - input_noise).square().mean()

@@ -1,0 +1,320 @@
+"""The feedback of activations, pools, normalisations, shapes and sequences."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import batchnorm, pooling
+
+from tpext.feedback.base import Code, Feedback, Step, make_feedback, register_feedback
+
+
+class ActivationFeedback(Feedback):
+    """The feedback of an activation: the same activation once more, as published, not its inverse function.
+
+    Attributes:
+        skipped: True makes the feedback the identity, see :class:`LayeredFeedback`.
+    """
+
+    elementwise = True
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.skipped = False
+        self.activation = copy.deepcopy(block)
+        if hasattr(self.activation, "inplace"):
+            # what it would overwrite is the code of the module before
+            self.activation.inplace = False
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
+        return self.activation(input), None
+
+    def forward(self, output: Tensor, code: Code) -> Tensor:
+        return output if self.skipped else self.activation(output)
+
+
+class PoolCode(NamedTuple):
+    """The code of a max-pooling: where the maxima are in the flattened plane, and the size of that plane."""
+
+    indices: Tensor
+    plane: torch.Size
+
+
+class UnpoolFeedback(Feedback):
+    """The feedback of a max-pooling: each value goes back to where its maximum was, all else is zero.
+
+    Where windows overlap, one place may be the maximum of several. It gets the value of the last of them in raster
+    order, on every device.
+    """
+
+    elementwise = True
+
+    def __init__(self, block: pooling._MaxPoolNd) -> None:
+        super().__init__()
+        if block.return_indices:
+            raise ValueError(f"make_feedback: {block} must have return_indices=False, got True")
+        windows = [_each(value) for value in (block.kernel_size, block.stride, block.dilation)]
+        self.overlapping = any(k > s or d > 1 for k, s, d in zip(*_broadcast(windows), strict=True))
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, PoolCode]:
+        dims = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+        pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[
+            next(n for kind, n in dims.items() if isinstance(block, kind)) - 1
+        ]
+        output, indices = pool(
+            input,
+            block.kernel_size,
+            block.stride,
+            block.padding,
+            block.dilation,
+            ceil_mode=block.ceil_mode,
+            return_indices=True,
+        )
+        return output, PoolCode(indices, input.shape[2:])
+
+    def forward(self, output: Tensor, code: PoolCode) -> Tensor:
+        return max_unpool(output, code.indices, code.plane, self.overlapping)
+
+
+def max_unpool(values: Tensor, indices: Tensor, plane: torch.Size, overlapping: bool) -> Tensor:
+    """Return ``[B, C, *plane]``: values ``[B, C, ...]`` at their indices in the flattened plane, zero elsewhere.
+
+    Args:
+        values, indices: as max-pooling with ``return_indices=True`` gives them.
+        plane: size of what was pooled.
+        overlapping: whether one index may come more than once. The last value in raster order gets the place then, and
+            the gradients of the others are zero.
+    """
+    flat, places = values.flatten(2), indices.flatten(2)
+    empty = flat.new_zeros(*flat.shape[:2], plane.numel())
+    if not overlapping:
+        return empty.scatter(2, places, flat).unflatten(2, plane)
+    order = torch.arange(places.shape[2], device=places.device).expand_as(places)
+    last = torch.full_like(empty, -1, dtype=torch.int64).scatter_reduce(2, places, order, "amax")
+    kept = torch.where(last.gather(2, places) == order, flat, 0)
+    # only one of the values added up at a place is not zero
+    return empty.scatter_add(2, places, kept).unflatten(2, plane)
+
+
+class UpsampleFeedback(Feedback):
+    """The feedback of an average pooling: adaptive average pooling up to the input's size, which repeats values."""
+
+    is_linear = True
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, torch.Size]:
+        return block(input), input.shape[2:]
+
+    def forward(self, output: Tensor, code: torch.Size) -> Tensor:
+        pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
+        return pool[len(code) - 1](output, list(code))  # type: ignore[operator, no-any-return]
+
+    def difference(self, output: Tensor, displacement: Tensor, code: Code) -> Tensor:
+        return self(displacement, code)  # type: ignore[no-any-return]
+
+
+class ReshapeFeedback(Feedback):
+    """The feedback of a module that only changes the shape of a sample: the shape back."""
+
+    elementwise = True
+    is_view = True
+    is_linear = True
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, torch.Size]:
+        return block(input), input.shape[1:]
+
+    def forward(self, output: Tensor, code: torch.Size) -> Tensor:
+        return output.reshape(-1, *code)
+
+    def difference(self, output: Tensor, displacement: Tensor, code: Code) -> Tensor:
+        return self(displacement, code)  # type: ignore[no-any-return]
+
+
+class BatchNormFeedback(Feedback):
+    """The feedback of a batch normalisation: one of its own, by the statistics of the batch; it has no running ones.
+
+    A noisy pass through the block takes that batch's statistics too, but leaves the running ones alone.
+    """
+
+    def __init__(self, block: batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.eps = block.eps
+        self.weight = None if block.weight is None else nn.Parameter(torch.ones_like(block.weight))
+        self.bias = None if block.bias is None else nn.Parameter(torch.zeros_like(block.bias))
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
+        if clean is None or not block.training:
+            return block(input), True
+        return functional.batch_norm(input, None, None, block.weight, block.bias, True, 0.0, block.eps), True
+
+    def forward(self, output: Tensor, code: Code) -> Tensor:
+        return functional.batch_norm(output, None, None, self.weight, self.bias, True, 0.0, self.eps)
+
+
+class DropoutFeedback(Feedback):
+    """The feedback of dropout: multiplication by the same mask, which noisy passes share too."""
+
+    elementwise = True
+    is_linear = True
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Tensor]:
+        mask = block(torch.ones_like(input)) if clean is None else clean
+        return input * mask, mask
+
+    def forward(self, output: Tensor, code: Tensor) -> Tensor:
+        return output * code
+
+    def difference(self, output: Tensor, displacement: Tensor, code: Code) -> Tensor:
+        return self(displacement, code)  # type: ignore[no-any-return]
+
+
+class IdentityFeedback(Feedback):
+    """The feedback of the identity."""
+
+    elementwise = True
+    is_view = True
+    is_linear = True
+
+    def forward(self, output: Tensor, code: Code) -> Tensor:
+        return output
+
+    def difference(self, output: Tensor, displacement: Tensor, code: Code) -> Tensor:
+        return self(displacement, code)  # type: ignore[no-any-return]
+
+
+class SequentialFeedback(Feedback):
+    """The feedback of ``torch.nn.Sequential``: that of each of its modules, the last one first, by the same names."""
+
+    def __init__(self, block: nn.Sequential) -> None:
+        super().__init__()
+        made = [(name, make_feedback(module)) for name, module in block.named_children()]
+        self.parts = nn.ModuleDict(OrderedDict(reversed(made)))
+        self.elementwise = all(part.elementwise for _, part in made)
+
+    def pairs(self, block: nn.Module) -> list[tuple[nn.Module, Feedback]]:
+        """Return the modules of the block with their feedback, the first one first."""
+        return [(module, self.parts[name]) for name, module in block.named_children()]  # type: ignore[misc]
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, tuple[Code, ...]]:
+        codes = []
+        for index, (module, part) in enumerate(self.pairs(block)):
+            input, code = part.encode(module, input, None if clean is None else clean[index])
+            codes.append(code)
+        return input, tuple(codes)
+
+    def forward(self, output: Tensor, code: tuple[Code, ...]) -> Tensor:
+        for part, known in zip(self.parts.values(), reversed(code), strict=True):
+            output = part(output, known)
+        return output
+
+    def difference(self, output: Tensor, displacement: Tensor, code: tuple[Code, ...]) -> Tensor:
+        parts = list(zip(self.parts.values(), reversed(code), strict=True))
+        # from here on all is linear: the difference goes on alone
+        nonlinear = max([0, *(index + 1 for index, (part, _) in enumerate(parts) if not part.is_linear)])
+        if nonlinear:
+            moved = output + displacement
+            for part, known in parts[:nonlinear]:
+                output, moved = part(output, known), part(moved, known)
+            displacement = moved - output
+        for part, known in parts[nonlinear:]:
+            displacement = part.difference(displacement, displacement, known)  # type: ignore[operator]
+        return displacement
+
+    def steps(self, block: nn.Module, code: tuple[Code, ...] | None = None) -> list[Step]:
+        codes = [None] * len(self.parts) if code is None else code
+        return [
+            step
+            for (module, part), known in zip(self.pairs(block), codes, strict=True)
+            for step in part.steps(module, known)
+        ]
+
+    def copy_weights(self, block: nn.Module) -> None:
+        for module, part in self.pairs(block):
+            part.copy_weights(module)
+
+    def tie(self, block: nn.Module) -> None:
+        for module, part in self.pairs(block):
+            part.tie(module)
+
+
+class LayeredFeedback(Feedback):
+    """The feedback ``G(y) = a(W^T y + b)`` of a layer, ``a`` the activation of the layer below: :func:`layered_feedback`."""
+
+    def __init__(self, block: nn.Module, activation: nn.Module) -> None:
+        super().__init__()
+        self.mirrored = make_feedback(block)
+        self.activation = activation
+        for module in self.mirrored.modules():
+            if isinstance(module, ActivationFeedback):
+                module.skipped = True
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
+        return self.mirrored.encode(block, input, clean)
+
+    def forward(self, output: Tensor, code: Code) -> Tensor:
+        return self.activation(self.mirrored(output, code))  # type: ignore[no-any-return]
+
+
+def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
+    """Return feedback with its activation last, ``G_i(y) = a_{i-1}(W_i^T y + b_i)``, for each block but the first.
+
+    So inverse layers were built before Ernoult et al.: the activation is the one that made the state to reconstruct,
+    here the last one of the block below. Hand the result to ``TargetSequential(feedback=...)``.
+
+    Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015; Meulemans et al., "A Theoretical
+    Framework for Target Propagation", NeurIPS 2020.
+
+    >>> import torch
+    >>> blocks = [torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh()), torch.nn.Linear(3, 2)]
+    >>> layered_feedback(blocks)[1].activation
+    Tanh()
+    """
+    made: list[Feedback | None] = [None]
+    for below, block in zip(blocks, blocks[1:], strict=False):
+        steps = make_feedback(below).steps(below)
+        last = next((step.feedback for step in reversed(steps) if isinstance(step.feedback, ActivationFeedback)), None)
+        made.append(LayeredFeedback(block, nn.Identity() if last is None else last.activation))
+    return made
+
+
+def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _broadcast(values: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    length = max(map(len, values))
+    return [value * length if len(value) == 1 else value for value in values]
+
+
+register_feedback(
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.ReLU,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Tanh,
+)(ActivationFeedback)
+register_feedback(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)(UnpoolFeedback)
+register_feedback(
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveAvgPool3d,
+)(lambda block: UpsampleFeedback())
+register_feedback(nn.Flatten, nn.Unflatten)(lambda block: ReshapeFeedback())
+register_feedback(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)(BatchNormFeedback)
+register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(DropoutFeedback)
+register_feedback(nn.Identity)(lambda block: IdentityFeedback())
+register_feedback(nn.Sequential)(SequentialFeedback)

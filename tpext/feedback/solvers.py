@@ -1,0 +1,150 @@
+"""Trainers that set the feedback without gradient steps: running and closed-form solutions, tied and fixed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tpext.feedback.base import BlockCall, Indices
+from tpext.feedback.linear_block import feedback_power, input_correlation, linear_block
+from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
+from tpext.ops._library import is_number
+
+
+class RunningLDRL(FeedbackTrainer):
+    """Tracks the fixed point of the local difference reconstruction loss: no learning rate, few draws a batch.
+
+    The loss is quadratic in ``W`` (see :class:`LDRL`), least for small noise at ``W = R / D``::
+
+        R = E[wgrad(dx, A' - A)] / sigma^2,    D = E[sum over the uses of s_G^2]
+
+    ``D`` is known exactly for a batch, ``R`` is estimated from noise, without the block's weights; both are running
+    means over batches. Noise of rows, not weights, is all that passes between block and feedback.
+
+    Args:
+        net: whose feedback to train: blocks of a linear layer or convolution, then activations and max-pooling.
+        noise: standard deviation of the noise, > 0; one for all layers with feedback or a list.
+        draws: of noise a batch, >= 1; one or a list.
+        decay: of the running means, 0 <= decay < 1.
+        indices: "noisy" or "clean", see :func:`ldrl_loss`.
+        seed, noise_source: see :class:`GradientTrainer`.
+
+    Source: this package; the fixed point is that of Ernoult et al., ICML 2022, with the second term in expectation.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        noise: float | Sequence[float],
+        draws: int | Sequence[int] = 1,
+        decay: float = 0.95,
+        indices: Indices = "noisy",
+        seed: int = 0,
+        noise_source: NoiseSource | None = None,
+    ) -> None:
+        super().__init__(net, seed=seed, noise_source=noise_source)
+        self.noise, self.draws = self._positive("noise", noise), self._counts("draws", draws)
+        if not is_number(decay) or not 0 <= decay < 1:
+            raise ValueError(f"RunningLDRL: decay must be a number >= 0 and < 1, got {decay!r}")
+        self.decay = float(decay)
+        self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
+        self._require_elementwise("it")
+        self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
+
+    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        for number, (index, _) in enumerate(self.layers):
+            call, sigma = calls[index], self.noise[number]
+            block = linear_block(call)
+            assert block is not None
+            weight = block.head.current_weight()
+            correlation = torch.zeros_like(weight)
+            for draw in range(self.draws[number]):
+                correlation += input_correlation(block, self._noise(index, draw, sigma, call.input), self.indices)
+            correlation /= sigma**2 * self.draws[number] * len(call.input)
+            power = feedback_power(block) / len(call.input)
+            average_over_processes([correlation, power])
+            if records is not None:
+                loss = (power * weight.square() - 2 * correlation * weight).sum() * sigma**2
+                records.append(Record(index, loss, *weight_alignment(call)))
+            before = self._sums[number]
+            if before is not None:
+                # sums of weights decay^n; their common norm cancels in the quotient
+                correlation.add_(before[0], alpha=self.decay)
+                power.add_(before[1], alpha=self.decay)
+            self._sums[number] = correlation, power
+            weight.copy_(quotient(correlation, power))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "sums": [sums and tuple(t.clone() for t in sums) for sums in self._sums]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._sums = [sums and (sums[0].clone(), sums[1].clone()) for sums in state["sums"]]
+
+
+class ClosedForm(FeedbackTrainer):
+    """Sets the feedback to the minimiser of the local difference reconstruction loss for small noise, batch by batch.
+
+    ``W = F <s_F s_G> / <s_G^2>``, means over the batch and the features that an element of ``W`` acts on, ``s_F`` and
+    ``s_G`` the slopes of block and feedback. This is **weight transport** times a gain for each channel: it uses the
+    block's own weights ``F``. Where there is max-pooling it is the minimiser with ``indices="clean"``.
+
+    Args:
+        net: whose feedback to set: blocks of a linear layer or convolution, then activations and max-pooling.
+
+    Source: this package; for a solution in closed form see also the AAAI 2024 work on L-DRL.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self._require_elementwise("it")
+
+    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        for index, _ in self.layers:
+            block = linear_block(calls[index])
+            assert block is not None
+            slopes = block.slopes()
+            sums = torch.stack([slopes.both.sum(0), slopes.feedback.square().sum(0)])
+            average_over_processes([sums])
+            both, power = (block.head.sum_over_uses(one, block.input_shape) for one in sums)
+            block.head.current_weight().copy_(block.head.transported(block.module) * quotient(both, power))
+
+
+class Tied(FeedbackTrainer):
+    """Ties the feedback to the blocks' own weights, transposed, from now on; there is nothing left to train.
+
+    Args:
+        net: whose feedback to tie.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        for (_, feedback), (block, _) in zip(self.layers, self.net.pairs()[1:], strict=True):
+            feedback.tie(block)
+
+    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        pass
+
+
+class Fixed(FeedbackTrainer):
+    """Leaves the feedback as it is: fixed random feedback.
+
+    Args:
+        net: whose feedback stays.
+
+    Source: Shibuya, Inoue, Kawakami and Sato, "Fixed-Weight Difference Target Propagation", AAAI 2023, whose networks
+    normalise by the batch; without that random feedback diverges on the networks tried here.
+    """
+
+    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        pass
+
+
+def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Return the quotient, zero where the denominator is zero: where nothing passes, no weight matters."""
+    passes = denominator > 0
+    return torch.where(passes, numerator / torch.where(passes, denominator, 1), 0)

@@ -1,0 +1,205 @@
+"""What every trainer of feedback shares: which layers there are, their noise, and averages over processes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, distributed, nn
+
+from tpext.feedback.base import BlockCall, Feedback, Trace
+from tpext.feedback.linear_block import linear_block, linear_steps
+from tpext.ops._library import is_integer, is_number
+
+
+class Draw(NamedTuple):
+    """Which noise: that of an iteration of a layer, for the input or the output.
+
+    Attributes:
+        step: number of the trainer's step.
+        layer: number of the block.
+        draw: number of the draw within the step, counted over iterations and samples.
+        output: whether for the block's output.
+    """
+
+    step: int
+    layer: int
+    draw: int
+    output: bool
+
+
+NoiseSource: TypeAlias = Callable[[Draw, Tensor], Tensor]
+"""Returns standard normal noise for a draw, in the shape, dtype and place of a tensor."""
+
+
+class CounterNoise(NamedTuple):
+    """Noise from a counter-based generator: a function of seed, draw and row of the global batch alone.
+
+    Neither the order of the layers nor threads nor the split of a batch over processes changes it.
+    """
+
+    seed: int
+
+    def __call__(self, draw: Draw, like: Tensor) -> Tensor:
+        return counter_normal(
+            like.shape,
+            seed=self.seed,
+            step=draw.step,
+            stream=self.stream(draw),
+            first_row=_rank() * like.shape[0],
+            dtype=like.dtype,
+            device=like.device,
+        )
+
+    @staticmethod
+    def stream(draw: Draw) -> int:
+        """Return the number of the generator's stream for a draw: 12 bits the layer, 19 the draw, one the side."""
+        return (draw.layer << 20) + 2 * draw.draw + draw.output
+
+
+class Record(NamedTuple):
+    """One iteration of one layer, before its update: scalars on the network's device.
+
+    Attributes:
+        layer: number of the block.
+        loss: of the trainer.
+        angle: between the feedback's weight and the block's, in degrees; None where they have no common shape.
+        distance: of these, relative to the block's, or None.
+    """
+
+    layer: int
+    loss: Tensor
+    angle: Tensor | None
+    distance: Tensor | None
+
+
+class FeedbackTrainer(ABC):
+    """Trains the feedback modules of a :class:`tpext.nn.TargetSequential`, beside the optimizer of its blocks.
+
+    ``step`` does what is due for one batch. Under ``torch.distributed`` every process calls it with its part of the
+    batch, in equal parts, and gradients (or sums) are averaged, so the result is that of the joint batch.
+
+    >>> import torch, tpext
+    >>> net = tpext.nn.TargetSequential(
+    ...     torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ELU()), torch.nn.Linear(8, 3)
+    ... )
+    >>> trainer = tpext.feedback.LDRL(net, lr=0.1, noise=0.1, iterations=5)
+    >>> trace = net.trace(torch.randn(16, 4))
+    >>> trainer.step(trace)
+    >>> torch.nn.functional.cross_entropy(trace.output, torch.arange(16) % 3).backward()
+    """
+
+    def __init__(self, net: nn.Module, *, seed: int = 0, noise_source: NoiseSource | None = None) -> None:
+        pairs = getattr(net, "pairs", None)
+        if pairs is None:
+            raise TypeError(f"{type(self).__name__}: net must be a tpext.nn.TargetSequential, got {type(net).__name__}")
+        if not is_integer(seed) or not 0 <= seed < 2**64:
+            raise ValueError(f"{type(self).__name__}: seed must be in 0 .. 2^64 - 1, got {seed!r}")
+        self.net: Any = net
+        self.layers: list[tuple[int, Feedback]] = [
+            (index, feedback) for index, (_, feedback) in enumerate(pairs()) if feedback is not None
+        ]
+        if not self.layers:
+            raise ValueError(f"{type(self).__name__}: net has no feedback to train; its rule is {self.net.rule}")
+        self.noise_source: NoiseSource = CounterNoise(seed) if noise_source is None else noise_source
+        self.steps = 0
+
+    def step(self, input: Tensor | Trace, record: bool = False) -> list[Record] | None:
+        """Train the feedback on one batch.
+
+        Args:
+            input: the batch ``[B, ...]``; or the trace of the network's own forward pass on it, which saves that.
+            record: True returns a record of every iteration, which costs each one a loss; False returns None.
+        """
+        if isinstance(input, Trace):
+            calls = input.calls
+        else:
+            with torch.no_grad():
+                calls = self.net.trace(input).calls
+        records: list[Record] | None = [] if record else None
+        with torch.no_grad():
+            self._train(calls, records)
+        self.steps += 1
+        return records
+
+    @abstractmethod
+    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        """Do one batch; append to the records if there is a list."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the network's own state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned."""
+        self.steps = state["steps"]
+
+    def _per_layer(self, name: str, value: object, check: Callable[[Any], bool], expected: str) -> list[Any]:
+        """One value for each layer with feedback, of one for all or one for each."""
+        values = list(value) if isinstance(value, (list, tuple)) else [value] * len(self.layers)
+        if len(values) != len(self.layers):
+            raise ValueError(
+                f"{type(self).__name__}: {name} must have one value for each of the {len(self.layers)} layers with "
+                f"feedback, got {len(values)}"
+            )
+        for one in values:
+            if not check(one):
+                raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {one!r}")
+        return values
+
+    def _positive(self, name: str, value: object) -> list[float]:
+        return [
+            float(one)
+            for one in self._per_layer(name, value, lambda v: is_number(v) and 0 < v < float("inf"), "a number > 0")
+        ]
+
+    def _counts(self, name: str, value: object, low: int = 1) -> list[int]:
+        return self._per_layer(name, value, lambda v: is_integer(v) and v >= low, f"an integer >= {low}")
+
+    def _require_elementwise(self, what: str) -> None:
+        """Raise ValueError unless every layer begins with a linear map and what follows acts element by element."""
+        for (index, feedback), (block, _) in zip(self.layers, self.net.pairs()[1:], strict=True):
+            steps = linear_steps(block, feedback)
+            if steps is None or not all(step.feedback.elementwise for step in steps[2]):
+                raise ValueError(
+                    f"{type(self).__name__}: {what} needs blocks of a linear layer or convolution, then activations "
+                    f"and max-pooling; block {index} is another: {block}"
+                )
+
+    def _choice(self, name: str, value: str, choices: Sequence[str]) -> str:
+        if value not in choices:
+            expected = " or ".join(map(repr, choices))
+            raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {value!r}")
+        return value
+
+    def _noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
+        return self.noise_source(Draw(self.steps, layer, draw, output), like) * sigma
+
+
+def weight_alignment(call: BlockCall) -> tuple[Tensor | None, Tensor | None]:
+    """Return angle in degrees and relative distance between a feedback's weight and its block's, in float64.
+
+    None for both where the block does not begin with a linear map.
+    """
+    block = linear_block(call)
+    if block is None:
+        return None, None
+    forward = block.head.transported(block.module).double().flatten()
+    backward = block.head.current_weight().detach().double().flatten()
+    cosine = torch.dot(forward, backward) / (forward.norm() * backward.norm())
+    return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))), (forward - backward).norm() / forward.norm()
+
+
+def average_over_processes(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors by their means over the processes, if there are several."""
+    if distributed.is_available() and distributed.is_initialized():
+        count = distributed.get_world_size()
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+            tensor /= count
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

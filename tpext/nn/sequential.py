@@ -1,0 +1,214 @@
+"""Networks of any modules whose backward pass is target propagation."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from tpext.feedback.base import BlockCall, Feedback, Trace
+from tpext.ops._library import refuse_forward_mode
+from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
+from tpext.rules import Backprop, DifferenceTargets, NetworkRule
+
+FeedbackInit = Literal["random", "symmetric", "tied"]
+
+
+class _TargetsFunction(torch.autograd.Function):
+    """The identity of the last block's output, whose backward pass gives every block's output its local gradient.
+
+    Each output has a graph of its own, which ends at that block's detached input; so autograd itself takes the local
+    gradients on to the parameters, with their hooks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rule: NetworkRule, calls: Sequence[BlockCall], *outputs: Tensor) -> Tensor:
+        ctx.rule, ctx.calls = rule, calls
+        # not the tensor itself, which the next module might change in place
+        return outputs[-1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
+        if torch.is_grad_enabled():
+            raise RuntimeError(NOT_A_DERIVATIVE)
+        return None, None, *ctx.rule.local_gradients(ctx.calls, grad)
+
+
+class TargetSequential(nn.Module):
+    """A chain of blocks, any modules, trained by target propagation.
+
+    ``s_i = F_i(s_{i-1})``; ``loss.backward()`` gives each block's output a displacement, by the rule, and each block's
+    parameters the gradient of its local loss: see :mod:`tpext.rules.network`. It composes with modules above (a loss, a
+    head) and below, which receives a gradient through the first block.
+
+    The feedback modules of the rule are made from the blocks and belong to the network, but not to its loss: their
+    parameters do not require gradients, so neither the loss nor an optimizer of ``net.parameters()`` nor
+    ``DistributedDataParallel`` touches them. A trainer of :mod:`tpext.feedback` trains them.
+
+    Args:
+        blocks: the modules, or one ``OrderedDict`` of them. A block may be anything: a convolution with activation and
+            pooling, a whole stage of a residual network. Inside a block the chain rule holds.
+        rule: what the backward pass computes; None means ``DifferenceTargets()``.
+        input_shape: of one sample, ``(C, H, W)`` say; needed by ``DirectTargets``, whose feedback has to know the sizes
+            of all states.
+        feedback: the feedback modules, one a block, None for the first (and all others that have none); None makes them
+            as the rule does.
+        feedback_init: "random": as torch initialises; "symmetric": the blocks' own weights transposed, biases zero, to
+            start with; "tied": these weights for good.
+
+    Attributes:
+        blocks: the network itself, a ``torch.nn.Sequential``.
+        feedback: a ``torch.nn.ModuleDict``, by the blocks' names; the first block has none.
+
+    Raises:
+        TypeError: a block that is no module, a rule of another kind of layer, or a module without feedback.
+        ValueError: another argument out of its range, named.
+
+    Cost: backward as back-propagation, and the feedback of each block once or, where it does not end in a linear map,
+    twice.
+
+    >>> import torch, tpext
+    >>> net = tpext.nn.TargetSequential(
+    ...     torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ELU(), torch.nn.MaxPool2d(2)),
+    ...     torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(8 * 4 * 4, 10)),
+    ...     rule=tpext.DifferenceTargets(target_step=0.7),
+    ... )
+    >>> torch.nn.functional.cross_entropy(net(torch.randn(5, 3, 8, 8)), torch.arange(5)).backward()
+    >>> net.blocks[0][0].weight.grad.shape
+    torch.Size([8, 3, 3, 3])
+    """
+
+    def __init__(
+        self,
+        *blocks: nn.Module | OrderedDict[str, nn.Module],
+        rule: NetworkRule | Backprop | None = None,
+        input_shape: Sequence[int] | None = None,
+        feedback: Sequence[Feedback | None] | None = None,
+        feedback_init: FeedbackInit = "random",
+    ) -> None:
+        super().__init__()
+        rule = DifferenceTargets() if rule is None else rule
+        if not isinstance(rule, (NetworkRule, Backprop)):
+            raise TypeError(
+                "TargetSequential: rule must be a tpext.rules.NetworkRule, such as tpext.DifferenceTargets(), or "
+                f"tpext.Backprop(), got {rule!r}"
+            )
+        if feedback_init not in get_args(FeedbackInit):
+            expected = " or ".join(map(repr, get_args(FeedbackInit)))
+            raise ValueError(f"TargetSequential: feedback_init must be {expected}, got {feedback_init!r}")
+        self.blocks = _sequential(blocks)
+        self.rule = rule
+        self.feedback_init = feedback_init
+        self.feedback = nn.ModuleDict()
+        if not rule.exact:
+            self._add_feedback(self._make_feedback(rule, input_shape) if feedback is None else feedback)
+
+    def _make_feedback(self, rule: NetworkRule, input_shape: Sequence[int] | None) -> Sequence[Feedback | None]:
+        rule.check(list(self.blocks))
+        shapes = None
+        if rule.needs_shapes:
+            if input_shape is None:
+                raise ValueError(f"TargetSequential: {type(rule).__name__} needs input_shape, the shape of one sample")
+            shapes = self._shapes(input_shape)
+        return rule.make_feedback(list(self.blocks), shapes)
+
+    def _add_feedback(self, made: Sequence[Feedback | None]) -> None:
+        if len(made) != len(self.blocks) or made[0] is not None:
+            raise ValueError(
+                f"TargetSequential: feedback must be one module for each of the {len(self.blocks)} blocks, None for the "
+                f"first, got {[type(one).__name__ for one in made]}"
+            )
+        for (name, block), feedback in zip(self.blocks.named_children(), made, strict=True):
+            if feedback is None:
+                continue
+            if self.feedback_init == "symmetric":
+                feedback.copy_weights(block)
+            elif self.feedback_init == "tied":
+                feedback.tie(block)
+            self.feedback[name] = feedback
+        self.feedback.requires_grad_(False)
+        if self.feedback_init != "random" and any(isinstance(module, nn.ReLU) for module in self.feedback.modules()):
+            warnings.warn(
+                "TargetSequential: with ReLU even tied feedback stays some 40 degrees from back-propagation, as "
+                "units at zero let targets through; ELU is within a few",
+                stacklevel=4,
+            )
+
+    @torch.no_grad()
+    def _shapes(self, input_shape: Sequence[int]) -> list[torch.Size]:
+        """The shapes of the states, by a pass that leaves statistics and random numbers alone."""
+        like = next(self.blocks.parameters(), torch.empty(0))
+        state = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
+        modes = {module: module.training for module in self.blocks.modules()}
+        self.blocks.eval()
+        try:
+            shapes = []
+            for block in self.blocks:
+                state = block(state)
+                shapes.append(state.shape[1:])
+            return shapes
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def pairs(self) -> list[tuple[nn.Module, Feedback | None]]:
+        """Return each block with its feedback, the first one first."""
+        feedback: Any = self.feedback
+        names = set(feedback.keys())
+        return [(block, feedback[name] if name in names else None) for name, block in self.blocks.named_children()]
+
+    def trace(self, input: Tensor) -> Trace:
+        """Run the network and return its output with what each block did, for a trainer of the feedback to share.
+
+        >>> import torch, tpext
+        >>> net = tpext.nn.TargetSequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+        >>> trace = net.trace(torch.ones(5, 4))
+        >>> [tuple(call.output.shape) for call in trace.calls]
+        [(5, 3), (5, 2)]
+        """
+        if isinstance(self.rule, NetworkRule):
+            self.rule.check(list(self.blocks))
+        if torch._C._are_functorch_transforms_active():
+            refuse_forward_mode("TargetSequential")
+            raise RuntimeError(NOT_A_DERIVATIVE)
+        outputs, calls = [], []
+        state = input
+        for index, (block, feedback) in enumerate(self.pairs()):
+            # The first block's input keeps its graph: what is below learns by the first local loss.
+            source = state if index == 0 or self.rule.exact else state.detach()
+            if feedback is None:
+                state, code = block(source), None
+            else:
+                state, code = feedback.encode(block, source)
+            outputs.append(state)
+            calls.append(BlockCall(block, feedback, source.detach(), state.detach(), code))
+        if self.rule.exact:
+            return Trace(state, tuple(calls))
+        return Trace(_TargetsFunction.apply(self.rule, tuple(calls), *outputs), tuple(calls))  # type: ignore[no-untyped-call]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``s_{L-1}`` of inputs ``[B, ...]``."""
+        if self.rule.exact or not torch.is_grad_enabled():
+            return self.blocks(input)  # type: ignore[no-any-return]
+        return self.trace(input).output
+
+    def extra_repr(self) -> str:
+        return f"rule={self.rule}"
+
+
+def _sequential(blocks: tuple[nn.Module | OrderedDict[str, nn.Module], ...]) -> nn.Sequential:
+    if len(blocks) == 1 and isinstance(blocks[0], OrderedDict):
+        named = blocks[0]
+    else:
+        named = OrderedDict((str(index), block) for index, block in enumerate(blocks))  # type: ignore[misc]
+    if not named:
+        raise ValueError("TargetSequential: blocks must be at least one module, got none")
+    for name, block in named.items():
+        if not isinstance(block, nn.Module):
+            raise TypeError(f"TargetSequential: block {name} must be a torch.nn.Module, got {type(block).__name__}")
+    return nn.Sequential(named)
