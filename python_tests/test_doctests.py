@@ -22,8 +22,9 @@ def test_examples(name):
 
 def test_public_names_have_examples_or_descriptions():
     finder = doctest.DocTestFinder()
-    with_examples = {t.name for t in finder.find(tpext.rules) if t.examples}
-    assert {"tpext.rules.Backprop", "tpext.rules.RegularizedInverse", "tpext.rules.LearnedInverse"} <= with_examples
+    modules = (tpext.rules.base, tpext.rules.recurrent, tpext.rules.layer, tpext.rules.network)
+    with_examples = {t.name.rpartition(".")[2] for module in modules for t in finder.find(module) if t.examples}
+    assert {"Backprop", "RegularizedInverse", "LearnedInverse", "DifferenceTargets", "Targets"} <= with_examples
     assert all(getattr(tpext, name).__doc__ for name in tpext.__all__ if name != "__version__")
     assert all(getattr(tpext.ops, name).__doc__ for name in tpext.ops.__all__)
     assert {"act_inverse", "act_displacement", "hot_target", "n_hot", "running_accuracy"} <= set(tpext.ops.__all__)

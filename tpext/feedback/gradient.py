@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tpext.feedback.base import BlockCall, Feedback
+from tpext.feedback.base import BlockCall, Feedback, Indices
 from tpext.feedback.linear_block import feedback_power, input_correlation, linear_block
-from tpext.feedback.losses import Indices, difference_reconstruction_loss, ldrl_loss, reconstruction_loss
+from tpext.feedback.losses import difference_reconstruction_loss, ldrl_loss, reconstruction_loss
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[Tensor]], Optimizer]
@@ -107,7 +107,7 @@ class GradientTrainer(FeedbackTrainer):
         finally:
             for parameter, want in zip(parameters, wanted, strict=True):
                 parameter.requires_grad_(want)
-        named = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
+        named: dict[Tensor, Tensor] = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
         return named, mean.detach()
 
     def state_dict(self) -> dict[str, Any]:

@@ -62,9 +62,9 @@ def ldrl_loss(call: BlockCall, input_noise: Tensor, output_noise: Tensor, indice
     """
     feedback = _feedback(call)
     noisy, code = _noisy(call, call.input + input_noise, indices)
-    clean = feedback(call.output, call.code)
+    clean: Tensor = feedback(call.output, call.code)
     first = (input_noise * (feedback(noisy, code) - clean)).sum()
-    second = (feedback(call.output + output_noise, call.code) - clean).square().sum()
+    second: Tensor = (feedback(call.output + output_noise, call.code) - clean).square().sum()
     return (second - 2 * first) / len(call.input)
 
 
@@ -77,7 +77,8 @@ def reconstruction_loss(call: BlockCall, input_noise: Tensor, indices: Indices =
     """
     noisy_input = call.input + input_noise
     output, code = _noisy(call, noisy_input, indices)
-    return (noisy_input - _feedback(call)(output, code)).square().sum() / len(call.input)
+    rebuilt: Tensor = _feedback(call)(output, code)
+    return (noisy_input - rebuilt).square().sum() / len(call.input)
 
 
 def difference_reconstruction_loss(
@@ -108,6 +109,7 @@ def difference_reconstruction_loss(
         for above in calls[index:]:
             state, _ = _feedback(above).encode(above.block, state, above.code)
     if not difference:
-        return (_feedback(call)(state, call.code) - noisy_input).square().mean()
+        rebuilt: Tensor = _feedback(call)(state, call.code)
+        return (rebuilt - noisy_input).square().mean()
     moves = rule.displacements(calls[index - 1 :], state - calls[-1].output)
     return (moves[0] - input_noise).square().mean()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +28,17 @@ class ActivationFeedback(Feedback):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.skipped = False
-        self.activation = copy.deepcopy(block)
-        if hasattr(self.activation, "inplace"):
+        activation: Any = copy.deepcopy(block)
+        if hasattr(activation, "inplace"):
             # what it would overwrite is the code of the module before
-            self.activation.inplace = False
+            activation.inplace = False
+        self.activation: nn.Module = activation
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
         return self.activation(input), None
 
     def forward(self, output: Tensor, code: Code) -> Tensor:
-        return output if self.skipped else self.activation(output)
+        return output if self.skipped else self.activation(output)  # type: ignore[no-any-return]
 
 
 class PoolCode(NamedTuple):
@@ -63,19 +65,11 @@ class UnpoolFeedback(Feedback):
         self.overlapping = any(k > s or d > 1 for k, s, d in zip(*_broadcast(windows), strict=True))
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, PoolCode]:
-        dims = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
-        pool = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[
-            next(n for kind, n in dims.items() if isinstance(block, kind)) - 1
-        ]
-        output, indices = pool(
-            input,
-            block.kernel_size,
-            block.stride,
-            block.padding,
-            block.dilation,
-            ceil_mode=block.ceil_mode,
-            return_indices=True,
-        )
+        assert isinstance(block, pooling._MaxPoolNd)
+        dims = 1 if isinstance(block, nn.MaxPool1d) else 2 if isinstance(block, nn.MaxPool2d) else 3
+        pool: Any = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)[dims - 1]
+        window = (block.kernel_size, block.stride, block.padding, block.dilation, block.ceil_mode)
+        output, indices = pool(input, *window, return_indices=True)
         return output, PoolCode(indices, input.shape[2:])
 
     def forward(self, output: Tensor, code: PoolCode) -> Tensor:
@@ -94,12 +88,12 @@ def max_unpool(values: Tensor, indices: Tensor, plane: torch.Size, overlapping: 
     flat, places = values.flatten(2), indices.flatten(2)
     empty = flat.new_zeros(*flat.shape[:2], plane.numel())
     if not overlapping:
-        return empty.scatter(2, places, flat).unflatten(2, plane)
+        return empty.scatter(2, places, flat).view(*empty.shape[:2], *plane)
     order = torch.arange(places.shape[2], device=places.device).expand_as(places)
     last = torch.full_like(empty, -1, dtype=torch.int64).scatter_reduce(2, places, order, "amax")
     kept = torch.where(last.gather(2, places) == order, flat, 0)
     # only one of the values added up at a place is not zero
-    return empty.scatter_add(2, places, kept).unflatten(2, plane)
+    return empty.scatter_add(2, places, kept).view(*empty.shape[:2], *plane)
 
 
 class UpsampleFeedback(Feedback):
@@ -112,7 +106,8 @@ class UpsampleFeedback(Feedback):
 
     def forward(self, output: Tensor, code: torch.Size) -> Tensor:
         pool = (functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d, functional.adaptive_avg_pool3d)
-        return pool[len(code) - 1](output, list(code))  # type: ignore[operator, no-any-return]
+        result: Tensor = pool[len(code) - 1](output, list(code))  # type: ignore[arg-type]
+        return result
 
     def difference(self, output: Tensor, displacement: Tensor, code: Code) -> Tensor:
         return self(displacement, code)  # type: ignore[no-any-return]
@@ -148,6 +143,7 @@ class BatchNormFeedback(Feedback):
         self.bias = None if block.bias is None else nn.Parameter(torch.zeros_like(block.bias))
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
+        assert isinstance(block, batchnorm._BatchNorm)
         if clean is None or not block.training:
             return block(input), True
         return functional.batch_norm(input, None, None, block.weight, block.bias, True, 0.0, block.eps), True
@@ -243,7 +239,7 @@ class SequentialFeedback(Feedback):
 
 
 class LayeredFeedback(Feedback):
-    """The feedback ``G(y) = a(W^T y + b)`` of a layer, ``a`` the activation of the layer below: :func:`layered_feedback`."""
+    """The feedback ``G(y) = a(W^T y + b)``, ``a`` the activation of the layer below: see :func:`layered_feedback`."""
 
     def __init__(self, block: nn.Module, activation: nn.Module) -> None:
         super().__init__()
@@ -275,7 +271,7 @@ def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
     Tanh()
     """
     made: list[Feedback | None] = [None]
-    for below, block in zip(blocks, blocks[1:], strict=False):
+    for below, block in itertools.pairwise(blocks):
         steps = make_feedback(below).steps(below)
         last = next((step.feedback for step in reversed(steps) if isinstance(step.feedback, ActivationFeedback)), None)
         made.append(LayeredFeedback(block, nn.Identity() if last is None else last.activation))

@@ -105,7 +105,7 @@ class TargetSequential(nn.Module):
         self.rule = rule
         self.feedback_init = feedback_init
         self.feedback = nn.ModuleDict()
-        if not rule.exact:
+        if isinstance(rule, NetworkRule):
             self._add_feedback(self._make_feedback(rule, input_shape) if feedback is None else feedback)
 
     def _make_feedback(self, rule: NetworkRule, input_shape: Sequence[int] | None) -> Sequence[Feedback | None]:
@@ -120,8 +120,8 @@ class TargetSequential(nn.Module):
     def _add_feedback(self, made: Sequence[Feedback | None]) -> None:
         if len(made) != len(self.blocks) or made[0] is not None:
             raise ValueError(
-                f"TargetSequential: feedback must be one module for each of the {len(self.blocks)} blocks, None for the "
-                f"first, got {[type(one).__name__ for one in made]}"
+                f"TargetSequential: feedback must be one module for each of the {len(self.blocks)} blocks, None for "
+                f"the first, got {[type(one).__name__ for one in made]}"
             )
         for (name, block), feedback in zip(self.blocks.named_children(), made, strict=True):
             if feedback is None:

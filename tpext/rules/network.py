@@ -24,10 +24,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from tpext.feedback.base import BlockCall, Feedback, make_feedback
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
@@ -66,7 +68,7 @@ class NetworkRule(ABC):
         check_flag(self, "normalize")
         check_choice(self, "reduction", get_args(Reduction))
 
-    def check(self, blocks: Sequence[nn.Module]) -> None:
+    def check(self, blocks: Sequence[nn.Module]) -> None:  # noqa: B027 - most rules serve all blocks
         """Raise ValueError if the rule cannot serve these blocks, as they are when the network runs."""
 
     def make_feedback(
@@ -159,8 +161,8 @@ class DirectTargets(NetworkRule):
 
     ==============================  ===================================================================================
     ``hidden=None``                 ``Q_i`` is linear (DDTP-linear, DDTP-control; direct feedback alignment if fixed)
-    ``hidden=n``                    ``Q_i(y) = psi(Q u + c)``, ``u = psi_h(R y + r)`` with ``n`` fixed random units shared
-                                    by all blocks but the last hidden one, which gets ``y`` itself (DDTP-RHL)
+    ``hidden=n``                    ``Q_i(y) = psi(Q u + c)``, ``u = psi_h(R y + r)`` with ``n`` fixed random units
+                                    shared by all blocks but the last hidden one, which gets ``y`` itself (DDTP-RHL)
     ==============================  ===================================================================================
 
     Args:
@@ -245,9 +247,7 @@ class GaussNewtonTargets(NetworkRule):
     def check(self, blocks: Sequence[nn.Module]) -> None:
         for block in blocks:
             for module in block.modules():
-                if module.training and isinstance(
-                    module, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
-                ):
+                if module.training and isinstance(module, (_BatchNorm, _DropoutNd)):
                     raise ValueError(
                         "GaussNewtonTargets: no block may mix samples or draw random numbers, got "
                         f"{type(module).__name__} in training mode"
@@ -270,7 +270,7 @@ class GaussNewtonTargets(NetworkRule):
         wanted = displacement.reshape(batch, size, 1)
         moves = [displacement]
         for call in reversed(calls[1:]):
-            _, pull_back = torch.func.vjp(call.block, call.input)
+            pull_back: Any = torch.func.vjp(call.block, call.input)[1][:2]
             rows = torch.func.vmap(pull_back)(rows)[0]
             jacobian = rows.flatten(2).transpose(0, 1)
             damping = exact_number(self, "damping")
