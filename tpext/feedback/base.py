@@ -76,8 +76,9 @@ class Feedback(nn.Module, ABC):
 
     def difference(self, output: Tensor, displacement: Tensor, code: Code) -> Tensor:
         """Return ``G(y + d; code) - G(y; code)``."""
+        still: Tensor = self(output, code)
         moved: Tensor = self(output + displacement, code)
-        return moved - self(output, code)
+        return moved - still
 
     def steps(self, block: nn.Module, code: Code | None = None) -> list[Step]:
         """Return the chain of modules that the block is, the first one first: itself, unless it is a sequence."""

@@ -65,7 +65,8 @@ def ldrl_loss(call: BlockCall, input_noise: Tensor, output_noise: Tensor, indice
     clean: Tensor = feedback(call.output, call.code)
     first = (input_noise * (feedback(noisy, code) - clean)).sum()
     second: Tensor = (feedback(call.output + output_noise, call.code) - clean).square().sum()
-    return (second - 2 * first) / len(call.input)
+    loss: Tensor = (second - 2 * first) / len(call.input)
+    return loss
 
 
 def reconstruction_loss(call: BlockCall, input_noise: Tensor, indices: Indices = "noisy") -> Tensor:

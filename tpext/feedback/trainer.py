@@ -103,8 +103,7 @@ class FeedbackTrainer(ABC):
         ]
         if not self.layers:
             raise ValueError(f"{type(self).__name__}: net has no feedback to train; its rule is {self.net.rule}")
-        counter: NoiseSource = CounterNoise(seed)
-        self.noise_source = counter if noise_source is None else noise_source
+        self.noise_source: NoiseSource = CounterNoise(seed).__call__ if noise_source is None else noise_source
         self.steps = 0
 
     def step(self, input: Tensor | Trace, record: bool = False) -> list[Record] | None:

@@ -33,7 +33,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tpext.feedback.base import BlockCall, Feedback, make_feedback
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
-from tpext.ops import regularized_inverse
+from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.rules.base import check_choice, check_flag, exact_number, set_number
 
 Reduction = Literal["mean", "sum"]
@@ -270,7 +270,7 @@ class GaussNewtonTargets(NetworkRule):
         wanted = displacement.reshape(batch, size, 1)
         moves = [displacement]
         for call in reversed(calls[1:]):
-            pull_back: Any = torch.func.vjp(call.block, call.input)[1][:2]
+            pull_back: Any = torch.func.vjp(call.block, call.input)[1]
             rows = torch.func.vmap(pull_back)(rows)[0]
             jacobian = rows.flatten(2).transpose(0, 1)
             damping = exact_number(self, "damping")
