@@ -1,5 +1,6 @@
 """Drop-in modules that train by target propagation, and conversion to and from ``torch.nn``."""
 
+from tpext.nn import networks
 from tpext.nn.convert import convert
 from tpext.nn.kaczmarz import HotTargetLoss, StreamResult
 from tpext.nn.mlp import MLP, TargetLinear
@@ -12,4 +13,5 @@ __all__ = [
     "StreamResult",
     "TargetLinear",
     "convert",
+    "networks",
 ]
