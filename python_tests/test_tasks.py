@@ -28,8 +28,8 @@ from tpext.tasks import (
     load_mnist,
     make_task,
 )
+from tpext.tasks.idx import MNIST, STEMS, read_idx
 from tpext.tasks.images import CIFAR_FILES, CIFAR_FOLDER
-from tpext.tasks.mnist import FILES, read_idx
 
 PARTS = {"train": 25, "t10k": 7}
 
@@ -486,7 +486,7 @@ def test_download_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TPEXT_DATA", str(tmp_path / "cache"))
     monkeypatch.setattr(pooch, "retrieve", fetch)
     assert len(load_mnist().train_labels) == PARTS["train"]
-    assert asked[1:] == [(f"{stem}.gz", f"md5:{md5}") for stem, md5 in FILES.items()]
+    assert asked[1:] == [(f"{stem}.gz", f"md5:{md5}") for stem, md5 in zip(STEMS, MNIST.md5, strict=True)]
     load_mnist()
     assert len(asked) == 5, "what is there is not fetched again"
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from tpext.tasks.base import Batch, Criterion, Order, Task
+from tpext.tasks.idx import MissingDataError, load_fashion_mnist, load_mnist
 from tpext.tasks.images import Digits, FlatCifar10, FlatMnist, ImageTask, MnistAutoencoder, load_cifar10, load_digits
-from tpext.tasks.mnist import MissingDataError, SequentialMnist, load_mnist
+from tpext.tasks.mnist import SequentialMnist
 from tpext.tasks.synthetic import Adding, RandomPermutation, TemporalOrder
 from tpext.tasks.toys import ToyName, ToySet
 
@@ -134,6 +135,7 @@ __all__ = [
     "ToySet",
     "load_cifar10",
     "load_digits",
+    "load_fashion_mnist",
     "load_mnist",
     "make_task",
 ]
