@@ -22,7 +22,7 @@ from tpext.nn import MLP, HotTargetLoss, TargetLinear
 from tpext.ops import Activation, SingularError, Units, kaczmarz_step, kaczmarz_train
 from tpext.ops.kaczmarz import KaczmarzStep, _step_by_torch, _train_by_torch, hot_target, n_hot, running_accuracy
 from tpext.reference import kaczmarz as oracle
-from tpext.tasks.mnist import load_mnist
+from tpext.tasks.idx import load_mnist
 
 op = torch.ops.tpext.kaczmarz_train
 OUTPUTS = ["clamp", "swap", "direct"]

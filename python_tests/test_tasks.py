@@ -11,6 +11,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
+from image_files import PARTS, write_cifar10, write_idx, write_mnist
 
 from tpext.tasks import (
     TASKS,
@@ -28,44 +29,8 @@ from tpext.tasks import (
     load_mnist,
     make_task,
 )
+from tpext.tasks.idx import MNIST, STEMS, read_idx
 from tpext.tasks.images import CIFAR_FILES, CIFAR_FOLDER
-from tpext.tasks.mnist import FILES, read_idx
-
-PARTS = {"train": 25, "t10k": 7}
-
-
-def write_idx(path: Path, values: np.ndarray, *, compress: bool = False) -> None:
-    header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
-    data = header + values.astype(np.uint8).tobytes()
-    if compress:
-        path.with_name(path.name + ".gz").write_bytes(gzip.compress(data))
-    else:
-        path.write_bytes(data)
-
-
-def write_mnist(folder: Path) -> dict[str, np.ndarray]:
-    """Four small files, two of them compressed; returns what they hold."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(0)
-    arrays = {}
-    for part, count in PARTS.items():
-        arrays[f"{part}-images-idx3-ubyte"] = random.integers(256, size=(count, 28, 28))
-        arrays[f"{part}-labels-idx1-ubyte"] = random.integers(10, size=count)
-    for stem, values in arrays.items():
-        write_idx(folder / stem, values, compress="train" in stem)
-    return arrays
-
-
-def write_cifar10(folder: Path) -> dict[str, np.ndarray]:
-    """Six small files of 4 records; returns what they hold."""
-    folder.mkdir(parents=True, exist_ok=True)
-    random = np.random.default_rng(1)
-    arrays = {}
-    for name in CIFAR_FILES:
-        labels, pixels = random.integers(10, size=(4, 1)), random.integers(256, size=(4, 3072))
-        arrays[name] = np.concatenate([labels, pixels], axis=1).astype(np.uint8)
-        (folder / name).write_bytes(arrays[name].tobytes())
-    return arrays
 
 
 @pytest.fixture
@@ -486,7 +451,7 @@ def test_download_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("TPEXT_DATA", str(tmp_path / "cache"))
     monkeypatch.setattr(pooch, "retrieve", fetch)
     assert len(load_mnist().train_labels) == PARTS["train"]
-    assert asked[1:] == [(f"{stem}.gz", f"md5:{md5}") for stem, md5 in FILES.items()]
+    assert asked[1:] == [(f"{stem}.gz", f"md5:{md5}") for stem, md5 in zip(STEMS, MNIST.md5, strict=True)]
     load_mnist()
     assert len(asked) == 5, "what is there is not fetched again"
 

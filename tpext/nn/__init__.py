@@ -1,5 +1,6 @@
 """Drop-in modules that train by target propagation, and conversion to and from ``torch.nn``."""
 
+from tpext.nn import networks
 from tpext.nn.convert import convert
 from tpext.nn.kaczmarz import HotTargetLoss, StreamResult
 from tpext.nn.mlp import MLP, TargetLinear
@@ -14,4 +15,5 @@ __all__ = [
     "TargetLinear",
     "TargetSequential",
     "convert",
+    "networks",
 ]

@@ -1,5 +1,7 @@
 """Sequence tasks, synthetic long-memory problems and sequential MNIST; and feed-forward ones, image and toy sets.
 
+Images for convolutional networks are :class:`ImageClasses`, made without :func:`make_task`.
+
 A :class:`Task` is a small immutable value. It says what goes in and out (``length``, ``input_size``, ``output_size``),
 how an output is judged (``loss``, ``correct``) and produces the data: ``batch(seed, iteration, batch_size)`` and
 ``test_set(seed, size)`` are pure functions of their arguments, so a run that resumes at iteration ``i`` sees what a run
@@ -19,8 +21,11 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from tpext.tasks.base import Batch, Criterion, Order, Task
+from tpext.tasks.idx import MissingDataError, load_fashion_mnist, load_mnist
+from tpext.tasks.image_sets import ImageClasses, ImageSetName, Normalization, Split
+from tpext.tasks.imagenet32 import load_imagenet32
 from tpext.tasks.images import Digits, FlatCifar10, FlatMnist, ImageTask, MnistAutoencoder, load_cifar10, load_digits
-from tpext.tasks.mnist import MissingDataError, SequentialMnist, load_mnist
+from tpext.tasks.mnist import SequentialMnist
 from tpext.tasks.synthetic import Adding, RandomPermutation, TemporalOrder
 from tpext.tasks.toys import ToyName, ToySet
 
@@ -122,18 +127,24 @@ __all__ = [
     "Digits",
     "FlatCifar10",
     "FlatMnist",
+    "ImageClasses",
+    "ImageSetName",
     "ImageTask",
     "MissingDataError",
     "MnistAutoencoder",
+    "Normalization",
     "Order",
     "RandomPermutation",
     "SequentialMnist",
+    "Split",
     "Task",
     "TaskName",
     "TemporalOrder",
     "ToySet",
     "load_cifar10",
     "load_digits",
+    "load_fashion_mnist",
+    "load_imagenet32",
     "load_mnist",
     "make_task",
 ]

@@ -15,7 +15,7 @@ Order = Literal["shuffled", "sequential_first", "sequential"]
 """In which order an epoch takes its samples: shuffled, as stored in the first epoch only, or as stored in every one."""
 
 # Independent streams of random numbers of one seed: what is drawn for one purpose never moves the others.
-TRAIN_STREAM, TEST_STREAM, SHUFFLE_STREAM, PERMUTATION_STREAM = range(4)
+TRAIN_STREAM, TEST_STREAM, SHUFFLE_STREAM, PERMUTATION_STREAM, SPLIT_STREAM, AUGMENTATION_STREAM = range(6)
 
 
 def random_generator(seed: int, stream: int, index: int = 0) -> np.random.Generator:
@@ -40,8 +40,9 @@ def random_generator(seed: int, stream: int, index: int = 0) -> np.random.Genera
 class Batch(NamedTuple):
     """Samples of a task.
 
-    ``input`` is ``[T, B, I]`` float32, ``[B, I]`` for a feed-forward task. ``target`` is ``[B]`` int64 classes,
-    ``[B, 1]`` float32 for "mse", ``[B, output_size]`` float32 in [0, 1] for "sigmoid_cross_entropy".
+    ``input`` is ``[T, B, I]`` float32, ``[B, I]`` for a feed-forward task, ``[B, C, H, W]`` for a convolutional one.
+    ``target`` is ``[B]`` int64 classes, ``[B, 1]`` float32 for "mse", ``[B, output_size]`` float32 in [0, 1] for
+    "sigmoid_cross_entropy".
     """
 
     input: Tensor

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpext.tasks.base import Batch, Criterion, Order, Task, epoch_batches, epoch_rows
-from tpext.tasks.mnist import PIXELS, Images, MissingDataError, cache_folder, load_mnist
+from tpext.tasks.idx import PIXELS, Images, MissingDataError, cache_folder, load_mnist
 
 CIFAR_PIXELS = 3072
 CIFAR_FOLDER = "cifar-10-batches-bin"
