@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tpext.feedback.base import BlockCall, Feedback, Indices
-from tpext.feedback.linear_block import feedback_power, input_correlation, linear_block
+from tpext.feedback.linear_block import LinearBlock, feedback_power, input_changes, joined, linear_block
 from tpext.feedback.losses import difference_reconstruction_loss, ldrl_loss, reconstruction_loss
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
 
+Iteration: TypeAlias = tuple[dict[Tensor, Tensor], Tensor | None]
+"""The gradients of an iteration by parameter, and its loss where it was asked for."""
 MakeOptimizer: TypeAlias = Callable[[Iterable[Tensor]], Optimizer]
 SecondTerm = Literal["drawn", "expected"]
 
@@ -67,15 +69,14 @@ class GradientTrainer(FeedbackTrainer):
             if not parameters:
                 raise ValueError(f"{type(self).__name__}: the feedback of block {index} has no parameters; is it tied?")
             self.optimizers.append(
-                torch.optim.SGD(parameters, rate, momentum, weight_decay=weight_decay)
+                torch.optim.SGD(parameters, rate, momentum, weight_decay=weight_decay, fused=True)
                 if optimizer is None
                 else optimizer(parameters)
             )
 
     def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         for number, (index, feedback) in enumerate(self.layers):
-            for iteration in range(self.iterations[number]):
-                gradients, loss = self._gradients(calls, number, iteration, records is not None)
+            for gradients, loss in self._layer(calls, number, records is not None):
                 if records is not None:
                     assert loss is not None
                     records.append(Record(index, loss, *weight_alignment(calls[index])))
@@ -86,15 +87,20 @@ class GradientTrainer(FeedbackTrainer):
                 for parameter in feedback.parameters():
                     parameter.grad = None
 
-    @abstractmethod
-    def _gradients(
-        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
-    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
-        """Return the gradients of one iteration of layer ``number`` of those with feedback, and perhaps its loss."""
+    def _layer(self, calls: Sequence[BlockCall], number: int, with_loss: bool) -> Iterator[Iteration]:
+        """Yield the gradients of each iteration of layer ``number`` of those with feedback, and, if asked, its loss."""
+        for iteration in range(self.iterations[number]):
+            yield self._gradients(calls, number, iteration)
 
-    def _differentiate(
-        self, feedback: Feedback, losses: Callable[[], Iterable[Tensor]]
-    ) -> tuple[dict[Tensor, Tensor], Tensor]:
+    @abstractmethod
+    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
+        """Return the gradients and the loss of one iteration of layer ``number`` of those with feedback."""
+
+    def _draws(self, iteration: int) -> range:
+        """The numbers of the draws of an iteration."""
+        return range(iteration * self.samples, (iteration + 1) * self.samples)
+
+    def _differentiate(self, feedback: Feedback, losses: Callable[[], Iterable[Tensor]]) -> Iteration:
         """Gradients of the mean of losses by autograd, and that mean."""
         parameters = list(feedback.parameters())
         wanted = [parameter.requires_grad for parameter in parameters]
@@ -154,52 +160,61 @@ class LDRL(GradientTrainer):
         super().__init__(net, **options)
         self.second_term = self._choice("second_term", second_term, ("drawn", "expected"))
         self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
-        self._expected: dict[int, Tensor] = {}
         if second_term == "expected":
             self._require_elementwise("second_term='expected'")
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
-        self._expected.clear()
-        super()._train(calls, records)
-
-    def _gradients(
-        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
-    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
         index, feedback = self.layers[number]
         call, sigma = calls[index], self.noise[number]
-        block = linear_block(call)
-        draws = range(iteration * self.samples, (iteration + 1) * self.samples)
+
+        def losses() -> Iterator[Tensor]:
+            for draw in self._draws(iteration):
+                input_noise = self._noise(index, draw, sigma, call.input)
+                yield ldrl_loss(call, input_noise, self._noise(index, draw, sigma, call.output, True), self.indices)
+
+        return self._differentiate(feedback, losses)
+
+    def _layer(self, calls: Sequence[BlockCall], number: int, with_loss: bool) -> Iterator[Iteration]:
+        block = linear_block(calls[self.layers[number][0]])
         if block is None:
+            return super()._layer(calls, number, with_loss)
+        return self._linear_layer(block, number, with_loss)
 
-            def losses() -> Iterator[Tensor]:
-                for draw in draws:
-                    input_noise = self._noise(index, draw, sigma, call.input)
-                    yield ldrl_loss(call, input_noise, self._noise(index, draw, sigma, call.output, True), self.indices)
-
-            return self._differentiate(feedback, losses)
-        weight, batch = block.head.current_weight(), len(call.input)
-        first = torch.zeros_like(weight)
-        second = torch.zeros_like(weight)
-        square = weight.new_zeros(())
-        for draw in draws:
-            first += input_correlation(block, self._noise(index, draw, sigma, call.input), self.indices)
-            if self.second_term == "drawn":
-                noise = self._noise(index, draw, sigma, call.output, True)
-                change = block.phi(call.output + noise) - block.phi(call.output)
-                moved = block.head.map(change, block.input_shape)
-                second += block.head.weight_gradient(moved, change)
-                square += moved.square().sum()
-        scale = 1 / (batch * self.samples)
-        first *= scale
-        second *= scale
-        square *= scale
-        if self.second_term == "expected":
-            if number not in self._expected:
-                self._expected[number] = sigma**2 * feedback_power(block) / batch
-            second = self._expected[number] * weight
-            square = (second * weight).sum()
-        loss = square - 2 * (first * weight).sum() if with_loss else None
-        return {weight: (second - first).mul_(2)}, loss
+    def _linear_layer(self, block: LinearBlock, number: int, with_loss: bool) -> Iterator[Iteration]:
+        """The iterations of a block that begins with a linear map."""
+        index, sigma, head = self.layers[number][0], self.noise[number], block.head
+        head.arrange(block.preactivation.shape[1:])
+        weight, batch = head.current_weight(), len(block.output)
+        scale = 2 / (batch * self.samples)
+        power = feedback_power(block).mul_(2 * sigma**2 / batch) if self.second_term == "expected" else None
+        changes = input_changes(
+            block,
+            lambda draw: self._noise(index, draw, sigma, block.input),
+            self.iterations[number] * self.samples,
+            self.indices,
+        )
+        for iteration in range(self.iterations[number]):
+            # The gradients of both terms are one product: of what W^T takes, and of what it is to give.
+            given, wanted = [], []
+            quadratic = weight.new_zeros(())
+            for draw in self._draws(iteration):
+                noise, change = next(changes)
+                given.append(change)
+                wanted.append(noise * -scale)
+                if power is None:
+                    change = block.output_change(self._noise(index, draw, sigma, block.output, True))
+                    moved = head.map(change, block.input_shape)
+                    if with_loss:
+                        quadratic += moved.square().sum() * scale
+                    given.append(change)
+                    wanted.append(moved.mul_(scale))
+            gradient = head.weight_gradient(joined(wanted), joined(given))
+            if power is not None:
+                gradient.addcmul_(power, weight)
+                if with_loss:
+                    quadratic = (power * weight.square()).sum()
+            # a quadratic form and a linear one: <gradient, W> has the first twice
+            yield {weight: gradient}, (gradient * weight).sum() - quadratic / 2 if with_loss else None
 
 
 class Reconstruction(GradientTrainer):
@@ -227,16 +242,14 @@ class Reconstruction(GradientTrainer):
         self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
         self.reduction = self._choice("reduction", reduction, ("sample", "element"))
 
-    def _gradients(
-        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
-    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
         index, feedback = self.layers[number]
         call, sigma = calls[index], self.noise[number]
         scale = 1.0 if self.reduction == "sample" else 1 / (max(sigma, 0.02) ** 2 * call.input[0].numel())
 
         def losses() -> Iterator[Tensor]:
-            for sample in range(self.samples):
-                noise = self._noise(index, iteration * self.samples + sample, sigma, call.input)
+            for draw in self._draws(iteration):
+                noise = self._noise(index, draw, sigma, call.input)
                 yield reconstruction_loss(call, noise, self.indices) * scale
 
         return self._differentiate(feedback, losses)
@@ -264,16 +277,14 @@ class DifferenceReconstruction(GradientTrainer):
             raise ValueError(f"DifferenceReconstruction: difference must be True or False, got {difference!r}")
         self.difference = difference
 
-    def _gradients(
-        self, calls: Sequence[BlockCall], number: int, iteration: int, with_loss: bool
-    ) -> tuple[dict[Tensor, Tensor], Tensor | None]:
+    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
         index, feedback = self.layers[number]
         call, sigma = calls[index], self.noise[number]
         scale = sigma**-2 if self.difference else 1.0
 
         def losses() -> Iterator[Tensor]:
-            for sample in range(self.samples):
-                noise = self._noise(index, iteration * self.samples + sample, sigma, call.input)
+            for draw in self._draws(iteration):
+                noise = self._noise(index, draw, sigma, call.input)
                 loss = difference_reconstruction_loss(calls, index, self.net.rule, noise, self.difference)
                 yield loss * scale
 

@@ -7,7 +7,7 @@ activation, with or without pooling, ``phi`` the feedback of that. So changes ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ class LinearBlock(NamedTuple):
         head: its feedback, which has ``W``.
         views: what changes the input's shape before ``L``.
         tail: ``psi`` and ``phi``, module by module.
+        input: of the block.
         input_shape: of ``L``'s input, without the batch.
         preactivation: ``z``.
         output: ``y``.
@@ -46,6 +47,7 @@ class LinearBlock(NamedTuple):
     head: LinearMap
     views: Sequence[Step]
     tail: Sequence[Step]
+    input: Tensor
     input_shape: torch.Size
     preactivation: Tensor
     output: Tensor
@@ -76,6 +78,30 @@ class LinearBlock(NamedTuple):
             output = step.feedback(output, code)
         return output
 
+    def input_change(self, noise: Tensor, indices: Indices) -> Tensor:
+        """Return ``A' - A = phi(psi(z + L dx)) - phi(y)`` for draws of noise.
+
+        Args:
+            noise: ``dx [K, B, ...]``, in the shape of ``L``'s input.
+            indices: places of maxima of ``A'``, those of the "noisy" or of the "clean" pass.
+
+        Returns:
+            ``[K, B, *features]``.
+        """
+        change = self.head.block_map(self.module, noise.flatten(0, 1)).view(
+            *noise.shape[:2], *self.preactivation.shape[1:]
+        )
+        clean = self.phi(self.output)
+        moved = []
+        for one in change:
+            output, codes = self.psi(self.preactivation + one)
+            moved.append(self.phi(output, codes if indices == "noisy" else None) - clean)
+        return torch.stack(moved)
+
+    def output_change(self, noise: Tensor) -> Tensor:
+        """Return ``A'' - A = phi(y + dy) - phi(y)`` for noise ``dy [B, ...]``."""
+        return self.phi(self.output + noise) - self.phi(self.output)
+
     def slopes(self) -> Slopes:
         """Return the slopes at the clean pass; needs :attr:`elementwise`."""
         feedback = torch.func.jvp(self.phi, (self.output,), (torch.ones_like(self.output),))[1]
@@ -99,7 +125,7 @@ def linear_block(call: BlockCall) -> LinearBlock | None:
     views, (module, head, code), tail = steps
     assert isinstance(head, LinearMap)
     assert isinstance(code, LinearCode)
-    return LinearBlock(module, head, views, tail, code.input_shape, code.preactivation, call.output)
+    return LinearBlock(module, head, views, tail, call.input, code.input_shape, code.preactivation, call.output)
 
 
 def linear_steps(
@@ -113,18 +139,29 @@ def linear_steps(
     return steps[:start], steps[start], steps[start + 1 :]
 
 
-def input_correlation(block: LinearBlock, noise: Tensor, indices: Indices) -> Tensor:
-    """Return the gradient of ``<dx, W^T (A' - A)>``, summed over the batch, for ``W``: ``R`` of one draw.
+# Draws of noise are taken together up to this many numbers, so that small layers fill the cores and large ones stay in
+# the cache.
+DRAWN_TOGETHER = 2**19
+
+
+def input_changes(
+    block: LinearBlock, noise: Callable[[int], Tensor], draws: int, indices: Indices
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``dx`` and ``A' - A`` (:meth:`LinearBlock.input_change`) of one draw after another.
 
     Args:
-        noise: ``dx``, of the shape of the block's input.
-        indices: places of maxima of ``A'``, those of the "noisy" or of the "clean" pass.
+        noise: returns ``dx`` of a draw, of the shape of the block's input.
+        draws: how many.
     """
-    noise = block.view(noise)
-    moved = block.preactivation + block.head.block_map(block.module, noise)
-    output, codes = block.psi(moved)
-    change = block.phi(output, codes if indices == "noisy" else None) - block.phi(block.output)
-    return block.head.weight_gradient(noise, change)
+    together = max(1, DRAWN_TOGETHER // max(1, block.input.numel(), block.preactivation.numel()))
+    for start in range(0, draws, together):
+        drawn = torch.stack([block.view(noise(draw)) for draw in range(start, min(start + together, draws))])
+        yield from zip(drawn, block.input_change(drawn, indices), strict=True)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return tensors put together along the batch."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def feedback_power(block: LinearBlock) -> Tensor:

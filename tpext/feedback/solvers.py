@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Indices
-from tpext.feedback.linear_block import feedback_power, input_correlation, linear_block
+from tpext.feedback.linear_block import LinearBlock, feedback_power, input_changes, joined, linear_block
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
 from tpext.ops._library import is_number
 
@@ -61,9 +61,9 @@ class RunningLDRL(FeedbackTrainer):
             block = linear_block(call)
             assert block is not None
             weight = block.head.current_weight()
-            correlation = torch.zeros_like(weight)
-            for draw in range(self.draws[number]):
-                correlation += input_correlation(block, self._noise(index, draw, sigma, call.input), self.indices)
+            block.head.arrange(block.preactivation.shape[1:])
+            noise, given = zip(*self._changes(block, number), strict=True)
+            correlation = block.head.weight_gradient(joined(noise), joined(given))
             correlation /= sigma**2 * self.draws[number] * len(call.input)
             power = feedback_power(block) / len(call.input)
             average_over_processes([correlation, power])
@@ -77,6 +77,12 @@ class RunningLDRL(FeedbackTrainer):
                 power.add_(before[1], alpha=self.decay)
             self._sums[number] = correlation, power
             weight.copy_(quotient(correlation, power))
+
+    def _changes(self, block: LinearBlock, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+        index, sigma = self.layers[number][0], self.noise[number]
+        return input_changes(
+            block, lambda draw: self._noise(index, draw, sigma, block.input), self.draws[number], self.indices
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "sums": [sums and tuple(t.clone() for t in sums) for sums in self._sums]}
