@@ -41,6 +41,31 @@ def act_displacement(
 ) -> None:
     """Write ``output [N]``, the minimiser of ``(a(input + u) - a(input) - displacement)^2 + gamma u^2``; as above."""
 
+def code_difference(
+    preactivation: object,
+    change: object,
+    output: object,
+    indices: object | None,
+    activation: str,
+    alpha: float,
+    kernel: int,
+    stride: int,
+    padding: int,
+    noisy: bool,
+    difference: object,
+    execution: Execution,
+) -> None:
+    """Write ``difference [K, P, H, W]`` from ``preactivation [P, H, W]``, ``change [K, P, H, W]``, ``output [P, h, w]``
+    and int64 ``indices [P, h, w]``; with ``kernel`` 0 ``h, w`` are ``H, W`` and indices are not looked at.
+
+    ``activation`` is "elu", "relu", "tanh" or "identity".
+    """
+
+def counter_normal(
+    output: object, seed: int, step: int, stream: int, first_row: int, scale: float, execution: Execution
+) -> None:
+    """Write ``output [B, N]``; ``seed >= 0``, the other words below 2^32."""
+
 def kaczmarz_step(
     displacement: object,
     input: object,
@@ -77,6 +102,27 @@ def kaczmarz_train(
 
     Writes ``predictions [K]``, the class predicted for each row of ``input [K, N]`` before its update. ``dx`` is
     "mean", "wnorm" or "regularized", ``output`` "clamp", "swap" or "direct".
+    """
+
+def probe_difference(
+    output: object,
+    indices: object | None,
+    activation: str,
+    alpha: float,
+    kernel: int,
+    stride: int,
+    padding: int,
+    sigma: float,
+    seed: int,
+    step: int,
+    stream: int,
+    stream_stride: int,
+    first_row: int,
+    difference: object,
+    execution: Execution,
+) -> None:
+    """Write ``difference [K, B, C, H, W]`` from ``output [B, C, h, w]`` and int64 ``indices [B, C, h, w]``; with
+    ``kernel`` 0 ``h, w`` are ``H, W`` and indices are not looked at.
     """
 
 def regularized_inverse(weight: object, reg: float, inverse: object, status: object, execution: Execution) -> int:

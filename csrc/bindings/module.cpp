@@ -51,7 +51,9 @@ PYBIND11_MODULE(TPEXT_MODULE, m) {
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return tpext::cpu::kernels().capability; });
   tpext::bindings::define_act_inverse(m);
+  tpext::bindings::define_counter_normal(m);
   tpext::bindings::define_kaczmarz(m);
+  tpext::bindings::define_pooled_difference(m);
   tpext::bindings::define_regularized_inverse(m);
   tpext::bindings::define_rnn(m);
 #ifdef TPEXT_CUDA_EMULATION

@@ -12,10 +12,16 @@ namespace tpext::cpu {
   namespace name {                                                   \
   void act_inverse(const ActInverse<float>&, int);                   \
   void act_inverse(const ActInverse<double>&, int);                  \
+  void code_difference(const CodeDifference<float>&, int);           \
+  void code_difference(const CodeDifference<double>&, int);          \
+  void counter_normal(const CounterNormal<float>&, int);             \
+  void counter_normal(const CounterNormal<double>&, int);            \
   void kaczmarz_step(const KaczmarzStep<float>&, int);               \
   void kaczmarz_step(const KaczmarzStep<double>&, int);              \
   void kaczmarz_train(const KaczmarzTrain<float>&);                  \
   void kaczmarz_train(const KaczmarzTrain<double>&);                 \
+  void probe_difference(const ProbeDifference<float>&, int);         \
+  void probe_difference(const ProbeDifference<double>&, int);        \
   void regularized_inverse(const RegularizedInverse<float>&, int);   \
   void regularized_inverse(const RegularizedInverse<double>&, int);  \
   void regularized_solve(const RegularizedSolve<float>&, int);       \
@@ -31,10 +37,16 @@ namespace tpext::cpu {
   constexpr Kernels table = {#name,                                  \
                              act_inverse,                            \
                              act_inverse,                            \
+                             code_difference,                        \
+                             code_difference,                        \
+                             counter_normal,                         \
+                             counter_normal,                         \
                              kaczmarz_step,                          \
                              kaczmarz_step,                          \
                              kaczmarz_train,                         \
                              kaczmarz_train,                         \
+                             probe_difference,                       \
+                             probe_difference,                       \
                              regularized_inverse,                    \
                              regularized_inverse,                    \
                              regularized_solve,                      \

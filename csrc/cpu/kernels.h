@@ -2,7 +2,9 @@
 #pragma once
 
 #include "core/act_inverse.h"
+#include "core/counter_normal.h"
 #include "core/kaczmarz.h"
+#include "core/pooled_difference.h"
 #include "core/regularized_inverse.h"
 #include "core/rnn.h"
 
@@ -12,10 +14,16 @@ struct Kernels {
   const char* capability;
   void (*act_inverse_float)(const ActInverse<float>&, int threads);
   void (*act_inverse_double)(const ActInverse<double>&, int threads);
+  void (*code_difference_float)(const CodeDifference<float>&, int threads);
+  void (*code_difference_double)(const CodeDifference<double>&, int threads);
+  void (*counter_normal_float)(const CounterNormal<float>&, int threads);
+  void (*counter_normal_double)(const CounterNormal<double>&, int threads);
   void (*kaczmarz_step_float)(const KaczmarzStep<float>&, int threads);
   void (*kaczmarz_step_double)(const KaczmarzStep<double>&, int threads);
   void (*kaczmarz_train_float)(const KaczmarzTrain<float>&);
   void (*kaczmarz_train_double)(const KaczmarzTrain<double>&);
+  void (*probe_difference_float)(const ProbeDifference<float>&, int threads);
+  void (*probe_difference_double)(const ProbeDifference<double>&, int threads);
   void (*regularized_inverse_float)(const RegularizedInverse<float>&, int threads);
   void (*regularized_inverse_double)(const RegularizedInverse<double>&, int threads);
   void (*regularized_solve_float)(const RegularizedSolve<float>&, int threads);
@@ -31,10 +39,16 @@ struct Kernels {
 
   void operator()(const ActInverse<float>& args, int threads) const { act_inverse_float(args, threads); }
   void operator()(const ActInverse<double>& args, int threads) const { act_inverse_double(args, threads); }
+  void operator()(const CodeDifference<float>& args, int threads) const { code_difference_float(args, threads); }
+  void operator()(const CodeDifference<double>& args, int threads) const { code_difference_double(args, threads); }
+  void operator()(const CounterNormal<float>& args, int threads) const { counter_normal_float(args, threads); }
+  void operator()(const CounterNormal<double>& args, int threads) const { counter_normal_double(args, threads); }
   void operator()(const KaczmarzStep<float>& args, int threads) const { kaczmarz_step_float(args, threads); }
   void operator()(const KaczmarzStep<double>& args, int threads) const { kaczmarz_step_double(args, threads); }
   void operator()(const KaczmarzTrain<float>& args) const { kaczmarz_train_float(args); }
   void operator()(const KaczmarzTrain<double>& args) const { kaczmarz_train_double(args); }
+  void operator()(const ProbeDifference<float>& args, int threads) const { probe_difference_float(args, threads); }
+  void operator()(const ProbeDifference<double>& args, int threads) const { probe_difference_double(args, threads); }
   void operator()(const RegularizedInverse<float>& args, int threads) const {
     regularized_inverse_float(args, threads);
   }

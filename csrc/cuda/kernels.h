@@ -3,6 +3,8 @@
 // float. Throws CudaError.
 #pragma once
 
+#include "core/counter_normal.h"
+#include "core/pooled_difference.h"
 #include "core/regularized_inverse.h"
 #include "core/rnn.h"
 #include "cuda/launch.h"
@@ -56,5 +58,13 @@ void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, con
 constexpr int64_t kLargestInverse = 128;
 template <class T>
 void regularized_inverse(const RegularizedInverse<T>& args, const Queue& queue);
+
+// float and double.
+template <class T>
+void counter_normal(const CounterNormal<T>& args, const Queue& queue);
+template <class T>
+void code_difference(const CodeDifference<T>& args, const Queue& queue);
+template <class T>
+void probe_difference(const ProbeDifference<T>& args, const Queue& queue);
 
 }  // namespace tpext::cuda

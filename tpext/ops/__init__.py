@@ -4,6 +4,7 @@ One module an op family. Each op has a schema, a CPU implementation, a fake one 
 tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
+from tpext.ops.counter_normal import counter_normal
 from tpext.ops.kaczmarz import (
     KaczmarzStep,
     Units,
@@ -22,6 +23,7 @@ from tpext.ops.layer_inverse import (
     layer_inverse,
     linear_inverse,
 )
+from tpext.ops.pooled_difference import code_difference, max_unpool, probe_difference
 from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
 from tpext.ops.rnn_scan import input_projection
 from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
@@ -34,6 +36,8 @@ __all__ = [
     "act_displacement",
     "act_inverse",
     "bias_inverse",
+    "code_difference",
+    "counter_normal",
     "hot_target",
     "input_projection",
     "kaczmarz_step",
@@ -42,7 +46,9 @@ __all__ = [
     "layer_inverse",
     "learned_target_rnn",
     "linear_inverse",
+    "max_unpool",
     "n_hot",
+    "probe_difference",
     "regularized_inverse",
     "regularized_solve",
     "running_accuracy",

@@ -6,6 +6,7 @@ None where the op returns an empty tensor because an output was not asked for. T
 Nothing in here imports the rest of the package, and only tests and documentation import it.
 """
 
+from tpext.reference.counter_normal import counter_normal, philox4x32
 from tpext.reference.layer_inverse import (
     act_displacement,
     act_inverse,
@@ -13,6 +14,12 @@ from tpext.reference.layer_inverse import (
     bias_inverse,
     layer_inverse,
     linear_inverse,
+)
+from tpext.reference.pooled_difference import (
+    code_difference,
+    max_pool,
+    max_unpool,
+    probe_difference,
 )
 from tpext.reference.regularized_inverse import regularized_inverse, regularized_solve
 from tpext.reference.rnn_scan import (
@@ -36,9 +43,15 @@ __all__ = [
     "act_inverse",
     "activation_cost",
     "bias_inverse",
+    "code_difference",
+    "counter_normal",
     "layer_inverse",
     "learned_target_rnn_gradients",
     "linear_inverse",
+    "max_pool",
+    "max_unpool",
+    "philox4x32",
+    "probe_difference",
     "regularized_inverse",
     "regularized_solve",
     "rnn_gradients",

@@ -1,0 +1,404 @@
+// code_difference:   D_k = unpool(a(y_k), indices_k) - unpool(a(y), indices),  (y_k, indices_k) = max_pool(a(z + dz_k))
+// probe_difference:  D_k = unpool(a(y + sigma n_k) - a(y), indices),  n_k normal noise made on the way
+//
+// Definitions and layouts stand in core/pooled_difference.h. Memory is passed over once: z, y and indices are read once
+// for all draws k, dz_k once, D_k is written once, zeros with the rest.
+//
+// Pools of 2 x 2 over even planes run in vectors of windows (windows.h): a block of them is loaded, its activations of
+// y taken once, and its draws follow one another. The maximum is found before a, which rises: one activation a window
+// rather than four. Noise comes in blocks of 4 L windows of a row, as counter_normal makes it.
+// Any other pool goes plane by plane: zeros first, then the windows in raster order, L activations at a time, each
+// value to its index; what the clean windows put there is subtracted for the last window that names a position.
+//
+// Threads take contiguous parts of blocks or planes. A window's value depends on its own elements alone, and a plane's
+// positions are written in raster order by one thread: threads and splits of the batch change no bit. No memory but the
+// arrays, and an index outside its plane is never followed.
+#include "core/pooled_difference.h"
+
+#include "cpu/microkernel.h"
+#include "cpu/philox.h"
+#include "cpu/threads.h"
+#include "cpu/windows.h"
+
+namespace tpext::cpu::TPEXT_CAPABILITY {
+namespace {
+
+// Fewer elements of D than this are not worth a second thread.
+constexpr int64_t kGrain = 16384;
+// Windows of a row that go through all draws before the next do, where planes are not in vectors of windows.
+constexpr int64_t kRun = 4096;
+
+// Below -elu and outside +-tanh a is constant in T's precision: multiples of ln 2 from where the rest is half a unit.
+template <class T>
+struct Flat;
+template <>
+struct Flat<float> {
+  static constexpr float elu = 17.328679f, tanh = 9.010913f;
+};
+template <>
+struct Flat<double> {
+  static constexpr double elu = 37.429947750237048, tanh = 19.061547465398496;
+};
+
+// Kept to where a rises; of a vector or a number. NaN passes.
+template <Activation A, class T, class V>
+inline V keep(V v) {
+  if constexpr (A == Activation::elu) return v < -Flat<T>::elu ? V{} - Flat<T>::elu : v;
+  if constexpr (A == Activation::relu) return v < 0 ? V{} : v;
+  if constexpr (A == Activation::tanh) {
+    v = v < -Flat<T>::tanh ? V{} - Flat<T>::tanh : v;
+    return v > Flat<T>::tanh ? V{} + Flat<T>::tanh : v;
+  }
+  if constexpr (A == Activation::identity) return v;
+}
+
+template <Activation A, class T>
+inline Vec<T> activate(Vec<T> v, T alpha) {
+  if constexpr (A == Activation::elu) {
+    using C = Constants<T>;
+    const Vec<T> x = keep<A, T>(v < 0 ? v : Vec<T>{});
+    const Vec<T> shifted = x * T(1.4426950408889634) + C::round;
+    const Vec<T> n = shifted - C::round;
+    const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
+    const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
+    const Vec<T> scale = (Vec<T>)(((Bits<T>)shifted << C::mantissa) + C::one);
+    return v < 0 ? (p * scale + (scale - T(1))) * alpha : v;
+  }
+  if constexpr (A == Activation::relu) return v < 0 ? Vec<T>{} : v;
+  if constexpr (A == Activation::tanh) return tanh<T>(v);
+  if constexpr (A == Activation::identity) return v;
+}
+
+template <Activation A>
+struct Chosen {
+  static constexpr Activation value = A;
+};
+
+// run(Chosen<activation>())
+template <class Run>
+inline void with_activation(Activation activation, Run run) {
+  switch (activation) {
+    case Activation::elu: return run(Chosen<Activation::elu>());
+    case Activation::relu: return run(Chosen<Activation::relu>());
+    case Activation::tanh: return run(Chosen<Activation::tanh>());
+    case Activation::identity: return run(Chosen<Activation::identity>());
+  }
+}
+
+// run(Shift<s>()) for the s of PackedWindows that fits the pool; false where none does.
+template <int S>
+struct Shift {
+  static constexpr int value = S;
+};
+template <class T, int S = 1, class Run>
+inline bool with_packed(const Pool& pool, Run run) {
+  if constexpr ((1 << S) <= 2 * kLanes<T>) {
+    if (pool.width == 1 << S) {
+      run(Shift<S>());
+      return true;
+    }
+    return with_packed<T, S + 1>(pool, run);
+  }
+  return false;
+}
+
+// Whether each element is in one of 2 x 2 windows.
+inline bool is_even(const Pool& pool) {
+  return pool.kernel == 2 && pool.stride == 2 && pool.padding == 0 && pool.height % 2 == 0 && pool.width % 2 == 0;
+}
+
+// run(begin, end) of the calling thread's part of `units`, which make up `elements` of D.
+template <class Run>
+inline void in_parts(int64_t units, int64_t elements, int max_threads, Run run) {
+  const int64_t most = elements / kGrain + 1;
+  const int threads = most < max_threads ? static_cast<int>(most) : max_threads;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = thread_index(), team = thread_count();
+    run(part_begin(units, team, thread), part_begin(units, team, thread + 1));
+  }
+}
+
+template <class T, Activation A>
+struct CodeKernel {
+  static constexpr int L = kLanes<T>;
+  const CodeDifference<T>& args;
+  int64_t plane, pooled, elements;  // H W, h w, B C H W
+
+  explicit CodeKernel(const CodeDifference<T>& args)
+      : args(args),
+        plane(args.pool.height * args.pool.width),
+        pooled(args.pool.pooled_height * args.pool.pooled_width),
+        elements(args.planes * plane) {}
+
+  // The windows from number `window` of [B, C, h, w] on, whose elements begin at `element`.
+  template <class Windows>
+  inline void block(const Windows& windows, int64_t window, int64_t element, int64_t count) const {
+    const Quad<T> z = windows.load(args.preactivation + element, count);
+    const Vec<T> clean = activate<A, T>(load_part(args.output + window, count), args.alpha);
+    const Bits<T> place = windows.place(load_indices<T>(args.indices + window, count));
+    for (int64_t k = 0; k < args.draws; ++k) {
+      const Quad<T> change = windows.load(args.change + k * elements + element, count);
+      Vec<T> best = keep<A, T>(z.at[0] + change.at[0]);
+      Bits<T> found{};
+      for (int i = 1; i < 4; ++i) {
+        const Vec<T> other = keep<A, T>(z.at[i] + change.at[i]);
+        const Bits<T> wins = (other > best) | (other != other);
+        best = wins ? other : best;
+        found = wins ? Bits<T>{} + i : found;
+      }
+      const Vec<T> value = activate<A, T>(activate<A, T>(best, args.alpha), args.alpha);
+      Quad<T> difference;
+      for (int i = 0; i < 4; ++i) {
+        if (args.noisy)
+          difference.at[i] = (found == i ? value : Vec<T>{}) - (place == i ? clean : Vec<T>{});
+        else
+          difference.at[i] = place == i ? value - clean : Vec<T>{};
+      }
+      windows.store(args.difference + k * elements + element, difference, count);
+    }
+  }
+
+  template <int S>
+  void packed(int64_t begin, int64_t end) const {
+    const int64_t windows = args.planes * pooled;
+    for (int64_t at = begin * L; at < end * L; at += L) {
+      const int64_t count = windows - at < L ? windows - at : L;
+      block(PackedWindows<T, S>(), at, 4 * at, count);
+    }
+  }
+
+  // Rows of windows.
+  void rows(int64_t begin, int64_t end) const {
+    const int64_t w = args.pool.pooled_width, W = args.pool.width;
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t j = 0; j < w; j += L) {
+        const int64_t base = row % args.pool.pooled_height * 2 * W + 2 * j;
+        block(RowWindows<T>{W, base}, row * w + j, row * 2 * W + 2 * j, w - j < L ? w - j : L);
+      }
+  }
+
+  void without_pool(int64_t begin, int64_t end) const {
+    for (int64_t at = begin * L; at < end * L; at += L) {
+      const int64_t count = elements - at;
+      if (count <= 0) return;
+      const Vec<T> z = load_part(args.preactivation + at, count);
+      const Vec<T> clean = activate<A, T>(load_part(args.output + at, count), args.alpha);
+      for (int64_t k = 0; k < args.draws; ++k) {
+        const Vec<T> y = activate<A, T>(z + load_part(args.change + k * elements + at, count), args.alpha);
+        store_part(args.difference + k * elements + at, activate<A, T>(y, args.alpha) - clean, count);
+      }
+    }
+  }
+
+  // The maximum of window (i, j) of z + dz, kept to where a rises, and its index.
+  inline T maximum(const T* z, const T* change, int64_t i, int64_t j, int64_t& index) const {
+    const Pool& pool = args.pool;
+    const int64_t top = i * pool.stride - pool.padding, left = j * pool.stride - pool.padding;
+    const int64_t first_row = top > 0 ? top : 0, first_column = left > 0 ? left : 0;
+    T best = -__builtin_inff();
+    index = first_row * pool.width + first_column;
+    for (int64_t r = first_row; r < top + pool.kernel && r < pool.height; ++r)
+      for (int64_t c = first_column; c < left + pool.kernel && c < pool.width; ++c) {
+        const int64_t at = r * pool.width + c;
+        const T value = keep<A, T>(z[at] + change[at]);
+        if (value > best || value != value) best = value, index = at;
+      }
+    return best;
+  }
+
+  // Whether no later window than `window` has the index too.
+  inline bool is_last(const int64_t* indices, int64_t window) const {
+    const Pool& pool = args.pool;
+    if (pool.kernel <= pool.stride) return true;
+    const int64_t index = indices[window], r = index / pool.width + pool.padding, c = index % pool.width + pool.padding;
+    const int64_t first_row = r < pool.kernel ? 0 : (r - pool.kernel) / pool.stride + 1;
+    const int64_t first_column = c < pool.kernel ? 0 : (c - pool.kernel) / pool.stride + 1;
+    for (int64_t i = first_row; i <= r / pool.stride && i < pool.pooled_height; ++i)
+      for (int64_t j = first_column; j <= c / pool.stride && j < pool.pooled_width; ++j) {
+        const int64_t other = i * pool.pooled_width + j;
+        if (other > window && indices[other] == index) return false;
+      }
+    return true;
+  }
+
+  inline bool in_plane(int64_t index) const { return index >= 0 && index < plane; }
+
+  void any_planes(int64_t begin, int64_t end) const {
+    for (int64_t p = begin; p < end; ++p)
+      for (int64_t k = 0; k < args.draws; ++k) any_plane(p, k);
+  }
+
+  void any_plane(int64_t p, int64_t k) const {
+    const T *const z = args.preactivation + p * plane, *const y = args.output + p * pooled;
+    const T* const change = args.change + k * elements + p * plane;
+    const int64_t* const indices = args.indices + p * pooled;
+    T* const to = args.difference + k * elements + p * plane;
+    for (int64_t at = 0; at < plane; at += L) store_part(to + at, Vec<T>{}, plane - at);
+    int64_t i = 0, j = 0;
+    for (int64_t window = 0; window < pooled; window += L) {
+      const int64_t count = pooled - window < L ? pooled - window : L;
+      T lanes[L] = {};
+      int64_t places[L];
+      for (int64_t l = 0; l < count; ++l) {
+        lanes[l] = maximum(z, change, i, j, places[l]);
+        if (++j == args.pool.pooled_width) j = 0, ++i;
+      }
+      store(lanes, activate<A, T>(activate<A, T>(load(lanes), args.alpha), args.alpha));
+      for (int64_t l = 0; l < count; ++l) {
+        const int64_t place = args.noisy ? places[l] : indices[window + l];
+        if (in_plane(place)) to[place] = lanes[l];
+      }
+    }
+    for (int64_t window = 0; window < pooled; window += L) {
+      const int64_t count = pooled - window < L ? pooled - window : L;
+      T lanes[L];
+      store(lanes, activate<A, T>(load_part(y + window, count), args.alpha));
+      for (int64_t l = 0; l < count; ++l)
+        if (in_plane(indices[window + l]) && is_last(indices, window + l)) to[indices[window + l]] -= lanes[l];
+    }
+  }
+};
+
+template <class T, Activation A>
+struct ProbeKernel {
+  static constexpr int L = kLanes<T>;
+  const ProbeDifference<T>& args;
+  PhiloxKeys keys;
+  int64_t plane, pooled, row, elements;  // H W, h w, C h w, B C H W
+
+  explicit ProbeKernel(const ProbeDifference<T>& args)
+      : args(args),
+        keys(args.counter.seed),
+        plane(args.pool.height * args.pool.width),
+        pooled(args.pool.pooled_height * args.pool.pooled_width),
+        row(args.channels * pooled),
+        elements(args.rows * args.channels * plane) {}
+
+  // Noise of the 4 L numbers of a row from number `first` on, a multiple of four.
+  inline void noise(int64_t b, int64_t k, int64_t first, Vec<T> (&z)[4]) const {
+    const NoiseCounter& counter = args.counter;
+    const uint32_t stream = counter.stream + static_cast<uint32_t>(k) * args.stream_stride;
+    normals<T>(keys, counter.step, stream, counter.first_row + static_cast<uint32_t>(b), first / 4, z);
+  }
+
+  inline Vec<T> moved(Vec<T> y, Vec<T> z) const { return activate<A, T>(z * args.sigma + y, args.alpha); }
+
+  // Blocks of 4 L windows of a row; S = 0: of elements without a pool.
+  template <int S>
+  void packed(int64_t begin, int64_t end) const {
+    const int64_t blocks = ceil_div(row, 4 * L);
+    for (int64_t at = begin; at < end; ++at) {
+      const int64_t b = at / blocks, first = at % blocks * 4 * L, window = b * row + first;
+      Vec<T> y[4]{}, clean[4]{};
+      Bits<T> place[4]{};
+      for (int i = 0; i < 4; ++i) {
+        const int64_t count = row - first - i * L;
+        if (count <= 0) break;
+        y[i] = load_part(args.output + window + i * L, count);
+        clean[i] = activate<A, T>(y[i], args.alpha);
+        if constexpr (S > 0)
+          place[i] = PackedWindows<T, S>::place(load_indices<T>(args.indices + window + i * L, count));
+      }
+      for (int64_t k = 0; k < args.draws; ++k) {
+        Vec<T> z[4];
+        noise(b, k, first, z);
+        for (int i = 0; i < 4; ++i) {
+          const int64_t left = row - first - i * L, count = left < L ? left : L;
+          if (count <= 0) break;
+          const Vec<T> difference = moved(y[i], z[i]) - clean[i];
+          if constexpr (S > 0) {
+            Quad<T> quad;
+            for (int j = 0; j < 4; ++j) quad.at[j] = place[i] == j ? difference : Vec<T>{};
+            PackedWindows<T, S>::store(args.difference + k * elements + 4 * (window + i * L), quad, count);
+          } else {
+            store_part(args.difference + k * elements + window + i * L, difference, count);
+          }
+        }
+      }
+    }
+  }
+
+  // Planes of [B, C] whatever the pool, in runs within a row.
+  void any_planes(int64_t begin, int64_t end) const {
+    const int64_t longest = pooled < kRun ? kRun / pooled : 1;
+    for (int64_t p = begin; p < end;) {
+      const int64_t b = p / args.channels, c = p % args.channels;
+      int64_t run = args.channels - c < end - p ? args.channels - c : end - p;
+      run = run < longest ? run : longest;
+      for (int64_t k = 0; k < args.draws; ++k) any_run(b, c, run, k);
+      p += run;
+    }
+  }
+
+  void any_run(int64_t b, int64_t c, int64_t run, int64_t k) const {
+    T* to = args.difference + k * elements + (b * args.channels + c) * plane;
+    for (int64_t at = 0; at < run * plane; at += L) store_part(to + at, Vec<T>{}, run * plane - at);
+    const T* const y = args.output + b * row;
+    const int64_t* const indices = args.indices + b * row;
+    const int64_t end = (c + run) * pooled;
+    int64_t window = c * pooled, left = pooled;
+    for (int64_t first = window / 4 * 4; first < end; first += 4 * L) {
+      Vec<T> z[4];
+      noise(b, k, first, z);
+      T lanes[4 * L];
+      for (int i = 0; i < 4; ++i) {
+        const int64_t count = row - first - i * L;
+        if (count <= 0) break;
+        const Vec<T> from = load_part(y + first + i * L, count);
+        store(lanes + i * L, moved(from, z[i]) - activate<A, T>(from, args.alpha));
+      }
+      for (; window < end && window < first + 4 * L; ++window) {
+        const int64_t index = indices[window];
+        if (index >= 0 && index < plane) to[index] = lanes[window - first];
+        if (--left == 0) to += plane, left = pooled;
+      }
+    }
+  }
+};
+
+template <class T>
+void run_code(const CodeDifference<T>& args, int threads) {
+  with_activation(args.activation, [&](auto activation) {
+    const CodeKernel<T, decltype(activation)::value> kernel(args);
+    const int64_t all = args.draws * kernel.elements;
+    if (args.pool.kernel == 0)
+      return in_parts(ceil_div(kernel.elements, kLanes<T>), all, threads,
+                      [&](int64_t begin, int64_t end) { kernel.without_pool(begin, end); });
+    if (is_even(args.pool)) {
+      const auto packed = [&](auto shift) {
+        in_parts(ceil_div(args.planes * kernel.pooled, kLanes<T>), all, threads,
+                 [&](int64_t begin, int64_t end) { kernel.template packed<decltype(shift)::value>(begin, end); });
+      };
+      if (with_packed<T>(args.pool, packed)) return;
+      return in_parts(args.planes * args.pool.pooled_height, all, threads,
+                      [&](int64_t begin, int64_t end) { kernel.rows(begin, end); });
+    }
+    in_parts(args.planes, all, threads, [&](int64_t begin, int64_t end) { kernel.any_planes(begin, end); });
+  });
+}
+
+template <class T>
+void run_probe(const ProbeDifference<T>& args, int threads) {
+  with_activation(args.activation, [&](auto activation) {
+    const ProbeKernel<T, decltype(activation)::value> kernel(args);
+    const int64_t all = args.draws * kernel.elements;
+    const auto packed = [&](auto shift) {
+      in_parts(args.rows * ceil_div(kernel.row, 4 * kLanes<T>), all, threads,
+               [&](int64_t begin, int64_t end) { kernel.template packed<decltype(shift)::value>(begin, end); });
+    };
+    if (args.pool.kernel == 0) return packed(Shift<0>());
+    if (is_even(args.pool) && with_packed<T>(args.pool, packed)) return;
+    in_parts(args.rows * args.channels, all, threads,
+             [&](int64_t begin, int64_t end) { kernel.any_planes(begin, end); });
+  });
+}
+
+}  // namespace
+
+void code_difference(const CodeDifference<float>& args, int threads) { run_code(args, threads); }
+void code_difference(const CodeDifference<double>& args, int threads) { run_code(args, threads); }
+void probe_difference(const ProbeDifference<float>& args, int threads) { run_probe(args, threads); }
+void probe_difference(const ProbeDifference<double>& args, int threads) { run_probe(args, threads); }
+
+}  // namespace tpext::cpu::TPEXT_CAPABILITY
