@@ -213,6 +213,8 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "network": network,
     "right-hand sides": lambda row: str(row["count"]),
     "shape": lambda row: f"{row['rows']} x {row['M']}",
+    "B, C, H, W": lambda row: ", ".join(str(row[name]) for name in ("B", "C", "H", "W")),
+    "pool": lambda row: f"{row['kernel']} by {row['stride']}" if row["kernel"] else "none",
 }
 
 
@@ -247,6 +249,8 @@ SECTIONS: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("Inverse of a linear map", "test_linear_inverse", ("N, M, B", "method", "threads", "peer")),
     ("Inverse of a tanh layer", "test_layer", ("N, M, B", "op", "method", "threads", "peer")),
+    ("Counter-based normal noise", "test_noise", ("shape", "dtype", "threads", "peer")),
+    ("Differences of codes behind a pool", "test_difference", ("op", "B, C, H, W", "pool", "K", "threads", "peer")),
     ("Direct weight solves, a pass over single samples", "test_stream", ("network", "samples", "threads", "peer")),
     ("Direct weight solves, a layer's update and its input's target", "test_layer_step", ("N, M, B", "threads")),
     ("Direct weight solves, the published network's training step", "test_network", ("network", "B", "threads")),

@@ -195,8 +195,8 @@ def feed_forward() -> list[dict[str, Any]]:
 
 
 def run_feed_forward() -> list[dict[str, Any]]:
-    names = ("regularized_inverse", "layer_inverse", "mlp", "kaczmarz")
-    inverse, layers, mlp, kaczmarz = (importlib.import_module(f"bench_{name}") for name in names)
+    names = ("regularized_inverse", "layer_inverse", "mlp", "kaczmarz", "counter_normal", "pooled_difference")
+    inverse, layers, mlp, kaczmarz, noise, pooled = (importlib.import_module(f"bench_{name}") for name in names)
     rows: list[dict[str, Any]] = []
 
     def run(test: Callable[..., None], *args: Any, threads: int = 2, ratio: float = 4.0) -> None:
@@ -228,6 +228,11 @@ def run_feed_forward() -> list[dict[str, Any]]:
         run(kaczmarz.test_stream, 1, kaczmarz.NETWORKS[0], peer, threads=1, ratio=31.0)
     run(kaczmarz.test_layer_step, 2, *kaczmarz.LAYERS[0])
     run(kaczmarz.test_network, 2, 64, ratio=1.5)
+    for peer in ("torch.randn", "normal_"):
+        run(noise.test_noise, 2, (4, 300), torch.float32, peer)
+    for op in pooled.OPS:
+        run(pooled.test_difference, 2, op, (2, 3, 4), 2, 2, 3)
+        run(pooled.test_difference, 2, op, (2, 8, 1), 0, 1, 1)
     return json.loads(json.dumps(rows))
 
 
