@@ -34,6 +34,14 @@ Code: TypeAlias = Any
 """What a feedback module has to know of a forward pass of its block: tensors and sizes, in nested tuples."""
 
 
+class Window(NamedTuple):
+    """The windows of a max-pooling: their size, step and padding, the same in height and width."""
+
+    size: int
+    stride: int
+    padding: int
+
+
 class Step(NamedTuple):
     """A module of a block, with its feedback and the code of one pass."""
 
@@ -53,11 +61,15 @@ class Feedback(nn.Module, ABC):
         is_linear: whether ``G`` is linear in ``y`` up to a constant at a fixed code. Then :meth:`difference` does not
             look at ``y``.
         is_view: whether block and feedback only change the shape.
+        kernel: name and ``alpha`` of an activation that :func:`tpext.ops.code_difference` knows, if it is one.
+        window: of a max-pooling that it knows, if it is one.
     """
 
     elementwise: bool = False
     is_linear: ClassVar[bool] = False
     is_view: ClassVar[bool] = False
+    kernel: tuple[str, float] | None = None
+    window: Window | None = None
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
         """Run the block, and return its output and the code of this pass.

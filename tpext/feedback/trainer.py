@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from tpext.feedback.base import BlockCall, Feedback, Trace
 from tpext.feedback.linear_block import linear_block, linear_steps
 from tpext.ops._library import is_integer, is_number
+from tpext.ops.counter_normal import counter_normal
 
 
 class Draw(NamedTuple):
@@ -42,21 +43,17 @@ class CounterNoise(NamedTuple):
 
     seed: int
 
-    def __call__(self, draw: Draw, like: Tensor) -> Tensor:
-        return counter_normal(
-            like.shape,
-            seed=self.seed,
-            step=draw.step,
-            stream=self.stream(draw),
-            first_row=_rank() * like.shape[0],
-            dtype=like.dtype,
-            device=like.device,
-        )
+    def __call__(self, draw: Draw, like: Tensor, scale: float = 1.0) -> Tensor:
+        place = self.place(draw, like)
+        return counter_normal(like.shape, scale=scale, dtype=like.dtype, device=like.device, **place)
 
-    @staticmethod
-    def stream(draw: Draw) -> int:
-        """Return the number of the generator's stream for a draw: 12 bits the layer, 19 the draw, one the side."""
-        return (draw.layer << 20) + 2 * draw.draw + draw.output
+    def place(self, draw: Draw, like: Tensor) -> dict[str, int]:
+        """Return where in the generator's sequence the noise of a draw is, as :func:`tpext.ops.counter_normal` takes it.
+
+        A stream's number has 12 bits for the layer, 19 for the draw and one for the side.
+        """
+        stream = (draw.layer << 20) + 2 * draw.draw + draw.output
+        return {"seed": self.seed, "step": draw.step, "stream": stream, "first_row": _rank() * like.shape[0]}
 
 
 class Record(NamedTuple):
@@ -95,15 +92,15 @@ class FeedbackTrainer(ABC):
         pairs = getattr(net, "pairs", None)
         if pairs is None:
             raise TypeError(f"{type(self).__name__}: net must be a tpext.nn.TargetSequential, got {type(net).__name__}")
-        if not is_integer(seed) or not 0 <= seed < 2**64:
-            raise ValueError(f"{type(self).__name__}: seed must be in 0 .. 2^64 - 1, got {seed!r}")
+        if not is_integer(seed) or not 0 <= seed < 2**63:
+            raise ValueError(f"{type(self).__name__}: seed must be in 0 .. 2^63 - 1, got {seed!r}")
         self.net: Any = net
         self.layers: list[tuple[int, Feedback]] = [
             (index, feedback) for index, (_, feedback) in enumerate(pairs()) if feedback is not None
         ]
         if not self.layers:
             raise ValueError(f"{type(self).__name__}: net has no feedback to train; its rule is {self.net.rule}")
-        self.noise_source: NoiseSource = CounterNoise(seed).__call__ if noise_source is None else noise_source
+        self.noise_source: NoiseSource | CounterNoise = CounterNoise(seed) if noise_source is None else noise_source
         self.steps = 0
 
     def step(self, input: Tensor | Trace, record: bool = False) -> list[Record] | None:
@@ -175,7 +172,10 @@ class FeedbackTrainer(ABC):
         return value
 
     def _noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
-        return self.noise_source(Draw(self.steps, layer, draw, output), like) * sigma
+        wanted = Draw(self.steps, layer, draw, output)
+        if isinstance(self.noise_source, CounterNoise):
+            return self.noise_source(wanted, like, sigma)
+        return self.noise_source(wanted, like) * sigma
 
 
 def weight_alignment(call: BlockCall) -> tuple[Tensor | None, Tensor | None]:
