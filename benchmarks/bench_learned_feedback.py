@@ -1,9 +1,9 @@
 """A whole training batch with learned feedback, in units of a step of back-propagation on the same network.
 
-Ours is a batch: forward pass, feedback phase, targets, update. The peer is a step of back-propagation in torch: forward,
-cross-entropy, backward, update. So the cost in such steps is one over the ratio. ``published`` is the published
-formulation in torch operations: each iteration runs the block on the noisy and again on the clean input, the feedback
-three times and its backward pass, and reads the loss, an angle and a distance from the device.
+Ours is a batch: forward pass, feedback phase, targets, update. The peer is a step of back-propagation in torch alone.
+The cost in such steps is one over the ratio. ``published`` is the published formulation in torch operations: each
+iteration runs the block on the noisy and again on the clean input, the feedback three times and its backward pass, and
+reads the loss, an angle and a distance from the device.
 
 Run as a script, this file takes one batch and prints by how many bytes the peak of resident memory exceeds what was
 resident before: ``python bench_learned_feedback.py NETWORK METHOD``.

@@ -193,7 +193,7 @@ class BasicBlock(nn.Module):
 
 @register_feedback(BasicBlock)
 class InvertedBasicBlock(Feedback):
-    """The feedback of a :class:`BasicBlock`, ``G(y) = conv1T(bn1(relu(conv2T(bn2(r))))) + shortcutT(r)``, ``r = relu(y)``.
+    """The feedback of a :class:`BasicBlock`: ``conv1T(bn1(relu(conv2T(bn2(r))))) + shortcutT(r)``, ``r = relu(y)``.
 
     ``T`` marks the feedback of a module; the two batch normalisations have the block's number of channels.
 
