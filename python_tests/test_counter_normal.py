@@ -1,4 +1,4 @@
-"""counter_normal: Philox's published words, equal to the oracle, the same to the bit in any part, normal by its moments.
+"""counter_normal: Philox's published words, equal to the oracle, the same bits in any part, normal by its moments.
 
 Tests that take ``device`` run on a GPU, and on the CPU by the emulation of the CUDA kernels.
 """

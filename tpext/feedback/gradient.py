@@ -195,15 +195,10 @@ class LDRL(GradientTrainer):
         if fused is None or not isinstance(self.noise_source, CounterNoise):
             return block.output_change(self._noise(index, draw, sigma, block.output, True))
         height, width = block.preactivation.shape[-2:] if fused.window else (0, 0)
+        place: dict[str, Any] = self.noise_source.place(Draw(self.steps, index, draw, True), block.output)
+        options = {**fused.options(), **place}
         return probe_difference(
-            block.output,
-            fused.indices,
-            height=height,
-            width=width,
-            sigma=sigma,
-            draws=1,
-            **fused.options(),
-            **self.noise_source.place(Draw(self.steps, index, draw, True), block.output),
+            block.output, fused.indices, height=height, width=width, sigma=sigma, draws=1, **options
         )[0]
 
     def _linear_layer(self, block: LinearBlock, number: int, with_loss: bool) -> Iterator[Iteration]:

@@ -171,6 +171,9 @@ def linear_steps(
     start = next((index for index, step in enumerate(steps) if not step.feedback.is_view), len(steps))
     if start == len(steps) or not isinstance(steps[start].feedback, LinearMap):
         return None
+    # what has parameters of its own needs their gradients too
+    if any(True for step in steps[start + 1 :] for _ in step.feedback.parameters()):
+        return None
     return steps[:start], steps[start], steps[start + 1 :]
 
 

@@ -48,7 +48,7 @@ class CounterNoise(NamedTuple):
         return counter_normal(like.shape, scale=scale, dtype=like.dtype, device=like.device, **place)
 
     def place(self, draw: Draw, like: Tensor) -> dict[str, int]:
-        """Return where in the generator's sequence the noise of a draw is, as :func:`tpext.ops.counter_normal` takes it.
+        """Return where in the generator's sequence a draw's noise is, as :func:`tpext.ops.counter_normal` takes it.
 
         A stream's number has 12 bits for the layer, 19 for the draw and one for the side.
         """

@@ -193,7 +193,7 @@ class BasicBlock(nn.Module):
 
 @register_feedback(BasicBlock)
 class InvertedBasicBlock(Feedback):
-    """The feedback of a :class:`BasicBlock`: ``G(y) = conv1T(bn1(relu(conv2T(bn2(r))))) + shortcutT(r)``, ``r = relu(y)``.
+    """The feedback of a :class:`BasicBlock`: ``conv1T(bn1(relu(conv2T(bn2(r))))) + shortcutT(r)``, ``r = relu(y)``.
 
     ``T`` marks the feedback of a module; the two batch normalisations have the block's number of channels.
 
@@ -224,8 +224,9 @@ class InvertedBasicBlock(Feedback):
         conv1, bn1, conv2, bn2, shortcut = code
         start = torch.relu(output)
         hidden = torch.relu(self.conv2(self.bn2(start, bn2), conv2))
+        around: Tensor = self.shortcut(start, shortcut)
         back: Tensor = self.conv1(self.bn1(hidden, bn1), conv1)
-        return back + self.shortcut(start, shortcut)
+        return back + around
 
     def copy_weights(self, block: nn.Module) -> None:
         assert isinstance(block, BasicBlock)
