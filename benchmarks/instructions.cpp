@@ -91,20 +91,20 @@ void pooled_difference(bool probe, bool even, std::vector<float>& greatest) {
     args.difference = difference.data();
     run_kernel(args);
   } else {
-  tpext::CodeDifference<float> args{};
-  args.draws = K;
-  args.planes = planes;
-  args.pool = pool;
-  args.activation = tpext::Activation::elu;
-  args.alpha = 1;
-  args.noisy = true;
-  args.preactivation = preactivation.data();
-  args.change = change.data();
-  args.output = output.data();
-  args.indices = indices.data();
-  args.difference = difference.data();
-  run_kernel(args);
-}
+    tpext::CodeDifference<float> args{};
+    args.draws = K;
+    args.planes = planes;
+    args.pool = pool;
+    args.activation = tpext::Activation::elu;
+    args.alpha = 1;
+    args.noisy = true;
+    args.preactivation = preactivation.data();
+    args.change = change.data();
+    args.output = output.data();
+    args.indices = indices.data();
+    args.difference = difference.data();
+    run_kernel(args);
+  }
   greatest.assign(static_cast<size_t>(K * planes), 0.0f);
   for (size_t i = 0; i < difference.size(); ++i) {
     float& so_far = greatest[i / static_cast<size_t>(side * side)];

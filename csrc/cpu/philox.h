@@ -23,6 +23,8 @@ inline Words multiply_low(Words a, Words b) {
   return (Words)__builtin_ia32_pmuludq512_mask((Bits<float>)a, (Bits<float>)b, Products{}, 0xff);
 #elif defined(__AVX2__) && !defined(__clang__)
   return (Words)__builtin_ia32_pmuludq256((Bits<float>)a, (Bits<float>)b);
+#elif defined(__SSE2__) && !defined(__clang__)
+  return (Words)__builtin_ia32_pmuludq128((Bits<float>)a, (Bits<float>)b);
 #else
   return (a & kLowHalf) * (b & kLowHalf);
 #endif

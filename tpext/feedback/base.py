@@ -21,11 +21,13 @@ Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learni
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 Indices = Literal["noisy", "clean"]
 """Which places of maxima feedback of a noisy pass uses: those of that pass or of the clean one."""
@@ -149,6 +151,19 @@ def make_feedback(block: nn.Module) -> Feedback:
         f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
         "tpext.feedback.register_feedback"
     )
+
+
+@contextlib.contextmanager
+def still_statistics(blocks: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch normalisations alone; in training they go on by the batch's."""
+    kept = [m for m in blocks.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    for module in kept:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in kept:
+            module.track_running_stats = True
 
 
 class BlockCall(NamedTuple):

@@ -67,6 +67,7 @@ class GradientTrainer(FeedbackTrainer):
         noise_source: NoiseSource | None = None,
     ) -> None:
         super().__init__(net, seed=seed, noise_source=noise_source)
+        self._require_own_weights()
         self.noise, self.iterations = self._positive("noise", noise), self._counts("iterations", iterations)
         self.samples = self._counts("samples", samples)[0]
         if (lr is None) == (optimizer is None):
@@ -76,7 +77,7 @@ class GradientTrainer(FeedbackTrainer):
         for (index, feedback), rate in zip(self.layers, rates, strict=True):
             parameters = list(feedback.parameters())
             if not parameters:
-                raise ValueError(f"{type(self).__name__}: the feedback of block {index} has no parameters; is it tied?")
+                raise ValueError(f"{type(self).__name__}: the feedback of block {index} has no parameters")
             self.optimizers.append(
                 torch.optim.SGD(parameters, rate, momentum, weight_decay=weight_decay, fused=True)
                 if optimizer is None

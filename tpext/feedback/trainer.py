@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
-from tpext.feedback.base import BlockCall, Feedback, Trace
+from tpext.feedback.base import BlockCall, Feedback, Trace, still_statistics
 from tpext.feedback.linear_block import linear_block, linear_steps
+from tpext.feedback.linear_map import LinearMap
 from tpext.ops._library import is_integer, is_number
 from tpext.ops.counter_normal import counter_normal
 
@@ -110,14 +111,10 @@ class FeedbackTrainer(ABC):
             input: the batch ``[B, ...]``; or the trace of the network's own forward pass on it, which saves that.
             record: True returns a record of every iteration, which costs each one a loss; False returns None.
         """
-        if isinstance(input, Trace):
-            calls = input.calls
-        else:
-            with torch.no_grad():
-                calls = self.net.trace(input).calls
         records: list[Record] | None = [] if record else None
-        with torch.no_grad():
-            self._train(calls, records)
+        with torch.no_grad(), still_statistics(self.net.blocks):
+            trace = input if isinstance(input, Trace) else self.net.trace(input)
+            self._train(trace.calls, records)
         self.steps += 1
         return records
 
@@ -154,6 +151,14 @@ class FeedbackTrainer(ABC):
 
     def _counts(self, name: str, value: object, low: int = 1) -> list[int]:
         return self._per_layer(name, value, lambda v: is_integer(v) and v >= low, f"an integer >= {low}")
+
+    def _require_own_weights(self) -> None:
+        """Raise ValueError where the feedback uses the blocks' own weights, which are not a trainer's to change."""
+        for index, feedback in self.layers:
+            if any(isinstance(module, LinearMap) and module.weight is None for module in feedback.modules()):
+                raise ValueError(
+                    f"{type(self).__name__}: net must have feedback with weights of its own, that of block {index} is tied"
+                )
 
     def _require_elementwise(self, what: str) -> None:
         """Raise ValueError unless every layer begins with a linear map and what follows acts element by element."""
