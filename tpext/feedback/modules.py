@@ -301,6 +301,6 @@ register_feedback(
 )(lambda block: UpsampleFeedback())
 register_feedback(nn.Flatten, nn.Unflatten)(lambda block: ReshapeFeedback())
 register_feedback(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)(BatchNormFeedback)
-register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(DropoutFeedback)
+register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(lambda block: DropoutFeedback())
 register_feedback(nn.Identity)(lambda block: IdentityFeedback())
 register_feedback(nn.Sequential)(SequentialFeedback)
