@@ -67,9 +67,9 @@ class UnpoolFeedback(Feedback):
         super().__init__()
         if block.return_indices:
             raise ValueError(f"make_feedback: {block} must have return_indices=False, got True")
-        sizes = zip(*map(_each, (block.kernel_size, block.stride, block.padding, block.dilation)), strict=True)
+        sizes = zip(*map(_each, (block.kernel_size, block.stride, block.padding, block.dilation)), strict=False)
         windows = {Window(*size[:3]) for size in sizes if size[3] == 1}
-        pairs = zip(*map(_each, (block.kernel_size, block.stride, block.dilation)), strict=True)
+        pairs = zip(*map(_each, (block.kernel_size, block.stride, block.dilation)), strict=False)
         self.overlapping = any(kernel > stride or dilation > 1 for kernel, stride, dilation in pairs)
         # what the kernels know: square windows in a plane
         if isinstance(block, nn.MaxPool2d) and len(windows) == 1 and not block.ceil_mode:
@@ -301,6 +301,6 @@ register_feedback(
 )(lambda block: UpsampleFeedback())
 register_feedback(nn.Flatten, nn.Unflatten)(lambda block: ReshapeFeedback())
 register_feedback(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)(BatchNormFeedback)
-register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(DropoutFeedback)
+register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(lambda block: DropoutFeedback())
 register_feedback(nn.Identity)(lambda block: IdentityFeedback())
 register_feedback(nn.Sequential)(SequentialFeedback)
