@@ -168,7 +168,7 @@ def test_gradient_is_that_of_the_loss(
 
 
 def test_loss_by_its_equation() -> None:
-    net, trace = one_block(PLANES["pool"], (2, 6, 6))
+    _, trace = one_block(PLANES["pool"], (2, 6, 6))
     block, feedback, x, y, code = trace.calls[1]
     dx, dy = torch.randn_like(x), torch.randn_like(y)
     noisy, noisy_code = feedback.encode(block, x + dx)
@@ -180,7 +180,7 @@ def test_loss_by_its_equation() -> None:
 
 
 def test_indices_differ_where_maxima_switch() -> None:
-    net, trace = one_block(PLANES["pool"], (2, 6, 6))
+    _, trace = one_block(PLANES["pool"], (2, 6, 6))
     call = trace.calls[1]
     dx, dy = torch.randn_like(call.input), torch.randn_like(call.output)
     assert ldrl_loss(call, dx, dy, "noisy") != ldrl_loss(call, dx, dy, "clean")
@@ -367,7 +367,7 @@ def deep_blocks() -> list[nn.Module]:
 @pytest.mark.parametrize("kind", DIRECT)
 @pytest.mark.parametrize("difference", [True, False])
 def test_direct_feedback_learns_by_its_equation(kind: str, difference: bool) -> None:
-    """DDTP: ``Q(a(h + e)) + h - Q(a(h))`` is to be ``h + e``; DDTP-control leaves the difference and the variance out."""
+    """DDTP: ``Q(a(h + e)) + h - Q(a(h))`` is ``h + e``; DDTP-control without difference and variance."""
     net = TargetSequential(*deep_blocks(), rule=tpext.DirectTargets(**DIRECT[kind]), input_shape=(4,)).double()
     trace, sigma = net.trace(torch.randn(7, 4, dtype=DOUBLE)), 0.3
     output = trace.calls[-1].output
@@ -535,7 +535,6 @@ def test_batch_and_its_trace_are_the_same_step(name: str) -> None:
 @pytest.mark.parametrize("name", MOVING)
 def test_order_of_the_layers_does_not_matter(name: str) -> None:
     net = small_net()
-    # this loss is of the layers above too
     other = copy.deepcopy(net)
     forwards, backwards = TRAINERS[name](net), TRAINERS[name](other)
     for values in vars(backwards).values():
@@ -545,6 +544,7 @@ def test_order_of_the_layers_does_not_matter(name: str) -> None:
         forwards.step(batch(step)[0])
         backwards.step(batch(step)[0])
     if name == "DifferenceReconstruction":
+        # whose loss is that of the feedback above too
         with pytest.raises(AssertionError):
             assert_same_state(other, net)
     else:
@@ -610,7 +610,7 @@ def test_seeds_give_other_runs() -> None:
     assert not torch.equal(found[0], found[2])
 
 
-def test_same_bits_on_any_number_of_threads() -> None:
+def test_same_numbers_on_any_number_of_threads() -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -639,7 +639,7 @@ def test_records_have_one_entry_an_iteration_before_its_update(name: str) -> Non
     assert [record.layer for record in records] == [1] * iterations[0] + [2] * iterations[1]
     for layer, record in ((1, records[0]), (2, records[iterations[0]])):
         forward = linears[layer].weight if layer == 1 else linears[layer].weight.T
-        assert_equal(record.angle, degrees(before[layer].double(), forward.detach().double()), 1e-6)
+        assert abs(float(record.angle) - degrees(before[layer].double(), forward.detach().double())) < 1e-4
         distance = (before[layer] - forward).norm() / forward.norm()
         assert_equal(record.distance.float(), distance.detach(), 1e-5)
         assert record.loss.shape == ()
@@ -670,18 +670,11 @@ def test_records_of_blocks_without_a_common_weight() -> None:
         (lambda net: LDRL(net, lr=0.1, noise=0.1, iterations=0), "LDRL: iterations must be an integer >= 1, got 0"),
         (lambda net: LDRL(net, lr=0.1, noise=0.1, iterations=1.5), "LDRL: iterations must be an integer >= 1, got 1.5"),
         (lambda net: LDRL(net, lr=0.1, noise=0.1, samples=0), "LDRL: samples must be an integer >= 1, got 0"),
-        (lambda net: LDRL(net, lr=0.1, noise=0.1, samples=[1, 2]), "LDRL: samples must be an integer >= 1, got [1, 2]"),
         (lambda net: LDRL(net, noise=0.1), "LDRL: give lr or optimizer, got lr=None, optimizer=None"),
         (
             lambda net: LDRL(net, lr=0.1, noise=0.1, optimizer=torch.optim.Adam),
             "LDRL: give lr or optimizer, got lr=0.1",
         ),
-        (
-            lambda net: LDRL(net, noise=0.1, momentum=0.9, optimizer=torch.optim.Adam),
-            "LDRL: momentum and weight_decay must be left out with optimizer",
-        ),
-        (lambda net: LDRL(net, lr=0.1, noise=0.1, momentum=-1.0), "LDRL: momentum must be"),
-        (lambda net: LDRL(net, lr=0.1, noise=0.1, weight_decay=-1.0), "LDRL: weight_decay must be"),
         (lambda net: LDRL(net, lr=0.1, noise=0.1, seed=-1), "LDRL: seed must be in 0 .. 2^63 - 1, got -1"),
         (
             lambda net: LDRL(net, lr=0.1, noise=0.1, indices="old"),
@@ -706,6 +699,17 @@ def test_bad_arguments_are_named(make: Any, message: str) -> None:
         make(small_net())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"lr": 0.1, "momentum": -1.0}, {"lr": 0.1, "weight_decay": -1.0}, {"lr": 0.1, "samples": [1, 2]}]
+    + [{"optimizer": torch.optim.Adam, name: 0.9} for name in ("momentum", "weight_decay")],
+    ids=str,
+)
+def test_options_that_would_have_no_effect_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=list(options)[1]):
+        LDRL(small_net(), noise=0.1, **options)
+
+
 SOLVERS: dict[str, Any] = {
     "LDRL": lambda net: LDRL(net, lr=0.1, noise=0.1),
     "RunningLDRL": lambda net: RunningLDRL(net, noise=0.1),
@@ -717,7 +721,7 @@ SOLVERS: dict[str, Any] = {
 @pytest.mark.parametrize("bias", [True, False])
 def test_tied_feedback_is_not_trained(name: str, bias: bool) -> None:
     net = TargetSequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 3, bias), nn.ELU()), feedback_init="tied")
-    with pytest.raises(ValueError, match=f"^{name}: the feedback of block 1 .*tied"):
+    with pytest.raises(ValueError, match=f"^{name}: net must have feedback with weights of its own, .*block 1.* tied"):
         SOLVERS[name](net)
 
 
@@ -746,7 +750,7 @@ def test_blocks_that_a_solution_does_not_know_are_refused(make: Any, build: Buil
 
 def test_wrong_indices_of_a_loss_are_named() -> None:
     _, trace = one_block(VECTORS["linear"], (4,))
-    with pytest.raises(ValueError, match="^indices must be 'noisy' or 'clean', got 'old'"):
+    with pytest.raises(ValueError, match=r"^indices must be 'noisy' or 'clean', got 'old'"):
         ldrl_loss(trace.calls[1], torch.zeros(3, 4), torch.zeros(3, 3), "old")
-    with pytest.raises(ValueError, match="^call must be one of a block with feedback"):
+    with pytest.raises(ValueError, match=r"^call must be one of a block with feedback"):
         ldrl_loss(trace.calls[0], torch.zeros(3, 4), torch.zeros(3, 4))
