@@ -249,6 +249,12 @@ class LayeredFeedback(Feedback):
     def forward(self, output: Tensor, code: Code) -> Tensor:
         return self.activation(self.mirrored(output, code))  # type: ignore[no-any-return]
 
+    def copy_weights(self, block: nn.Module) -> None:
+        self.mirrored.copy_weights(block)
+
+    def tie(self, block: nn.Module) -> None:
+        self.mirrored.tie(block)
+
 
 def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
     """Return feedback with its activation last, ``G_i(y) = a_{i-1}(W_i^T y + b_i)``, for each block but the first.
