@@ -136,7 +136,7 @@ class TargetSequential(nn.Module):
             warnings.warn(
                 "TargetSequential: with ReLU even tied feedback stays some 40 degrees from back-propagation, as "
                 "units at zero let targets through; ELU is within a few",
-                stacklevel=4,
+                stacklevel=3,
             )
 
     @torch.no_grad()
