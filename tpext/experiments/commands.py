@@ -36,9 +36,10 @@ from tpext.experiments.config import (
 )
 from tpext.experiments.feed_forward import published_presets
 from tpext.experiments.figures import draw_comparison
+from tpext.experiments.loop import DivergedError
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
-from tpext.experiments.train import DivergedError, train
+from tpext.experiments.train import train
 from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Update
 from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, Order, Task, TaskName, make_task
 
