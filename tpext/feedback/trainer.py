@@ -12,6 +12,7 @@ from torch import Tensor, distributed, nn
 from tpext.feedback.base import BlockCall, Feedback, Trace
 from tpext.feedback.linear_block import linear_block, linear_steps
 from tpext.ops._library import is_integer, is_number
+from tpext.ops.counter_normal import counter_normal
 
 
 class Draw(NamedTuple):
