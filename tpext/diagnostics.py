@@ -202,9 +202,8 @@ def gradient_angles(
     """
     by_rule = _double(net)
     if isinstance(net.rule, NetworkRule):
-        by_rule.rule = replace(
-            net.rule, normalize=True, **({} if target_step is None else {"target_step": target_step})
-        )
+        step = net.rule.target_step if target_step is None else target_step
+        by_rule.rule = replace(net.rule, normalize=True, target_step=step)
     by_backprop = copy.deepcopy(by_rule)
     by_backprop.rule = Backprop()
     found = []

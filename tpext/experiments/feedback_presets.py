@@ -1,8 +1,8 @@
 """The methods of ``tpext train images``, one entry each, and the settings that they were published with.
 
-A method is a rule, a trainer of the feedback, the options that these two have, and where its settings start. Sources of
-the numbers: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022, and
-Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020, both with their code.
+A method is a rule, a trainer of the feedback, the options that these two have, and where its settings start. Sources
+of the numbers: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022,
+and Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020, both with their code.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch._C import _LinAlgError as LinAlgError
 from torch.nn import functional
 
 import tpext
@@ -273,7 +272,7 @@ class _Run:
             if self.trainer is not None and not first:
                 self.trainer.step(trace)
             self.optimizer.step()
-        except (tpext.SingularError, LinAlgError) as error:
+        except (tpext.SingularError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
             raise DivergedError(iteration, str(error)) from error
         self.losses.append(value)
 

@@ -295,8 +295,8 @@ def make_image_config(
         rule: a method, one of :data:`tpext.experiments.feedback_presets.METHODS`.
         preset: "published": the settings of the publication, and a ConfigError where there are none. "default": the
             same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_presets`
-            says it changes: the cosine stays at its end instead of rising again (as torch's does after ``T_max`` = 85 of
-            90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has in
+            says it changes: the cosine stays at its end instead of rising again (as torch's does after ``T_max`` = 85
+            of 90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has in
             back-propagation's units, ``target_step`` times its own.
         options: any field of :class:`ImageConfig`; None means "as in the preset". A list may be given as one number.
 
@@ -329,12 +329,12 @@ def make_image_config(
     if network is None:
         network = "lenet" if shape[1] < 32 else "simple-vgg"
     sizes = _sizes(dataset, network)
-    channels = given.get("channels", sizes["channels"])
+    channels: tuple[int, ...] = (sizes | given)["channels"]
     layers = len(channels) + (1 if network in HIDDEN_NETWORKS or network in RESNETS else 0)
-    batch_size = given.get("batch_size")
-    if batch_size is not None:
-        check_integer("batch_size", batch_size, 1)
-    case = Case(dataset, network, layers, shape, tuple(channels), batch_size)
+    for name in ("batch_size", "epochs"):
+        if name in given:
+            check_integer(name, given[name], 1)
+    case = Case(dataset, network, layers, shape, channels, given.get("batch_size"))
     found = method.values(case)
     if dataset == "digits":
         found |= {"epochs": DIGITS_EPOCHS, "batch_size": 32}
@@ -344,7 +344,7 @@ def make_image_config(
             raise ConfigError(f"no settings were published for rule={rule}, dataset={dataset}, network={network}")
         found = published
     elif found["schedule"] == "cosine":
-        found["schedule_epochs"] = max(1, round(given.get("epochs", found["epochs"]) * COSINE_SHARE))
+        found["schedule_epochs"] = max(1, round((found | given)["epochs"] * COSINE_SHARE))
     if "optimizer" in given and given["optimizer"] != found["optimizer"]:
         found |= _other_optimizer(given["optimizer"])
     if given.get("feedback_optimizer", found.get("feedback_optimizer")) != found.get("feedback_optimizer"):

@@ -70,6 +70,8 @@ class Progress:
             f"{'resuming after iteration ' + str(iteration) + ' in' if iteration else 'writing to'} {folder}",
         )
         self.bar: Bar | None = None
+        loss = f"{evaluated} loss"
+        self.width = max(10, len(loss))
         if console.is_terminal and not console.quiet:
             self.bar = Bar(
                 TextColumn("{task.completed:>6.0f}/{task.total:.0f}"),
@@ -81,8 +83,10 @@ class Progress:
             )
             self.line = self.bar.add_task("", total=last, completed=iteration, numbers="")
         else:
-            loss = f"{evaluated} loss"
-            say(self.console, f"{'iteration':>9}  {'train loss':>10}  {loss:>10}  {'accuracy':>8}  {'it/s':>7}")
+            say(
+                self.console,
+                f"{'iteration':>9}  {'train loss':>10}  {loss:>{self.width}}  {'accuracy':>8}  {'it/s':>7}",
+            )
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -100,7 +104,7 @@ class Progress:
         self.last_row = row
         if self.bar is None:
             self.iteration = row.iteration
-            numbers = f"{row.train_loss:>10.5f}  {row.test_loss:>10.5f}  {row.accuracy:>8.2%}"
+            numbers = f"{row.train_loss:>10.5f}  {row.test_loss:>{self.width}.5f}  {row.accuracy:>8.2%}"
             say(self.console, f"{row.iteration:>9}  {numbers}  {self._rate():>7.0f}")
 
     def advance(self, iteration: int, train_loss: float) -> None:
