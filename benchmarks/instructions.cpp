@@ -58,6 +58,60 @@ void act_inverse(bool small, bool displacement, std::vector<float>& output) {
   run_kernel(args);
 }
 
+constexpr tpext::NoiseCounter kCounter{1, 2, 3, 4};
+
+// Planes of 16 x 16 behind pools of 2 x 2, or of 9 x 9 behind overlapping pools: two changes, or two probes of noise.
+// Differences are mostly zero; each plane's greatest is not.
+void pooled_difference(bool probe, bool even, std::vector<float>& greatest) {
+  constexpr int64_t C = 7, K = 2;
+  const int64_t side = even ? 16 : 9, pooled = even ? 8 : 5, planes = B * C;
+  const tpext::Pool pool{even ? 2 : 3, 2, even ? 0 : 1, side, side, pooled, pooled};
+  const std::vector<float> preactivation = numbers(planes * side * side, 2);
+  const std::vector<float> change = numbers(K * planes * side * side, 0.1f),
+                           output = numbers(planes * pooled * pooled, 2);
+  std::vector<int64_t> indices(output.size());
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const int64_t window = static_cast<int64_t>(i) % (pooled * pooled);
+    indices[i] = window / pooled * 2 * side + window % pooled * 2;
+  }
+  std::vector<float> difference(change.size());
+  if (probe) {
+    tpext::ProbeDifference<float> args{};
+    args.draws = K;
+    args.rows = B;
+    args.channels = C;
+    args.pool = pool;
+    args.activation = tpext::Activation::elu;
+    args.alpha = 1;
+    args.sigma = 0.1f;
+    args.counter = kCounter;
+    args.stream_stride = 2;
+    args.output = output.data();
+    args.indices = indices.data();
+    args.difference = difference.data();
+    run_kernel(args);
+  } else {
+    tpext::CodeDifference<float> args{};
+    args.draws = K;
+    args.planes = planes;
+    args.pool = pool;
+    args.activation = tpext::Activation::elu;
+    args.alpha = 1;
+    args.noisy = true;
+    args.preactivation = preactivation.data();
+    args.change = change.data();
+    args.output = output.data();
+    args.indices = indices.data();
+    args.difference = difference.data();
+    run_kernel(args);
+  }
+  greatest.assign(static_cast<size_t>(K * planes), 0.0f);
+  for (size_t i = 0; i < difference.size(); ++i) {
+    float& so_far = greatest[i / static_cast<size_t>(side * side)];
+    so_far = std::fmax(so_far, std::fabs(difference[i]));
+  }
+}
+
 // A batch through a layer that is not the first, by the published mean.
 void kaczmarz_step(std::vector<float>& weight_change) {
   constexpr int64_t M = 13;
@@ -127,6 +181,11 @@ int run(const std::string& kernel) {
   const std::vector<float> input = numbers(T * B * I, 1), weight_ih = numbers(H * I, 0.15f);
   if (kernel == "act_inverse small" || kernel == "act_inverse any" || kernel == "act_displacement") {
     act_inverse(kernel != "act_inverse any", kernel == "act_displacement", large);
+  } else if (kernel == "code_difference" || kernel == "code_difference any pool" || kernel == "probe_difference") {
+    pooled_difference(kernel == "probe_difference", kernel != "code_difference any pool", large);
+  } else if (kernel == "counter_normal") {
+    large.resize(static_cast<size_t>(B * H * H));
+    run_kernel(tpext::CounterNormal<float>{B, H * H, kCounter, 1, large.data()});
   } else if (kernel == "kaczmarz_step") {
     kaczmarz_step(large);
   } else if (kernel == "kaczmarz_train") {

@@ -1,6 +1,7 @@
 """Make README.md's tables, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``.
 
-Results on a GPU are taken from gpu.json beside that file.
+Results on a GPU are taken from gpu.json beside that file, those of learned feedback, which take as long as all others
+together, from learned_feedback.json.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import feedback_report
 import gpu_report
 from rows import RULES, Results, Row, ms, read, sizes, table, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+FEEDBACK_BEGIN, FEEDBACK_END = (f"<!-- learned feedback benchmarks: {end} -->" for end in ("begin", "end"))
 GPU_BEGIN, GPU_END = "<!-- gpu benchmarks: begin -->", "<!-- gpu benchmarks: end -->"
 # Okabe and Ito: apart in print and for colour-blind readers. Markers and dashes tell the lines apart without colour.
 STYLES = {"local": ("#0072B2", "o", "-"), "through_time": ("#D55E00", "s", "--"), "backprop": ("#009E73", "^", ":")}
@@ -213,6 +216,8 @@ CELLS: dict[str, Callable[[Row], str]] = {
     "network": network,
     "right-hand sides": lambda row: str(row["count"]),
     "shape": lambda row: f"{row['rows']} x {row['M']}",
+    "B, C, H, W": lambda row: ", ".join(str(row[name]) for name in ("B", "C", "H", "W")),
+    "pool": lambda row: f"{row['kernel']} by {row['stride']}" if row["kernel"] else "none",
 }
 
 
@@ -247,6 +252,8 @@ SECTIONS: list[tuple[str, str, tuple[str, ...]]] = [
     ),
     ("Inverse of a linear map", "test_linear_inverse", ("N, M, B", "method", "threads", "peer")),
     ("Inverse of a tanh layer", "test_layer", ("N, M, B", "op", "method", "threads", "peer")),
+    ("Counter-based normal noise", "test_noise", ("shape", "dtype", "threads", "peer")),
+    ("Differences of codes behind a pool", "test_difference", ("op", "B, C, H, W", "pool", "K", "threads", "peer")),
     ("Direct weight solves, a pass over single samples", "test_stream", ("network", "samples", "threads", "peer")),
     ("Direct weight solves, a layer's update and its input's target", "test_layer_step", ("N, M, B", "threads")),
     ("Direct weight solves, the published network's training step", "test_network", ("network", "B", "threads")),
@@ -293,6 +300,23 @@ def details(results: Results, source: str) -> str:
         cells = [[row["name"], *(timing(row) if "ratio_quartiles" in row else [""] * len(TIMING))] for row in others]
         parts += ["## Other rows", table([" name", *TIMING], cells)]
     return "\n\n".join(parts) + "\n"
+
+
+FEEDBACK = ("network_name", "method", "threads")
+
+
+def feedback_details(results: Results, source: str) -> str:
+    """The part of docs/benchmarks.md on learned feedback."""
+    return (
+        "\n\n".join(
+            [
+                "## A training batch with learned feedback against back-propagation in torch",
+                f"From `{source}`: {results.cpu}, torch {results.rows[0]['torch']}.",
+                timed_table(results.of("test_training_batch"), FEEDBACK),
+            ]
+        )
+        + "\n"
+    )
 
 
 def draw(results: Results, path: Path) -> None:
@@ -368,6 +392,11 @@ def write(source: Path, root: Path = ROOT) -> None:
         )
     pages = {"README.md": (root / "README.md").read_text(), "docs/benchmarks.md": details(results, source.name)}
     pages["README.md"] = put(summary(results), BEGIN, END, pages["README.md"])
+    learned = source.with_name("learned_feedback.json")
+    if learned.is_file() and FEEDBACK_BEGIN in pages["README.md"]:
+        on_images = read(learned)
+        pages["README.md"] = put(feedback_report.summary(on_images), FEEDBACK_BEGIN, FEEDBACK_END, pages["README.md"])
+        pages["docs/benchmarks.md"] += f"\n{feedback_details(on_images, learned.name)}"
     gpu = source.with_name("gpu.json")
     if gpu.is_file():
         on_gpu = read(gpu)

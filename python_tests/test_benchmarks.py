@@ -195,8 +195,8 @@ def feed_forward() -> list[dict[str, Any]]:
 
 
 def run_feed_forward() -> list[dict[str, Any]]:
-    names = ("regularized_inverse", "layer_inverse", "mlp", "kaczmarz")
-    inverse, layers, mlp, kaczmarz = (importlib.import_module(f"bench_{name}") for name in names)
+    names = ("regularized_inverse", "layer_inverse", "mlp", "kaczmarz", "counter_normal", "pooled_difference")
+    inverse, layers, mlp, kaczmarz, noise, pooled = (importlib.import_module(f"bench_{name}") for name in names)
     rows: list[dict[str, Any]] = []
 
     def run(test: Callable[..., None], *args: Any, threads: int = 2, ratio: float = 4.0) -> None:
@@ -228,6 +228,11 @@ def run_feed_forward() -> list[dict[str, Any]]:
         run(kaczmarz.test_stream, 1, kaczmarz.NETWORKS[0], peer, threads=1, ratio=31.0)
     run(kaczmarz.test_layer_step, 2, *kaczmarz.LAYERS[0])
     run(kaczmarz.test_network, 2, 64, ratio=1.5)
+    for peer in ("torch.randn", "normal_"):
+        run(noise.test_noise, 2, (4, 300), torch.float32, peer)
+    for op in pooled.OPS:
+        run(pooled.test_difference, 2, op, (2, 3, 4), 2, 2, 3)
+        run(pooled.test_difference, 2, op, (2, 8, 1), 0, 1, 1)
     return json.loads(json.dumps(rows))
 
 
@@ -306,13 +311,17 @@ def test_report_leaves_no_row_out(load: Any, tmp_path: Path, suite: list[dict[st
     assert len(table_rows) - headers == len(suite)
 
 
+# Tests whose rows the report writes elsewhere than in its sections of timed rows.
+OTHERS = {"test_peak", "test_training_batch", "test_batch_memory"}
+
+
 def test_benchmarks_have_names_of_their_own_and_a_section(load: Any) -> None:
     """The report tells rows apart by their test's name alone."""
     files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
     names = [name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)]
     assert len(names) == len(set(names))
     on_cpu = {name for name in names if not name.startswith("test_gpu_")}
-    assert on_cpu == {test for _, test, _ in load("report").SECTIONS} | {"test_peak"}
+    assert on_cpu == {test for _, test, _ in load("report").SECTIONS} | OTHERS
 
 
 def test_report_keeps_the_rest_of_the_readme(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:

@@ -873,7 +873,10 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
     active = run_with(capability, "-c", "import tpext; print(tpext._C.cpu_capability())")
     assert active.stdout.strip() == capability, active.stderr
     tests = Path(__file__).parent
-    families = ("layer_inverse", "regularized_inverse", "rnn_scan", "rnn_target_scan", "rnn_layer")
+    families = (
+        *("counter_normal", "layer_inverse", "pooled_difference", "regularized_inverse"),
+        *("rnn_scan", "rnn_target_scan", "rnn_layer"),
+    )
     files = [str(tests / f"test_{family}.py") for family in families]
     selected = (
         "random_sizes or every_combination or keep_their_digits or tiny or units_in_the_last_place or batch_split "

@@ -23,6 +23,8 @@ inline Words multiply_low(Words a, Words b) {
   return (Words)__builtin_ia32_pmuludq512_mask((Bits<float>)a, (Bits<float>)b, Products{}, 0xff);
 #elif defined(__AVX2__) && !defined(__clang__)
   return (Words)__builtin_ia32_pmuludq256((Bits<float>)a, (Bits<float>)b);
+#elif defined(__SSE2__) && !defined(__clang__)
+  return (Words)__builtin_ia32_pmuludq128((Bits<float>)a, (Bits<float>)b);
 #else
   return (a & kLowHalf) * (b & kLowHalf);
 #endif
@@ -129,23 +131,28 @@ template <class T>
 [[gnu::always_inline]] inline void normals(const PhiloxKeys& keys, uint32_t step, uint32_t stream, uint32_t row,
                                            int64_t group, Vec<T> (&out)[4]) {
   constexpr int kSets = 8 / static_cast<int>(sizeof(T)), kWide = TPEXT_VECTOR_BYTES / 8;
+  const Words m0 = Words{} + philox::kMultiplier0, m1 = Words{} + philox::kMultiplier1;
+  // Three words of the counter are the same for all groups, and with them two products of the first two rounds.
+  const uint64_t first = uint64_t{philox::kMultiplier1} * stream;
+  const uint64_t second = philox::kMultiplier0 * (((first >> 32) ^ row ^ keys.keys[0][0]) & kLowHalf);
   Words c[kSets][4];
   for (int s = 0; s < kSets; ++s) {
-    Words lanes;
-    for (int l = 0; l < kWide; ++l) lanes[l] = static_cast<uint64_t>(kSets * l + s);
-    c[s][0] = lanes + static_cast<uint64_t>(group);
-    c[s][1] = Words{} + row;
-    c[s][2] = Words{} + stream;
-    c[s][3] = Words{} + step;
+    Words groups;
+    for (int l = 0; l < kWide; ++l) groups[l] = static_cast<uint64_t>(kSets * l + s);
+    const Words p0 = multiply_low(groups + static_cast<uint64_t>(group), m0);
+    const Words p1 = multiply_low((p0 >> 32) ^ (step ^ keys.keys[0][1]), m1);
+    c[s][0] = (p1 >> 32) ^ (first ^ keys.keys[1][0]);
+    c[s][1] = p1;
+    c[s][2] = p0 ^ ((second >> 32) ^ keys.keys[1][1]);
+    c[s][3] = Words{} + second;
   }
-  const Words m0 = Words{} + philox::kMultiplier0, m1 = Words{} + philox::kMultiplier1;
 #pragma GCC unroll 10
-  for (const auto& key : keys.keys)
+  for (int round = 2; round < philox::kRounds; ++round)
     for (auto& w : c) {
       const Words p0 = multiply_low(w[0], m0), p1 = multiply_low(w[2], m1);
-      w[0] = (p1 >> 32) ^ w[1] ^ key[0];
+      w[0] = (p1 >> 32) ^ w[1] ^ keys.keys[round][0];
       w[1] = p1;
-      w[2] = (p0 >> 32) ^ w[3] ^ key[1];
+      w[2] = (p0 >> 32) ^ w[3] ^ keys.keys[round][1];
       w[3] = p0;
     }
   Bits<T> words[4];

@@ -54,81 +54,100 @@ __device__ inline int64_t corner(const Pool& pool, int64_t window) {
 // Of element i of a window of 2 x 2, counted from its corner.
 __device__ inline int64_t offset(const Pool& pool, int i) { return i / 2 * pool.width + i % 2; }
 
-// The windows that cover element (r, c): rows and columns of windows from first to last.
-struct Cover {
-  int64_t first_row, last_row, first_column, last_column;
+// In a plane everything fits 32 bits (csrc/bindings), whose divisions are quick.
+struct PlanePool {
+  int kernel, stride, padding, height, width, pooled_height, pooled_width;
 
-  __device__ Cover(const Pool& pool, int64_t r, int64_t c) {
-    range(pool, r + pool.padding, pool.pooled_height, first_row, last_row);
-    range(pool, c + pool.padding, pool.pooled_width, first_column, last_column);
+  __device__ explicit PlanePool(const Pool& pool)
+      : kernel(static_cast<int>(pool.kernel)),
+        stride(static_cast<int>(pool.stride)),
+        padding(static_cast<int>(pool.padding)),
+        height(static_cast<int>(pool.height)),
+        width(static_cast<int>(pool.width)),
+        pooled_height(static_cast<int>(pool.pooled_height)),
+        pooled_width(static_cast<int>(pool.pooled_width)) {}
+
+  // The rows (or columns) of windows, of `count`, that cover a row (or column) of elements: first to last.
+  __device__ void cover(int at, int count, int& first, int& last) const {
+    at += padding;
+    first = at < kernel ? 0 : (at - kernel) / stride + 1;
+    last = at / stride < count ? at / stride : count - 1;
   }
-  __device__ static void range(const Pool& pool, int64_t at, int64_t count, int64_t& first, int64_t& last) {
-    first = at < pool.kernel ? 0 : (at - pool.kernel) / pool.stride + 1;
-    last = at / pool.stride < count ? at / pool.stride : count - 1;
+
+  // The last window that covers `element` and whose index it is, or -1; index(window) gives a window's.
+  template <class Index>
+  __device__ int last_window(int element, const Index& index) const {
+    int first_row, last_row, first_column, last_column;
+    cover(element / width, pooled_height, first_row, last_row);
+    cover(element % width, pooled_width, first_column, last_column);
+    for (int i = last_row; i >= first_row; --i)
+      for (int j = last_column; j >= first_column; --j)
+        if (index(i * pooled_width + j) == element) return i * pooled_width + j;
+    return -1;
+  }
+
+  // The maximum of z + dz in a window, kept to where a rises, and its index.
+  template <class T>
+  __device__ T maximum(Activation activation, const T* z, const T* change, int window, int& index) const {
+    const int top = window / pooled_width * stride - padding, left = window % pooled_width * stride - padding;
+    const int first_row = top > 0 ? top : 0, first_column = left > 0 ? left : 0;
+    T best = T(-INFINITY);
+    index = first_row * width + first_column;
+    for (int r = first_row; r < top + kernel && r < height; ++r)
+      for (int c = first_column; c < left + kernel && c < width; ++c) {
+        const int at = r * width + c;
+        const T value = keep(activation, z[at] + change[at]);
+        if (value > best || value != value) best = value, index = at;
+      }
+    return best;
   }
 };
 
-// The last window that covers `element` of a plane and whose index it is, or -1; index(window) gives a window's.
-template <class Index>
-__device__ inline int64_t last_window(const Pool& pool, int64_t element, const Index& index) {
-  const Cover cover(pool, element / pool.width, element % pool.width);
-  for (int64_t i = cover.last_row; i >= cover.first_row; --i)
-    for (int64_t j = cover.last_column; j >= cover.first_column; --j)
-      if (index(i * pool.pooled_width + j) == element) return i * pool.pooled_width + j;
-  return -1;
-}
-
-// The maximum of z + dz in a window, kept to where a rises, and its index.
-template <class T>
-__device__ inline T maximum(const CodeDifference<T>& args, const T* z, const T* change, int64_t window,
-                            int64_t& index) {
-  const Pool& pool = args.pool;
-  const int64_t top = window / pool.pooled_width * pool.stride - pool.padding;
-  const int64_t left = window % pool.pooled_width * pool.stride - pool.padding;
-  const int64_t first_row = top > 0 ? top : 0, first_column = left > 0 ? left : 0;
-  T best = T(-INFINITY);
-  index = first_row * pool.width + first_column;
-  for (int64_t r = first_row; r < top + pool.kernel && r < pool.height; ++r)
-    for (int64_t c = first_column; c < left + pool.kernel && c < pool.width; ++c) {
-      const int64_t at = r * pool.width + c;
-      const T value = keep(args.activation, z[at] + change[at]);
-      if (value > best || value != value) best = value, index = at;
-    }
-  return best;
-}
-
 template <class T>
 __device__ inline T twice(const CodeDifference<T>& args, T v) {
-  return activate(args.activation, args.alpha, activate(args.activation, args.alpha, v));
+  // A loop: two copies of the functions of double would spill registers.
+#pragma unroll 1
+  for (int times = 0; times < 2; ++times) v = activate(args.activation, args.alpha, v);
+  return v;
 }
 
-// A thread an element; pools other than of 2 x 2, and none.
+// A thread an element; no pool.
+template <class T>
+__global__ void __launch_bounds__(kThreads) code_flat(const __grid_constant__ CodeDifference<T> args) {
+  const int64_t at = int64_t{block_index()} * kThreads + thread_index(), elements = plane_size(args.pool);
+  if (at >= elements) return;
+  const T clean = activate(args.activation, args.alpha, args.output[at]), z = args.preactivation[at];
+  for (int64_t k = 0; k < args.draws; ++k)
+    args.difference[k * elements + at] = twice(args, z + args.change[k * elements + at]) - clean;
+}
+
+// A thread an element; pools other than of 2 x 2.
 template <class T>
 __global__ void __launch_bounds__(kThreads) code_elements(const __grid_constant__ CodeDifference<T> args) {
   const int64_t at = int64_t{block_index()} * kThreads + thread_index();
   const int64_t plane = plane_size(args.pool), elements = args.planes * plane;
   if (at >= elements) return;
-  if (args.pool.kernel == 0) {
-    const T clean = activate(args.activation, args.alpha, args.output[at]);
-    for (int64_t k = 0; k < args.draws; ++k)
-      args.difference[k * elements + at] = twice(args, args.preactivation[at] + args.change[k * elements + at]) - clean;
-    return;
-  }
-  const int64_t p = at / plane, element = at - p * plane, pooled = p * pooled_size(args.pool);
-  const int64_t clean_window =
-      last_window(args.pool, element, [&](int64_t window) { return args.indices[pooled + window]; });
+  const PlanePool pool(args.pool);
+  const int64_t p = at / plane, pooled = p * pooled_size(args.pool);
+  const int element = static_cast<int>(at - p * plane);
+  const int clean_window = pool.last_window(element, [&](int window) { return args.indices[pooled + window]; });
   const T clean = clean_window < 0 ? T(0) : activate(args.activation, args.alpha, args.output[pooled + clean_window]);
   const T* const z = args.preactivation + p * plane;
   for (int64_t k = 0; k < args.draws; ++k) {
     const T* const change = args.change + k * elements + p * plane;
-    int64_t window = clean_window, index;
+    // The maximum of the last window that was looked at.
+    T best = T(0);
+    const auto index_of = [&](int window) {
+      int index;
+      best = pool.maximum(args.activation, z, change, window, index);
+      return index;
+    };
+    int window = clean_window;
     if (args.noisy)
-      window = last_window(args.pool, element, [&](int64_t other) {
-        maximum(args, z, change, other, index);
-        return index;
-      });
-    const T value = window < 0 ? T(0) : twice(args, maximum(args, z, change, window, index));
-    args.difference[k * elements + at] = value - clean;
+      window = pool.last_window(element, index_of);
+    else if (window >= 0)
+      index_of(window);
+    args.difference[k * elements + at] = (window < 0 ? T(0) : twice(args, best)) - clean;
   }
 }
 
@@ -185,7 +204,9 @@ __global__ void __launch_bounds__(kThreads) probe_groups(const __grid_constant__
     T z[4];
     normals(args.counter, stream_of(args, k), b, group, z);
     T* const to = args.difference + k * elements;
-    for (int n = 0; n < 4 && 4 * group + n < row; ++n) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      if (4 * group + n >= row) break;
       const int64_t number = b * row + 4 * group + n;
       const T value = probe(args, args.output[number], z[n]);
       if (args.pool.kernel == 0) {
@@ -209,8 +230,8 @@ __global__ void __launch_bounds__(kThreads) probe_elements(const __grid_constant
   const int64_t at = int64_t{block_index()} * kThreads + thread_index();
   if (at >= elements) return;
   const int64_t p = at / plane, b = p / args.channels, first = p * pooled;
-  const int64_t window =
-      last_window(args.pool, at - p * plane, [&](int64_t other) { return args.indices[first + other]; });
+  const int window = PlanePool(args.pool).last_window(static_cast<int>(at - p * plane),
+                                                      [&](int other) { return args.indices[first + other]; });
   const int64_t number = first + window - b * args.channels * pooled;
   for (int64_t k = 0; k < args.draws; ++k) {
     T value = T(0);
@@ -237,7 +258,9 @@ void code_difference(const CodeDifference<T>& args, const Queue& queue) {
   const Pool& pool = args.pool;
   if (is_even(pool))
     return launch(code_windows<T>, shape_of(args.planes * pool.pooled_height * pool.pooled_width), queue, args);
-  launch(code_elements<T>, shape_of(args.planes * pool.height * pool.width), queue, args);
+  const Shape shape = shape_of(args.planes * pool.height * pool.width);
+  if (pool.kernel == 0) return launch(code_flat<T>, shape, queue, args);
+  launch(code_elements<T>, shape, queue, args);
 }
 
 template <class T>

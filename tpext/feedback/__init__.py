@@ -15,7 +15,17 @@ feedback comes to be what it is:
 =============================  ========================================================================================
 """
 
-from tpext.feedback.base import BlockCall, Code, Feedback, Indices, Step, Trace, make_feedback, register_feedback
+from tpext.feedback.base import (
+    BlockCall,
+    Code,
+    Feedback,
+    Indices,
+    Step,
+    Trace,
+    Window,
+    make_feedback,
+    register_feedback,
+)
 from tpext.feedback.direct import DirectFeedback
 from tpext.feedback.gradient import LDRL, DifferenceReconstruction, GradientTrainer, Reconstruction
 from tpext.feedback.linear_map import ConvFeedback, LinearCode, LinearFeedback, LinearMap
@@ -32,7 +42,6 @@ from tpext.feedback.modules import (
     UnpoolFeedback,
     UpsampleFeedback,
     layered_feedback,
-    max_unpool,
 )
 from tpext.feedback.solvers import ClosedForm, Fixed, RunningLDRL, Tied
 from tpext.feedback.trainer import CounterNoise, Draw, FeedbackTrainer, NoiseSource, Record, weight_alignment
@@ -72,11 +81,11 @@ __all__ = [
     "Trace",
     "UnpoolFeedback",
     "UpsampleFeedback",
+    "Window",
     "difference_reconstruction_loss",
     "layered_feedback",
     "ldrl_loss",
     "make_feedback",
-    "max_unpool",
     "reconstruction_loss",
     "register_feedback",
     "weight_alignment",

@@ -21,17 +21,27 @@ Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learni
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 Indices = Literal["noisy", "clean"]
 """Which places of maxima feedback of a noisy pass uses: those of that pass or of the clean one."""
 
 Code: TypeAlias = Any
 """What a feedback module has to know of a forward pass of its block: tensors and sizes, in nested tuples."""
+
+
+class Window(NamedTuple):
+    """The windows of a max-pooling: their size, step and padding, the same in height and width."""
+
+    size: int
+    stride: int
+    padding: int
 
 
 class Step(NamedTuple):
@@ -53,11 +63,15 @@ class Feedback(nn.Module, ABC):
         is_linear: whether ``G`` is linear in ``y`` up to a constant at a fixed code. Then :meth:`difference` does not
             look at ``y``.
         is_view: whether block and feedback only change the shape.
+        kernel: name and ``alpha`` of an activation that :func:`tpext.ops.code_difference` knows, if it is one.
+        window: of a max-pooling that it knows, if it is one.
     """
 
     elementwise: bool = False
     is_linear: ClassVar[bool] = False
     is_view: ClassVar[bool] = False
+    kernel: tuple[str, float] | None = None
+    window: Window | None = None
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
         """Run the block, and return its output and the code of this pass.
@@ -137,6 +151,19 @@ def make_feedback(block: nn.Module) -> Feedback:
         f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
         "tpext.feedback.register_feedback"
     )
+
+
+@contextlib.contextmanager
+def still_statistics(blocks: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch normalisations alone; in training they go on by the batch's."""
+    kept = [m for m in blocks.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    for module in kept:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in kept:
+            module.track_running_stats = True
 
 
 class BlockCall(NamedTuple):

@@ -13,7 +13,16 @@ from torch.optim import Optimizer
 from tpext.feedback.base import BlockCall, Feedback, Indices
 from tpext.feedback.linear_block import LinearBlock, feedback_power, input_changes, joined, linear_block
 from tpext.feedback.losses import difference_reconstruction_loss, ldrl_loss, reconstruction_loss
-from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
+from tpext.feedback.trainer import (
+    CounterNoise,
+    Draw,
+    FeedbackTrainer,
+    NoiseSource,
+    Record,
+    average_over_processes,
+    weight_alignment,
+)
+from tpext.ops.pooled_difference import probe_difference
 
 Iteration: TypeAlias = tuple[dict[Tensor, Tensor], Tensor | None]
 """The gradients of an iteration by parameter, and its loss where it was asked for."""
@@ -36,7 +45,7 @@ class GradientTrainer(FeedbackTrainer):
         momentum, weight_decay: of SGD.
         optimizer: instead of SGD with these, a function of parameters, as ``lambda p: torch.optim.Adam(p, lr=3e-4)``;
             ``lr``, ``momentum`` and ``weight_decay`` must be left out then.
-        seed: of the noise, 0 .. 2^64 - 1.
+        seed: of the noise, 0 .. 2^63 - 1.
         noise_source: draws the noise; None: :class:`CounterNoise`, a function of the seed, step, layer, draw and row.
 
     Raises:
@@ -58,6 +67,7 @@ class GradientTrainer(FeedbackTrainer):
         noise_source: NoiseSource | None = None,
     ) -> None:
         super().__init__(net, seed=seed, noise_source=noise_source)
+        self._require_own_weights()
         self.noise, self.iterations = self._positive("noise", noise), self._counts("iterations", iterations)
         self.samples = self._counts("samples", samples)[0]
         if (lr is None) == (optimizer is None):
@@ -67,7 +77,7 @@ class GradientTrainer(FeedbackTrainer):
         for (index, feedback), rate in zip(self.layers, rates, strict=True):
             parameters = list(feedback.parameters())
             if not parameters:
-                raise ValueError(f"{type(self).__name__}: the feedback of block {index} has no parameters; is it tied?")
+                raise ValueError(f"{type(self).__name__}: the feedback of block {index} has no parameters")
             self.optimizers.append(
                 torch.optim.SGD(parameters, rate, momentum, weight_decay=weight_decay, fused=True)
                 if optimizer is None
@@ -180,6 +190,18 @@ class LDRL(GradientTrainer):
             return super()._layer(calls, number, with_loss)
         return self._linear_layer(block, number, with_loss)
 
+    def _output_change(self, block: LinearBlock, number: int, draw: int) -> Tensor:
+        """``A'' - A`` of a draw, whose noise a kernel makes where it knows how."""
+        index, sigma, fused = self.layers[number][0], self.noise[number], block.fused
+        if fused is None or not isinstance(self.noise_source, CounterNoise):
+            return block.output_change(self._noise(index, draw, sigma, block.output, True))
+        height, width = block.preactivation.shape[-2:] if fused.window else (0, 0)
+        place: dict[str, Any] = self.noise_source.place(Draw(self.steps, index, draw, True), block.output)
+        options = {**fused.options(), **place}
+        return probe_difference(
+            block.output, fused.indices, height=height, width=width, sigma=sigma, draws=1, **options
+        )[0]
+
     def _linear_layer(self, block: LinearBlock, number: int, with_loss: bool) -> Iterator[Iteration]:
         """The iterations of a block that begins with a linear map."""
         index, sigma, head = self.layers[number][0], self.noise[number], block.head
@@ -202,7 +224,7 @@ class LDRL(GradientTrainer):
                 given.append(change)
                 wanted.append(noise * -scale)
                 if power is None:
-                    change = block.output_change(self._noise(index, draw, sigma, block.output, True))
+                    change = self._output_change(block, number, draw)
                     moved = head.map(change, block.input_shape)
                     if with_loss:
                         quadratic += moved.square().sum() * scale

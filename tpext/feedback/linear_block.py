@@ -8,13 +8,15 @@ activation, with or without pooling, ``phi`` the feedback of that. So changes ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from tpext.feedback.base import BlockCall, Code, Feedback, Indices, Step
+from tpext.feedback.base import BlockCall, Code, Feedback, Indices, Step, Window
 from tpext.feedback.linear_map import LinearCode, LinearMap
+from tpext.feedback.modules import IdentityFeedback
+from tpext.ops.pooled_difference import code_difference
 
 
 class Slopes(NamedTuple):
@@ -27,6 +29,21 @@ class Slopes(NamedTuple):
 
     feedback: Tensor
     both: Tensor
+
+
+class Fused(NamedTuple):
+    """An activation and a max-pooling (or none), as :func:`tpext.ops.code_difference` takes them."""
+
+    activation: str
+    alpha: float
+    window: Window | None
+    indices: Tensor | None
+
+    def options(self) -> dict[str, Any]:
+        """Return the kernels' arguments."""
+        size, stride, padding = self.window or (0, 0, 0)
+        options = {"kernel": size, "stride": stride, "padding": padding}
+        return {"activation": self.activation, "alpha": self.alpha, **(options if size else {})}
 
 
 class LinearBlock(NamedTuple):
@@ -88,9 +105,13 @@ class LinearBlock(NamedTuple):
         Returns:
             ``[K, B, *features]``.
         """
-        change = self.head.block_map(self.module, noise.flatten(0, 1)).view(
-            *noise.shape[:2], *self.preactivation.shape[1:]
-        )
+        change = self.head.block_map(self.module, noise.flatten(0, 1))
+        change = change.view(*noise.shape[:2], *self.preactivation.shape[1:])
+        fused = self.fused
+        if fused is not None:
+            return code_difference(
+                self.preactivation, change, self.output, fused.indices, noisy=indices == "noisy", **fused.options()
+            )
         clean = self.phi(self.output)
         moved = []
         for one in change:
@@ -101,6 +122,20 @@ class LinearBlock(NamedTuple):
     def output_change(self, noise: Tensor) -> Tensor:
         """Return ``A'' - A = phi(y + dy) - phi(y)`` for noise ``dy [B, ...]``."""
         return self.phi(self.output + noise) - self.phi(self.output)
+
+    @property
+    def fused(self) -> Fused | None:
+        """What follows ``L`` as the kernels know it: an activation, or none, and a max-pooling, or none."""
+        steps = [step for step in self.tail if not isinstance(step.feedback, IdentityFeedback)]
+        activation: tuple[str, float] = ("identity", 1.0)
+        if steps and steps[0].feedback.kernel is not None:
+            activation = steps.pop(0).feedback.kernel or activation
+        if not steps:
+            return Fused(*activation, None, None)
+        window, code = steps[0].feedback.window, steps[0].code
+        if len(steps) > 1 or window is None:
+            return None
+        return Fused(*activation, window, code.indices)
 
     def slopes(self) -> Slopes:
         """Return the slopes at the clean pass; needs :attr:`elementwise`."""
@@ -135,6 +170,9 @@ def linear_steps(
     steps = feedback.steps(block, code)
     start = next((index for index, step in enumerate(steps) if not step.feedback.is_view), len(steps))
     if start == len(steps) or not isinstance(steps[start].feedback, LinearMap):
+        return None
+    # what has parameters of its own needs their gradients too
+    if any(True for step in steps[start + 1 :] for _ in step.feedback.parameters()):
         return None
     return steps[:start], steps[start], steps[start + 1 :]
 

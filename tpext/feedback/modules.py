@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import batchnorm, pooling
 
-from tpext.feedback.base import Code, Feedback, Step, make_feedback, register_feedback
+from tpext.feedback.base import Code, Feedback, Step, Window, make_feedback, register_feedback
+from tpext.ops.pooled_difference import max_unpool
+
+_KERNELS: dict[type[nn.Module], str] = {nn.ELU: "elu", nn.ReLU: "relu", nn.Tanh: "tanh"}
+"""The activations that the fused kernels know."""
 
 
 class ActivationFeedback(Feedback):
@@ -33,6 +37,8 @@ class ActivationFeedback(Feedback):
             # what it would overwrite is the code of the module before
             activation.inplace = False
         self.activation: nn.Module = activation
+        if type(block) in _KERNELS:
+            self.kernel = _KERNELS[type(block)], float(getattr(block, "alpha", 1.0))
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
         return self.activation(input), None
@@ -61,8 +67,13 @@ class UnpoolFeedback(Feedback):
         super().__init__()
         if block.return_indices:
             raise ValueError(f"make_feedback: {block} must have return_indices=False, got True")
-        windows = [_each(value) for value in (block.kernel_size, block.stride, block.dilation)]
-        self.overlapping = any(k > s or d > 1 for k, s, d in zip(*_broadcast(windows), strict=True))
+        sizes = zip(*map(_each, (block.kernel_size, block.stride, block.padding, block.dilation)), strict=True)
+        windows = {Window(*size[:3]) for size in sizes if size[3] == 1}
+        pairs = zip(*map(_each, (block.kernel_size, block.stride, block.dilation)), strict=True)
+        self.overlapping = any(kernel > stride or dilation > 1 for kernel, stride, dilation in pairs)
+        # what the kernels know: square windows in a plane
+        if isinstance(block, nn.MaxPool2d) and len(windows) == 1 and not block.ceil_mode:
+            self.window = windows.pop()
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, PoolCode]:
         assert isinstance(block, pooling._MaxPoolNd)
@@ -73,27 +84,10 @@ class UnpoolFeedback(Feedback):
         return output, PoolCode(indices, input.shape[2:])
 
     def forward(self, output: Tensor, code: PoolCode) -> Tensor:
-        return max_unpool(output, code.indices, code.plane, self.overlapping)
-
-
-def max_unpool(values: Tensor, indices: Tensor, plane: torch.Size, overlapping: bool) -> Tensor:
-    """Return ``[B, C, *plane]``: values ``[B, C, ...]`` at their indices in the flattened plane, zero elsewhere.
-
-    Args:
-        values, indices: as max-pooling with ``return_indices=True`` gives them.
-        plane: size of what was pooled.
-        overlapping: whether one index may come more than once. The last value in raster order gets the place then, and
-            the gradients of the others are zero.
-    """
-    flat, places = values.flatten(2), indices.flatten(2)
-    empty = flat.new_zeros(*flat.shape[:2], plane.numel())
-    if not overlapping:
-        return empty.scatter(2, places, flat).view(*empty.shape[:2], *plane)
-    order = torch.arange(places.shape[2], device=places.device).expand_as(places)
-    last = torch.full_like(empty, -1, dtype=torch.int64).scatter_reduce(2, places, order, "amax")
-    kept = torch.where(last.gather(2, places) == order, flat, 0)
-    # only one of the values added up at a place is not zero
-    return empty.scatter_add(2, places, kept).view(*empty.shape[:2], *plane)
+        # a plane of any number of dimensions as one of two
+        values, indices = output.flatten(2)[:, :, None], code.indices.flatten(2)[:, :, None]
+        flat = max_unpool(values, indices, 1, code.plane.numel(), overlapping=self.overlapping)
+        return flat.view(*output.shape[:2], *code.plane)
 
 
 class UpsampleFeedback(Feedback):
@@ -279,12 +273,8 @@ def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
 
 
 def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-def _broadcast(values: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    length = max(map(len, values))
-    return [value * length if len(value) == 1 else value for value in values]
+    """A size for each of up to three dimensions."""
+    return value if isinstance(value, tuple) else (value,) * 3
 
 
 register_feedback(

@@ -47,6 +47,7 @@ class RunningLDRL(FeedbackTrainer):
         noise_source: NoiseSource | None = None,
     ) -> None:
         super().__init__(net, seed=seed, noise_source=noise_source)
+        self._require_own_weights()
         self.noise, self.draws = self._positive("noise", noise), self._counts("draws", draws)
         if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"RunningLDRL: decay must be a number >= 0 and < 1, got {decay!r}")
@@ -107,6 +108,7 @@ class ClosedForm(FeedbackTrainer):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
+        self._require_own_weights()
         self._require_elementwise("it")
 
     def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:

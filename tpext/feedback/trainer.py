@@ -9,8 +9,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
-from tpext.feedback.base import BlockCall, Feedback, Trace
+from tpext.feedback.base import BlockCall, Feedback, Trace, still_statistics
 from tpext.feedback.linear_block import linear_block, linear_steps
+from tpext.feedback.linear_map import LinearMap
 from tpext.ops._library import is_integer, is_number
 from tpext.ops.counter_normal import counter_normal
 
@@ -43,21 +44,17 @@ class CounterNoise(NamedTuple):
 
     seed: int
 
-    def __call__(self, draw: Draw, like: Tensor) -> Tensor:
-        return counter_normal(
-            like.shape,
-            seed=self.seed,
-            step=draw.step,
-            stream=self.stream(draw),
-            first_row=_rank() * like.shape[0],
-            dtype=like.dtype,
-            device=like.device,
-        )
+    def __call__(self, draw: Draw, like: Tensor, scale: float = 1.0) -> Tensor:
+        place = self.place(draw, like)
+        return counter_normal(like.shape, scale=scale, dtype=like.dtype, device=like.device, **place)
 
-    @staticmethod
-    def stream(draw: Draw) -> int:
-        """Return the number of the generator's stream for a draw: 12 bits the layer, 19 the draw, one the side."""
-        return (draw.layer << 20) + 2 * draw.draw + draw.output
+    def place(self, draw: Draw, like: Tensor) -> dict[str, int]:
+        """Return where in the generator's sequence a draw's noise is, as :func:`tpext.ops.counter_normal` takes it.
+
+        A stream's number has 12 bits for the layer, 19 for the draw and one for the side.
+        """
+        stream = (draw.layer << 20) + 2 * draw.draw + draw.output
+        return {"seed": self.seed, "step": draw.step, "stream": stream, "first_row": _rank() * like.shape[0]}
 
 
 class Record(NamedTuple):
@@ -96,15 +93,15 @@ class FeedbackTrainer(ABC):
         pairs = getattr(net, "pairs", None)
         if pairs is None:
             raise TypeError(f"{type(self).__name__}: net must be a tpext.nn.TargetSequential, got {type(net).__name__}")
-        if not is_integer(seed) or not 0 <= seed < 2**64:
-            raise ValueError(f"{type(self).__name__}: seed must be in 0 .. 2^64 - 1, got {seed!r}")
+        if not is_integer(seed) or not 0 <= seed < 2**63:
+            raise ValueError(f"{type(self).__name__}: seed must be in 0 .. 2^63 - 1, got {seed!r}")
         self.net: Any = net
         self.layers: list[tuple[int, Feedback]] = [
             (index, feedback) for index, (_, feedback) in enumerate(pairs()) if feedback is not None
         ]
         if not self.layers:
             raise ValueError(f"{type(self).__name__}: net has no feedback to train; its rule is {self.net.rule}")
-        self.noise_source: NoiseSource = CounterNoise(seed).__call__ if noise_source is None else noise_source
+        self.noise_source: NoiseSource | CounterNoise = CounterNoise(seed) if noise_source is None else noise_source
         self.steps = 0
 
     def step(self, input: Tensor | Trace, record: bool = False) -> list[Record] | None:
@@ -114,14 +111,10 @@ class FeedbackTrainer(ABC):
             input: the batch ``[B, ...]``; or the trace of the network's own forward pass on it, which saves that.
             record: True returns a record of every iteration, which costs each one a loss; False returns None.
         """
-        if isinstance(input, Trace):
-            calls = input.calls
-        else:
-            with torch.no_grad():
-                calls = self.net.trace(input).calls
         records: list[Record] | None = [] if record else None
-        with torch.no_grad():
-            self._train(calls, records)
+        with torch.no_grad(), still_statistics(self.net.blocks):
+            trace = input if isinstance(input, Trace) else self.net.trace(input)
+            self._train(trace.calls, records)
         self.steps += 1
         return records
 
@@ -159,6 +152,14 @@ class FeedbackTrainer(ABC):
     def _counts(self, name: str, value: object, low: int = 1) -> list[int]:
         return self._per_layer(name, value, lambda v: is_integer(v) and v >= low, f"an integer >= {low}")
 
+    def _require_own_weights(self) -> None:
+        """Raise ValueError where the feedback uses the blocks' own weights, which are not a trainer's to change."""
+        for index, feedback in self.layers:
+            if any(isinstance(module, LinearMap) and module.weight is None for module in feedback.modules()):
+                raise ValueError(
+                    f"{type(self).__name__}: net must have feedback with weights of its own, that of block {index} is tied"
+                )
+
     def _require_elementwise(self, what: str) -> None:
         """Raise ValueError unless every layer begins with a linear map and what follows acts element by element."""
         for (index, feedback), (block, _) in zip(self.layers, self.net.pairs()[1:], strict=True):
@@ -176,7 +177,10 @@ class FeedbackTrainer(ABC):
         return value
 
     def _noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
-        return self.noise_source(Draw(self.steps, layer, draw, output), like) * sigma
+        wanted = Draw(self.steps, layer, draw, output)
+        if isinstance(self.noise_source, CounterNoise):
+            return self.noise_source(wanted, like, sigma)
+        return self.noise_source(wanted, like) * sigma
 
 
 def weight_alignment(call: BlockCall) -> tuple[Tensor | None, Tensor | None]:

@@ -35,6 +35,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tpext.feedback.base import Code, Feedback, make_feedback, register_feedback
 from tpext.ops._library import check_choice, is_integer
 
 NetworkActivation = Literal["elu", "relu", "tanh"]
@@ -188,6 +189,56 @@ class BasicBlock(nn.Module):
         """Return the output ``[B, channels, ceil(H / stride), ceil(W / stride)]`` for ``[B, in_channels, H, W]``."""
         hidden = torch.relu(self.bn1(self.conv1(input)))
         return torch.relu(self.bn2(self.conv2(hidden)) + self.shortcut(input))
+
+
+@register_feedback(BasicBlock)
+class InvertedBasicBlock(Feedback):
+    """The feedback of a :class:`BasicBlock`: ``conv1T(bn1(relu(conv2T(bn2(r))))) + shortcutT(r)``, ``r = relu(y)``.
+
+    ``T`` marks the feedback of a module; the two batch normalisations have the block's number of channels.
+
+    Args:
+        block: the block that it is made from.
+
+    Source: as :func:`simple_vgg`.
+    """
+
+    def __init__(self, block: BasicBlock) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = make_feedback(block.conv1), make_feedback(block.bn1)
+        self.conv2, self.bn2 = make_feedback(block.conv2), make_feedback(block.bn2)
+        self.shortcut = make_feedback(block.shortcut)
+
+    def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
+        assert isinstance(block, BasicBlock)
+        known = [None] * 5 if clean is None else clean
+        hidden, conv1 = self.conv1.encode(block.conv1, input, known[0])
+        hidden, bn1 = self.bn1.encode(block.bn1, hidden, known[1])
+        hidden, conv2 = self.conv2.encode(block.conv2, torch.relu(hidden), known[2])
+        hidden, bn2 = self.bn2.encode(block.bn2, hidden, known[3])
+        around, shortcut = self.shortcut.encode(block.shortcut, input, known[4])
+        return torch.relu(hidden + around), (conv1, bn1, conv2, bn2, shortcut)
+
+    def forward(self, output: Tensor, code: Code) -> Tensor:
+        """Return ``G(y; code)`` in the shape of the block's input."""
+        conv1, bn1, conv2, bn2, shortcut = code
+        start = torch.relu(output)
+        hidden = torch.relu(self.conv2(self.bn2(start, bn2), conv2))
+        around: Tensor = self.shortcut(start, shortcut)
+        back: Tensor = self.conv1(self.bn1(hidden, bn1), conv1)
+        return back + around
+
+    def copy_weights(self, block: nn.Module) -> None:
+        assert isinstance(block, BasicBlock)
+        for name, part in self.named_children():
+            assert isinstance(part, Feedback)
+            part.copy_weights(block.get_submodule(name))
+
+    def tie(self, block: nn.Module) -> None:
+        assert isinstance(block, BasicBlock)
+        for name, part in self.named_children():
+            assert isinstance(part, Feedback)
+            part.tie(block.get_submodule(name))
 
 
 def resnet18(

@@ -181,10 +181,15 @@ class TargetSequential(nn.Module):
         for index, (block, feedback) in enumerate(self.pairs()):
             # The first block's input keeps its graph: what is below learns by the first local loss.
             source = state if index == 0 or self.rule.exact else state.detach()
+            version = None if torch.compiler.is_compiling() or source.is_inference() else source._version
             if feedback is None:
                 state, code = block(source), None
             else:
                 state, code = feedback.encode(block, source)
+            if version is not None and source._version != version:
+                raise ValueError(
+                    f"TargetSequential: block {index} changes its input in place, which is another's target"
+                )
             outputs.append(state)
             calls.append(BlockCall(block, feedback, source.detach(), state.detach(), code))
         if self.rule.exact:

@@ -1,4 +1,4 @@
-"""``counter_normal``: standard normal noise that is a function of its place in a sequence, not of what was drawn before.
+"""``counter_normal``: normal noise that is a function of its place in a sequence, not of what was drawn before.
 
 Row ``b`` of ``counter_normal([B, ...], seed, step, stream, first_row)`` depends on ``(seed, step, stream, first_row +
 b)`` alone: the order of calls, threads, the split of a batch into parts and the ranks of a distributed run change no

@@ -4,8 +4,9 @@ The elementwise work around the convolutions of learned feedback. A layer with p
 indices) = max_pool(a(z))``, and feedback starts from its code ``unpool(a(y), indices)``: the activation once more, on
 the output, and back to where the maxima came from. Of ``K`` moved layers the differences of the codes::
 
-    code_difference    D_k = unpool(a(y_k), indices_k) - unpool(a(y), indices),  (y_k, indices_k) = max_pool(a(z + dz_k))
-                       with noisy=False: D_k = unpool(a(y_k), indices) - unpool(a(y), indices)
+    code_difference    D_k = unpool(a(y_k), indices_k) - unpool(a(y), indices)
+                       with (y_k, indices_k) = max_pool(a(z + dz_k)); or
+                       with noisy=False, unpool(a(y_k), indices) - unpool(a(y), indices)
     probe_difference   D_k = unpool(a(y + sigma n_k) - a(y), indices)
 
 where ``n_k`` is ``counter_normal(y.shape, stream=stream + k * stream_stride)``, made in the kernel and never stored:
@@ -435,4 +436,4 @@ def max_unpool(values: Tensor, indices: Tensor, height: int, width: int, *, over
         planes = planes.scatter_add(-1, places, kept)
     else:
         planes = planes.scatter(-1, places, numbers)
-    return planes.unflatten(-1, (height, width))
+    return planes.view(*values.shape[:-2], height, width)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -34,18 +36,19 @@ def max_pool(v: ArrayLike, kernel: int, stride: int, padding: int) -> tuple[Arra
     v = np.asarray(v, np.float64)
     H, W = v.shape[-2:]
     h, w = ((size + 2 * padding - kernel) // stride + 1 for size in (H, W))
-    maxima, indices = np.empty((*v.shape[:-2], h, w)), np.empty((*v.shape[:-2], h, w), np.int64)
-    for plane in np.ndindex(v.shape[:-2]):
-        for i, j in np.ndindex(h, w):
-            rows = range(max(i * stride - padding, 0), min(i * stride - padding + kernel, H))
-            columns = range(max(j * stride - padding, 0), min(j * stride - padding + kernel, W))
-            places = [(r, c) for r in rows for c in columns]
-            values = [v[(*plane, *place)] for place in places]
-            nans = [n for n, value in enumerate(values) if np.isnan(value)]
-            best = nans[-1] if nans else int(np.argmax(values))
-            maxima[(*plane, i, j)] = values[best]
-            indices[(*plane, i, j)] = places[best][0] * W + places[best][1]
-    return maxima, indices
+    planes = v.reshape(math.prod(v.shape[:-2]), H, W)
+    maxima, indices = np.empty((len(planes), h, w)), np.empty((len(planes), h, w), np.int64)
+    for p, i, j in np.ndindex(maxima.shape):
+        rows = range(max(i * stride - padding, 0), min(i * stride - padding + kernel, H))
+        columns = range(max(j * stride - padding, 0), min(j * stride - padding + kernel, W))
+        places = [(r, c) for r in rows for c in columns]
+        values = [planes[p, r, c] for r, c in places]
+        nans = [n for n, value in enumerate(values) if np.isnan(value)]
+        best = nans[-1] if nans else int(np.argmax(values))
+        maxima[p, i, j] = values[best]
+        indices[p, i, j] = places[best][0] * W + places[best][1]
+    shape = (*v.shape[:-2], h, w)
+    return maxima.reshape(shape), indices.reshape(shape)
 
 
 def max_unpool(values: ArrayLike, indices: ArrayLike, height: int, width: int) -> Array:
@@ -58,11 +61,12 @@ def max_unpool(values: ArrayLike, indices: ArrayLike, height: int, width: int) -
     Returns:
         ``[..., H, W]``.
     """
-    values, indices = np.asarray(values, np.float64), np.asarray(indices)
-    planes = np.zeros((*values.shape[:-2], height * width))
-    for plane in np.ndindex(values.shape[:-2]):
-        for i, j in np.ndindex(values.shape[-2:]):
-            planes[(*plane, indices[(*plane, i, j)])] = values[(*plane, i, j)]
+    values = np.asarray(values, np.float64)
+    count = math.prod(values.shape[:-2])
+    planes = np.zeros((count, height * width))
+    flat, places = (np.asarray(a).reshape(count, math.prod(values.shape[-2:])) for a in (values, indices))
+    for p, window in np.ndindex(flat.shape):
+        planes[p, places[p, window]] = flat[p, window]
     return planes.reshape(*values.shape[:-2], height, width)
 
 
@@ -142,10 +146,10 @@ def probe_difference(
     """
     y = np.asarray(output, np.float64)
     clean = activate(y, activation, alpha)
-    found = []
+    found: list[Array] = []
     for k in range(draws):
         noise = counter_normal(y.shape, seed, step, stream + k * stream_stride, sigma, first_row)
-        moved = activate(y + noise, activation, alpha) - clean
+        moved: Array = activate(y + noise, activation, alpha) - clean
         if kernel == 0:
             found.append(moved)
         else:

@@ -82,6 +82,16 @@ class NetworkRule(ABC):
         """
         return [None, *map(make_feedback, blocks[1:])]
 
+    def feedback(self, call: BlockCall) -> Feedback:
+        """Return the feedback of a call.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if call.feedback is None:
+            raise ValueError(f"{type(self).__name__}: every block but the first needs feedback, {call.block} has none")
+        return call.feedback
+
     @abstractmethod
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
         """Return by how much a block's input should move.
@@ -136,8 +146,7 @@ class DifferenceTargets(NetworkRule):
     """
 
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
-        assert call.feedback is not None
-        return call.feedback.difference(call.output, displacement, call.code)
+        return self.feedback(call).difference(call.output, displacement, call.code)
 
 
 @dataclass(frozen=True)
@@ -151,8 +160,8 @@ class Targets(NetworkRule):
     """
 
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
-        assert call.feedback is not None
-        return call.feedback(call.output + displacement, call.code) - call.input  # type: ignore[no-any-return]
+        target: Tensor = self.feedback(call)(call.output + displacement, call.code)
+        return target - call.input
 
 
 @dataclass(frozen=True)
@@ -214,8 +223,7 @@ class DirectTargets(NetworkRule):
     def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
         output, moves = calls[-1].output, []
         for call in calls[1:]:
-            assert call.feedback is not None
-            moves.append(call.feedback.difference(output, displacement, call.code))
+            moves.append(self.feedback(call).difference(output, displacement, call.code))
         return [*moves, displacement]
 
 

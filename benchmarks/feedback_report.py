@@ -1,0 +1,43 @@
+"""README.md's part on learned feedback, from the rows of bench_learned_feedback.py."""
+
+from __future__ import annotations
+
+from rows import Results, table
+
+METHODS = {
+    "published": "`LDRL`, the published formulation in torch",
+    "exact": "`LDRL`, the same gradients",
+    "expected": '`LDRL(second_term="expected")`',
+    "tenth": "`LDRL`, a tenth of the iterations",
+    "running": "`RunningLDRL`",
+    "closed-form": "`ClosedForm`",
+    "targets": "targets alone, feedback fixed",
+    "backprop": "`Backprop()`",
+}
+NETWORKS = {"simple-vgg": "SimpleVGG", "lenet": "LeNet"}
+
+
+def summary(results: Results) -> str:
+    """The cost of a batch in steps of back-propagation, and its peak of memory."""
+    rows = results.of("test_training_batch")
+    peaks = {(row["network_name"], row["method"]): row["peak_bytes"] for row in results.of("test_batch_memory")}
+    lines = []
+    for network, title in NETWORKS.items():
+        for method, name in METHODS.items():
+            found = {row["threads"]: row for row in rows if (row["network_name"], row["method"]) == (network, method)}
+            if not found:
+                continue
+            costs = [f"{1 / found[threads]['ratio']:.1f}" if threads in found else "" for threads in (1, 2)]
+            most = found[max(found)].get("target_ratio")
+            target = ""
+            if most is not None:
+                target = f"≤ {1 / most:.3g} " + ("met" if found[max(found)]["ratio"] >= most else "**missed**")
+            peak = peaks.get((network, method))
+            lines.append([title, name, *costs, target, "" if peak is None else f"{peak / 2**20:,.0f}"])
+    first = rows[0]
+    return (
+        "Cost of a whole training batch of 32 images at the published iterations and channels, in steps of "
+        f"back-propagation in torch on the same network in the same run ({results.cpu}, {first['cpu_capability']}, "
+        f"torch {first['torch']}, float32):\n\n"
+        + table([" network", " method", "1 thread", "2 threads", " target, 2 threads", "peak, MiB"], lines)
+    )
