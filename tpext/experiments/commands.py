@@ -1,4 +1,4 @@
-"""The commands ``tpext train``, ``compare``, ``tasks`` and ``info``."""
+"""The commands ``tpext train``, ``compare``, ``figure``, ``tasks`` and ``info``."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ from tpext.experiments.config import (
     published,
 )
 from tpext.experiments.feed_forward import published_presets
+from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.figures import draw_comparison
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.loop import DivergedError
@@ -367,6 +368,7 @@ class Info:
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[FigureCommand, tyro.conf.subcommand("figure")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -374,12 +376,17 @@ Command = (
 
 def run(arguments: Sequence[str]) -> int:
     """Carry out a command line; return 0, 1 for an error, 3 for a run that diverged, 130 for an interrupted one."""
-    command: Train | TrainImages | Compare | Tasks | Info
+    command: Train | TrainImages | Compare | FigureCommand | Tasks | Info
     try:
         if list(arguments[:2]) == ["train", "images"]:
             command = tyro.cli(TrainImages, args=list(arguments[2:]), prog="tpext train images")
         else:
-            command = tyro.cli(Command, args=list(arguments), prog="tpext")
+            command = tyro.cli(
+                Command,
+                args=list(arguments),
+                prog="tpext",
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            )
     except SystemExit as stop:  # tyro has shown its help or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:

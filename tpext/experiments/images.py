@@ -105,7 +105,7 @@ class ImageConfig:
         _check_choices(self)
         for name in ("batch_size", "epochs", "checkpoint_interval"):
             check_integer(name, getattr(self, name), 1)
-        check_integer("seed", self.seed, 0, 2**64 - 1)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
         for name, low in (
             ("hidden_size", 1),
             ("feedback_units", 1),
@@ -296,8 +296,8 @@ def make_image_config(
         preset: "published": the settings of the publication, and a ConfigError where there are none. "default": the
             same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_presets`
             says it changes: the cosine stays at its end instead of rising again (as torch's does after ``T_max`` = 85
-            of 90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has in
-            back-propagation's units, ``target_step`` times its own.
+            of 90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has
+            in back-propagation's units, ``target_step`` times its own.
         options: any field of :class:`ImageConfig`; None means "as in the preset". A list may be given as one number.
 
     Raises:
