@@ -1,17 +1,19 @@
-"""What a rule does to a feed-forward network, layer by layer, beside back-propagation."""
+"""What a rule does to a network, layer by layer, beside back-propagation."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from tpext.feedback.trainer import weight_alignment
 from tpext.nn.mlp import TargetLinear
-from tpext.rules import Backprop, Kaczmarz, RegularizedLeastSquares, exact_number
+from tpext.nn.sequential import TargetSequential
+from tpext.rules import Backprop, Kaczmarz, NetworkRule, RegularizedLeastSquares, exact_number
 
 # A layer's gradient, as one vector, and its (input, output, gradient of the output) at each of its calls.
 _Layers = dict[str, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]]
@@ -129,11 +131,7 @@ def _compare(
 ) -> LayerDiagnostics:
     gradient, exact = gradient.double(), exact.double()
     norm, exact_norm = float(gradient.norm()), float(exact.norm())
-    angle = math.nan
-    if norm > 0 and exact_norm > 0:
-        # Of the unit vectors, as the angle's cosine loses half the digits of a small one.
-        one, other = gradient / norm, exact / exact_norm
-        angle = math.degrees(2 * math.atan2(float((one - other).norm()), float((one + other).norm())))
+    angle = _angle(gradient, exact, norm, exact_norm)
     step = 1.0 if isinstance(layer.rule, (Backprop, Kaczmarz)) else exact_number(layer.rule, "target_step")
     missed = wished = 0.0
     for input, output, grad in calls:
@@ -152,3 +150,122 @@ def _compare(
         math.sqrt(missed / wished) if wished > 0 else math.nan,
         (float(values[0]) ** 2 + gamma) / least if least > 0 else math.inf,
     )
+
+
+@dataclass(frozen=True)
+class GradientAngle:
+    """How a block's gradient compares with back-propagation's, as :func:`gradient_angles` gives it.
+
+    Attributes:
+        angle: between the two, in degrees; nan if one is zero.
+        distance: norm of their difference by that of back-propagation's; nan if that is zero.
+    """
+
+    angle: float
+    distance: float
+
+
+def gradient_angles(
+    net: TargetSequential,
+    input: Tensor,
+    target: Tensor,
+    *,
+    target_step: float | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+) -> dict[str, GradientAngle]:
+    """Compare the gradients of a network's blocks with back-propagation's on one batch.
+
+    A block's gradient is that of its weights as one vector; biases and other parameters of one dimension are left out,
+    as published. The rule's gradients are divided by its ``target_step``. All is computed in float64 on a copy, so
+    parameters, gradients, statistics and random state of the network stay as they are.
+
+    Args:
+        net: the network.
+        input: ``[B, ...]``.
+        target: what the loss takes besides, ``[B]`` classes by default.
+        target_step: instead of the rule's; a small one (published: 0.005) shows the targets' linear part.
+        loss: takes output and target.
+
+    Returns:
+        By the names of the blocks, the first one first; blocks without weights are left out.
+
+    Cost: two passes forward and backward in float64, and a copy of the network.
+
+    Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022, the
+    callback of their code and figure 4.3.
+
+    >>> import torch, tpext
+    >>> net = tpext.nn.TargetSequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3), feedback_init="tied")
+    >>> angles = gradient_angles(net, torch.randn(5, 4), torch.arange(5) % 3)
+    >>> {name: round(one.angle, 6) for name, one in angles.items()}
+    {'0': 0.0, '1': 0.0}
+    """
+    by_rule = _double(net)
+    if isinstance(net.rule, NetworkRule):
+        step = net.rule.target_step if target_step is None else target_step
+        by_rule.rule = replace(net.rule, normalize=True, target_step=step)
+    by_backprop = copy.deepcopy(by_rule)
+    by_backprop.rule = Backprop()
+    found = []
+    for one in (by_rule, by_backprop):
+        # Forked twice, from the same state of every device's generator.
+        with torch.random.fork_rng(), torch.enable_grad():
+            found.append(_block_gradients(one, input.double(), target, loss))
+    return {name: _gradient_angle(found[0][name], exact) for name, exact in found[1].items()}
+
+
+def feedback_angles(net: TargetSequential, input: Tensor) -> dict[str, float]:
+    """Return the angle in degrees between each block's weight and that of its feedback, transposed.
+
+    Args:
+        net: the network; it stays as it is.
+        input: a batch ``[B, ...]``, which may be of one sample.
+
+    Returns:
+        By the names of the blocks that begin with a linear map and have feedback that ends in one, in their order.
+
+    >>> import torch, tpext
+    >>> net = tpext.nn.TargetSequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3), feedback_init="symmetric")
+    >>> {name: round(angle, 4) for name, angle in feedback_angles(net, torch.zeros(1, 4)).items()}
+    {'1': 0.0}
+    """
+    with torch.random.fork_rng(), torch.no_grad():
+        calls = _double(net).eval().trace(input.double()).calls
+    angles = {}
+    for (name, _), call in zip(net.blocks.named_children(), calls, strict=True):
+        angle, _ = weight_alignment(call)
+        if angle is not None:
+            angles[name] = float(angle)
+    return angles
+
+
+def _double(net: TargetSequential) -> TargetSequential:
+    return copy.deepcopy(net).double()
+
+
+def _block_gradients(
+    net: TargetSequential, input: Tensor, target: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    weights = {
+        name: [parameter.requires_grad_() for parameter in block.parameters() if parameter.dim() > 1]
+        for name, block in net.blocks.named_children()
+    }
+    value = loss(net(input), target)
+    wanted = [weight for block in weights.values() for weight in block]
+    gradients = iter(torch.autograd.grad(value, wanted))
+    return {name: torch.cat([next(gradients).flatten() for _ in block]) for name, block in weights.items() if block}
+
+
+def _gradient_angle(gradient: Tensor, exact: Tensor) -> GradientAngle:
+    norm, exact_norm = float(gradient.norm()), float(exact.norm())
+    distance = float((gradient - exact).norm()) / exact_norm if exact_norm > 0 else math.nan
+    return GradientAngle(_angle(gradient, exact, norm, exact_norm), distance)
+
+
+def _angle(one: Tensor, other: Tensor, norm: float, other_norm: float) -> float:
+    """The angle in degrees between two vectors of known norms, nan if one is zero."""
+    if not (norm > 0 and other_norm > 0):
+        return math.nan
+    # Of the unit vectors, as the angle's cosine loses half the digits of a small one.
+    one, other = one / norm, other / other_norm
+    return math.degrees(2 * math.atan2(float((one - other).norm()), float((one + other).norm())))

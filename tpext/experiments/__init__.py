@@ -5,12 +5,41 @@
 >>> config.rule
 RegularizedInverse(reg=10.0, target_step=0.01, correction='linearized', credit='through_time', clip=0.001, normalize=False, input_rule='gradient')
 
-``tpext.experiments.train.train(config, "runs/mine")`` runs it; ``tpext.experiments.figures`` draws runs. These two need
-the extra: ``pip install "tpext[experiments]"``.
+``tpext.experiments.train.train(config, "runs/mine")`` runs it; ``tpext.experiments.figures`` draws runs. Networks of any
+layers on images have a configuration of their own, :func:`make_image_config`, and :func:`train_images` runs it. Runs and
+figures need the extra: ``pip install "tpext[experiments]"``.
 """  # noqa: E501  (the doctest's output is one line)
 
 from __future__ import annotations
 
-from tpext.experiments.config import Config, ConfigError, make_config, published
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["Config", "ConfigError", "make_config", "published"]
+from tpext.experiments.config import Config, ConfigError, make_config, published
+from tpext.experiments.images import ImageConfig, make_image_config
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tpext.experiments.image_folder import ImageResult
+
+
+def train_images(
+    config: ImageConfig, out: str | Path, *, resume: bool = False, console: Console | None = None
+) -> ImageResult:
+    """Run a configuration on images in a folder: see :func:`tpext.experiments.image_train.train_images`."""
+    # here, as it needs the extra
+    from tpext.experiments import image_train
+
+    return image_train.train_images(config, out, resume=resume, console=console)
+
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ImageConfig",
+    "make_config",
+    "make_image_config",
+    "published",
+    "train_images",
+]

@@ -1,4 +1,4 @@
-"""The commands ``tpext train``, ``compare``, ``tasks`` and ``info``."""
+"""The commands ``tpext train``, ``compare``, ``figure``, ``tasks`` and ``info``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
@@ -35,12 +35,15 @@ from tpext.experiments.config import (
     published,
 )
 from tpext.experiments.feed_forward import published_presets
+from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.figures import draw_comparison
+from tpext.experiments.image_commands import TrainImages
+from tpext.experiments.loop import DivergedError
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
-from tpext.experiments.train import DivergedError, train
+from tpext.experiments.train import train
 from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Update
-from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, Order, Task, TaskName, make_task
+from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, ImageSetName, Order, Task, TaskName, make_task
 
 
 def _value(metavar: str, default: str = "the preset's") -> object:
@@ -65,7 +68,10 @@ def _layer_default(name: str, metavar: str) -> object:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a network, recurrent for sequences, else feed-forward; by target propagation unless told otherwise."""
+    """Train a network, recurrent for sequences, else feed-forward; by target propagation unless told otherwise.
+
+    `tpext train images` trains convolutional and other networks on images; it has options of its own.
+    """
 
     task: tyro.conf.Positional[TaskName]
     """What to learn; `tpext tasks` describes them."""
@@ -319,6 +325,8 @@ class Tasks:
         for line in lines:
             text = "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
             say(console, text.rstrip())
+        sets = ", ".join(get_args(ImageSetName))
+        say(console, f"images: tpext train images --dataset NAME, for networks of any layers; NAME is one of {sets}")
         return 0
 
 
@@ -360,6 +368,7 @@ class Info:
 Command = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[FigureCommand, tyro.conf.subcommand("figure")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -367,8 +376,17 @@ Command = (
 
 def run(arguments: Sequence[str]) -> int:
     """Carry out a command line; return 0, 1 for an error, 3 for a run that diverged, 130 for an interrupted one."""
+    command: Train | TrainImages | Compare | FigureCommand | Tasks | Info
     try:
-        command: Train | Compare | Tasks | Info = tyro.cli(Command, args=list(arguments), prog="tpext")
+        if list(arguments[:2]) == ["train", "images"]:
+            command = tyro.cli(TrainImages, args=list(arguments[2:]), prog="tpext train images")
+        else:
+            command = tyro.cli(
+                Command,
+                args=list(arguments),
+                prog="tpext",
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            )
     except SystemExit as stop:  # tyro has shown its help or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:
@@ -386,5 +404,5 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         more = "; the same command with --resume continues from the last checkpoint"
-        print(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, Train)}", file=sys.stderr)
+        print(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, (Train, TrainImages))}", file=sys.stderr)
         return 130

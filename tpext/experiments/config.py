@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 
@@ -190,17 +190,17 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "test_size", "checkpoint_interval"):
-            _check_integer(name, getattr(self, name), 1)
-        _check_integer("seed", self.seed, 0, 2**64 - 1)
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0, 2**64 - 1)
         for name in ("chunk", "epochs", "iterations", "train_size", "eval_interval"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 1)
+                check_integer(name, getattr(self, name), 1)
         if self.threads is not None:
-            _check_integer("threads", self.threads, 1, 1024)
+            check_integer("threads", self.threads, 1, 1024)
         for name in ("lr", "head_lr", "reverse_lr", "momentum"):
-            _check_number(name, getattr(self, name))
+            check_number(name, getattr(self, name))
         if self.clip_grad_norm is not None:
-            _check_number("clip_grad_norm", self.clip_grad_norm, above=True)
+            check_number("clip_grad_norm", self.clip_grad_norm, above=True)
         for name, kind in (
             ("nesterov", bool),
             ("tensorboard", bool),
@@ -259,7 +259,7 @@ class Config:
 
     def _check_sequence(self) -> None:
         for name in ("length", "hidden_size", "layers"):
-            _check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         _check_rule(self.task, self.rule_name)
         for name, only in (
             ("sizes", None),
@@ -282,7 +282,7 @@ class Config:
         if not isinstance(self.sizes, tuple) or not self.sizes:
             raise ConfigError(f"sizes must be the sizes of at least one hidden layer, got {self.sizes!r}")
         for size in self.sizes:
-            _check_integer("sizes", size, 1)
+            check_integer("sizes", size, 1)
         if self.task not in VECTORS:
             _check_belongs(self.task, "order", self.order, None)
         elif self.order not in get_args(Order):
@@ -348,7 +348,7 @@ class Config:
             raise ConfigError(f"give epochs or iterations, got epochs={self.epochs}, iterations={self.iterations}")
         if not has_epochs:
             _check_belongs(self.task, "epochs", self.epochs, None)
-            _check_integer("eval_interval", self.eval_interval, 1)
+            check_integer("eval_interval", self.eval_interval, 1)
         if self.schedule == "alternating" and not (has_epochs and self.rule_name in REVERSE_RULES):
             raise ConfigError(
                 f"schedule=alternating needs a task with epochs and rule={' or '.join(REVERSE_RULES)}, "
@@ -496,7 +496,7 @@ def _sequence(task: str, made: Task, rule: RuleName, preset: Preset, given: dict
     images = task in IMAGES
     chunk = made.input_size if images else 1
     batch_size = given.get("batch_size", 0)
-    _check_integer("batch_size", batch_size, 0)
+    check_integer("batch_size", batch_size, 0)
     settings = _starting_settings(task, rule, made.length or 0, chunk, int(batch_size))
     if preset == "published" and published(task, rule, length=made.length, chunk=chunk) is None:
         raise ConfigError(
@@ -558,7 +558,14 @@ def _feed_forward(task: str, rule: RuleName, preset: Preset, given: dict[str, An
     }
 
 
-def differences(saved: Config, asked: Mapping[str, object]) -> list[str]:
+class HasOptions(Protocol):
+    """A configuration, as far as :func:`differences` looks at it."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the value of every option by its name."""
+
+
+def differences(saved: HasOptions, asked: Mapping[str, object]) -> list[str]:
     """Return how options asked for differ from a saved configuration, one sentence each, :data:`FREE_FIELDS` apart."""
     present = saved.options()
     return [
@@ -579,14 +586,14 @@ def _check_belongs(task: str, name: str, value: object, only: object) -> None:
         raise ConfigError(f"{name} does not belong to {task}, got {value!r}")
 
 
-def _check_integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
+def check_integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name} must be an integer >= {low}, got {value!r}")
     if value > high:
         raise ConfigError(f"{name} must be at most {high}, got {value}")
 
 
-def _check_number(name: str, value: object, *, above: bool = False) -> None:
+def check_number(name: str, value: object, *, above: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
     if not number or (above and value == 0):
         raise ConfigError(f"{name} must be a number {'>' if above else '>='} 0, got {value!r}")

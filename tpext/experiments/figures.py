@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tpext.experiments.config import Config, ConfigError
+from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.model import Model, make_model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
@@ -53,7 +54,7 @@ def draw_run(folder: str | Path) -> Path:
     accuracy.fill_between(metrics.iteration, metrics.accuracy, color=COLOURS[0], alpha=0.08)
     _style_accuracy(accuracy, config)
     figure.supxlabel(_wrap(settings), fontsize=8, color="#777777")
-    return _save(figure, folder / "curve.png")
+    return save(figure, folder / "curve.png")
 
 
 def draw_task(folder: str | Path) -> Path | None:
@@ -97,7 +98,7 @@ def draw_task(folder: str | Path) -> Path | None:
     else:
         _draw_reconstructions(figure, model, autoencoder, config)
     figure.supxlabel(_wrap(settings, 80 if autoencoder is None else 150), fontsize=8, color="#777777")
-    return _save(figure, run.decision if autoencoder is None else run.reconstruction)
+    return save(figure, run.decision if autoencoder is None else run.reconstruction)
 
 
 @torch.no_grad()
@@ -184,7 +185,66 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
         [handle for handle, _ in kept], [label for _, label in kept], loc="outside lower center", ncols=2, frameon=False
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    return _save(figure, path)
+    return save(figure, path)
+
+
+def draw_image_run(folder: str | Path) -> tuple[Path, Path]:
+    """Draw a run on images: curve.png, losses and accuracies, and angles.png, of feedback and gradients by block.
+
+    Args:
+        folder: a run's folder, complete or not; its config.json and metrics.csv are read.
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        RunError: the folder holds no run with an evaluation.
+    """
+    run = ImageFolder(folder)
+    config, rows = run.read_config(), run.read_rows()
+    if config is None or not rows:
+        raise RunError(f"{folder} holds no run with an evaluation")
+    title = f"{config.dataset}, {config.network}, {config.rule}, seed {config.seed}"
+    epochs = [row.epoch for row in rows]
+    evaluated = "test" if config.validation == 0 else "validation"
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(f"{title}: {evaluated} accuracy {rows[-1].accuracy:.1%}", fontsize=13, color=INK)
+    losses, accuracy = figure.subplots(1, 2)
+    losses.plot(epochs, [row.train_loss for row in rows], color=COLOURS[1], lw=1.2, alpha=0.8, label="training")
+    losses.plot(epochs, [row.loss for row in rows], color=COLOURS[0], lw=1.8, label=evaluated)
+    _style_loss(losses, "loss")
+    losses.legend(frameon=False)
+    accuracy.plot(epochs, [row.accuracy for row in rows], color=COLOURS[0], lw=1.8, label="top 1")
+    if rows[-1].top5 is not None:
+        accuracy.plot(epochs, [row.top5 for row in rows], color=COLOURS[0], lw=1.2, ls="--", label="top 5")
+        accuracy.legend(frameon=False)
+    style(accuracy)
+    accuracy.set_ylim(0, 1.03)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    accuracy.set_ylabel(f"{evaluated} accuracy", color=INK)
+    for axes in (losses, accuracy):
+        axes.set_xlabel("epoch", color=INK)
+    curve = save(figure, run.curve)
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure.suptitle(title, fontsize=13, color=INK)
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, label, angles in (
+        (panels[0], "feedback to the block's transposed weights", [row.feedback_angles for row in rows]),
+        (panels[1], "gradient to back-propagation's", [row.gradient_angles for row in rows]),
+    ):
+        for index, (name, line) in enumerate(zip(config.block_names, zip(*angles, strict=True), strict=True)):
+            if any(angle is not None for angle in line):
+                values = [np.nan if angle is None else angle for angle in line]
+                axes.plot(epochs, values, color=COLOURS[index % len(COLOURS)], lw=1.6, label=name)
+        style(axes)
+        axes.set_title(label, fontsize=10, color=INK)
+        axes.set_xlabel("epoch", color=INK)
+        if axes.get_lines():
+            axes.legend(frameon=False, fontsize=8)
+    panels[0].set_ylim(bottom=0)
+    panels[0].set_ylabel("angle in degrees", color=INK)
+    return curve, save(figure, run.angles)
 
 
 def _task_title(config: Config) -> str:
@@ -199,14 +259,16 @@ def _read(folder: Path) -> tuple[Config, pd.DataFrame]:
     return config, pd.DataFrame(rows, columns=list(Row._fields))
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all; its path's suffix says the format."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=140, format=path.suffix[1:].lower())
     write_whole(path, picture.getvalue())
     return path
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """Give axes the look of all figures, over iterations."""
     axes.set_xlabel("iteration", color=INK)
     axes.grid(visible=True, color="#e6e6e6", lw=0.7)
     axes.set_axisbelow(True)
@@ -217,7 +279,7 @@ def _style(axes: Axes) -> None:
 
 def _style_loss(axes: Axes, label: str) -> None:
     """A logarithmic axis where the losses span more than a decade, else a linear one with its plainer ticks."""
-    _style(axes)
+    style(axes)
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.get_lines()])
     if values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
@@ -225,7 +287,7 @@ def _style_loss(axes: Axes, label: str) -> None:
 
 
 def _style_accuracy(axes: Axes, config: Config) -> None:
-    _style(axes)
+    style(axes)
     task = config.make_task()
     if task.criterion == "cross_entropy" and task.output_size <= 10:
         axes.axhline(1 / task.output_size, color="#999999", lw=1, ls=(0, (4, 3)), label=CHANCE_LABEL)

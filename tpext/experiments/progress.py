@@ -3,36 +3,75 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
 from tpext.experiments.config import Config
-from tpext.experiments.run_folder import Row
 
 REDRAW_SECONDS = 0.1
 
 
+class ShownRow(Protocol):
+    """What is shown of an evaluation."""
+
+    @property
+    def iteration(self) -> int:
+        """Number of the step that it came after."""
+
+    @property
+    def train_loss(self) -> float:
+        """Mean since the evaluation before."""
+
+    @property
+    def test_loss(self) -> float:
+        """Loss on the set of the evaluation."""
+
+    @property
+    def accuracy(self) -> float:
+        """Accuracy there, in 0..1."""
+
+
 class Progress:
-    """Shows how a run gets on; a context manager."""
+    """Shows how a run gets on; a context manager.
+
+    Args:
+        console: where.
+        description: of the run, in one line.
+        folder: of the run.
+        iteration, last: the one to go on after, and the last one.
+        rows: the evaluations so far.
+        evaluated: name of the set that the rows' ``test_loss`` and ``accuracy`` are of.
+    """
 
     def __init__(
-        self, console: Console, config: Config, folder: Path, iteration: int, last: int, rows: list[Row]
+        self,
+        console: Console,
+        description: str,
+        folder: Path,
+        iteration: int,
+        last: int,
+        rows: Sequence[ShownRow],
+        evaluated: str = "test",
     ) -> None:
         self.console = console
         self.first = self.iteration = iteration
         self.last = last
         self.started = self.drawn = time.perf_counter()
-        self.last_row = rows[-1] if rows else None
-        say(self.console, describe(config))
+        self.last_row: ShownRow | None = rows[-1] if rows else None
+        say(self.console, description)
         say(
             self.console,
             f"{'resuming after iteration ' + str(iteration) + ' in' if iteration else 'writing to'} {folder}",
         )
         self.bar: Bar | None = None
+        loss = f"{evaluated} loss"
+        self.width = max(10, len(loss))
         if console.is_terminal and not console.quiet:
             self.bar = Bar(
                 TextColumn("{task.completed:>6.0f}/{task.total:.0f}"),
@@ -44,7 +83,10 @@ class Progress:
             )
             self.line = self.bar.add_task("", total=last, completed=iteration, numbers="")
         else:
-            say(self.console, f"{'iteration':>9}  {'train loss':>10}  {'test loss':>10}  {'accuracy':>8}  {'it/s':>7}")
+            say(
+                self.console,
+                f"{'iteration':>9}  {'train loss':>10}  {loss:>{self.width}}  {'accuracy':>8}  {'it/s':>7}",
+            )
 
     def __enter__(self) -> Progress:
         if self.bar is not None:
@@ -57,12 +99,12 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def row(self, row: Row) -> None:
+    def row(self, row: ShownRow) -> None:
         """Show an evaluation."""
         self.last_row = row
         if self.bar is None:
             self.iteration = row.iteration
-            numbers = f"{row.train_loss:>10.5f}  {row.test_loss:>10.5f}  {row.accuracy:>8.2%}"
+            numbers = f"{row.train_loss:>10.5f}  {row.test_loss:>{self.width}.5f}  {row.accuracy:>8.2%}"
             say(self.console, f"{row.iteration:>9}  {numbers}  {self._rate():>7.0f}")
 
     def advance(self, iteration: int, train_loss: float) -> None:

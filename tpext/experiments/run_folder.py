@@ -20,11 +20,12 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, NamedTuple, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_origin, get_type_hints
 
 import torch
 
@@ -84,8 +85,44 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked."""
 
 
-class RunFolder:
-    """The folder of one run."""
+class RunConfig(Protocol):
+    """What a folder needs of a run's configuration, a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as config.json holds them."""
+
+    @classmethod
+    def from_dict(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+        """Return the configuration that :meth:`to_dict` wrote, or raise ConfigError."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the value of every option by its name."""
+
+
+class RunRow(Protocol):
+    """What a folder needs of an evaluation."""
+
+    @property
+    def iteration(self) -> int:
+        """Number of the step that it came after."""
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+RowT = TypeVar("RowT", bound=RunRow)
+ResultT = TypeVar("ResultT")
+
+
+class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
+    """The folder of one run, of whichever kind: subclasses name its configuration and its result, and read its rows.
+
+    Attributes:
+        config_class, result_class: dataclasses, of config.json and result.json.
+    """
+
+    config_class: type[ConfigT]
+    result_class: type[ResultT]
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -94,8 +131,18 @@ class RunFolder:
         self.checkpoint = self.path / "checkpoint.pt"
         self.result = self.path / "result.json"
         self.curve = self.path / "curve.png"
-        self.decision = self.path / "decision.png"
-        self.reconstruction = self.path / "reconstruction.png"
+
+    @abstractmethod
+    def _header(self) -> Sequence[str]:
+        """The columns of metrics.csv."""
+
+    @abstractmethod
+    def _cells(self, row: RowT) -> Sequence[object]:
+        """The cells of a row."""
+
+    @abstractmethod
+    def _rows(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[RowT]:
+        """The rows of a table's cells; ValueError if it is another table."""
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -128,7 +175,7 @@ class RunFolder:
                     "pass another --out for a new run"
                 )
 
-    def create(self, config: Config) -> None:
+    def create(self, config: ConfigT) -> None:
         """Start a run here, in the locked folder.
 
         Raises:
@@ -137,7 +184,7 @@ class RunFolder:
         self.check_empty()
         write_whole(self.config, _json(config.to_dict()))
 
-    def read_config(self) -> Config | None:
+    def read_config(self) -> ConfigT | None:
         """Return the configuration of the run here, None if there is none.
 
         Raises:
@@ -146,13 +193,13 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
-            return Config.from_dict(json.loads(self.config.read_text()))
+            return self.config_class.from_dict(json.loads(self.config.read_text()))
         except ConfigError as error:
             raise RunError(f"{self.config}: {error}") from error
         except (OSError, ValueError) as error:
             raise RunError(f"{self.config}: not the configuration of a run: {error}") from error
 
-    def continued(self, asked: Mapping[str, Any]) -> Config | None:
+    def continued(self, asked: Mapping[str, Any]) -> ConfigT | None:
         """Return the configuration of the run here with the free fields asked for, None if there is no run.
 
         Raises:
@@ -166,7 +213,7 @@ class RunFolder:
             raise RunError(f"{self.path} holds another run: {'; '.join(found)}. Pass another --out for a new run")
         return replace(saved, **{name: asked[name] for name in FREE_FIELDS if name in asked})
 
-    def read_result(self) -> Result | None:
+    def read_result(self) -> ResultT | None:
         """Return the result of the run here, None if it is not complete.
 
         Raises:
@@ -176,19 +223,19 @@ class RunFolder:
             return None
         try:
             values = json.loads(self.result.read_text())
-            result = Result(**values)
+            result = self.result_class(**values)
         except (OSError, TypeError, ValueError) as error:
             raise RunError(f"{self.result}: not the result of a run of this version: {error}") from error
-        for name, kind in get_type_hints(Result).items():
+        for name, kind in get_type_hints(self.result_class).items():
             if not isinstance(getattr(result, name), kind if isinstance(kind, UnionType) else get_origin(kind) or kind):
                 raise RunError(f"{self.result}: {name} must be of type {kind}, got {getattr(result, name)!r}")
         return result
 
-    def write_result(self, result: Result) -> None:
+    def write_result(self, result: ResultT) -> None:
         """Mark the run as complete."""
-        write_whole(self.result, _json(asdict(result)))
+        write_whole(self.result, _json(asdict(result)))  # type: ignore[call-overload]
 
-    def read_rows(self) -> list[Row]:
+    def read_rows(self) -> list[RowT]:
         """Return the evaluations in metrics.csv, none if there is no such file.
 
         Raises:
@@ -199,25 +246,21 @@ class RunFolder:
         try:
             # What a kill cut short has no end of line.
             header, *lines = csv.reader(self.metrics.read_text().split("\n")[:-1])
-            # Earlier versions had no running accuracy.
-            if tuple(header) not in (Row._fields, Row._fields[:-1]):
-                raise ValueError(f"its columns are {', '.join(header)}")
-            kinds = _READ[: len(header)]
-            return [Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True))) for line in lines]
+            return self._rows(header, lines)
         except (OSError, ValueError, csv.Error) as error:
             raise RunError(f"{self.metrics}: not the metrics of a run: {error}") from error
 
-    def append_row(self, row: Row) -> None:
+    def append_row(self, row: RowT) -> None:
         """Add a line to metrics.csv. A line cut short by a kill is mended by :meth:`write_rows` on resume."""
         with self.metrics.open("a", newline="") as file:
-            csv.writer(file).writerow(row)
+            csv.writer(file).writerow(self._cells(row))
 
-    def write_rows(self, rows: list[Row]) -> None:
+    def write_rows(self, rows: list[RowT]) -> None:
         """Write metrics.csv anew."""
         text = io.StringIO(newline="")
         writer = csv.writer(text)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+        writer.writerow(self._header())
+        writer.writerows(map(self._cells, rows))
         write_whole(self.metrics, text.getvalue().encode())
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
@@ -250,6 +293,31 @@ class RunFolder:
         if found != CHECKPOINT_FORMAT:
             raise RunError(f"{self.checkpoint}: format {found}, this version reads {CHECKPOINT_FORMAT}")
         return state
+
+
+class RunFolder(AnyRunFolder[Config, Row, Result]):
+    """The folder of one run of :func:`tpext.experiments.train.train`."""
+
+    config_class = Config
+    result_class = Result
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self.decision = self.path / "decision.png"
+        self.reconstruction = self.path / "reconstruction.png"
+
+    def _header(self) -> Sequence[str]:
+        return Row._fields
+
+    def _cells(self, row: Row) -> Sequence[object]:
+        return row
+
+    def _rows(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[Row]:
+        # Earlier versions had no running accuracy.
+        if tuple(header) not in (Row._fields, Row._fields[:-1]):
+            raise ValueError(f"its columns are {', '.join(header)}")
+        kinds = _READ[: len(header)]
+        return [Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True))) for line in lines]
 
 
 def _json(values: dict[str, Any]) -> bytes:

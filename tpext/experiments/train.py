@@ -5,16 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import platform
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -22,9 +16,10 @@ from torch import Tensor, nn
 import tpext
 from tpext.experiments.config import REVERSE_RULES, Config, ConfigError
 from tpext.experiments.figures import draw_run, draw_task
+from tpext.experiments.loop import DivergedError, catch_interrupts, check_device, torch_state, versions
 from tpext.experiments.model import local_scales, make_model, split_parameters
 from tpext.experiments.plan import Plan
-from tpext.experiments.progress import Progress, say
+from tpext.experiments.progress import Progress, describe, say
 from tpext.experiments.run_folder import Result, Row, RunError, RunFolder
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy
@@ -37,14 +32,6 @@ if TYPE_CHECKING:
 
 # An evaluation pass keeps its states below this many numbers.
 EVALUATION_NUMBERS = 2**24
-
-
-class DivergedError(RuntimeError):
-    """A loss, gradient or parameter became NaN or infinite."""
-
-    def __init__(self, iteration: int, what: str) -> None:
-        super().__init__(f"diverged at iteration {iteration}: {what}")
-        self.iteration = iteration
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False, console: Console | None = None) -> Result:
@@ -78,11 +65,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
         if result is not None:
             say(console, f"{folder.path} is complete already")
             return result
-    if torch.device(config.device).type == "cuda":
-        if not tpext.build_info()["cuda_architectures"]:
-            raise ConfigError("device must be cpu: this build of tpext has no CUDA kernels")
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device must be cpu: torch sees no CUDA device, got {config.device}")
+    check_device(config.device)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError('tensorboard is not installed: pip install "tpext[experiments]"')
     task = config.make_task()
@@ -92,48 +75,12 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
         test_set = task.test_set(config.seed, config.test_size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    with _torch_state(config):
+    with torch_state(config.seed, config.threads or default_threads(config)):
         run = _Run(config, task, plan, test_set, folder, console)
-        with folder.locked(), _interrupts() as interrupts:
+        with folder.locked(), catch_interrupts() as interrupts:
             if saved is None:
                 folder.create(config)
             return run.carry_out(interrupts)
-
-
-@contextlib.contextmanager
-def _torch_state(config: Config) -> Iterator[None]:
-    """Seed torch and set its threads, for the run only."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        torch.set_num_threads(config.threads or default_threads(config))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[list[int]]:
-    """Collect a first Ctrl-C in a list, for the loop to stop between two iterations; let a second one stop it at once.
-
-    Only the main thread can, and only where nobody else handles Ctrl-C.
-    """
-    caught: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
-        yield caught
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield caught
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def default_threads(config: Config) -> int:
@@ -224,7 +171,7 @@ class _Run:
         self.started = time.perf_counter()
         try:
             with Progress(
-                self.console, config, self.folder.path, self.iteration, self.plan.iterations, self.rows
+                self.console, describe(config), self.folder.path, self.iteration, self.plan.iterations, self.rows
             ) as progress:
                 if not self.rows:
                     self._add_row(self._first_loss(), progress, writer)
@@ -430,13 +377,3 @@ class _Run:
             versions=versions(),
             running_accuracy=last.running_accuracy,
         )
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
-    return {
-        "tpext": str(tpext.build_info()["version"]),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }

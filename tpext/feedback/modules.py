@@ -67,13 +67,11 @@ class UnpoolFeedback(Feedback):
         super().__init__()
         if block.return_indices:
             raise ValueError(f"make_feedback: {block} must have return_indices=False, got True")
-        sizes = zip(*map(_each, (block.kernel_size, block.stride, block.padding, block.dilation)), strict=False)
-        windows = {Window(*size[:3]) for size in sizes if size[3] == 1}
-        pairs = zip(*map(_each, (block.kernel_size, block.stride, block.dilation)), strict=False)
-        self.overlapping = any(kernel > stride or dilation > 1 for kernel, stride, dilation in pairs)
+        sizes = list(zip(*map(_each, (block.kernel_size, block.stride, block.padding, block.dilation)), strict=False))
+        self.overlapping = any(kernel > stride or dilation > 1 for kernel, stride, _, dilation in sizes)
         # what the kernels know: square windows in a plane
-        if isinstance(block, nn.MaxPool2d) and len(windows) == 1 and not block.ceil_mode:
-            self.window = windows.pop()
+        if isinstance(block, nn.MaxPool2d) and len({*sizes[:2]}) == 1 and sizes[0][3] == 1 and not block.ceil_mode:
+            self.window = Window(*sizes[0][:3])
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, PoolCode]:
         assert isinstance(block, pooling._MaxPoolNd)

@@ -1,0 +1,629 @@
+"""Runs on images: the methods' settings, what a run computes, that it resumes bit for bit, the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tpext
+from tpext.diagnostics import feedback_angles, gradient_angles
+from tpext.experiments import ConfigError, ImageConfig, make_image_config, train_images
+from tpext.experiments import image_train as module
+from tpext.experiments.cli import main
+from tpext.experiments.feedback_presets import METHODS
+from tpext.experiments.figures import draw_image_run
+from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.image_train import ImagePlan, Step, learning_rate, make_optimizer
+from tpext.experiments.loop import DivergedError
+from tpext.experiments.run_folder import RunError
+from tpext.feedback import LDRL, DifferenceReconstruction, FeedbackTrainer, GradientTrainer
+
+SMALL: dict[str, Any] = {
+    "channels": (4, 4),
+    "epochs": 2,
+    "train_size": 60,
+    "batch_size": 20,
+    "validation": 0.02,
+    "checkpoint_interval": 2,
+    "threads": 1,
+}
+HIDDEN = {"hidden_size": 8}
+
+
+def small(rule: str = "ldrl", network: str = "lenet", **options: Any) -> ImageConfig:
+    hidden = HIDDEN if network in ("lenet", "meulemans-convnet") else {}
+    method = METHODS[rule].options
+    start = {"feedback_start": 2} if "feedback_start" in method else {}
+    start |= {"feedback_epochs": 0} if "feedback_epochs" in method else {}
+    return make_image_config("digits", network, rule=rule, **{**SMALL, **hidden, **start, **options})
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder: Path) -> dict[str, Any]:
+    state = ImageFolder(folder).load_checkpoint()
+    assert state is not None
+    return state
+
+
+def same(left: Any, right: Any) -> bool:
+    """Bitwise equality of nested states."""
+    if isinstance(left, torch.Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, (list, tuple)):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+VGG = ((20, 30, 35, 55, 20), (0.4, 0.4, 0.2, 0.2, 0.08), (1e-4, 3.5e-4, 8e-3, 8e-3, 0.18))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "network", "lists", "lr", "step", "batch_size"),
+    [
+        ("cifar10", "simple-vgg", VGG, 0.05, 0.7, 128),
+        ("imagenet32", "simple-vgg", ((25, 35, 40, 60, 25), *VGG[1:]), 0.01, 0.7, 256),
+        (
+            "cifar10",
+            "lenet",
+            (
+                (41, 51, 24),
+                (0.41640228838517584, 0.3826261146623929, 0.1395382069358601),
+                (0.0007188427494432325, 0.00012510321884615596, 0.03541466958291287),
+            ),
+            0.03618,
+            0.4655,
+            256,
+        ),
+    ],
+)
+def test_published_ldrl(dataset: str, network: str, lists: Any, lr: float, step: float, batch_size: int) -> None:
+    config = make_image_config(dataset, network, preset="published")
+    assert (config.iterations, config.noise, config.feedback_lr) == lists
+    assert (config.lr, config.target_step, config.batch_size) == ((lr,), step, batch_size)
+    assert (config.momentum, config.weight_decay, config.feedback_momentum, config.epochs) == (0.9, 1e-4, 0.9, 90)
+    assert (config.schedule, config.schedule_epochs, config.lr_min) == ("cosine-torch", 85, 1e-5)
+    assert (config.normalize, config.feedback_start, config.feedback_first) == (False, 0, True)
+    assert (config.second_term, config.indices, config.samples) == ("drawn", "noisy", 1)
+    default = make_image_config(dataset, network)
+    assert (default.iterations, default.noise, default.feedback_lr) == lists
+    assert (default.schedule, default.schedule_epochs, default.feedback_start) == ("cosine", 85, 20)
+    # the fair baseline: rate and weight decay of exact feedback
+    fair = make_image_config(dataset, network, rule="backprop")
+    assert fair.lr == pytest.approx((lr * step,))
+    assert fair.lr[0] * fair.weight_decay == pytest.approx(lr * 1e-4)
+    for rule in ("dtp", "tp"):
+        vanilla = make_image_config(dataset, network, rule=rule, preset="published")
+        assert (vanilla.lr, vanilla.iterations, vanilla.weight_decay) == ((1e-3,), lists[0], 1e-4)
+    parallel = make_image_config(dataset, network, rule="parallel-ldrl", preset="published")
+    assert (parallel.samples, parallel.iterations, parallel.feedback_optimizer) == (10, (1,), "adam")
+    assert (parallel.lr, parallel.feedback_lr, parallel.schedule) == ((3e-4,), (3e-4,), "constant")
+    assert (parallel.weight_decay, parallel.feedback_weight_decay) == (1e-4, 1e-4)
+
+
+def test_published_backprop() -> None:
+    vgg = make_image_config("cifar10", "simple-vgg", rule="backprop", preset="published")
+    assert (vgg.lr, vgg.momentum, vgg.weight_decay, vgg.batch_size) == ((0.05,), 0.9, 0.0, 128)
+    imagenet = make_image_config("imagenet32", "simple-vgg", rule="backprop", preset="published")
+    assert (imagenet.lr, imagenet.schedule, imagenet.schedule_epochs) == ((0.01,), "step", 30)
+    mlp = make_image_config("mnist", "mlp", rule="backprop", preset="published")
+    assert (mlp.lr, mlp.betas, mlp.eps, mlp.optimizer) == ((2.970e-4,), (0.99, 0.999), (6.9e-8,), "adam")
+
+
+# method -> lr before its division by the step, step, feedback lr, noise, feedback weight decay, betas, eps, the
+# feedback's betas and eps
+MNIST = {
+    "dtp": (6.185e-5, 0.21951, 1.9585e-3, 0.083725, 0.0, (0.9, 0.999), 1.017e-8, (0.9, 0.999), 7.54e-6),
+    "drl": (2.9689e-5, 0.068589, 2.0123e-5, 0.056879, 5.385e-6, (0.9, 0.99), 1e-8, (0.99, 0.999), 5.08e-8),
+    "ddtp-linear":
+        (2.0354e-5, 0.060969, 1.6378e-4, 0.090752, 5.836e-7, (0.9, 0.999), 1.255e-8, (0.999, 0.999), 2.84e-4),
+    "ddtp-rhl": (2.8048e-5, 0.043516, 3.0245e-4, 0.041623, 1.621e-3, (0.9, 0.99), 3.98e-8, (0.9, 0.999), 3.40e-6),
+    "ddtp-control": (8.8827e-5, 0.094167, 1.8713e-4, 0.00872, 4.02e-4, (0.9, 0.999), 5.55e-8, (0.9, 0.999), 1.23e-8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", MNIST)
+def test_published_meulemans(rule: str) -> None:
+    config = make_image_config("mnist", "mlp", rule=rule, preset="published")
+    lr, step, feedback_lr, noise, decay, betas, eps, feedback_betas, feedback_eps = MNIST[rule]
+    assert config.lr == pytest.approx((lr / step,))
+    assert (config.target_step, config.feedback_lr, config.noise) == (step, (feedback_lr,), (noise,))
+    assert (config.feedback_weight_decay, config.betas, config.feedback_betas) == (decay, betas, feedback_betas)
+    assert (config.eps, config.feedback_eps) == (pytest.approx((eps * 64,)), feedback_eps)
+    assert (config.channels, config.epochs, config.batch_size, config.precision) == ((256,) * 5, 100, 128, "64")
+    assert (config.normalization, config.augment, config.validation) == ("meulemans", False, 1 / 12)
+    assert (config.feedback_first, config.reduction, config.normalize) == (False, "sum", False)
+    assert config.feedback_epochs == (0 if rule == "dtp" else 6)
+    half = make_image_config("mnist", "mlp", rule=rule, preset="published", batch_size=64)
+    assert half.eps == pytest.approx((eps * 32,))
+
+
+def test_published_convolutions_of_meulemans() -> None:
+    config = make_image_config("cifar10", "meulemans-convnet", rule="ddtp-linear", preset="published")
+    assert config.lr == pytest.approx([rate / 0.015962 for rate in (2.5936e-4, 8.8550e-4, 1.42305e-4, 3.3871e-6)])
+    scales = (64 * 32 * 16 * 16, 64 * 64 * 8 * 8, 64, 64)
+    expected = [eps * scale for eps, scale in zip((2.79e-8, 1.99e-8, 4.52e-6, 4.05e-5), scales, strict=True)]
+    assert config.eps == pytest.approx(expected)
+    assert make_image_config("cifar10", "mlp", rule="ddtp-rhl").feedback_units == 2048
+
+
+def test_adam_takes_the_published_steps() -> None:
+    """The step of the blocks is that of the published local losses: ||h - t||^2, eta times the mean loss's gradient."""
+    config = small("ddtp-linear", "mlp", precision="64", normalize=False, reduction="sum", target_step=0.1, eps=1e-3)
+    net = config.make_network()
+    torch.manual_seed(1)
+    input, target = torch.randn(20, 1, 8, 8, dtype=torch.float64), torch.arange(20) % 10
+    calls = net.trace(input).calls
+    output = calls[-1].output.requires_grad_()
+    (grad,) = torch.autograd.grad(torch.nn.functional.cross_entropy(output, target), output)
+    moves = net.rule.displacements(calls, -0.1 * grad)  # type: ignore[union-attr]
+    block, weight = calls[0].block, next(iter(calls[0].block.parameters()))
+    published = (block(calls[0].input) - (calls[0].output + moves[0])).square().sum(1).mean()
+    (expected,) = torch.autograd.grad(published, weight)
+    torch.nn.functional.cross_entropy(net(input), target).backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, expected * 20 / 2, rtol=1e-9, atol=0)
+
+
+def test_other_networks_take_the_nearest_settings() -> None:
+    config = make_image_config("mnist", "simple-vgg")
+    assert config.iterations == (20, 30, 35, 20)
+    assert config.noise == (0.4, 0.4, 0.2, 0.08)
+    for network in ("simple-vgg", "lenet", "resnet18", "resnet34", "meulemans-convnet", "mlp"):
+        for dataset in ("cifar10", "mnist", "fashion-mnist", "imagenet32", "digits"):
+            for rule in METHODS:
+                config = make_image_config(dataset, network, rule=rule)
+                assert ImageConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dataset": "svhn"}, "dataset must be one of cifar10, mnist"),
+        ({"network": "vit"}, "network must be one of simple-vgg, lenet"),
+        ({"rule": "magic"}, "rule must be one of ldrl, parallel-ldrl"),
+        ({"preset": "best"}, "preset must be one of default, published, got 'best'"),
+        ({"width": 3}, "unknown option width"),
+        ({"rule": "backprop", "noise": 0.1}, r"noise does not belong to rule=backprop \(options of that rule: none\)"),
+        ({"rule": "dtp", "second_term": "expected"}, "second_term does not belong to rule=dtp"),
+        ({"iterations": (1, 2)}, r"iterations must be one number or one for each of the 3 layers .*fc2\), got 2"),
+        ({"lr": (1.0, 2.0, 3.0)}, r"lr must be one number or one for each of the 4 layers \(conv_0.*\), got 3"),
+        ({"iterations": 0}, "iterations must be an integer >= 1, got 0"),
+        ({"noise": -1.0}, "noise must be a number > 0, got -1"),
+        ({"feedback_scale": 0.0}, "feedback_scale must be a number > 0"),
+        ({"target_step": 0.0}, "target_step must be a number > 0"),
+        ({"rule": "running-ldrl", "decay": 1.0}, "decay must be below 1"),
+        ({"second_term": "some"}, "second_term must be one of drawn, expected, got 'some'"),
+        ({"feedback_optimizer": "adam", "feedback_lr": (1.0, 1.0, 1.0)}, "feedback_lr must be one number with"),
+        ({"betas": (0.9, 0.99)}, "betas does not belong to optimizer=sgd"),
+        ({"schedule": "constant", "schedule_epochs": 3}, "schedule_epochs does not belong to schedule=constant"),
+        ({"optimizer": "adam", "momentum": 0.5}, "momentum does not belong to optimizer=adam"),
+        ({"hidden_size": 3, "network": "mlp"}, "hidden_size does not belong to network=mlp"),
+        ({"batchnorm": True}, "batchnorm does not belong to network=lenet"),
+        ({"channels": (4, 4, 4, 4), "network": "simple-vgg"}, "cannot be built for digits: .*at least 16 x 16"),
+        ({"data_dir": "x"}, "data_dir does not belong to digits"),
+        ({"validation": 1.0}, "validation must be None or in"),
+        ({"normalization": "3xstd"}, "normalization must be one of standard, none for digits"),
+        ({"preset": "published"}, "no settings were published for rule=ldrl, dataset=digits, network=lenet"),
+        ({"device": "tpu9"}, "device must be a torch device"),
+        ({"precision": "16"}, "precision must be one of 32, 64"),
+        ({"epochs": 0}, "epochs must be an integer >= 1"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_image_config(**{"dataset": "digits", "network": "lenet", **options})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["running-ldrl", "closed-form"])
+def test_methods_that_cannot_serve_a_network(rule: str, tmp_path: Path) -> None:
+    config = make_image_config("digits", "resnet18", rule=rule, channels=(4,))
+    with pytest.raises(ConfigError, match=rf"rule={rule} does not go with network=resnet18: .* block 1"):
+        train_images(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_feedback_scale_rounds_up() -> None:
+    assert make_image_config("cifar10", "simple-vgg", feedback_scale=0.1).counts == (2, 3, 4, 6, 2)
+    assert make_image_config("cifar10", "simple-vgg", feedback_scale=1e-3).counts == (1,) * 5
+
+
+def test_schedules() -> None:
+    def rates(schedule: str, epochs: int) -> list[float]:
+        config = make_image_config("cifar10", "simple-vgg", schedule=schedule, schedule_epochs=epochs)
+        return [learning_rate(config, 0.05, epoch) for epoch in range(90)]
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for name, kind, options in (
+        ("cosine-torch", torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 85, "eta_min": 1e-5}),
+        ("step", torch.optim.lr_scheduler.StepLR, {"step_size": 30, "gamma": 0.1}),
+    ):
+        optimizer = torch.optim.SGD([parameter], lr=0.05)
+        scheduler: Any = kind(optimizer, **options)
+        expected = []
+        for _ in range(90):
+            expected.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            scheduler.step()
+        assert rates(name, 85 if name == "cosine-torch" else 30) == pytest.approx(expected)
+    ours = rates("cosine", 85)
+    assert ours[:86] == rates("cosine-torch", 85)[:86]
+    assert ours[85:] == [1e-5] * 5
+    assert make_image_config("cifar10", epochs=18).schedule_epochs == 17
+
+
+def test_plan() -> None:
+    plan = ImagePlan(start=2, batches=3, epochs=2, extra=1)
+    steps = [plan.step(iteration) for iteration in range(plan.iterations)]
+    assert steps == [
+        *(Step(number, False) for number in (0, 1)),
+        *(Step(number, True) for number in (0, 1, 2)),
+        *(Step(number, False) for number in (0, 1, 2)),
+        *(Step(number, True) for number in (3, 4, 5)),
+    ]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", METHODS)
+@pytest.mark.parametrize("network", ["lenet", "mlp"])
+def test_every_method_runs(rule: str, network: str, tmp_path: Path) -> None:
+    config = small(rule, network, epochs=1)
+    result = train_images(config, tmp_path)
+    read = rows(tmp_path)
+    start = config.feedback_start or 0
+    assert [row["iteration"] for row in read] == ["0", str(start + 3)]
+    for row in read:
+        assert all(math.isfinite(float(row[name])) for name in ("train_loss", "loss", "accuracy", "top5"))
+        for name in config.block_names:
+            assert (row[f"gradient_angle_{name}"] == "") == (rule == "backprop")
+    # the output layer learns by the loss's own gradient
+    if rule != "backprop":
+        assert float(read[-1][f"gradient_angle_{config.block_names[-1]}"]) < 1e-5
+    assert read[0]["feedback_angle_" + config.block_names[0]] == ""
+    if rule in ("ldrl", "parallel-ldrl", "running-ldrl", "closed-form", "tied", "fw-dtp"):
+        assert all(row["feedback_angle_" + name] for row in read for name in config.block_names[1:])
+    assert (result.iterations, result.rule, result.evaluated_on) == (start + 3, rule, "validation")
+    assert 0 <= result.accuracy <= (result.top5 or 0) <= 1
+    names = {path.name for path in tmp_path.iterdir()}
+    pictures = {"curve.png", "angles.png"}
+    assert names == {"config.json", "metrics.csv", "result.json", "checkpoint.pt", "best.pt", "lock"} | pictures
+
+
+@pytest.mark.parametrize(("network", "rule"), [("simple-vgg", "ldrl"), ("resnet18", "ldrl"), ("resnet18", "fw-dtp")])
+def test_other_networks_run(network: str, rule: str, tmp_path: Path) -> None:
+    options = {"iterations": 1, "feedback_lr": 1e-5} if rule == "ldrl" else {"batchnorm": True}
+    train_images(small(rule, network, epochs=1, lr=1e-3, **options), tmp_path)
+    assert len(rows(tmp_path)) == 2
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    config = make_image_config("digits", "lenet", rule="closed-form", epochs=4)
+    result = train_images(config, tmp_path)
+    assert result.accuracy > 0.8
+    read = rows(tmp_path)
+    assert [float(row["epoch"]) for row in read] == [0, 1, 2, 3, 4]
+    assert float(read[-1]["gradient_angle_fc1"]) < 5
+    best = ImageFolder(tmp_path).load_best()
+    assert best["iteration"] == result.best_iteration
+    assert best["accuracy"] == result.best_evaluation == max(float(row["accuracy"]) for row in read[1:])
+
+
+def test_feedback_turns_towards_the_blocks(tmp_path: Path) -> None:
+    config = make_image_config("digits", "simple-vgg", indices="clean", noise=0.05, feedback_lr=0.05, epochs=1)
+    train_images(config, tmp_path)
+    first, last = rows(tmp_path)
+    for name in config.block_names[1:]:
+        assert float(last[f"feedback_angle_{name}"]) < 0.6 * float(first[f"feedback_angle_{name}"])
+
+
+@pytest.mark.parametrize("rule", ["ldrl", "parallel-ldrl", "running-ldrl", "ddtp-rhl", "dtp", "backprop"])
+@pytest.mark.parametrize("stop", [1, 5])
+def test_an_interrupted_run_resumes_to_the_bit(
+    rule: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(rule, "simple-vgg" if rule == "ldrl" else "lenet", eval_interval=2)
+    whole = train_images(config, tmp_path / "whole")
+    step = module._Run._step
+
+    def stopping(run: module._Run, iteration: int, what: Step) -> None:
+        if iteration == stop + 1:
+            raise RuntimeError("killed")
+        step(run, iteration, what)
+
+    monkeypatch.setattr(module._Run, "_step", stopping)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_images(config, tmp_path / "parts")
+    monkeypatch.setattr(module._Run, "_step", step)
+    resumed = train_images(config, tmp_path / "parts", resume=True)
+    first, second = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts")
+    for key in ("iteration", "network", "optimizer", "trainer", "random_state", "losses"):
+        assert same(first[key], second[key]), f"{key} differs"
+    left, right = rows(tmp_path / "whole"), rows(tmp_path / "parts")
+    for row in (*left, *right):
+        del row["seconds"]
+    assert left == right
+    assert resumed.accuracy == whole.accuracy
+    assert resumed.best_accuracy == whole.best_accuracy
+    assert train_images(config, tmp_path / "parts", resume=True) == resumed
+    with pytest.raises(RunError, match="already holds a run"):
+        train_images(config, tmp_path / "parts")
+    with pytest.raises(RunError, match="batch_size is 20 there, 10 was asked for"):
+        train_images(small(rule, config.network, eval_interval=2, batch_size=10), tmp_path / "parts", resume=True)
+
+
+def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = module._Run._step
+
+    def interrupted(run: module._Run, iteration: int, what: Step) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        step(run, iteration, what)
+
+    monkeypatch.setattr(module._Run, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved at iteration 1"):
+        train_images(small(), tmp_path)
+    assert checkpoint(tmp_path)["iteration"] == 1
+
+
+def test_divergence(tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="diverged at iteration"):
+        train_images(small("backprop", lr=1e30), tmp_path)
+    for value in checkpoint(tmp_path)["network"].values():
+        assert torch.isfinite(value).all()
+    assert (tmp_path / "curve.png").exists()
+
+
+def test_evaluation_draws_no_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More evaluations change nothing, and no evaluation trains the feedback or moves the generators."""
+    seen = []
+    add_row = module._Run._add_row
+
+    def watched(run: module._Run, progress: Any) -> None:
+        assert run.trainer is not None
+        before = torch.get_rng_state(), run.trainer.steps, [p.clone() for p in run.net.parameters()]
+        add_row(run, progress)
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert run.trainer.steps == before[1]
+        assert all(map(torch.equal, before[2], run.net.parameters()))
+        assert run.net.training
+        assert all(parameter.grad is None or parameter in dict.fromkeys(run.net.blocks.parameters())
+                   for parameter in run.net.parameters())  # fmt: skip
+        seen.append(run.iteration)
+
+    monkeypatch.setattr(module._Run, "_add_row", watched)
+    train_images(small(), tmp_path / "few")
+    train_images(small(eval_interval=1), tmp_path / "many")
+    assert seen == [0, 5, 8, 0, 3, 4, 5, 6, 7, 8]
+    assert same(checkpoint(tmp_path / "few")["network"], checkpoint(tmp_path / "many")["network"])
+
+
+def test_feedback_before_or_after(tmp_path: Path) -> None:
+    """The order decides which feedback the first batch's targets go through."""
+    for first in (True, False):
+        config = small("ldrl", feedback_first=first, feedback_start=0, train_size=20, epochs=1, precision="64")
+        task, order = config.make_task(), []
+        torch.manual_seed(config.seed)
+        net = config.make_network()
+        trainer = config.make_trainer(net)
+        assert isinstance(trainer, FeedbackTrainer)
+        optimizer = make_optimizer(config, net)
+        batch = task.batch(config.seed, 0, config.batch_size)
+        trace = net.trace(batch.input.double())
+        loss = torch.nn.functional.cross_entropy(trace.output, batch.target)
+        for act in (trainer.step, None) if first else (None, trainer.step):
+            order.append(act(trace) if act is not None else loss.backward())
+        optimizer.step()
+        train_images(config, tmp_path / str(first))
+        assert same(checkpoint(tmp_path / str(first))["network"], net.state_dict())
+
+
+def test_without_validation_set(tmp_path: Path) -> None:
+    result = train_images(small("backprop", validation=0.0), tmp_path)
+    assert result.evaluated_on == "test"
+    assert result.accuracy == float(rows(tmp_path)[-1]["accuracy"])
+
+
+def test_trainers_have_their_settings() -> None:
+    config = small(
+        "ldrl", iterations=(3, 4, 5), noise=(0.1, 0.2, 0.3), feedback_lr=(1.0, 2.0, 3.0), second_term="expected"
+    )
+    trainer = config.make_trainer(config.make_network())
+    assert isinstance(trainer, LDRL)
+    assert (trainer.iterations, trainer.noise, trainer.second_term) == ([3, 4, 5], [0.1, 0.2, 0.3], "expected")
+    assert [one.param_groups[0]["lr"] for one in trainer.optimizers] == [1.0, 2.0, 3.0]
+    control = small("ddtp-control")
+    trainer = control.make_trainer(control.make_network())
+    assert isinstance(trainer, DifferenceReconstruction)
+    assert not trainer.difference
+    assert isinstance(trainer, GradientTrainer)
+    assert isinstance(trainer.optimizers[0], torch.optim.Adam)
+    rates = make_optimizer(small("backprop", lr=(1.0, 2.0, 3.0, 4.0)), control.make_network()).param_groups
+    assert [group["lr"] for group in rates] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_figures_need_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no run"):
+        draw_image_run(tmp_path)
+
+
+# --- angles ----------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_angles_leave_the_network_alone() -> None:
+    net = tpext.nn.TargetSequential(
+        torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ELU(), torch.nn.Dropout()),
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4 * 36, 5), torch.nn.Tanh()),
+        torch.nn.Linear(5, 3),
+        rule=tpext.DifferenceTargets(target_step=0.5, normalize=False),
+    )
+    x, y = torch.randn(6, 1, 8, 8), torch.arange(6) % 3
+    torch.nn.functional.cross_entropy(net(x), y).backward()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    grads = [parameter.grad if parameter.grad is None else parameter.grad.clone() for parameter in net.parameters()]
+    random, rule = torch.get_rng_state(), net.rule
+    angles = gradient_angles(net, x, y)
+    feedback_angles(net, x)
+    assert same(net.state_dict(), state)
+    assert all(
+        same(a.grad, b) if b is not None else a.grad is None for a, b in zip(net.parameters(), grads, strict=True)
+    )
+    assert torch.equal(random, torch.get_rng_state())
+    assert net.rule is rule
+    assert net.training
+    assert list(angles) == ["0", "1", "2"]
+    assert angles["2"].angle < 1e-6
+    assert angles["2"].distance < 1e-6
+    assert angles["0"].angle > 10
+
+
+def test_gradient_angles_by_hand() -> None:
+    net = tpext.nn.TargetSequential(
+        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh()), torch.nn.Linear(6, 3)
+    ).double()
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
+    found = gradient_angles(net, x, y, target_step=0.005)["0"]
+    net.rule = tpext.DifferenceTargets(target_step=0.005)
+    torch.nn.functional.cross_entropy(net(x), y).backward()
+    rule = net.blocks[0][0].weight.grad  # type: ignore[index, union-attr]
+    (exact,) = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(net.blocks(x), y),
+        [net.blocks[0][0].weight],  # type: ignore[index, union-attr]
+    )
+    cosine = (rule * exact).sum() / (rule.norm() * exact.norm())
+    assert found.angle == pytest.approx(math.degrees(math.acos(float(cosine))))
+    assert found.distance == pytest.approx(float((rule - exact).norm() / exact.norm()))
+
+
+# --- published figures -----------------------------------------------------------------------------------------------
+
+FIGURE = "--dataset digits --channels 4 4 --hidden-size 8 --batch-size 16"
+
+
+def test_figure_of_the_feedback_angle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = call(f"figure feedback-angle {FIGURE} --iterations 60 --out {tmp_path}", capsys)
+    assert (status, err) == (0, "")
+    assert "written:" in out
+    with (tmp_path / "feedback_angle.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [int(row["iteration"]) for row in table] == list(range(60))
+    assert float(table[-1]["angle"]) < 0.8 * float(table[0]["angle"])
+    assert (tmp_path / "feedback_angle.png").exists()
+
+
+def test_figure_of_the_gradient_angles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lr = "--lr 0.01 0.05 0.05 --indices clean --second-term expected"
+    line = f"figure gradient-angles {FIGURE} --iterations 100 {lr} --seeds 1 2 --out {tmp_path}"
+    assert call(line, capsys)[::2] == (0, "")
+    with (tmp_path / "gradient_angles.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 4 * 2 * 4
+    angles: dict[tuple[str, str], float] = {}
+    for row in table:
+        key = row["scheme"], row["layer"]
+        angles[key] = angles.get(key, 0.0) + float(row["angle"]) / 2
+    for layer in ("conv_0", "conv_1", "fc1"):
+        assert angles["symmetric", layer] < angles["L-DRL", layer] < 0.8 * angles["random", layer]
+    assert all(angles[scheme, "fc2"] < 1e-5 for scheme in ("random", "DRL", "L-DRL", "symmetric"))
+    assert (tmp_path / "gradient_angles.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"gradient-angles {FIGURE} --noise 0.1", "noise must have one value for each of the 3 layers"),
+        (f"feedback-angle {FIGURE} --iterations 0", "iterations must be an integer >= 1, got 0"),
+        ("feedback-angle --dataset digits --batch-size 5000", "batch_size must be at most"),
+    ],
+)
+def test_bad_figures(line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = call(f"figure {line} --out {tmp_path}", capsys)
+    assert status == 1
+    assert message in err
+    assert err.count("\n") == 1
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def call(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = main(line.split())
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+LINE = "train images --dataset digits --network lenet --channels 4 4 --hidden-size 8 --epochs 1 --train-size 60"
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"{LINE} --rule ldrl --feedback-scale 0.1 --noise 0.1 0.2 0.3 --no-augment --batch-size 20 --out {tmp_path}"
+    status, out, err = call(line, capsys)
+    assert (status, err) == (0, "")
+    assert "digits, lenet 4-4, ldrl (target step 0.7, 1 iterations of the feedback), sgd 0.05" in out
+    assert "validation loss" in out
+    assert f"angles: {tmp_path / 'angles.png'}" in out
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["noise"], config["augment"], config["iterations"]) == ([0.1, 0.2, 0.3], False, [10])
+    status, out, _ = call(f"train images --out {tmp_path} --resume", capsys)
+    assert status == 0
+    assert "complete already" in out
+    status, _, err = call(f"{line} --resume --rule backprop", capsys)
+    assert status == 1
+    assert "rule is ldrl there, backprop was asked for" in err
+
+
+def test_help_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = call("train images --help", capsys)
+    assert status == 0
+    for name in (*METHODS, "--feedback-start", "--second-term", "fashion-mnist", "meulemans-convnet"):
+        assert name in out
+    assert "tpext train images" in " ".join(call("train --help", capsys)[1].split())
+    assert "imagenet32" in call("tasks", capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("line", "status", "message"),
+    [
+        ("--rule magic", 1, "rule must be one of ldrl"),
+        ("--rule backprop --noise 1", 1, "noise does not belong to rule=backprop"),
+        ("--iterations 1 2", 1, "iterations must be one number or one for each of the 3 layers"),
+        ("--augment --no-augment", 1, "augment and no_augment exclude each other"),
+        ("--speed 3", 2, "--speed"),
+        ("--batch-size 5000", 1, "batch_size must be at most 60"),
+        ("--lr 1e30 --rule backprop --batch-size 20", 3, "with a smaller --lr."),
+        ("--lr 1e30 --batch-size 20", 3, "with smaller rates (--lr, --feedback-lr), or a larger --feedback-start."),
+    ],
+)
+def test_bad_command_lines(
+    line: str, status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got, out, err = call(f"{LINE} {line} --out {tmp_path / 'run'}", capsys)
+    assert got == status
+    assert message in out + err
+    assert "Traceback" not in out + err
+    assert (tmp_path / "run").exists() == (status == 3)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "imagenet32"])
+def test_missing_files(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = call(f"train images --dataset {dataset} --data-dir {tmp_path} --out {tmp_path / 'run'}", capsys)
+    assert status == 1
+    assert "--data-dir DIR" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()

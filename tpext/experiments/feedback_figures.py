@@ -1,0 +1,267 @@
+"""The commands ``tpext figure feedback-angle`` and ``tpext figure gradient-angles``: how well feedback is learned.
+
+Source of both: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022,
+figures 4.2 and 4.3, and their code.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+import tyro
+from matplotlib.figure import Figure
+from rich.console import Console
+from torch import nn
+
+from tpext.diagnostics import gradient_angles
+from tpext.experiments.config import ConfigError
+from tpext.experiments.figures import COLOURS, INK, save, style
+from tpext.experiments.loop import check_device, torch_state
+from tpext.experiments.progress import say
+from tpext.experiments.run_folder import write_whole
+from tpext.feedback import LDRL, DifferenceReconstruction, Indices, layered_feedback
+from tpext.feedback.gradient import SecondTerm
+from tpext.nn import TargetSequential
+from tpext.nn.networks import lenet
+from tpext.rules import DifferenceTargets
+from tpext.tasks import Batch, ImageClasses, ImageSetName
+
+Scheme = Literal["random", "DRL", "L-DRL", "symmetric"]
+
+SEEDS = (123, 124, 125, 126, 127)
+TARGET_STEP = 0.4655
+DRL_LR = 1e-3
+"""Ours, of Adam: that of the published figure is not known."""
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """What both figures have."""
+
+    dataset: ImageSetName = "cifar10"
+    """The images; one batch of them."""
+    out: Path = Path("figures")
+    """Folder of the table and the picture."""
+    iterations: int = 5000
+    """Steps of the feedback of each layer."""
+    batch_size: int = 256
+    """Images in the batch."""
+    channels: tuple[int, ...] = (32, 64)
+    """Channels of LeNet's convolutions."""
+    hidden_size: int = 512
+    """Units of its hidden linear layer."""
+    indices: Indices = "noisy"
+    """Places of maxima of the noisy pass, as published, or of the clean one."""
+    second_term: SecondTerm = "drawn"
+    """The loss's second term by noise, as published, or in expectation."""
+    device: str = "cpu"
+    """A torch device."""
+    threads: int = 1
+    """CPU threads."""
+    data_dir: Path | None = None
+    """Folder with the data set's files."""
+
+    def batch(self, seed: int) -> Batch:
+        """Return the batch, on the device."""
+        for name in ("iterations", "batch_size", "threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
+        check_device(self.device)
+        try:
+            found = ImageClasses(self.dataset, augment=False, data_dir=self.data_dir).batch(seed, 0, self.batch_size)
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("ImageClasses: ")) from error
+        return Batch(found.input.to(self.device), found.target.to(self.device))
+
+    def blocks(self, bias: bool) -> list[nn.Module]:
+        """Return the blocks of LeNet, from torch's random state."""
+        task = ImageClasses(self.dataset)
+        made = lenet(task.shape, task.output_size, self.channels, self.hidden_size, bias=bias, device=self.device)
+        return list(made.values())
+
+    def ldrl(self, net: TargetSequential, noise: Sequence[float], lr: Sequence[float], seed: int) -> LDRL:
+        """Return the trainer of the published loss."""
+        return LDRL(
+            net,
+            lr=list(lr),
+            noise=list(noise),
+            iterations=self.iterations,
+            momentum=0.9,
+            second_term=self.second_term,
+            indices=self.indices,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class FeedbackAngle(_Setup):
+    """Figure 4.2: the angle between the output layer's weights and those of its feedback while that learns.
+
+    LeNet at its initial weights, one batch; writes feedback_angle.csv and feedback_angle.png.
+    """
+
+    seed: int = SEEDS[0]
+    """Seed of network, batch and noise."""
+    noise: float = 0.1
+    """Standard deviation of the noise."""
+    lr: float = 0.03
+    """Learning rate of the feedback."""
+
+    def angles(self) -> list[float]:
+        """Return the angle in degrees before each step."""
+        batch = self.batch(self.seed)
+        with torch_state(self.seed, self.threads):
+            net = TargetSequential(*self.blocks(bias=True))
+            with torch.no_grad():
+                last = net.trace(batch.input).calls[-1]
+            # that layer by itself: layers learn independently, given the forward pass
+            alone = TargetSequential(nn.Identity(), last.block, feedback=[None, last.feedback])
+            records = self.ldrl(alone, [self.noise], [self.lr], self.seed).step(last.input, record=True)
+        assert records is not None
+        return [float(record.angle) for record in records if record.angle is not None]
+
+    def carry_out(self, console: Console) -> int:
+        angles = self.angles()
+        table = write_table(self.out / "feedback_angle.csv", ("iteration", "angle"), enumerate(angles))
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(range(len(angles)), angles, color=COLOURS[0], lw=1.6)
+        style(axes)
+        axes.set_ylim(0, 95)
+        axes.set_ylabel("angle of feedback and forward weights, degrees", color=INK)
+        axes.set_title(f"LeNet's output layer, {self.dataset}: {angles[-1]:.1f} degrees at the end", color=INK)
+        say(console, f"angle {angles[0]:.1f} degrees at first, {angles[-1]:.1f} in the end")
+        say(console, f"written: {table}, {save(figure, self.out / 'feedback_angle.png')}")
+        return 0
+
+
+class Bar(NamedTuple):
+    """One scheme, seed and layer of figure 4.3: angle in degrees, and relative distance, to back-propagation."""
+
+    scheme: Scheme
+    seed: int
+    layer: str
+    angle: float
+    distance: float
+
+
+@dataclass(frozen=True)
+class GradientAngles(_Setup):
+    """Figure 4.3: the angle and the distance of the targets' gradients to back-propagation's, by layer.
+
+    LeNet without biases at its initial weights, one batch a seed; feedback at random, learned by the difference
+    reconstruction loss (DRL) and the local one (L-DRL), and symmetric. Gradients are divided by the target step. Writes
+    gradient_angles.csv and gradient_angles.png.
+    """
+
+    seeds: tuple[int, ...] = SEEDS
+    """Seeds of network, batch and noise."""
+    schemes: tuple[Scheme, ...] = get_args(Scheme)
+    """Which feedback."""
+    noise: tuple[float, ...] = (0.2, 0.2, 0.1)
+    """Standard deviation of the noise, one for each layer with feedback."""
+    lr: tuple[float, ...] = (1e-4, 2.5e-3, 0.01)
+    """Learning rate of the feedback (L-DRL), one for each layer."""
+    drl_lr: float = DRL_LR
+    """Learning rate of the feedback (DRL), of Adam."""
+
+    def bars(self) -> Iterator[Bar]:
+        """Yield the bars of one scheme and seed after another."""
+        for seed in self.seeds:
+            batch = self.batch(seed)
+            for scheme in self.schemes:
+                with torch_state(seed, self.threads):
+                    net = self._network(scheme, seed, batch)
+                    found = gradient_angles(net, batch.input, batch.target)
+                names = [*(f"conv_{index}" for index in range(len(self.channels))), "fc1", "fc2"]
+                for name, one in zip(names, found.values(), strict=True):
+                    yield Bar(scheme, seed, name, one.angle, one.distance)
+
+    def _network(self, scheme: Scheme, seed: int, batch: Batch) -> TargetSequential:
+        blocks = self.blocks(bias=False)
+        net = TargetSequential(
+            *blocks,
+            rule=DifferenceTargets(target_step=TARGET_STEP),
+            feedback=layered_feedback(blocks) if scheme == "DRL" else None,
+            feedback_init="symmetric" if scheme == "symmetric" else "random",
+        )
+        try:
+            if scheme == "L-DRL":
+                self.ldrl(net, self.noise, self.lr, seed).step(batch.input)
+            elif scheme == "DRL":
+                # all layers at every step, as each learns through the feedback above it
+                adam: Any = lambda parameters: torch.optim.Adam(parameters, lr=self.drl_lr)  # noqa: E731
+                trainer = DifferenceReconstruction(net, noise=list(self.noise), optimizer=adam, seed=seed)
+                with torch.no_grad():
+                    trace = net.trace(batch.input)
+                for _ in range(self.iterations):
+                    trainer.step(trace)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return net
+
+    def carry_out(self, console: Console) -> int:
+        bars = []
+        for bar in self.bars():
+            bars.append(bar)
+            where = f"{bar.scheme:>9}  seed {bar.seed}  {bar.layer:<7}"
+            say(console, f"{where}{bar.angle:>9.3f} degrees  distance {bar.distance:.3f}")
+        if not bars:
+            raise ConfigError("seeds and schemes must be at least one each")
+        table = write_table(self.out / "gradient_angles.csv", Bar._fields, bars)
+        say(console, f"written: {table}, {draw_bars(bars, self.out / 'gradient_angles.png')}")
+        return 0
+
+
+def draw_bars(bars: Sequence[Bar], path: Path) -> Path:
+    """Draw angles and distances: groups of bars by layer, one a scheme; the mean over the seeds and its spread."""
+    layers, schemes = (list(dict.fromkeys(getattr(bar, name) for bar in bars)) for name in ("layer", "scheme"))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    width = 0.8 / len(schemes)
+    for axes, value, label in zip(
+        figure.subplots(1, 2), ("angle", "distance"), ("angle in degrees", "relative distance"), strict=True
+    ):
+        for index, scheme in enumerate(schemes):
+            groups = [
+                [getattr(bar, value) for bar in bars if (bar.scheme, bar.layer) == (scheme, layer)] for layer in layers
+            ]
+            places = np.arange(len(layers)) + (index - (len(schemes) - 1) / 2) * width
+            means, spreads = [np.mean(group) for group in groups], [np.std(group) for group in groups]
+            axes.bar(places, means, width, yerr=spreads, color=COLOURS[index], label=scheme, error_kw={"lw": 0.8})
+        style(axes)
+        axes.set_xlabel("layer", color=INK)
+        axes.set_xticks(range(len(layers)), layers)
+        axes.set_ylabel(f"{label} to back-propagation", color=INK)
+    figure.axes[0].legend(frameon=False)
+    return save(figure, path)
+
+
+def write_table(path: Path, header: Sequence[str], rows: Any) -> Path:
+    """Write a CSV file, and its folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue().encode())
+    return path
+
+
+@dataclass(frozen=True)
+class FigureCommand:
+    """Draw a published figure anew."""
+
+    figure: (
+        Annotated[FeedbackAngle, tyro.conf.subcommand("feedback-angle")]
+        | Annotated[GradientAngles, tyro.conf.subcommand("gradient-angles")]
+    )
+
+    def carry_out(self, console: Console) -> int:
+        return self.figure.carry_out(console)

@@ -1,0 +1,211 @@
+"""The command ``tpext train images``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from tpext.experiments.config import ConfigError
+from tpext.experiments.feedback_presets import METHODS
+from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.image_train import train_images
+from tpext.experiments.images import (
+    ImageOptimizer,
+    ImagePrecision,
+    ImagePreset,
+    ImageSchedule,
+    NetworkName,
+    make_image_config,
+)
+from tpext.experiments.loop import DivergedError
+from tpext.experiments.progress import say
+from tpext.feedback import Indices
+from tpext.feedback.gradient import SecondTerm
+from tpext.rules import Reduction
+from tpext.tasks import ImageSetName, Normalization
+
+
+def _value(metavar: str, default: str = "the preset's") -> object:
+    """How an option that may be left out shows in the help."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+
+
+_Integer = Annotated[int | None, _value("INT")]
+_Integers = Annotated[tuple[int, ...] | None, _value("INT [INT ...]")]
+_Number = Annotated[float | None, _value("FLOAT")]
+_Numbers = Annotated[tuple[float, ...] | None, _value("FLOAT [FLOAT ...]")]
+_Pair = Annotated[tuple[float, float] | None, _value("FLOAT FLOAT")]
+_Flag = Annotated[bool | None, _value("{True,False}")]
+_Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+_METHODS = "\n".join(f"{name}: {method.summary}." for name, method in METHODS.items())
+
+
+@dataclass(frozen=True)
+class TrainImages:
+    """Train a network of any layers on images, by learned target propagation unless told otherwise.
+
+    Options of the feedback are lists of one number for all layers that have feedback, or of one for each, from the
+    input on; the first layer has none.
+    """
+
+    dataset: Annotated[ImageSetName | None, _value("{cifar10,mnist,fashion-mnist,digits,imagenet32}", "cifar10")] = None
+    """What to learn; digits come with scikit-learn and take seconds, MNIST is downloaded, the others are read from
+    --data-dir."""
+    network: Annotated[
+        NetworkName | None,
+        _value("{simple-vgg,lenet,resnet18,resnet34,meulemans-convnet,mlp}", "simple-vgg; images below 32 x 32 lenet"),
+    ] = None
+    """The network."""
+    rule: Annotated[str | None, _value(f"{{{','.join(METHODS)}}}", "ldrl"), tyro.conf.arg(help=_METHODS)] = None
+    preset: Annotated[ImagePreset | None, _value("{default,published}", "default")] = None
+    """published: every setting as published, where there are any. default: those or the nearest, with a cosine that
+    stays at its end, and 20 batches for the feedback alone first; back-propagation at the rates of L-DRL in its own
+    units."""
+    out: Annotated[Path | None, _value("DIR", "runs/DATASET-NETWORK-RULE-SEED")] = None
+    """Folder of the run."""
+    resume: _Switch = False
+    """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
+
+    channels: _Integers = None
+    """Channels of each convolution (of each stage of a resnet); units of each hidden layer of the mlp."""
+    hidden_size: _Integer = None
+    """Units of the hidden linear layer (lenet, meulemans-convnet)."""
+    batchnorm: _Flag = None
+    """Batch normalisation (resnets)."""
+
+    target_step: _Number = None
+    """Size of the first displacement, -target_step * gradient (all rules but backprop)."""
+    normalize: _Flag = None
+    """Divide the local gradients by target_step; published: False (all rules but backprop)."""
+    reduction: Annotated[Reduction | None, _value("{mean,sum}")] = None
+    """sum: displacements are target_step times the gradient of the mean loss, as Meulemans et al. have it, not of each
+    sample's own loss (all rules but backprop)."""
+    damping: _Number = None
+    """Of the pseudo-inverse of the Jacobian (rule gnt)."""
+    feedback_units: _Integer = None
+    """Units of the fixed hidden layer (rule ddtp-rhl)."""
+    iterations: _Integers = None
+    """Steps of the feedback a batch; of rule running-ldrl, draws of noise."""
+    feedback_scale: _Number = None
+    """Factor of --iterations, such as 0.1; the results are rounded up."""
+    noise: _Numbers = None
+    """Standard deviation of the noise that trains the feedback."""
+    feedback_lr: _Numbers = None
+    """Learning rate of the feedback."""
+    samples: _Integer = None
+    """Draws of noise that a step of the feedback averages."""
+    feedback_optimizer: Annotated[ImageOptimizer | None, _value("{sgd,adam}")] = None
+    """Optimizer of the feedback."""
+    feedback_momentum: _Number = None
+    """Its momentum (sgd)."""
+    feedback_weight_decay: _Number = None
+    """Its weight decay."""
+    feedback_betas: _Pair = None
+    """Its decay rates (adam)."""
+    feedback_eps: _Number = None
+    """Its small number (adam)."""
+    second_term: Annotated[SecondTerm | None, _value("{drawn,expected}")] = None
+    """The loss's second term by noise, as published, or in expectation (rules ldrl, parallel-ldrl)."""
+    indices: Annotated[Indices | None, _value("{noisy,clean}")] = None
+    """Places of maxima of the noisy pass, as published, or of the clean one (local losses)."""
+    decay: _Number = None
+    """Of the running means (rule running-ldrl)."""
+    feedback_first: _Flag = None
+    """Whether the feedback learns from a batch before the blocks do, or after."""
+    feedback_start: _Integer = None
+    """Batches that train the feedback alone, before the first step of the blocks."""
+    feedback_epochs: _Integer = None
+    """Epochs of that, besides."""
+    extra_feedback_epochs: _Integer = None
+    """Epochs that train the feedback alone after each epoch."""
+
+    optimizer: Annotated[ImageOptimizer | None, _value("{sgd,adam}")] = None
+    """Optimizer of the blocks."""
+    lr: _Numbers = None
+    """Its learning rate, one for all blocks or one for each."""
+    momentum: _Number = None
+    """Its momentum (sgd)."""
+    weight_decay: _Number = None
+    """Its weight decay."""
+    betas: _Pair = None
+    """Its decay rates (adam)."""
+    eps: _Numbers = None
+    """Its small number, one for all blocks or one for each (adam)."""
+    schedule: Annotated[ImageSchedule | None, _value("{constant,cosine,cosine-torch,step}")] = None
+    """Of the learning rate, epoch by epoch. cosine-torch rises again after --schedule-epochs, as the published runs do;
+    step divides by ten every --schedule-epochs."""
+    schedule_epochs: _Integer = None
+    """Epochs of the cosine down to --lr-min, by default 85 / 90 of all; or of a step."""
+    lr_min: _Number = None
+    """Where the cosine ends."""
+
+    epochs: _Integer = None
+    """Passes through the training images."""
+    batch_size: _Integer = None
+    """Images per step."""
+    normalization: Annotated[Normalization | None, _value("{standard,3xstd,meulemans,none}")] = None
+    """Mean and standard deviation that images are brought to."""
+    augment: _Switch = False
+    """Change training images at random: mirrored, moved."""
+    no_augment: _Switch = False
+    """Leave them as they are. Neither: as in the preset."""
+    validation: Annotated[float | None, _value("FLOAT", "as published: 0.1; imagenet32 50 images a class")] = None
+    """Share of the training images that evaluations are on; with 0 they are on the test set."""
+    train_size: Annotated[int | None, _value("INT", "all")] = None
+    """Number of training images."""
+    eval_interval: Annotated[int | None, _value("INT", "an epoch")] = None
+    """Steps of the blocks between evaluations."""
+    checkpoint_interval: Annotated[int | None, _value("INT", "500")] = None
+    """Steps between checkpoints."""
+    seed: Annotated[int | None, _value("INT", "1")] = None
+    """Seed of the initialization, the data and the noise."""
+    precision: Annotated[ImagePrecision | None, _value("{32,64}")] = None
+    """Float type."""
+    device: Annotated[str | None, _value("NAME", "cpu")] = None
+    """A torch device."""
+    threads: Annotated[int | None, _value("INT", "1 for digits, else up to 4")] = None
+    """CPU threads."""
+    data_dir: Annotated[Path | None, _value("DIR", "$TPEXT_DATA or the cache folder")] = None
+    """Folder with the data set's files."""
+
+    def carry_out(self, console: Console) -> int:
+        options = asdict(self)
+        out, resume = options.pop("out"), options.pop("resume")
+        augment, no_augment = options.pop("augment"), options.pop("no_augment")
+        if augment and no_augment:
+            raise ConfigError("augment and no_augment exclude each other, got both")
+        options["augment"] = True if augment else False if no_augment else None
+        options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        given = {name: value for name, value in options.items() if value is not None}
+        if out is None:
+            wanted = make_image_config(**given)
+            out = Path("runs") / f"{wanted.dataset}-{wanted.network}-{wanted.rule}-{wanted.seed}"
+        folder = ImageFolder(out)
+        config = (folder.continued(given) if resume else None) or make_image_config(**given)
+        try:
+            result = train_images(config, out, resume=resume, console=console)
+        except DivergedError as error:
+            rates = "smaller rates (--lr, --feedback-lr)" if config.feedback_lr is not None else "a smaller --lr"
+            start = ", or a larger --feedback-start" if config.feedback_start is not None else ""
+            print(
+                f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with "
+                f"{rates}{start}.",
+                file=sys.stderr,
+            )
+            return 3
+        top5 = "" if result.top5 is None else f", top 5 {result.top5:.2%}"
+        say(
+            console,
+            f"test accuracy {result.accuracy:.2%}{top5}; of the best {result.evaluated_on} accuracy "
+            f"({result.best_evaluation:.2%} at iteration {result.best_iteration}) {result.best_accuracy:.2%}; "
+            f"{result.iterations} iterations in {result.seconds:.1f} s",
+        )
+        say(console, f"curve: {folder.curve}")
+        say(console, f"angles: {folder.angles}")
+        return 0

@@ -1,0 +1,458 @@
+"""The configuration of ``tpext train images``: networks of any layers on images, by learned target propagation.
+
+>>> from tpext.experiments.images import make_image_config
+>>> config = make_image_config("cifar10", "simple-vgg", rule="ldrl", feedback_scale=0.1)
+>>> config.counts
+(2, 3, 4, 6, 2)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from tpext.experiments.config import ConfigError, OptionValue, check_integer, check_number
+from tpext.experiments.feedback_presets import METHODS, MEULEMANS_NETWORKS, Case, Values
+from tpext.feedback import FeedbackTrainer, Indices, layered_feedback
+from tpext.feedback.gradient import SecondTerm
+from tpext.nn import TargetSequential
+from tpext.nn.networks import Blocks, lenet, meulemans_convnet, meulemans_mlp, resnet18, resnet34, simple_vgg
+from tpext.rules import Reduction
+from tpext.tasks import ImageClasses, ImageSetName, Normalization
+
+NetworkName = Literal["simple-vgg", "lenet", "resnet18", "resnet34", "meulemans-convnet", "mlp"]
+ImagePreset = Literal["default", "published"]
+ImageOptimizer = Literal["sgd", "adam"]
+ImageSchedule = Literal["constant", "cosine", "cosine-torch", "step"]
+ImagePrecision = Literal["32", "64"]
+
+HIDDEN_NETWORKS = ("lenet", "meulemans-convnet")
+"""The networks with a hidden linear layer behind the convolutions."""
+RESNETS = ("resnet18", "resnet34")
+STEP_FACTOR = 0.1
+"""What the step schedule multiplies the rates by."""
+COSINE_SHARE = 85 / 90
+"""Share of the epochs after which the cosine has arrived at ``lr_min``, as published."""
+DIGITS_EPOCHS = 20
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """Everything that a run depends on. :func:`make_image_config` fills it; ``tpext train images --help`` explains the
+    fields. Those that the method does not have are None.
+    """
+
+    dataset: ImageSetName
+    network: NetworkName
+    rule: str
+    preset: ImagePreset
+    channels: tuple[int, ...]
+    hidden_size: int | None
+    batchnorm: bool
+    target_step: float | None
+    normalize: bool | None
+    reduction: Reduction | None
+    damping: float | None
+    feedback_units: int | None
+    iterations: tuple[int, ...] | None
+    feedback_scale: float | None
+    noise: tuple[float, ...] | None
+    feedback_lr: tuple[float, ...] | None
+    samples: int | None
+    feedback_optimizer: ImageOptimizer | None
+    feedback_momentum: float | None
+    feedback_weight_decay: float | None
+    feedback_betas: tuple[float, float] | None
+    feedback_eps: float | None
+    second_term: SecondTerm | None
+    indices: Indices | None
+    decay: float | None
+    feedback_first: bool | None
+    feedback_start: int | None
+    feedback_epochs: int | None
+    extra_feedback_epochs: int | None
+    optimizer: ImageOptimizer
+    lr: tuple[float, ...]
+    momentum: float
+    weight_decay: float
+    betas: tuple[float, float] | None
+    eps: tuple[float, ...] | None
+    schedule: ImageSchedule
+    schedule_epochs: int | None
+    lr_min: float
+    epochs: int
+    batch_size: int
+    normalization: Normalization
+    augment: bool
+    validation: float | None
+    train_size: int | None
+    eval_interval: int | None
+    checkpoint_interval: int
+    seed: int
+    precision: ImagePrecision
+    device: str
+    threads: int | None
+    data_dir: str | None
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("batch_size", "epochs", "checkpoint_interval"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("seed", self.seed, 0, 2**63 - 1)
+        for name, low in (
+            ("hidden_size", 1),
+            ("feedback_units", 1),
+            ("samples", 1),
+            ("feedback_start", 0),
+            ("feedback_epochs", 0),
+            ("extra_feedback_epochs", 0),
+            ("schedule_epochs", 1),
+            ("train_size", 1),
+            ("eval_interval", 1),
+            ("threads", 1),
+        ):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), low)
+        for name in ("momentum", "weight_decay", "lr_min"):
+            check_number(name, getattr(self, name))
+        for name in ("target_step", "feedback_scale", "damping", "feedback_momentum", "feedback_weight_decay", "decay"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), above=name in ("target_step", "feedback_scale"))
+        for name in ("decay", "momentum", "feedback_momentum"):
+            if (getattr(self, name) or 0) >= 1:
+                raise ConfigError(f"{name} must be below 1, got {getattr(self, name):g}")
+        self._check_network()
+        self._check_lists()
+        self._check_schedule()
+        try:
+            task = self.make_task()
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("ImageClasses: ")) from error
+        if self.dataset == "digits" and self.data_dir is not None:
+            raise ConfigError("data_dir does not belong to digits, which has no files")
+        assert task.output_size
+
+    def _check_network(self) -> None:
+        for size in self.channels:
+            check_integer("channels", size, 1)
+        if (self.hidden_size is None) != (self.network not in HIDDEN_NETWORKS):
+            raise ConfigError(f"hidden_size does not belong to network={self.network}, got {self.hidden_size!r}")
+        if self.batchnorm and self.network not in RESNETS:
+            raise ConfigError(f"batchnorm does not belong to network={self.network}, only to {' and '.join(RESNETS)}")
+        if self.rule == "gnt" and self.batchnorm:
+            raise ConfigError("batchnorm does not go with rule=gnt, whose targets are of each sample by itself")
+        try:
+            names = self.block_names
+        except ValueError as error:
+            raise ConfigError(f"network={self.network} cannot be built for {self.dataset}: {error}") from error
+        if len(names) < 2:
+            raise ConfigError(f"channels must be at least one number, got {self.channels}")
+
+    def _check_lists(self) -> None:
+        layers = self.block_names[1:]
+        for name, count, what in (
+            ("iterations", len(layers), f"the {len(layers)} layers with feedback ({', '.join(layers)})"),
+            ("noise", len(layers), f"the {len(layers)} layers with feedback ({', '.join(layers)})"),
+            ("feedback_lr", len(layers), f"the {len(layers)} layers with feedback ({', '.join(layers)})"),
+            ("lr", len(layers) + 1, f"the {len(layers) + 1} layers ({', '.join(self.block_names)})"),
+            ("eps", len(layers) + 1, f"the {len(layers) + 1} layers ({', '.join(self.block_names)})"),
+        ):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if len(values) not in (1, count):
+                raise ConfigError(f"{name} must be one number or one for each of {what}, got {len(values)}")
+            for value in values:
+                if name == "iterations":
+                    check_integer(name, value, 1)
+                else:
+                    check_number(name, value, above=name in ("noise", "feedback_lr"))
+        for name in ("betas", "feedback_betas"):
+            betas = getattr(self, name)
+            if betas is not None and not (len(betas) == 2 and all(0 <= beta < 1 for beta in betas)):
+                raise ConfigError(f"{name} must be two numbers >= 0 and below 1, got {betas!r}")
+        if self.feedback_optimizer == "adam" and self.feedback_lr is not None and len(self.feedback_lr) != 1:
+            raise ConfigError(f"feedback_lr must be one number with feedback_optimizer=adam, got {self.feedback_lr}")
+
+    def _check_schedule(self) -> None:
+        for name, value, needed in (
+            ("schedule_epochs", self.schedule_epochs, self.schedule != "constant"),
+            ("betas", self.betas, self.optimizer == "adam"),
+            ("eps", self.eps, self.optimizer == "adam"),
+            ("feedback_betas", self.feedback_betas, self.feedback_optimizer == "adam"),
+            ("feedback_eps", self.feedback_eps, self.feedback_optimizer == "adam"),
+        ):
+            if (value is not None) != needed:
+                choice = "schedule" if name == "schedule_epochs" else "optimizer"
+                choice = f"feedback_{choice}" if name.startswith("feedback_") else choice
+                does = "is needed by" if needed else "does not belong to"
+                raise ConfigError(f"{name} {does} {choice}={getattr(self, choice)}, got {value!r}")
+        if self.momentum and self.optimizer == "adam":
+            raise ConfigError(f"momentum does not belong to optimizer=adam, got {self.momentum:g}")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """Iterations of the feedback (or draws) a batch, ``iterations`` times ``feedback_scale``, rounded up."""
+        # rounded first, as 0.1 * 30 is above 3
+        scale = self.feedback_scale or 1.0
+        return tuple(max(1, math.ceil(round(count * scale, 9))) for count in self.iterations or ())
+
+    @functools.cached_property
+    def block_names(self) -> tuple[str, ...]:
+        """Names of the network's blocks."""
+        return tuple(self.make_blocks("meta"))
+
+    def make_task(self) -> ImageClasses:
+        """Return the task, which reads no data yet."""
+        folder = None if self.data_dir is None else Path(self.data_dir)
+        return ImageClasses(
+            self.dataset, self.normalization, self.augment, self.validation, self.train_size, data_dir=folder
+        )
+
+    def make_blocks(self, device: str = "cpu") -> Blocks:
+        """Return the blocks of the network, initialised from torch's random state."""
+        return _blocks(self, device)
+
+    def make_network(self) -> TargetSequential:
+        """Return the network with its feedback, both initialised from torch's random state, the blocks first.
+
+        Raises:
+            ConfigError: the method does not go with the network.
+        """
+        method = METHODS[self.rule]
+        blocks = self.make_blocks()
+        meulemans = self.network in MEULEMANS_NETWORKS
+        feedback = layered_feedback(list(blocks.values())) if method.layered and meulemans else None
+        try:
+            shape = self.make_task().shape
+            net = TargetSequential(blocks, rule=method.rule(self), input_shape=shape, feedback=feedback)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"rule={self.rule} does not go with network={self.network}: {error}") from error
+        if meulemans:
+            _initialize_feedback(net)
+        return net.to(torch.float64 if self.precision == "64" else torch.float32)
+
+    def make_trainer(self, net: TargetSequential) -> FeedbackTrainer | None:
+        """Return the trainer of a network's feedback, None if the method has none.
+
+        Raises:
+            ConfigError: the method does not go with the network.
+        """
+        make = METHODS[self.rule].trainer
+        try:
+            return None if make is None else make(net, self)
+        except ValueError as error:
+            raise ConfigError(f"rule={self.rule} does not go with network={self.network}: {error}") from error
+
+    def options(self) -> dict[str, Any]:
+        """Return the value of every option of :func:`make_image_config` by its name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as config.json holds them."""
+        return self.options()
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ImageConfig:
+        """Return the configuration that :meth:`to_dict` wrote.
+
+        Raises:
+            ConfigError: a field is missing, unknown or out of its range.
+        """
+        try:
+            read: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
+            return cls(**read)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"not the configuration of a run of this version: {error}") from error
+
+
+_TUPLES = ("channels", "iterations", "noise", "feedback_lr", "lr", "eps", "betas", "feedback_betas")
+
+METHOD_OPTIONS = tuple(dict.fromkeys(option for method in METHODS.values() for option in method.options))
+"""The options that some methods do not have."""
+
+
+def make_image_config(
+    dataset: str = "cifar10",
+    network: str | None = None,
+    *,
+    rule: str = "ldrl",
+    preset: ImagePreset = "default",
+    **options: OptionValue | Sequence[int] | Sequence[float],
+) -> ImageConfig:
+    """Return the configuration of a run: a preset, and the options that differ from it.
+
+    Args:
+        dataset: "cifar10", "mnist", "fashion-mnist", "imagenet32" or "digits".
+        network: a :data:`NetworkName`; None is "lenet" for images below 32 x 32, else "simple-vgg".
+        rule: a method, one of :data:`tpext.experiments.feedback_presets.METHODS`.
+        preset: "published": the settings of the publication, and a ConfigError where there are none. "default": the
+            same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_presets`
+            says it changes: the cosine stays at its end instead of rising again (as torch's does after ``T_max`` = 85
+            of 90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has
+            in back-propagation's units, ``target_step`` times its own.
+        options: any field of :class:`ImageConfig`; None means "as in the preset". A list may be given as one number.
+
+    Raises:
+        ConfigError: an option is unknown, does not belong to the method, or is out of its range.
+
+    >>> make_image_config("cifar10", "lenet", preset="published").target_step
+    0.4655
+    """
+    given: Values = {name: value for name, value in options.items() if value is not None}
+    known = {field.name for field in fields(ImageConfig)}
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown option {name}")
+    for name, value in (("dataset", dataset), ("network", network), ("preset", preset)):
+        choices = get_args({"dataset": ImageSetName, "network": NetworkName, "preset": ImagePreset}[name])
+        if value not in choices and not (name == "network" and value is None):
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if rule not in METHODS:
+        raise ConfigError(f"rule must be one of {', '.join(METHODS)}, got {rule!r}")
+    method = METHODS[rule]
+    for name in given:
+        if name in METHOD_OPTIONS and name not in method.options:
+            own = ", ".join(method.options) or "none"
+            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own})")
+    for name in _TUPLES:
+        if name in given:
+            given[name] = tuple(given[name]) if isinstance(given[name], (list, tuple)) else (given[name],)
+    shape = ImageClasses(dataset).shape  # type: ignore[arg-type]
+    if network is None:
+        network = "lenet" if shape[1] < 32 else "simple-vgg"
+    sizes = _sizes(dataset, network)
+    channels: tuple[int, ...] = (sizes | given)["channels"]
+    layers = len(channels) + (1 if network in HIDDEN_NETWORKS or network in RESNETS else 0)
+    for name in ("batch_size", "epochs"):
+        if name in given:
+            check_integer(name, given[name], 1)
+    case = Case(dataset, network, layers, shape, channels, given.get("batch_size"))
+    found = method.values(case)
+    if dataset == "digits":
+        found |= {"epochs": DIGITS_EPOCHS, "batch_size": 32}
+    if preset == "published":
+        published = method.published(case)
+        if published is None:
+            raise ConfigError(f"no settings were published for rule={rule}, dataset={dataset}, network={network}")
+        found = published
+    elif found["schedule"] == "cosine":
+        found["schedule_epochs"] = max(1, round((found | given)["epochs"] * COSINE_SHARE))
+    if "optimizer" in given and given["optimizer"] != found["optimizer"]:
+        found |= _other_optimizer(given["optimizer"])
+    if given.get("feedback_optimizer", found.get("feedback_optimizer")) != found.get("feedback_optimizer"):
+        adam = given["feedback_optimizer"] == "adam"
+        found |= {"feedback_betas": (0.9, 0.999) if adam else None, "feedback_eps": 1e-8 if adam else None}
+        found |= {"feedback_lr": (1e-3,), "feedback_momentum": 0.0 if adam else 0.9}
+    if given.get("schedule") == "constant":
+        found["schedule_epochs"] = None
+    values: Values = {**dict.fromkeys(known), **sizes, **_SHARED}
+    values |= {name: value for name, value in found.items() if name not in METHOD_OPTIONS or name in method.options}
+    return ImageConfig(**{**values, **given, "dataset": dataset, "network": network, "rule": rule, "preset": preset})
+
+
+_SHARED: Values = {
+    "batchnorm": False,
+    "checkpoint_interval": 500,
+    "seed": 1,
+    "device": "cpu",
+}
+
+
+def _other_optimizer(name: str) -> Values:
+    adam = name == "adam"
+    return {
+        "lr": (1e-3,) if adam else (0.01,),
+        "momentum": 0.0 if adam else 0.9,
+        "betas": (0.9, 0.999) if adam else None,
+        "eps": (1e-8,) if adam else None,
+    }
+
+
+def _sizes(dataset: str, network: str) -> Values:
+    """Channels and hidden units: the published ones, small ones for the digits."""
+    small = dataset == "digits"
+    channels: tuple[int, ...]
+    if network == "simple-vgg":
+        channels = (16, 32) if small else (128, 128, 256, 256, 512)[: 5 if dataset in ("cifar10", "imagenet32") else 4]
+    elif network in RESNETS:
+        channels = (8, 16) if small else (64, 128, 256, 512)
+    elif network == "mlp":
+        channels = (64, 64) if small else (1024,) * 3 if dataset in ("cifar10", "imagenet32") else (256,) * 5
+    else:
+        channels = (8, 16) if small else (32, 64)
+    hidden = (64 if small else 512) if network in HIDDEN_NETWORKS else None
+    return {"channels": channels, "hidden_size": hidden}
+
+
+def _blocks(config: ImageConfig, device: str) -> Blocks:
+    task = config.make_task()
+    common: dict[str, Any] = {"n_classes": task.output_size, "device": device}
+    if config.network == "mlp":
+        # the published DDTP-linear has no bias there
+        bias = config.rule != "ddtp-linear"
+        return meulemans_mlp(task.input_size, config.channels, last_hidden_bias=bias, **common)
+    if config.network in RESNETS:
+        build: Any = resnet18 if config.network == "resnet18" else resnet34
+        common["use_batchnorm"] = config.batchnorm
+    elif config.network == "simple-vgg":
+        build = simple_vgg
+    else:
+        build = lenet if config.network == "lenet" else meulemans_convnet
+        common["hidden_size"] = config.hidden_size
+    blocks: Blocks = build(task.shape, channels=config.channels, **common)
+    return blocks
+
+
+@torch.no_grad()
+def _initialize_feedback(net: TargetSequential) -> None:
+    """Weights Xavier-normal and biases zero, as the blocks of these networks are, but for a fixed hidden layer."""
+    for name, parameter in net.feedback.named_parameters():
+        if ".shared." in name:
+            continue
+        if parameter.dim() < 2:
+            nn.init.zeros_(parameter)
+        else:
+            nn.init.xavier_normal_(parameter)
+
+
+def _check_choices(config: ImageConfig) -> None:
+    for name, choices in (
+        ("dataset", ImageSetName),
+        ("network", NetworkName),
+        ("preset", ImagePreset),
+        ("optimizer", ImageOptimizer),
+        ("schedule", ImageSchedule),
+        ("precision", ImagePrecision),
+        ("second_term", SecondTerm),
+        ("indices", Indices),
+        ("reduction", Reduction),
+        ("feedback_optimizer", ImageOptimizer),
+    ):
+        value = getattr(config, name)
+        if value not in get_args(choices) and not (name in METHOD_OPTIONS and value is None):
+            raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+    if config.rule not in METHODS:
+        raise ConfigError(f"rule must be one of {', '.join(METHODS)}, got {config.rule!r}")
+    own = METHODS[config.rule].options
+    for name in METHOD_OPTIONS:
+        if name in own and getattr(config, name) is None and "_betas" not in name and "_eps" not in name:
+            raise ConfigError(f"{name} is needed by rule={config.rule}, got None")
+        if name not in own and getattr(config, name) is not None:
+            raise ConfigError(f"{name} does not belong to rule={config.rule}, got {getattr(config, name)!r}")
+    for name in ("batchnorm", "augment", "normalize", "feedback_first"):
+        if not isinstance(getattr(config, name), bool) and not (name in METHOD_OPTIONS and name not in own):
+            raise ConfigError(f"{name} must be True or False, got {getattr(config, name)!r}")
+    try:
+        kind = torch.device(config.device).type
+    except RuntimeError as error:
+        raise ConfigError(f"device must be a torch device such as cpu or cuda:0, got {config.device!r}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu or cuda, got {config.device!r}")
