@@ -376,7 +376,9 @@ def test_noisy_pass_is_normalised_by_its_own_batch() -> None:
     feedback = made(norm)
     x, noisy = torch.randn(2, 7, 3, dtype=DOUBLE)
     _, clean = feedback.encode(norm, x)
+    statistics = copy.deepcopy(norm.state_dict())
     output, code = feedback.encode(norm, noisy, clean)
+    assert all(torch.equal(value, statistics[name]) for name, value in norm.state_dict().items())
     expected = (noisy - noisy.mean(0)) / (noisy.var(0, correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
     assert_equal(output, expected, 1e-12)
     # feedback: a normalisation of its own, which starts as torch's does

@@ -765,7 +765,7 @@ def test_shapes_are_found_without_a_trace_in_the_network() -> None:
 
 @pytest.mark.parametrize("init", ["symmetric", "tied"])
 def test_feedback_without_the_blocks_weights_is_not_tied_silently(init: Any) -> None:
-    with pytest.raises(ValueError, match="^DirectFeedback: its weights cannot be those of"):
+    with pytest.raises(ValueError, match=r"^DirectFeedback: its weights cannot be those of"):
         make_net(DirectTargets(), feedback_init=init)
 
 
