@@ -212,7 +212,7 @@ def test_direct_feedback_by_its_equation(
     for index, call in enumerate(calls[1:], 1):
         u = y
         if hidden and index < 3:
-            layer = call.feedback.hidden[0].linear
+            layer = call.feedback.hidden[0]
             u = functions[hidden_activation](y @ layer.weight.T + layer.bias)
         if recurrent_input:
             u = torch.cat([u, call.input.flatten(1)], 1)
@@ -229,7 +229,7 @@ def test_shared_hidden_layer_is_stored_once_and_stays_shared(change: Any) -> Non
     first, second, last = (feedback.hidden[0] for feedback in net.feedback.values())
     assert first is second
     assert last is None
-    assert first.linear.weight.dtype == net.blocks[3].weight.dtype
+    assert first.weight.dtype == net.blocks[3].weight.dtype
     assert len([name for name, p in net.feedback.state_dict().items() if p.shape == (6, 3)]) == 1
 
 
