@@ -23,11 +23,15 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map
+
+from tpext.ops._library import cast
 
 Indices = Literal["noisy", "clean"]
 """Which places of maxima feedback of a noisy pass uses: those of that pass or of the clean one."""
@@ -193,6 +197,23 @@ class BlockCall(NamedTuple):
     input: Tensor
     output: Tensor
     code: Code
+
+
+def in_full_precision(calls: Sequence[BlockCall]) -> tuple[BlockCall, ...]:
+    """Return calls with what autocast made float16 or bfloat16 in float32, as differences of outputs need it."""
+
+    def raised(value: Any) -> Any:
+        return cast(value, torch.float32)
+
+    def is_size(value: Any) -> bool:
+        return isinstance(value, torch.Size)
+
+    return tuple(
+        call._replace(
+            input=raised(call.input), output=raised(call.output), code=tree_map(raised, call.code, is_leaf=is_size)
+        )
+        for call in calls
+    )
 
 
 class Trace(NamedTuple):

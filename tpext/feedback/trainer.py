@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
-from tpext.feedback.base import BlockCall, Feedback, Trace, still_statistics
+from tpext.feedback.base import BlockCall, Feedback, Trace, in_full_precision, still_statistics
 from tpext.feedback.linear_block import linear_block, linear_steps
 from tpext.feedback.linear_map import LinearMap
-from tpext.ops._library import is_integer, is_number
+from tpext.ops._library import full_precision, is_integer, is_number
 from tpext.ops.counter_normal import counter_normal
 
 
@@ -114,7 +114,8 @@ class FeedbackTrainer(ABC):
         records: list[Record] | None = [] if record else None
         with torch.no_grad(), still_statistics(self.net.blocks):
             trace = input if isinstance(input, Trace) else self.net.trace(input)
-            self._train(trace.calls, records)
+            with full_precision(trace.output.device.type):
+                self._train(in_full_precision(trace.calls), records)
         self.steps += 1
         return records
 

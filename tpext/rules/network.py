@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from tpext.feedback.base import BlockCall, Feedback, make_feedback
+from tpext.feedback.base import BlockCall, Feedback, in_full_precision, make_feedback
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
+from tpext.ops._library import LOW_PRECISION, full_precision
 from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.rules.base import check_choice, check_flag, exact_number, set_number
 
@@ -119,16 +120,20 @@ class NetworkRule(ABC):
         """
         step = exact_number(self, "target_step")
         count = grad.shape[0] if self.reduction == "mean" else 1
-        moves = self.displacements(calls, grad * (-step * count))
-        for index, (call, move) in enumerate(zip(calls, moves, strict=True)):
-            want = call.output
-            if move.shape != want.shape or move.dtype != want.dtype or move.device != want.device:
-                raise ValueError(
-                    f"{type(self).__name__}: the displacement of block {index}'s output must be {list(want.shape)} "
-                    f"{want.dtype} on {want.device}, got {list(move.shape)} {move.dtype} on {move.device}"
-                )
-        scale = -1 / (count * (step if self.normalize else 1.0)) if count else 0.0
-        return [move * scale for move in moves]
+        # blocks under autocast, of which some may have put out float32
+        low = any(call.output.dtype in LOW_PRECISION for call in calls)
+        with full_precision(grad.device.type):
+            known, grad = (in_full_precision(calls), grad.float()) if low else (calls, grad)
+            moves = self.displacements(known, grad * (-step * count))
+            for index, (call, move) in enumerate(zip(known, moves, strict=True)):
+                want = call.output
+                if move.shape != want.shape or move.dtype != want.dtype or move.device != want.device:
+                    raise ValueError(
+                        f"{type(self).__name__}: the displacement of block {index}'s output must be {list(want.shape)} "
+                        f"{want.dtype} on {want.device}, got {list(move.shape)} {move.dtype} on {move.device}"
+                    )
+            scale = -1 / (count * (step if self.normalize else 1.0)) if count else 0.0
+            return [(move * scale).to(call.output.dtype) for call, move in zip(calls, moves, strict=True)]
 
 
 @dataclass(frozen=True)
