@@ -101,9 +101,9 @@ LENET: Values = {
 }
 IMAGENET: Values = {**VGG, "iterations": (25, 35, 40, 60, 25), "lr": (0.01,), "batch_size": 256}
 DIGITS: Values = {
-    "iterations": (10,),
+    "iterations": (2,),
     "noise": (0.2,),
-    "feedback_lr": (5e-3,),
+    "feedback_lr": (0.02,),
     "target_step": 0.7,
     "lr": (0.05,),
     "batch_size": 32,
@@ -149,8 +149,8 @@ ON_MEULEMANS: Values = {
     "lr": (3e-4,),
     "lr_min": 0.0,
     "iterations": (5,),
-    "noise": (0.1,),
-    "feedback_lr": (0.01,),
+    "noise": (0.2,),
+    "feedback_lr": (0.05,),
     "target_step": 0.1,
     "normalize": True,
     "batch_size": 128,
@@ -222,6 +222,8 @@ def _vanilla_default(case: Case) -> Values:
     values = _ldrl(case)
     if case.network in MEULEMANS_NETWORKS:
         return values
+    if case.dataset == "digits":
+        return {**values, "feedback_lr": (5e-3,), "lr": (0.01,)}
     rates = tuple(0.1 * rate for rate in values["feedback_lr"])
     counts = tuple(max(1, count // 5) for count in values["iterations"])
     return {**_vanilla(values), "feedback_lr": rates, "iterations": counts}

@@ -32,6 +32,7 @@ ImagePreset = Literal["default", "published"]
 ImageOptimizer = Literal["sgd", "adam"]
 ImageSchedule = Literal["constant", "cosine", "cosine-torch", "step"]
 ImagePrecision = Literal["32", "64"]
+EvaluationSet = Literal["validation", "test"]
 
 HIDDEN_NETWORKS = ("lenet", "meulemans-convnet")
 """The networks with a hidden linear layer behind the convolutions."""
@@ -40,7 +41,7 @@ STEP_FACTOR = 0.1
 """What the step schedule multiplies the rates by."""
 COSINE_SHARE = 85 / 90
 """Share of the epochs after which the cosine has arrived at ``lr_min``, as published."""
-DIGITS_EPOCHS = 20
+DIGITS_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,16 @@ class ImageConfig:
                 raise ConfigError(f"{name} {does} {choice}={getattr(self, choice)}, got {value!r}")
         if self.momentum and self.optimizer == "adam":
             raise ConfigError(f"momentum does not belong to optimizer=adam, got {self.momentum:g}")
+
+    @property
+    def title(self) -> str:
+        """Data set and network: what runs must share to be compared."""
+        return f"{self.dataset}, {self.network}"
+
+    @property
+    def evaluated(self) -> EvaluationSet:
+        """The set that evaluations are on."""
+        return "test" if self.validation == 0 else "validation"
 
     @property
     def counts(self) -> tuple[int, ...]:
