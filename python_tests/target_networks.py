@@ -25,7 +25,7 @@ def published(file: str | Path) -> dict[str, Tensor]:
 def assert_equal(actual: Tensor | None, expected: Any, rtol: float = 1e-9) -> None:
     """Equal relative to the largest element."""
     assert actual is not None
-    expected = torch.as_tensor(expected)
+    expected = torch.as_tensor(expected).detach()
     atol = rtol * float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol)
 

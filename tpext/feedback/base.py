@@ -99,10 +99,21 @@ class Feedback(nn.Module, ABC):
         return [Step(block, self, code)]
 
     def copy_weights(self, block: nn.Module) -> None:
-        """Take over the block's weights, transposed (weight transport); biases become zero."""
+        """Take over the block's weights, transposed (weight transport); biases become zero.
+
+        Raises:
+            ValueError: feedback with parameters that does not say how.
+        """
+        if any(True for _ in self.parameters()):
+            raise ValueError(f"{type(self).__name__}: its weights cannot be those of {block}, transposed")
 
     def tie(self, block: nn.Module) -> None:
-        """Use the block's own weights, transposed, from now on instead of parameters of its own."""
+        """Use the block's own weights, transposed, from now on instead of parameters of its own.
+
+        Raises:
+            ValueError: feedback with parameters that does not say how.
+        """
+        Feedback.copy_weights(self, block)
 
 
 _Builder: TypeAlias = Callable[[Any], Feedback]

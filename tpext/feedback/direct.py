@@ -15,12 +15,19 @@ class HiddenLayer(nn.Module):
 
     def __init__(self, in_features: int, units: int, activation: str, like: Tensor) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, units, device=like.device, dtype=like.dtype)
+        made = nn.Linear(in_features, units, device=like.device, dtype=like.dtype)
+        # buffers, which no trainer moves
+        self.weight: Tensor
+        self.bias: Tensor
+        self.register_buffer("weight", made.weight.detach())
+        self.register_buffer("bias", made.bias.detach())
+        self.units = units
         self.activation = _activation(activation)
 
     def forward(self, output: Tensor) -> Tensor:
         """Return ``u`` for outputs ``y [B, ...]``."""
-        return self.activation(self.linear(output.flatten(1)))  # type: ignore[no-any-return]
+        hidden = nn.functional.linear(output.flatten(1), self.weight, self.bias)
+        return self.activation(hidden)  # type: ignore[no-any-return]
 
 
 class DirectFeedback(Feedback):
@@ -48,7 +55,7 @@ class DirectFeedback(Feedback):
         # In a tuple: a layer that others share is registered once, by the first of them.
         self.hidden = (hidden,)
         self.recurrent_input = recurrent_input
-        width = out_features if hidden is None else hidden.linear.out_features
+        width = out_features if hidden is None else hidden.units
         width += shape.numel() if recurrent_input else 0
         self.linear = nn.Linear(width, shape.numel(), device=like.device, dtype=like.dtype)
         self.activation = _activation(activation)

@@ -22,6 +22,7 @@ from tpext.feedback.trainer import (
     average_over_processes,
     weight_alignment,
 )
+from tpext.ops._library import is_integer
 from tpext.ops.pooled_difference import probe_difference
 
 Iteration: TypeAlias = tuple[dict[Tensor, Tensor], Tensor | None]
@@ -69,9 +70,16 @@ class GradientTrainer(FeedbackTrainer):
         super().__init__(net, seed=seed, noise_source=noise_source)
         self._require_own_weights()
         self.noise, self.iterations = self._positive("noise", noise), self._counts("iterations", iterations)
-        self.samples = self._counts("samples", samples)[0]
+        if not is_integer(samples) or samples < 1:
+            raise ValueError(f"{type(self).__name__}: samples must be an integer >= 1, got {samples!r}")
+        self.samples = samples
         if (lr is None) == (optimizer is None):
             raise ValueError(f"{type(self).__name__}: give lr or optimizer, got lr={lr!r}, optimizer={optimizer!r}")
+        if optimizer is not None and (momentum or weight_decay):
+            raise ValueError(
+                f"{type(self).__name__}: momentum and weight_decay are SGD's, leave them out with optimizer, got "
+                f"momentum={momentum!r}, weight_decay={weight_decay!r}"
+            )
         self.optimizers: list[Optimizer] = []
         rates = self._positive("lr", lr) if optimizer is None else [0.0] * len(self.layers)
         for (index, feedback), rate in zip(self.layers, rates, strict=True):

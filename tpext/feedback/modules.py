@@ -67,13 +67,11 @@ class UnpoolFeedback(Feedback):
         super().__init__()
         if block.return_indices:
             raise ValueError(f"make_feedback: {block} must have return_indices=False, got True")
-        sizes = zip(*map(_each, (block.kernel_size, block.stride, block.padding, block.dilation)), strict=True)
-        windows = {Window(*size[:3]) for size in sizes if size[3] == 1}
-        pairs = zip(*map(_each, (block.kernel_size, block.stride, block.dilation)), strict=True)
-        self.overlapping = any(kernel > stride or dilation > 1 for kernel, stride, dilation in pairs)
+        sizes = list(zip(*map(_each, (block.kernel_size, block.stride, block.padding, block.dilation)), strict=False))
+        self.overlapping = any(kernel > stride or dilation > 1 for kernel, stride, _, dilation in sizes)
         # what the kernels know: square windows in a plane
-        if isinstance(block, nn.MaxPool2d) and len(windows) == 1 and not block.ceil_mode:
-            self.window = windows.pop()
+        if isinstance(block, nn.MaxPool2d) and len({*sizes[:2]}) == 1 and sizes[0][3] == 1 and not block.ceil_mode:
+            self.window = Window(*sizes[0][:3])
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, PoolCode]:
         assert isinstance(block, pooling._MaxPoolNd)
@@ -249,6 +247,12 @@ class LayeredFeedback(Feedback):
     def forward(self, output: Tensor, code: Code) -> Tensor:
         return self.activation(self.mirrored(output, code))  # type: ignore[no-any-return]
 
+    def copy_weights(self, block: nn.Module) -> None:
+        self.mirrored.copy_weights(block)
+
+    def tie(self, block: nn.Module) -> None:
+        self.mirrored.tie(block)
+
 
 def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
     """Return feedback with its activation last, ``G_i(y) = a_{i-1}(W_i^T y + b_i)``, for each block but the first.
@@ -301,6 +305,6 @@ register_feedback(
 )(lambda block: UpsampleFeedback())
 register_feedback(nn.Flatten, nn.Unflatten)(lambda block: ReshapeFeedback())
 register_feedback(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)(BatchNormFeedback)
-register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(DropoutFeedback)
+register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(lambda block: DropoutFeedback())
 register_feedback(nn.Identity)(lambda block: IdentityFeedback())
 register_feedback(nn.Sequential)(SequentialFeedback)

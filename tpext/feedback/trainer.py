@@ -157,7 +157,7 @@ class FeedbackTrainer(ABC):
         for index, feedback in self.layers:
             if any(isinstance(module, LinearMap) and module.weight is None for module in feedback.modules()):
                 raise ValueError(
-                    f"{type(self).__name__}: net must have feedback with weights of its own, that of block {index} is tied"
+                    f"{type(self).__name__}: net must have feedback with weights of its own, got block {index}'s tied"
                 )
 
     def _require_elementwise(self, what: str) -> None:

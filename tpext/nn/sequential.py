@@ -181,14 +181,15 @@ class TargetSequential(nn.Module):
         for index, (block, feedback) in enumerate(self.pairs()):
             # The first block's input keeps its graph: what is below learns by the first local loss.
             source = state if index == 0 or self.rule.exact else state.detach()
-            version = None if torch.compiler.is_compiling() or source.is_inference() else source._version
+            watched = index > 0 and not torch.compiler.is_compiling() and not source.is_inference()
+            version = source._version if watched else 0
             if feedback is None:
                 state, code = block(source), None
             else:
                 state, code = feedback.encode(block, source)
-            if version is not None and source._version != version:
+            if watched and source._version != version:
                 raise ValueError(
-                    f"TargetSequential: block {index} changes its input in place, which is another's target"
+                    f"TargetSequential: block {index} must leave its input as it is, got a change in place"
                 )
             outputs.append(state)
             calls.append(BlockCall(block, feedback, source.detach(), state.detach(), code))
