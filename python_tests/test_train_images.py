@@ -327,7 +327,9 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_feedback_turns_towards_the_blocks(tmp_path: Path) -> None:
-    config = make_image_config("digits", "simple-vgg", indices="clean", noise=0.05, feedback_lr=0.05, epochs=1)
+    config = make_image_config(
+        "digits", "simple-vgg", indices="clean", noise=0.1, feedback_lr=0.1, iterations=5, epochs=1
+    )
     train_images(config, tmp_path)
     first, last = rows(tmp_path)
     for name in config.block_names[1:]:

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from tpext.experiments.config import ConfigError, OptionValue, check_integer, check_number
-from tpext.experiments.feedback_presets import METHODS, MEULEMANS_NETWORKS, Case, Values
+from tpext.experiments.feedback_presets import METHODS
+from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS, Case, Values
 from tpext.feedback import FeedbackTrainer, Indices, layered_feedback
 from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
@@ -305,7 +306,7 @@ def make_image_config(
         network: a :data:`NetworkName`; None is "lenet" for images below 32 x 32, else "simple-vgg".
         rule: a method, one of :data:`tpext.experiments.feedback_presets.METHODS`.
         preset: "published": the settings of the publication, and a ConfigError where there are none. "default": the
-            same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_presets`
+            same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_settings`
             says it changes: the cosine stays at its end instead of rising again (as torch's does after ``T_max`` = 85
             of 90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has
             in back-propagation's units, ``target_step`` times its own.
@@ -424,10 +425,8 @@ def _blocks(config: ImageConfig, device: str) -> Blocks:
 
 @torch.no_grad()
 def _initialize_feedback(net: TargetSequential) -> None:
-    """Weights Xavier-normal and biases zero, as the blocks of these networks are, but for a fixed hidden layer."""
-    for name, parameter in net.feedback.named_parameters():
-        if ".shared." in name:
-            continue
+    """Weights Xavier-normal and biases zero, as the blocks of these networks are."""
+    for parameter in net.feedback.parameters():
         if parameter.dim() < 2:
             nn.init.zeros_(parameter)
         else:
