@@ -327,7 +327,9 @@ def test_it_learns(tmp_path: Path) -> None:
 
 
 def test_feedback_turns_towards_the_blocks(tmp_path: Path) -> None:
-    config = make_image_config("digits", "simple-vgg", indices="clean", noise=0.05, feedback_lr=0.05, epochs=1)
+    config = make_image_config(
+        "digits", "simple-vgg", indices="clean", noise=0.1, feedback_lr=0.1, iterations=5, epochs=1
+    )
     train_images(config, tmp_path)
     first, last = rows(tmp_path)
     for name in config.block_names[1:]:
@@ -579,13 +581,26 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "validation loss" in out
     assert f"angles: {tmp_path / 'angles.png'}" in out
     config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["noise"], config["augment"], config["iterations"]) == ([0.1, 0.2, 0.3], False, [10])
+    assert (config["noise"], config["augment"], config["iterations"]) == ([0.1, 0.2, 0.3], False, [2])
     status, out, _ = call(f"train images --out {tmp_path} --resume", capsys)
     assert status == 0
     assert "complete already" in out
     status, _, err = call(f"{line} --resume --rule backprop", capsys)
     assert status == 1
     assert "rule is ldrl there, backprop was asked for" in err
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rule in ("tied", "backprop"):
+        train_images(small(rule), tmp_path / rule)
+    picture = tmp_path / "both.png"
+    runs = f"{tmp_path / 'tied'} BP={tmp_path / 'backprop'}"
+    assert call(f"compare {runs} --out {picture}", capsys)[0] == 0
+    assert picture.exists()
+    train_images(small("backprop", "mlp"), tmp_path / "mlp")
+    status, _, err = call(f"compare {runs} {tmp_path / 'mlp'} --out {picture}", capsys)
+    assert status == 1
+    assert "runs of different tasks cannot share a figure: digits, lenet; digits, mlp" in err
 
 
 def test_help_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -606,6 +621,7 @@ def test_help_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
         ("--augment --no-augment", 1, "augment and no_augment exclude each other"),
         ("--speed 3", 2, "--speed"),
         ("--batch-size 5000", 1, "batch_size must be at most 60"),
+        ("--validation 0.0001", 1, "validation must be 0 or leave at least one image"),
         ("--lr 1e30 --rule backprop --batch-size 20", 3, "with a smaller --lr."),
         ("--lr 1e30 --batch-size 20", 3, "with smaller rates (--lr, --feedback-lr), or a larger --feedback-start."),
     ],

@@ -21,8 +21,8 @@ from tpext.experiments.config import (
     LAYER_RULES,
     REVERSE_RULES,
     SEQUENCE_RULES,
-    Config,
     ConfigError,
+    HasOptions,
     Initialization,
     Nonlinearity,
     Optimizer,
@@ -38,6 +38,7 @@ from tpext.experiments.feed_forward import published_presets
 from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.figures import draw_comparison
 from tpext.experiments.image_commands import TrainImages
+from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
@@ -266,9 +267,9 @@ class Compare:
 
     def carry_out(self, console: Console) -> int:
         runs = [_split(run) for run in self.runs]
-        configs = []
+        configs: list[HasOptions] = []
         for _, path in runs:
-            config = RunFolder(path).read_config()
+            config = open_folder(path).read_config()
             if config is None:
                 raise RunError(f"{path} holds no run")
             configs.append(config)
@@ -289,7 +290,7 @@ def _split(run: str) -> tuple[str, str]:
     raise RunError(f"{run}: there is no such folder")
 
 
-def default_labels(configs: Sequence[Config]) -> list[str]:
+def default_labels(configs: Sequence[HasOptions]) -> list[str]:
     """Return a label for each run: its rule and the options in which the runs differ, seeds and free fields apart.
 
     Runs have the same label only if they have the same configuration, seeds and free fields apart.

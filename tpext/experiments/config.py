@@ -356,6 +356,11 @@ class Config:
             )
 
     @property
+    def title(self) -> str:
+        """The task and, for sequences, its length: what runs must share to be compared."""
+        return self.task if self.length is None else f"{self.task}, T={self.length}"
+
+    @property
     def rule_name(self) -> RuleName:
         """The rule's name on the command line."""
         return next(name for name, kind in RULES.items() if isinstance(self.rule, kind))

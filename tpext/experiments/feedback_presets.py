@@ -1,19 +1,37 @@
-"""The methods of ``tpext train images``, one entry each, and the settings that they were published with.
+"""The methods of ``tpext train images``, one entry each.
 
-A method is a rule, a trainer of the feedback, the options that these two have, and where its settings start. Sources
-of the numbers: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022,
-and Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020, both with their code.
+A method is a rule, a trainer of the feedback, the options that these two have, and where its settings start
+(:mod:`tpext.experiments.feedback_settings`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tpext.experiments.feedback_settings import (
+    MEULEMANS_NETWORKS,
+    Case,
+    Values,
+    backprop,
+    changed,
+    dtp,
+    ldrl,
+    nearest_meulemans,
+    parallel,
+    published_backprop,
+    published_dtp,
+    published_ldrl,
+    published_meulemans,
+    running,
+    unpublished,
+    untrained,
+    vanilla,
+    vanilla_default,
+)
 from tpext.feedback import (
     LDRL,
     ClosedForm,
@@ -29,31 +47,6 @@ from tpext.rules import Backprop, DifferenceTargets, DirectTargets, GaussNewtonT
 
 if TYPE_CHECKING:
     from tpext.experiments.images import ImageConfig
-
-MEULEMANS_NETWORKS = ("mlp", "meulemans-convnet")
-"""The networks of Meulemans et al.; the others are those of Ernoult et al."""
-
-
-class Case(NamedTuple):
-    """What the settings of a method depend on.
-
-    Attributes:
-        dataset, network: names.
-        layers: number of layers with feedback, all but the first.
-        shape: planes, height and width of an image.
-        channels: of each convolution, or units of each hidden layer.
-        batch_size: if it was asked for.
-    """
-
-    dataset: str
-    network: str
-    layers: int
-    shape: tuple[int, int, int]
-    channels: tuple[int, ...]
-    batch_size: int | None = None
-
-
-Values = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,367 +71,6 @@ class Method:
     values: Callable[[Case], Values]
     published: Callable[[Case], Values | None]
     layered: bool = False
-
-
-# --- Ernoult et al. --------------------------------------------------------------------------------------------------
-
-# Lists are of the layers with feedback, from the input on.
-VGG: Values = {
-    "iterations": (20, 30, 35, 55, 20),
-    "noise": (0.4, 0.4, 0.2, 0.2, 0.08),
-    "feedback_lr": (1e-4, 3.5e-4, 8e-3, 8e-3, 0.18),
-    "target_step": 0.7,
-    "lr": (0.05,),
-    "batch_size": 128,
-}
-LENET: Values = {
-    "iterations": (41, 51, 24),
-    "noise": (0.41640228838517584, 0.3826261146623929, 0.1395382069358601),
-    "feedback_lr": (0.0007188427494432325, 0.00012510321884615596, 0.03541466958291287),
-    "target_step": 0.4655,
-    "lr": (0.03618,),
-    "batch_size": 256,
-}
-IMAGENET: Values = {**VGG, "iterations": (25, 35, 40, 60, 25), "lr": (0.01,), "batch_size": 256}
-DIGITS: Values = {
-    "iterations": (10,),
-    "noise": (0.2,),
-    "feedback_lr": (5e-3,),
-    "target_step": 0.7,
-    "lr": (0.05,),
-    "batch_size": 32,
-}
-"""Ours: scikit-learn's digits are in no publication."""
-
-ERNOULT: Values = {
-    "optimizer": "sgd",
-    "momentum": 0.9,
-    "weight_decay": 1e-4,
-    "schedule": "cosine",
-    "schedule_epochs": 85,
-    "lr_min": 1e-5,
-    "epochs": 90,
-    "normalization": "standard",
-    "augment": True,
-    "precision": "32",
-    "normalize": False,
-    "reduction": "mean",
-    "feedback_first": True,
-    "feedback_start": 0,
-    "feedback_epochs": 0,
-    "extra_feedback_epochs": 0,
-    "samples": 1,
-    "feedback_scale": 1.0,
-    "feedback_optimizer": "sgd",
-    "feedback_momentum": 0.9,
-    "feedback_weight_decay": 0.0,
-    "second_term": "drawn",
-    "indices": "noisy",
-}
-FEEDBACK_START = 20
-"""Batches that train the feedback alone before the first step of the blocks, in the default preset. Ours: at the
-published forward rates random feedback makes the first steps diverge."""
-
-# Ours, for target propagation by these methods through the networks of Meulemans et al.
-ON_MEULEMANS: Values = {
-    "optimizer": "adam",
-    "momentum": 0.0,
-    "weight_decay": 0.0,
-    "betas": (0.9, 0.999),
-    "eps": (1e-8,),
-    "lr": (3e-4,),
-    "lr_min": 0.0,
-    "iterations": (5,),
-    "noise": (0.1,),
-    "feedback_lr": (0.01,),
-    "target_step": 0.1,
-    "normalize": True,
-    "batch_size": 128,
-}
-
-
-def _published_ldrl(case: Case) -> Values | None:
-    if case.network == "lenet" and case.dataset in ("cifar10", "mnist", "fashion-mnist"):
-        return {**ERNOULT, **LENET, "schedule": "cosine-torch"}
-    if case.network in ("simple-vgg", "resnet18", "resnet34") and case.layers == len(VGG["noise"]):
-        if case.dataset == "imagenet32" and case.network == "simple-vgg":
-            return {**ERNOULT, **IMAGENET, "schedule": "cosine-torch"}
-        if case.dataset == "cifar10":
-            return {**ERNOULT, **VGG, "schedule": "cosine-torch"}
-    return None
-
-
-def _ldrl(case: Case) -> Values:
-    start = {**ERNOULT, "feedback_start": FEEDBACK_START}
-    if case.network in MEULEMANS_NETWORKS:
-        return {**start, **ON_MEULEMANS}
-    known = VGG
-    if case.dataset == "digits":
-        known = DIGITS
-    elif case.network == "lenet":
-        known = LENET
-    elif case.dataset == "imagenet32":
-        known = IMAGENET
-    fitted = {name: _fitted(known[name], case.layers) for name in ("iterations", "noise", "feedback_lr")}
-    return {**start, **known, **fitted}
-
-
-def _fitted(values: Sequence[Any], count: int) -> tuple[Any, ...]:
-    """Values for another number of layers: the last one is the output layer's, the others those from the input on."""
-    if len(values) in (1, count):
-        return tuple(values)
-    inner = [*values[:-1], *[values[-2]] * count][: count - 1]
-    return (*inner, values[-1])
-
-
-def _parallel(values: Values) -> Values:
-    """One step of Adam on ten draws of noise."""
-    return {
-        **values,
-        "iterations": (1,),
-        "samples": 10,
-        "feedback_optimizer": "adam",
-        "feedback_lr": (3e-4,),
-        "feedback_betas": (0.9, 0.999),
-        "feedback_eps": 1e-8,
-        "feedback_weight_decay": 1e-4,
-        "optimizer": "adam",
-        "lr": (3e-4,),
-        "momentum": 0.0,
-        "betas": (0.9, 0.999),
-        "eps": (1e-8,),
-        "schedule": "constant",
-        "schedule_epochs": None,
-    }
-
-
-def _vanilla(values: Values) -> Values:
-    """The reconstruction loss, whose authors found that only a small forward rate stays finite."""
-    return {**values, "lr": (1e-3,)}
-
-
-def _vanilla_default(case: Case) -> Values:
-    """A tenth of the rates and a fifth of the iterations: the published ones overflow within some batches."""
-    values = _ldrl(case)
-    if case.network in MEULEMANS_NETWORKS:
-        return values
-    rates = tuple(0.1 * rate for rate in values["feedback_lr"])
-    counts = tuple(max(1, count // 5) for count in values["iterations"])
-    return {**_vanilla(values), "feedback_lr": rates, "iterations": counts}
-
-
-def _running(case: Case) -> Values:
-    return {**_ldrl(case), "iterations": (1,), "decay": 0.95}
-
-
-def _untrained(case: Case) -> Values:
-    return {**_ldrl(case), "feedback_start": 0}
-
-
-def _backprop(case: Case) -> Values:
-    """What L-DRL with exact feedback is: its local gradients are ``target_step`` times back-propagation's."""
-    values = _ldrl(case)
-    if values["normalize"]:
-        return values
-    step = values["target_step"]
-    return {
-        **values,
-        "lr": tuple(step * rate for rate in values["lr"]),
-        "lr_min": step * values["lr_min"],
-        "weight_decay": values["weight_decay"] / step,
-    }
-
-
-def _published_backprop(case: Case) -> Values | None:
-    if case.network in MEULEMANS_NETWORKS:
-        return _meulemans("backprop", case)
-    values = _published_ldrl(case)
-    if values is None:
-        return None
-    values |= {"weight_decay": 0.0, "batch_size": 128, "lr": (0.05,)}
-    if case.dataset == "imagenet32":
-        values |= {"lr": (0.01,), "batch_size": 256, "schedule": "step", "schedule_epochs": 30}
-    return values
-
-
-def _with(
-    change: Callable[[Values], Values], values: Callable[[Case], Values | None]
-) -> Callable[[Case], Values | None]:
-    """A published setting that changes another one."""
-
-    def changed(case: Case) -> Values | None:
-        found = values(case)
-        return None if found is None else change(found)
-
-    return changed
-
-
-def _unpublished(case: Case) -> None:
-    """Settings of a method that is this package's own, or that was published for other networks only."""
-
-
-# --- Meulemans et al. ------------------------------------------------------------------------------------------------
-
-
-class Tuned(NamedTuple):
-    """The numbers that were tuned for one method on one data set; ``lr`` is before its division by ``target_step``."""
-
-    lr: float | tuple[float, ...]
-    betas: tuple[float, float]
-    eps: float | tuple[float, ...]
-    target_step: float = 1.0
-    feedback_lr: float | None = None
-    noise: float | None = None
-    feedback_weight_decay: float = 0.0
-    feedback_betas: tuple[float, float] = (0.9, 0.999)
-    feedback_eps: float = 1e-8
-
-
-# As far as known: four digits of most, and the moments of DFA are Adam's usual ones.
-TUNED: dict[tuple[str, str], Tuned] = {
-    ("mnist", "dtp"): Tuned(6.185e-5, (0.9, 0.999), 1.017e-8, 0.21951, 1.9585e-3, 0.083725, 0.0, (0.9, 0.999), 7.54e-6),
-    ("mnist", "drl"): Tuned(
-        2.9689e-5, (0.9, 0.99), 1.0e-8, 0.068589, 2.0123e-5, 0.056879, 5.385e-6, (0.99, 0.999), 5.08e-8
-    ),
-    ("mnist", "ddtp-linear"): Tuned(
-        2.0354e-5, (0.9, 0.999), 1.255e-8, 0.060969, 1.6378e-4, 0.090752, 5.836e-7, (0.999, 0.999), 2.84e-4
-    ),
-    ("mnist", "ddtp-rhl"): Tuned(
-        2.8048e-5, (0.9, 0.99), 3.98e-8, 0.043516, 3.0245e-4, 0.041623, 1.621e-3, (0.9, 0.999), 3.40e-6
-    ),
-    ("mnist", "ddtp-control"): Tuned(
-        8.8827e-5, (0.9, 0.999), 5.55e-8, 0.094167, 1.8713e-4, 0.00872, 4.02e-4, (0.9, 0.999), 1.23e-8
-    ),
-    ("mnist", "backprop"): Tuned(2.970e-4, (0.99, 0.999), 6.9e-8),
-    ("mnist", "dfa"): Tuned(3.808e-4, (0.9, 0.999), 1e-8),
-    ("fashion-mnist", "drl"): Tuned(
-        7.1017e-5, (0.99, 0.999), 1.64e-8, 0.086567, 9.698e-5, 0.084333, 2.14e-5, (0.99, 0.9), 2.27e-5
-    ),
-    ("fashion-mnist", "ddtp-linear"): Tuned(
-        8.7036e-6, (0.99, 0.99), 1.73e-8, 0.01725, 7.959e-4, 0.098573, 5.78e-6, (0.99, 0.9), 3.11e-8
-    ),
-    ("cifar10", "dtp"): Tuned(8.0826e-6, (0.999, 0.99), 4.2e-6, 0.072733, 2.1314e-3, 0.24083, 0.0, (0.9, 0.9), 9.9e-5),
-    ("cifar10", "drl"): Tuned(
-        1.4115e-5, (0.9, 0.99), 5.4e-7, 0.026212, 1.5184e-4, 0.099229, 1.26e-5, (0.99, 0.999), 9.7e-6
-    ),
-    ("cifar10", "ddtp-linear"): Tuned(
-        5.8539e-5, (0.9, 0.999), 1.6e-6, 0.066928, 4.7809e-5, 0.006339, 5.40e-5, (0.9, 0.999), 3.0e-7
-    ),
-    ("cifar10", "ddtp-rhl"): Tuned(
-        2.2591e-6, (0.9, 0.999), 7.2e-8, 0.016184, 9.0978e-4, 0.027413, 1.34e-7, (0.99, 0.9), 2.05e-5
-    ),
-}
-TUNED_CONVOLUTIONS = Tuned(
-    (2.5936e-4, 8.8550e-4, 1.42305e-4, 3.3871e-6),
-    (0.9, 0.999),
-    (2.79e-8, 1.99e-8, 4.52e-6, 4.05e-5),
-    0.015962,
-    4.5157e-3,
-    0.0092104,
-    6.169e-5,
-    (0.9, 0.999),
-    7.53e-7,
-)
-"""DDTP-linear with the convolutional network, on CIFAR-10."""
-
-# Ours: no numbers of the methods with Gauss-Newton targets are known.
-UNTUNED = Tuned(3e-5, (0.9, 0.999), 1e-8, 0.1, 2e-4, 0.05)
-
-
-def _meulemans(method: str, case: Case) -> Values | None:
-    """The published settings, None where there are none."""
-    if case.network == "mlp":
-        tuned = TUNED.get((case.dataset, method))
-    else:
-        tuned = TUNED_CONVOLUTIONS if (case[:2], method) == (("cifar10", "meulemans-convnet"), "ddtp-linear") else None
-    return None if tuned is None else _adam(tuned, method, case)
-
-
-def _nearest(method: str) -> Callable[[Case], Values]:
-    """The published settings of the same method, or where there are none the nearest."""
-
-    def values(case: Case) -> Values:
-        known = _meulemans(method, case)
-        if known is not None:
-            return known
-        near = "cifar10" if case.shape[0] == 3 else "mnist"
-        tuned = TUNED.get((near, method)) or TUNED.get(("mnist", method), UNTUNED)
-        return {**_adam(tuned, method, case), "precision": "32"}
-
-    return values
-
-
-def _adam(tuned: Tuned, method: str, case: Case) -> Values:
-    """Settings with the scale of the published gradients.
-
-    There the displacement of the output is ``target_step`` times the gradient of the *mean* loss (``reduction="sum"``
-    here), and a local loss is ``||h - t||^2``, its gradient averaged over the batch: ``2 / B`` times that of this
-    package; of a convolution ``F.mse_loss``, so divided by the number of outputs as well. Adam's step stays the same if
-    gradients and ``eps`` are multiplied by one number, so ``eps`` has it. The published rate is ``lr / target_step``.
-    """
-    batch_size = case.batch_size or (32 if case.dataset == "digits" else 128)
-    rates, eps = _tuple(tuned.lr), _tuple(tuned.eps)
-    if method != "backprop":
-        scale = [batch_size / 2] * len(eps)
-        if case.network == "meulemans-convnet" and len(eps) > 1:
-            for index, channels in enumerate(case.channels):
-                scale[index] *= channels * math.prod(math.ceil(size / 2 ** (index + 1)) for size in case.shape[1:])
-        eps = tuple(one * by for one, by in zip(eps, scale, strict=True))
-    learned = tuned.feedback_lr is not None
-    pretrained = learned and method != "dtp"
-    return {
-        **ERNOULT,
-        "optimizer": "adam",
-        "momentum": 0.0,
-        "weight_decay": 0.0,
-        "lr": tuple(rate / tuned.target_step for rate in rates),
-        "betas": tuned.betas,
-        "eps": eps,
-        "schedule": "constant",
-        "schedule_epochs": None,
-        "lr_min": 0.0,
-        "epochs": 100,
-        "batch_size": batch_size,
-        "normalization": "standard" if case.dataset in ("digits", "imagenet32") else "meulemans",
-        "augment": False,
-        "validation": 1 / 12 if case.dataset in ("mnist", "fashion-mnist") else None,
-        "precision": "64",
-        "target_step": tuned.target_step,
-        "reduction": "sum",
-        "feedback_first": False,
-        "feedback_epochs": (10 if case.shape[0] == 3 else 6) if pretrained else 0,
-        "extra_feedback_epochs": 1 if pretrained else 0,
-        "iterations": (1,),
-        "noise": (tuned.noise,),
-        "feedback_lr": (tuned.feedback_lr,),
-        "feedback_optimizer": "adam",
-        "feedback_weight_decay": tuned.feedback_weight_decay,
-        "feedback_betas": tuned.feedback_betas,
-        "feedback_eps": tuned.feedback_eps,
-        "feedback_units": 2048 if case.shape[0] == 3 else 1024,
-        "damping": 0.0,
-    }
-
-
-def _dtp(case: Case) -> Values:
-    return _nearest("dtp")(case) if case.network in MEULEMANS_NETWORKS else _vanilla_default(case)
-
-
-def _published_dtp(case: Case) -> Values | None:
-    if case.network in MEULEMANS_NETWORKS:
-        return _meulemans("dtp", case)
-    return _with(_vanilla, _published_ldrl)(case)
-
-
-def _published(method: str) -> Callable[[Case], Values | None]:
-    return lambda case: _meulemans(method, case)
-
-
-def _tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
-
-# --- the methods -----------------------------------------------------------------------------------------------------
 
 
 def _step(config: ImageConfig) -> Values:
@@ -516,66 +148,70 @@ GRADIENT = (
 METHODS: dict[str, Method] = {
     "ldrl": Method(
         "difference targets; feedback by the local difference reconstruction loss (Ernoult 2022)",
-        _difference, _ldrl_trainer, (*GRADIENT, "second_term", "indices"), _ldrl, _published_ldrl,
+        _difference, _ldrl_trainer, (*GRADIENT, "second_term", "indices"), ldrl, published_ldrl,
     ),
     "parallel-ldrl": Method(
         "the same with one step of Adam a batch, on several draws of noise",
         _difference, _ldrl_trainer, (*GRADIENT, "second_term", "indices"),
-        lambda case: _parallel(_ldrl(case)), _with(_parallel, _published_ldrl),
+        lambda case: parallel(ldrl(case)), changed(parallel, published_ldrl),
     ),
     "running-ldrl": Method(
         "difference targets; that loss's minimum tracked from noise, without a feedback rate (ours)",
-        _difference, _running_trainer, (*DRAWS, "decay", "indices"), _running, _unpublished,
+        _difference, _running_trainer, (*DRAWS, "decay", "indices"), running, unpublished,
     ),
     "closed-form": Method(
         "difference targets; that loss's minimum from the blocks' own weights (weight transport)",
-        _difference, lambda net, config: ClosedForm(net), TARGET, _untrained, _unpublished,
+        _difference, lambda net, config: ClosedForm(net), TARGET, untrained, unpublished,
     ),
     "tied": Method(
         "difference targets; the blocks' own weights as feedback (weight transport)",
-        _difference, lambda net, config: Tied(net), TARGET, _untrained, _unpublished,
+        _difference, lambda net, config: Tied(net), TARGET, untrained, unpublished,
     ),
     "dtp": Method(
         "difference targets; feedback by the reconstruction loss (Lee 2015; Ernoult 2022; Meulemans 2020)",
-        _difference, _reconstruction, (*GRADIENT, "indices"), _dtp, _published_dtp, layered=True,
+        _difference, _reconstruction, (*GRADIENT, "indices"), dtp, published_dtp, layered=True,
     ),
     "tp": Method(
         "plain targets; feedback by the reconstruction loss (Bengio 2014)",
         lambda config: Targets(**_step(config)), _reconstruction, (*GRADIENT, "indices"),
-        _vanilla_default, _with(_vanilla, _published_ldrl), layered=True,
+        vanilla_default, changed(vanilla, published_ldrl), layered=True,
     ),
     "drl": Method(
         "difference targets; feedback by the difference reconstruction loss through all blocks above (Meulemans 2020)",
-        _difference, _difference_reconstruction, GRADIENT, _nearest("drl"), _published("drl"), layered=True,
+        _difference, _difference_reconstruction, GRADIENT,
+        nearest_meulemans("drl"), published_meulemans("drl"), layered=True,
     ),
     "ddtp-linear": Method(
         "direct linear feedback from the output, by that loss (Meulemans 2020)",
-        _direct, _difference_reconstruction, GRADIENT, _nearest("ddtp-linear"), _published("ddtp-linear"),
+        _direct, _difference_reconstruction, GRADIENT,
+        nearest_meulemans("ddtp-linear"), published_meulemans("ddtp-linear"),
     ),
     "ddtp-rhl": Method(
         "direct feedback through a fixed random hidden layer, by that loss (Meulemans 2020)",
         lambda config: DirectTargets(hidden=config.feedback_units, activation="tanh", **_step(config)),
-        _difference_reconstruction, (*GRADIENT, "feedback_units"), _nearest("ddtp-rhl"), _published("ddtp-rhl"),
+        _difference_reconstruction, (*GRADIENT, "feedback_units"),
+        nearest_meulemans("ddtp-rhl"), published_meulemans("ddtp-rhl"),
     ),
     "ddtp-control": Method(
         "direct linear feedback, trained to reconstruct, without difference (Meulemans 2020)",
-        _direct, _difference_reconstruction, GRADIENT, _nearest("ddtp-control"), _published("ddtp-control"),
+        _direct, _difference_reconstruction, GRADIENT,
+        nearest_meulemans("ddtp-control"), published_meulemans("ddtp-control"),
     ),
     "gnt": Method(
         "Gauss-Newton targets, computed (Meulemans 2020)",
         lambda config: GaussNewtonTargets(damping=config.damping or 0.0, **_step(config)), None,
-        (*TARGET, "damping"), _nearest("gnt"), _unpublished,
+        (*TARGET, "damping"), nearest_meulemans("gnt"), unpublished,
     ),
     "dfa": Method(
         "direct feedback alignment: direct linear feedback that stays as it is",
-        _direct, lambda net, config: Fixed(net), TARGET, _nearest("dfa"), _published("dfa"),
+        _direct, lambda net, config: Fixed(net), TARGET, nearest_meulemans("dfa"), published_meulemans("dfa"),
     ),
     "fw-dtp": Method(
         "difference targets; random feedback that stays as it is (Shibuya 2023, with batch normalisation)",
-        _difference, lambda net, config: Fixed(net), TARGET, _untrained, _unpublished,
+        _difference, lambda net, config: Fixed(net), TARGET, untrained, unpublished,
     ),
     "backprop": Method(
-        "back-propagation", lambda config: Backprop(), None, (), _backprop, _published_backprop,
+        "back-propagation", lambda config: Backprop(), None, (), backprop, published_backprop,
     ),
 }  # fmt: skip
 """By the names of ``--rule``; a new method is one more entry."""

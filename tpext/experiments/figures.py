@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tpext.experiments.config import Config, ConfigError
-from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.image_folder import ImageFolder, open_folder
+from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import Model, make_model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
@@ -152,10 +153,10 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
         ConfigError: no run, runs of different tasks or lengths, or a format that cannot be drawn.
         RunError: a folder holds no run with an evaluation.
     """
-    groups = {label: [_read(Path(folder)) for folder in folders] for label, folders in runs.items() if folders}
+    groups = {label: [_read_any(Path(folder)) for folder in folders] for label, folders in runs.items() if folders}
     if not groups:
         raise ConfigError("runs must name at least one folder, got none")
-    tasks = {_task_title(config): config for members in groups.values() for config, _ in members}
+    tasks = {config.title: config for members in groups.values() for config, _ in members}
     if len(tasks) > 1:
         raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
     ((name, config),) = tasks.items()
@@ -176,8 +177,11 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
                 for _, metrics in members:
                     axes.plot(metrics.iteration, metrics[column], color=colour, lw=0.7, alpha=0.4)
             axes.plot(mean.index, mean[column], color=colour, lw=2, label=f"{label} ({final:.1%})")
-    _style_loss(losses, "test loss")
-    _style_accuracy(accuracy, config)
+    evaluated, unit = (config.evaluated, "epoch") if isinstance(config, ImageConfig) else ("test", "iteration")
+    _style_loss(losses, f"{evaluated} loss")
+    _style_accuracy(accuracy, config, evaluated)
+    for axes in (losses, accuracy):
+        axes.set_xlabel(unit, color=INK)
     figure.suptitle(title or name, fontsize=13, color=INK)
     handles, labels = accuracy.get_legend_handles_labels()
     kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != CHANCE_LABEL]
@@ -206,7 +210,7 @@ def draw_image_run(folder: str | Path) -> tuple[Path, Path]:
         raise RunError(f"{folder} holds no run with an evaluation")
     title = f"{config.dataset}, {config.network}, {config.rule}, seed {config.seed}"
     epochs = [row.epoch for row in rows]
-    evaluated = "test" if config.validation == 0 else "validation"
+    evaluated = config.evaluated
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(f"{title}: {evaluated} accuracy {rows[-1].accuracy:.1%}", fontsize=13, color=INK)
     losses, accuracy = figure.subplots(1, 2)
@@ -247,16 +251,24 @@ def draw_image_run(folder: str | Path) -> tuple[Path, Path]:
     return curve, save(figure, run.angles)
 
 
-def _task_title(config: Config) -> str:
-    return config.task if config.length is None else f"{config.task}, T={config.length}"
-
-
 def _read(folder: Path) -> tuple[Config, pd.DataFrame]:
     run = RunFolder(folder)
     config, rows = run.read_config(), run.read_rows()
     if config is None or not rows:
         raise RunError(f"{folder} holds no run with an evaluation")
     return config, pd.DataFrame(rows, columns=list(Row._fields))
+
+
+def _read_any(folder: Path) -> tuple[Config | ImageConfig, pd.DataFrame]:
+    """Configuration and evaluations of a run of either kind; those on images by epoch."""
+    run = open_folder(folder)
+    if isinstance(run, RunFolder):
+        return _read(folder)
+    config, rows = run.read_config(), run.read_rows()
+    if config is None or not rows:
+        raise RunError(f"{folder} holds no run with an evaluation")
+    columns = {"iteration": "epoch", "test_loss": "loss", "accuracy": "accuracy"}
+    return config, pd.DataFrame({name: [getattr(row, of) for row in rows] for name, of in columns.items()})
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -286,7 +298,7 @@ def _style_loss(axes: Axes, label: str) -> None:
     axes.set_ylabel(label, color=INK)
 
 
-def _style_accuracy(axes: Axes, config: Config) -> None:
+def _style_accuracy(axes: Axes, config: Config | ImageConfig, evaluated: str = "test") -> None:
     style(axes)
     task = config.make_task()
     if task.criterion == "cross_entropy" and task.output_size <= 10:
@@ -297,7 +309,7 @@ def _style_accuracy(axes: Axes, config: Config) -> None:
         )  # fmt: skip
     axes.set_ylim(0, 1.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("test accuracy", color=INK)
+    axes.set_ylabel(f"{evaluated} accuracy", color=INK)
 
 
 def _wrap(text: str, width: int = 150) -> str:

@@ -11,17 +11,16 @@ angles.png            angles of feedback and gradients over the epochs
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from tpext.experiments.images import ImageConfig
-from tpext.experiments.run_folder import AnyRunFolder, RunError, write_whole
-
-EvaluationSet = Literal["validation", "test"]
+from tpext.experiments.run_folder import AnyRunFolder, RunError, RunFolder, write_whole
 
 
 class ImageRow(NamedTuple):
@@ -152,3 +151,12 @@ def _row(cells: Sequence[str], columns: int) -> ImageRow:
     angles = numbers[len(SCALARS) :]
     half = len(angles) // 2
     return ImageRow(**values, feedback_angles=tuple(angles[:half]), gradient_angles=tuple(angles[half:]))
+
+
+def open_folder(path: str | Path) -> RunFolder | ImageFolder:
+    """Return the folder of a run of either kind, by its config.json; where that says nothing, of the other tasks'."""
+    folder = ImageFolder(path)
+    try:
+        return folder if "dataset" in json.loads(folder.config.read_text()) else RunFolder(path)
+    except (OSError, TypeError, ValueError):
+        return RunFolder(path)

@@ -15,8 +15,8 @@ import tpext
 from tpext.diagnostics import feedback_angles, gradient_angles
 from tpext.experiments.config import ConfigError
 from tpext.experiments.figures import draw_image_run
-from tpext.experiments.image_folder import EvaluationSet, ImageFolder, ImageResult, ImageRow
-from tpext.experiments.images import STEP_FACTOR, ImageConfig
+from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
+from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
 from tpext.experiments.loop import DivergedError, catch_interrupts, check_device, torch_state, versions
 from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import RunError
@@ -189,7 +189,8 @@ class _Run:
         self.config, self.task, self.plan, self.folder, self.console = config, task, plan, folder, console
         self.device = torch.device(config.device)
         self.dtype = torch.float64 if config.precision == "64" else torch.float32
-        self.evaluated_on: EvaluationSet = "validation" if task.split_size("validation") else "test"
+        if config.validation != 0 and task.split_size("validation") == 0:
+            raise ConfigError(f"validation must be 0 or leave at least one image, got {config.validation}")
 
         self.net = config.make_network().to(self.device)
         self.trainer = config.make_trainer(self.net)
@@ -218,7 +219,7 @@ class _Run:
                 self.iteration,
                 plan.iterations,
                 self.rows,
-                self.evaluated_on,
+                self.config.evaluated,
             ) as progress:
                 if not self.rows:
                     self._add_row(progress)
@@ -303,9 +304,9 @@ class _Run:
             with torch.no_grad():
                 train_loss = functional.cross_entropy(self.net.eval()(input), target).item()
             self.net.train()
-        scores = self._evaluate(self.evaluated_on)
+        scores = self._evaluate(self.config.evaluated)
         if not math.isfinite(scores.loss):
-            raise DivergedError(self.iteration, f"the {self.evaluated_on} loss is {scores.loss}")
+            raise DivergedError(self.iteration, f"the {self.config.evaluated} loss is {scores.loss}")
         names = self.config.block_names
         feedback = feedback_angles(self.net, input[:1]) if self.trainer is not None else {}
         exact = isinstance(self.net.rule, Backprop)
@@ -387,7 +388,7 @@ class _Run:
             best_top5=best_test.top5,
             best_iteration=best.iteration,
             best_evaluation=best.accuracy,
-            evaluated_on=self.evaluated_on,
+            evaluated_on=self.config.evaluated,
             train_loss=last.train_loss,
             seconds=self._seconds(),
             parameters=sum(parameter.numel() for parameter in self.net.blocks.parameters()),

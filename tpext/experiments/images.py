@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from tpext.experiments.config import ConfigError, OptionValue, check_integer, check_number
-from tpext.experiments.feedback_presets import METHODS, MEULEMANS_NETWORKS, Case, Values
+from tpext.experiments.feedback_presets import METHODS
+from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS, Case, Values
 from tpext.feedback import FeedbackTrainer, Indices, layered_feedback
 from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
@@ -32,6 +33,7 @@ ImagePreset = Literal["default", "published"]
 ImageOptimizer = Literal["sgd", "adam"]
 ImageSchedule = Literal["constant", "cosine", "cosine-torch", "step"]
 ImagePrecision = Literal["32", "64"]
+EvaluationSet = Literal["validation", "test"]
 
 HIDDEN_NETWORKS = ("lenet", "meulemans-convnet")
 """The networks with a hidden linear layer behind the convolutions."""
@@ -40,7 +42,7 @@ STEP_FACTOR = 0.1
 """What the step schedule multiplies the rates by."""
 COSINE_SHARE = 85 / 90
 """Share of the epochs after which the cosine has arrived at ``lr_min``, as published."""
-DIGITS_EPOCHS = 20
+DIGITS_EPOCHS = 10
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,16 @@ class ImageConfig:
             raise ConfigError(f"momentum does not belong to optimizer=adam, got {self.momentum:g}")
 
     @property
+    def title(self) -> str:
+        """Data set and network: what runs must share to be compared."""
+        return f"{self.dataset}, {self.network}"
+
+    @property
+    def evaluated(self) -> EvaluationSet:
+        """The set that evaluations are on."""
+        return "test" if self.validation == 0 else "validation"
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Iterations of the feedback (or draws) a batch, ``iterations`` times ``feedback_scale``, rounded up."""
         # rounded first, as 0.1 * 30 is above 3
@@ -294,7 +306,7 @@ def make_image_config(
         network: a :data:`NetworkName`; None is "lenet" for images below 32 x 32, else "simple-vgg".
         rule: a method, one of :data:`tpext.experiments.feedback_presets.METHODS`.
         preset: "published": the settings of the publication, and a ConfigError where there are none. "default": the
-            same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_presets`
+            same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_settings`
             says it changes: the cosine stays at its end instead of rising again (as torch's does after ``T_max`` = 85
             of 90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has
             in back-propagation's units, ``target_step`` times its own.
@@ -413,10 +425,8 @@ def _blocks(config: ImageConfig, device: str) -> Blocks:
 
 @torch.no_grad()
 def _initialize_feedback(net: TargetSequential) -> None:
-    """Weights Xavier-normal and biases zero, as the blocks of these networks are, but for a fixed hidden layer."""
-    for name, parameter in net.feedback.named_parameters():
-        if ".shared." in name:
-            continue
+    """Weights Xavier-normal and biases zero, as the blocks of these networks are."""
+    for parameter in net.feedback.parameters():
         if parameter.dim() < 2:
             nn.init.zeros_(parameter)
         else:
