@@ -61,7 +61,7 @@ DIGITS: Values = {
     "noise": (0.2,),
     "feedback_lr": (0.02,),
     "target_step": 0.7,
-    "lr": (0.05,),
+    "lr": (0.02,),
     "batch_size": 32,
 }
 """Ours: scikit-learn's digits are in no publication."""

@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from tpext.ops._library import cast
 
@@ -67,6 +67,7 @@ class Feedback(nn.Module, ABC):
         is_linear: whether ``G`` is linear in ``y`` up to a constant at a fixed code. Then :meth:`difference` does not
             look at ``y``.
         is_view: whether block and feedback only change the shape.
+        source: whose output it maps to the block's input: the "block"'s or the whole "network"'s.
         kernel: name and ``alpha`` of an activation that :func:`tpext.ops.code_difference` knows, if it is one.
         window: of a max-pooling that it knows, if it is one.
     """
@@ -74,6 +75,7 @@ class Feedback(nn.Module, ABC):
     elementwise: bool = False
     is_linear: ClassVar[bool] = False
     is_view: ClassVar[bool] = False
+    source: ClassVar[Literal["block", "network"]] = "block"
     kernel: tuple[str, float] | None = None
     window: Window | None = None
 
@@ -199,18 +201,36 @@ class BlockCall(NamedTuple):
     code: Code
 
 
+def detach_tensors(
+    calls: Sequence[BlockCall],
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple[BlockCall, ...]]]:
+    """Return the tensors of calls, and what puts calls together again from such tensors."""
+    leaves, form = tree_flatten([(call.input, call.output, call.code) for call in calls], is_leaf=_is_size)
+    modules = [(call.block, call.feedback) for call in calls]
+    others = [(True, None) if isinstance(leaf, Tensor) else (False, leaf) for leaf in leaves]
+
+    def rebuilt(tensors: Sequence[Tensor]) -> tuple[BlockCall, ...]:
+        given = iter(tensors)
+        known = [next(given) if is_tensor else leaf for is_tensor, leaf in others]
+        parts = tree_unflatten(known, form)
+        return tuple(BlockCall(*pair, *part) for pair, part in zip(modules, parts, strict=True))
+
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)], rebuilt
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size)
+
+
 def in_full_precision(calls: Sequence[BlockCall]) -> tuple[BlockCall, ...]:
     """Return calls with what autocast made float16 or bfloat16 in float32, as differences of outputs need it."""
 
     def raised(value: Any) -> Any:
         return cast(value, torch.float32)
 
-    def is_size(value: Any) -> bool:
-        return isinstance(value, torch.Size)
-
     return tuple(
         call._replace(
-            input=raised(call.input), output=raised(call.output), code=tree_map(raised, call.code, is_leaf=is_size)
+            input=raised(call.input), output=raised(call.output), code=tree_map(raised, call.code, is_leaf=_is_size)
         )
         for call in calls
     )

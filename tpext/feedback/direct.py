@@ -42,6 +42,8 @@ class DirectFeedback(Feedback):
         like: gives dtype and device.
     """
 
+    source = "network"
+
     def __init__(
         self,
         out_features: int,

@@ -82,10 +82,8 @@ class GradientTrainer(FeedbackTrainer):
             )
         self.optimizers: list[Optimizer] = []
         rates = self._positive("lr", lr) if optimizer is None else [0.0] * len(self.layers)
-        for (index, feedback), rate in zip(self.layers, rates, strict=True):
+        for (_, feedback), rate in zip(self.layers, rates, strict=True):
             parameters = list(feedback.parameters())
-            if not parameters:
-                raise ValueError(f"{type(self).__name__}: the feedback of block {index} has no parameters")
             self.optimizers.append(
                 torch.optim.SGD(parameters, rate, momentum, weight_decay=weight_decay, fused=True)
                 if optimizer is None
@@ -100,7 +98,9 @@ class GradientTrainer(FeedbackTrainer):
                     records.append(Record(index, loss, *weight_alignment(calls[index])))
                 average_over_processes(list(gradients.values()))
                 for parameter, gradient in gradients.items():
-                    parameter.grad = gradient
+                    parameter.grad = _laid_out_as(parameter, gradient)
+                    state = self.optimizers[number].state[parameter]
+                    state.update({name: _laid_out_as(parameter, value) for name, value in state.items()})
                 self.optimizers[number].step()
                 for parameter in feedback.parameters():
                     parameter.grad = None
@@ -143,6 +143,13 @@ class GradientTrainer(FeedbackTrainer):
             optimizer.load_state_dict(saved)
 
 
+def _laid_out_as(parameter: Tensor, value: Any) -> Any:
+    """What goes with a parameter, in its layout: torch's fused optimizers take for granted that all have one."""
+    if not isinstance(value, Tensor) or value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter).copy_(value)
+
+
 class LDRL(GradientTrainer):
     r"""Trains feedback by the local difference reconstruction loss (:func:`ldrl_loss`), towards ``J_G = J_F^T``.
 
@@ -176,6 +183,7 @@ class LDRL(GradientTrainer):
         **options: Any,
     ) -> None:
         super().__init__(net, **options)
+        self._require_source("block")
         self.second_term = self._choice("second_term", second_term, ("drawn", "expected"))
         self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
         if second_term == "expected":
@@ -253,7 +261,7 @@ class Reconstruction(GradientTrainer):
     Args:
         indices: "noisy" (published) or "clean", see :func:`ldrl_loss`.
         reduction: "sample": the loss is a sum over features, as in Ernoult et al.'s code; "element": a mean, divided by
-            the variance of the noise but at most by 0.02^2, as in Meulemans et al.'s.
+            the variance of the noise but at least by 0.02^2, as in Meulemans et al.'s.
         net, lr, noise, iterations, samples, momentum, weight_decay, optimizer, seed, noise_source: see
             :class:`GradientTrainer`.
 
@@ -269,6 +277,7 @@ class Reconstruction(GradientTrainer):
         **options: Any,
     ) -> None:
         super().__init__(net, **options)
+        self._require_source("block")
         self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
         self.reduction = self._choice("reduction", reduction, ("sample", "element"))
 
@@ -305,6 +314,8 @@ class DifferenceReconstruction(GradientTrainer):
         super().__init__(net, **options)
         if not isinstance(difference, bool):
             raise ValueError(f"DifferenceReconstruction: difference must be True or False, got {difference!r}")
+        if not difference:
+            self._require_source("network")
         self.difference = difference
 
     def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:

@@ -180,13 +180,13 @@ class SequentialFeedback(Feedback):
 
     def __init__(self, block: nn.Sequential) -> None:
         super().__init__()
-        made = [(name, make_feedback(module)) for name, module in block.named_children()]
+        made = [(name, make_feedback(module)) for name, module in _children(block)]
         self.parts = nn.ModuleDict(OrderedDict(reversed(made)))
         self.elementwise = all(part.elementwise for _, part in made)
 
     def pairs(self, block: nn.Module) -> list[tuple[nn.Module, Feedback]]:
         """Return the modules of the block with their feedback, the first one first."""
-        return [(module, self.parts[name]) for name, module in block.named_children()]  # type: ignore[misc]
+        return [(module, self.parts[name]) for name, module in _children(block)]  # type: ignore[misc]
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, tuple[Code, ...]]:
         codes = []
@@ -274,6 +274,11 @@ def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
         last = next((step.feedback for step in reversed(steps) if isinstance(step.feedback, ActivationFeedback)), None)
         made.append(LayeredFeedback(block, nn.Identity() if last is None else last.activation))
     return made
+
+
+def _children(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules of a sequence in order, one that comes twice twice, which ``named_children`` does not give."""
+    return [(name, module) for name, module in block._modules.items() if module is not None]
 
 
 def _each(value: int | tuple[int, ...]) -> tuple[int, ...]:

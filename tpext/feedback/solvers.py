@@ -53,6 +53,7 @@ class RunningLDRL(FeedbackTrainer):
             raise ValueError(f"RunningLDRL: decay must be a number >= 0 and < 1, got {decay!r}")
         self.decay = float(decay)
         self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
+        self._require_source("block")
         self._require_elementwise("it")
         self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
 
@@ -90,7 +91,14 @@ class RunningLDRL(FeedbackTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self._sums = [sums and (sums[0].clone(), sums[1].clone()) for sums in state["sums"]]
+        sums = state["sums"]
+        if len(sums) != len(self.layers):
+            raise ValueError(f"RunningLDRL: state must have sums of {len(self.layers)} layers, got {len(sums)}")
+        places = [next(feedback.parameters()) for _, feedback in self.layers]
+        self._sums = [
+            pair and (pair[0].to(like, copy=True), pair[1].to(like, copy=True))
+            for pair, like in zip(sums, places, strict=True)
+        ]
 
 
 class ClosedForm(FeedbackTrainer):
@@ -109,6 +117,7 @@ class ClosedForm(FeedbackTrainer):
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         self._require_own_weights()
+        self._require_source("block")
         self._require_elementwise("it")
 
     def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
@@ -131,8 +140,9 @@ class Tied(FeedbackTrainer):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
-        for (_, feedback), (block, _) in zip(self.layers, self.net.pairs()[1:], strict=True):
-            feedback.tie(block)
+        blocks = [block for block, _ in self.net.pairs()]
+        for index, feedback in self.layers:
+            feedback.tie(blocks[index])
 
     def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         pass

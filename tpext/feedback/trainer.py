@@ -97,7 +97,11 @@ class FeedbackTrainer(ABC):
             raise ValueError(f"{type(self).__name__}: seed must be in 0 .. 2^63 - 1, got {seed!r}")
         self.net: Any = net
         self.layers: list[tuple[int, Feedback]] = [
-            (index, feedback) for index, (_, feedback) in enumerate(pairs()) if feedback is not None
+            (index, feedback)
+            for index, (_, feedback) in enumerate(pairs())
+            if feedback is not None
+            # of a pool or a reshape there is nothing to train
+            and (_is_tied(feedback) or any(True for _ in feedback.parameters()))
         ]
         if not self.layers:
             raise ValueError(f"{type(self).__name__}: net has no feedback to train; its rule is {self.net.rule}")
@@ -114,6 +118,11 @@ class FeedbackTrainer(ABC):
         records: list[Record] | None = [] if record else None
         with torch.no_grad(), still_statistics(self.net.blocks):
             trace = input if isinstance(input, Trace) else self.net.trace(input)
+            for index, feedback in self.layers:
+                if trace.calls[index].feedback is not feedback:
+                    raise ValueError(
+                        f"{type(self).__name__}: input must be a trace of the trainer's net, got another's"
+                    )
             with full_precision(trace.output.device.type):
                 self._train(in_full_precision(trace.calls), records)
         self.steps += 1
@@ -156,14 +165,25 @@ class FeedbackTrainer(ABC):
     def _require_own_weights(self) -> None:
         """Raise ValueError where the feedback uses the blocks' own weights, which are not a trainer's to change."""
         for index, feedback in self.layers:
-            if any(isinstance(module, LinearMap) and module.weight is None for module in feedback.modules()):
+            if _is_tied(feedback):
                 raise ValueError(
                     f"{type(self).__name__}: net must have feedback with weights of its own, got block {index}'s tied"
                 )
 
+    def _require_source(self, source: str) -> None:
+        """Raise ValueError unless all feedback maps from the output of its block, or of the network."""
+        for index, feedback in self.layers:
+            if feedback.source != source:
+                raise ValueError(
+                    f"{type(self).__name__}: net must have feedback from the output of each {source}, that of block "
+                    f"{index} is from the {feedback.source}'s; its rule is {self.net.rule}"
+                )
+
     def _require_elementwise(self, what: str) -> None:
         """Raise ValueError unless every layer begins with a linear map and what follows acts element by element."""
-        for (index, feedback), (block, _) in zip(self.layers, self.net.pairs()[1:], strict=True):
+        blocks = [block for block, _ in self.net.pairs()]
+        for index, feedback in self.layers:
+            block = blocks[index]
             steps = linear_steps(block, feedback)
             if steps is None or not all(step.feedback.elementwise for step in steps[2]):
                 raise ValueError(
@@ -182,6 +202,10 @@ class FeedbackTrainer(ABC):
         if isinstance(self.noise_source, CounterNoise):
             return self.noise_source(wanted, like, sigma)
         return self.noise_source(wanted, like) * sigma
+
+
+def _is_tied(feedback: Feedback) -> bool:
+    return any(isinstance(module, LinearMap) and module.weight is None for module in feedback.modules())
 
 
 def weight_alignment(call: BlockCall) -> tuple[Tensor | None, Tensor | None]:

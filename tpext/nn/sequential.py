@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpext.feedback.base import BlockCall, Feedback, Trace
-from tpext.ops._library import refuse_forward_mode
+from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors
+from tpext.ops._library import LOW_PRECISION, refuse_forward_mode
 from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
 from tpext.rules import Backprop, DifferenceTargets, NetworkRule
 
@@ -28,6 +28,10 @@ class _TargetsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rule: NetworkRule, calls: Sequence[BlockCall], *outputs: Tensor) -> Tensor:
         ctx.rule, ctx.calls = rule, calls
+        if not torch.compiler.is_compiling():
+            # kept by autograd, which frees them after the backward pass
+            tensors, ctx.calls = detach_tensors(calls)
+            ctx.save_for_backward(*tensors)
         # not the tensor itself, which the next module might change in place
         return outputs[-1].clone()
 
@@ -36,7 +40,8 @@ class _TargetsFunction(torch.autograd.Function):
         # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
         if torch.is_grad_enabled():
             raise RuntimeError(NOT_A_DERIVATIVE)
-        return None, None, *ctx.rule.local_gradients(ctx.calls, grad)
+        calls = ctx.calls if torch.compiler.is_compiling() else ctx.calls(ctx.saved_tensors)
+        return None, None, *ctx.rule.local_gradients(calls, grad)
 
 
 class TargetSequential(nn.Module):
@@ -49,6 +54,10 @@ class TargetSequential(nn.Module):
     The feedback modules of the rule are made from the blocks and belong to the network, but not to its loss: their
     parameters do not require gradients, so neither the loss nor an optimizer of ``net.parameters()`` nor
     ``DistributedDataParallel`` touches them. A trainer of :mod:`tpext.feedback` trains them.
+
+    Under ``DistributedDataParallel`` and ``torch.compile`` call the wrapped network after ``trainer.step(x)``:
+    :meth:`trace` is a method of the bare network, past them both. In training, forward hooks of a block's sequence, of
+    its activations and of its max-pools do not run.
 
     Args:
         blocks: the modules, or one ``OrderedDict`` of them. A block may be anything: a convolution with activation and
@@ -105,6 +114,10 @@ class TargetSequential(nn.Module):
         self.rule = rule
         self.feedback_init = feedback_init
         self.feedback = nn.ModuleDict()
+        if rule.exact and (feedback is not None or feedback_init != "random"):
+            raise ValueError(
+                "TargetSequential: feedback and feedback_init do not belong to rule=Backprop(), which has none"
+            )
         if isinstance(rule, NetworkRule):
             self._add_feedback(self._make_feedback(rule, input_shape) if feedback is None else feedback)
 
@@ -123,7 +136,7 @@ class TargetSequential(nn.Module):
                 f"TargetSequential: feedback must be one module for each of the {len(self.blocks)} blocks, None for "
                 f"the first, got {[type(one).__name__ for one in made]}"
             )
-        for (name, block), feedback in zip(self.blocks.named_children(), made, strict=True):
+        for (name, block), feedback in zip(self._named(), made, strict=True):
             if feedback is None:
                 continue
             if self.feedback_init == "symmetric":
@@ -156,11 +169,15 @@ class TargetSequential(nn.Module):
             for module, mode in modes.items():
                 module.training = mode
 
+    def _named(self) -> list[tuple[str, nn.Module]]:
+        # not named_children, which leaves out a block that comes a second time
+        return [(name, block) for name, block in self.blocks._modules.items() if block is not None]
+
     def pairs(self) -> list[tuple[nn.Module, Feedback | None]]:
         """Return each block with its feedback, the first one first."""
         feedback: Any = self.feedback
         names = set(feedback.keys())
-        return [(block, feedback[name] if name in names else None) for name, block in self.blocks.named_children()]
+        return [(block, feedback[name] if name in names else None) for name, block in self._named()]
 
     def trace(self, input: Tensor) -> Trace:
         """Run the network and return its output with what each block did, for a trainer of the feedback to share.
@@ -172,6 +189,7 @@ class TargetSequential(nn.Module):
         [(5, 3), (5, 2)]
         """
         if isinstance(self.rule, NetworkRule):
+            self._check_precision()
             self.rule.check(list(self.blocks))
         if torch._C._are_functorch_transforms_active():
             refuse_forward_mode("TargetSequential")
@@ -196,6 +214,14 @@ class TargetSequential(nn.Module):
         if self.rule.exact:
             return Trace(state, tuple(calls))
         return Trace(_TargetsFunction.apply(self.rule, tuple(calls), *outputs), tuple(calls))  # type: ignore[no-untyped-call]
+
+    def _check_precision(self) -> None:
+        for name, parameter in self.blocks.named_parameters():
+            if parameter.dtype in LOW_PRECISION:
+                raise ValueError(
+                    f"TargetSequential: {name} must be float32 or float64, got {parameter.dtype}; for lower "
+                    "precision use torch.autocast"
+                )
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``s_{L-1}`` of inputs ``[B, ...]``."""

@@ -1,0 +1,118 @@
+"""What a reading of learned feedback found: networks and calls that went wrong without a word."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import itertools
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tpext
+from tpext.feedback import LDRL, ClosedForm, DifferenceReconstruction, Reconstruction, RunningLDRL
+from tpext.nn import TargetSequential
+
+
+def small_net(**options: Any) -> TargetSequential:
+    return TargetSequential(nn.Sequential(nn.Linear(4, 5), nn.ELU()), nn.Linear(5, 3), **options)
+
+
+def test_a_module_that_comes_twice_runs_twice() -> None:
+    act, linear = nn.Tanh(), nn.Linear(5, 5)
+    net = TargetSequential(nn.Linear(4, 5), nn.Sequential(linear, act, nn.Linear(5, 5), act), act, linear, act)
+    x = torch.randn(2, 4)
+    assert torch.equal(net(x), net.blocks(x))
+    assert len(net.pairs()) == 5
+    net(x).sum().backward()
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("sizes", list(itertools.product((8, 4), repeat=3)))
+def test_sizes_of_images_may_change(optimizer: str, sizes: tuple[int, ...]) -> None:
+    """The layout of the weights depends on the size; an optimizer that works element by element does not."""
+    blocks = [nn.Conv2d(2, 3, 3, padding=1), nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ELU())]
+    nets = [TargetSequential(*copy.deepcopy(blocks)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    make = {
+        "momentum": lambda fused: lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, fused=fused),
+        "adam": lambda fused: lambda p: torch.optim.Adam(p, 0.01, fused=fused),
+    }[optimizer]
+    trainers = [
+        LDRL(net, noise=0.3, iterations=2, optimizer=make(fused))
+        for net, fused in zip(nets, (True, False), strict=True)
+    ]
+    for size in sizes:
+        x = torch.randn(3, 2, size, size)
+        for trainer in trainers:
+            trainer.step(x)
+    fused, plain = (net.feedback["1"].parts["0"].weight for net in nets)
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backward_pass_frees_the_states() -> None:
+    net = small_net()
+    trace = net.trace(torch.randn(7, 4))
+    state = weakref.ref(trace.calls[0].output)
+    loss = trace.output.sum()
+    del trace
+    loss.backward()
+    gc.collect()
+    assert state() is None
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_blocks_without_parameters_are_left_out() -> None:
+    net = TargetSequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Sequential(nn.Flatten(), nn.Linear(18, 3)))
+    x = torch.randn(4, 1, 8, 8)
+    for trainer in (LDRL(net, lr=[0.1], noise=[0.1]), RunningLDRL(net, noise=0.1), ClosedForm(net)):
+        assert [index for index, _ in trainer.layers] == [2]
+        trainer.step(x)
+    net(x).sum().backward()
+
+
+DIRECT: Any = {"rule": tpext.DirectTargets(), "input_shape": (4,)}
+MISFITS: list[tuple[Any, dict[str, Any]]] = [
+    (lambda net: LDRL(net, lr=0.1, noise=0.1), DIRECT),
+    (lambda net: Reconstruction(net, lr=0.1, noise=0.1), DIRECT),
+    (lambda net: RunningLDRL(net, noise=0.1), DIRECT),
+    (ClosedForm, DIRECT),
+    (lambda net: DifferenceReconstruction(net, lr=0.1, noise=0.1, difference=False), {}),
+]
+
+
+@pytest.mark.parametrize(("make", "options"), MISFITS)
+def test_a_trainer_of_other_feedback_is_refused(make: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="net must have feedback from the output of each"):
+        make(small_net(**options))
+
+
+def test_the_trace_of_another_network_is_refused() -> None:
+    net = small_net()
+    other = copy.deepcopy(net)
+    with pytest.raises(ValueError, match="input must be a trace of the trainer's net"):
+        LDRL(net, lr=0.1, noise=0.1).step(other.trace(torch.randn(2, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_of_low_precision_are_refused(dtype: torch.dtype) -> None:
+    net = small_net().to(dtype)
+    with pytest.raises(ValueError, match=r"TargetSequential: 0\.0\.weight must be float32 or float64"):
+        net(torch.randn(2, 4, dtype=dtype))
+
+
+@pytest.mark.parametrize("options", [{"feedback_init": "tied"}, {"feedback": [None, None]}])
+def test_back_propagation_takes_no_feedback(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="do not belong to rule=Backprop"):
+        small_net(rule=tpext.Backprop(), **options)
+
+
+def test_saved_sums_of_another_network_are_refused() -> None:
+    trainer = RunningLDRL(small_net(), noise=0.1)
+    state = trainer.state_dict()
+    with pytest.raises(ValueError, match="sums of 1 layers, got 0"):
+        trainer.load_state_dict({**state, "sums": []})
