@@ -21,13 +21,14 @@ def summary(results: Results) -> str:
     """The cost of a batch in steps of back-propagation, and its peak of memory."""
     rows = results.of("test_training_batch")
     peaks = {(row["network_name"], row["method"]): row["peak_bytes"] for row in results.of("test_batch_memory")}
+    counts = sorted({row["threads"] for row in rows})
     lines = []
     for network, title in NETWORKS.items():
         for method, name in METHODS.items():
             found = {row["threads"]: row for row in rows if (row["network_name"], row["method"]) == (network, method)}
             if not found:
                 continue
-            costs = [f"{1 / found[threads]['ratio']:.1f}" if threads in found else "" for threads in (1, 2)]
+            costs = [f"{1 / found[threads]['ratio']:.1f}" if threads in found else "" for threads in counts]
             most = found[max(found)].get("target_ratio")
             target = ""
             if most is not None:
@@ -39,5 +40,5 @@ def summary(results: Results) -> str:
         "Cost of a whole training batch of 32 images at the published iterations and channels, in steps of "
         f"back-propagation in torch on the same network in the same run ({results.cpu}, {first['cpu_capability']}, "
         f"torch {first['torch']}, float32):\n\n"
-        + table([" network", " method", "1 thread", "2 threads", " target, 2 threads", "peak, MiB"], lines)
+        + table([" network", " method", *(f"{n} thread{'s' * (n > 1)}" for n in counts), " target", "peak, MiB"], lines)
     )

@@ -349,6 +349,23 @@ def test_report_keeps_the_rest_of_the_readme(load: Any, tmp_path: Path, suite: l
     assert readme.read_text() == first
 
 
+def test_report_of_learned_feedback(load: Any, tmp_path: Path) -> None:
+    batch = {"network_name": "lenet", "B": 32, "method": "exact", "threads": 2, "target_ratio": 1 / 22}
+    rows = [
+        timed("test_training_batch[a]", ratio=0.04, **batch),
+        timed("test_training_batch[b]", ratio=0.5, **{**batch, "method": "targets", "target_ratio": 1 / 2.2}),
+        {
+            "name": "test_batch_memory[c]",
+            "extra_info": {"network_name": "lenet", "method": "exact", "B": 32, "peak_bytes": 66 << 20},
+        },
+    ]
+    text = load("feedback_report").summary(load("rows").read(write(tmp_path / "a.json", rows)))
+    assert "| network | method | 2 threads | target | peak, MiB |" in text
+    # Costs are one over the ratio.
+    assert "| LeNet | `LDRL`, the same gradients | 25.0 | ≤ 22 **missed** | 66 |" in text
+    assert "| LeNet | targets alone, feedback fixed | 2.0 | ≤ 2.2 met |  |" in text
+
+
 def test_report_names_rows_of_a_busy_machine(
     load: Any, tmp_path: Path, suite: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
