@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +185,8 @@ class LDRL(GradientTrainer):
         super().__init__(net, **options)
         self._require_source("block")
         self.second_term = self._choice("second_term", second_term, ("drawn", "expected"))
-        self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
+        self._choice("indices", indices, get_args(Indices))
+        self.indices: Indices = indices
         if second_term == "expected":
             self._require_elementwise("second_term='expected'")
 
@@ -278,7 +279,8 @@ class Reconstruction(GradientTrainer):
     ) -> None:
         super().__init__(net, **options)
         self._require_source("block")
-        self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
+        self._choice("indices", indices, get_args(Indices))
+        self.indices: Indices = indices
         self.reduction = self._choice("reduction", reduction, ("sample", "element"))
 
     def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:

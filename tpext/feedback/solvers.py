@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class RunningLDRL(FeedbackTrainer):
         if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"RunningLDRL: decay must be a number >= 0 and < 1, got {decay!r}")
         self.decay = float(decay)
-        self.indices: Indices = "noisy" if self._choice("indices", indices, ("noisy", "clean")) == "noisy" else "clean"
+        self._choice("indices", indices, get_args(Indices))
+        self.indices: Indices = indices
         self._require_source("block")
         self._require_elementwise("it")
         self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
