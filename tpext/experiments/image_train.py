@@ -21,7 +21,6 @@ from tpext.experiments.loop import DivergedError, catch_interrupts, check_device
 from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import RunError
 from tpext.nn import TargetSequential
-from tpext.rules import Backprop
 from tpext.tasks import Batch, ImageClasses
 
 EVALUATION_BATCH = 500
@@ -309,7 +308,7 @@ class _Run:
             raise DivergedError(self.iteration, f"the {self.config.evaluated} loss is {scores.loss}")
         names = self.config.block_names
         feedback = feedback_angles(self.net, input[:1]) if self.trainer is not None else {}
-        exact = isinstance(self.net.rule, Backprop)
+        exact = self.net.rule.exact
         gradients = {} if exact else gradient_angles(self.net, input, target)
         seen = number + 1 if self.iteration > self.plan.start else 0
         row = ImageRow(

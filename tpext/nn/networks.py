@@ -228,17 +228,17 @@ class InvertedBasicBlock(Feedback):
         back: Tensor = self.conv1(self.bn1(hidden, bn1), conv1)
         return back + around
 
+    def _pairs(self, block: nn.Module) -> list[tuple[nn.Module, Feedback]]:
+        parts = ((name, part) for name, part in self.named_children() if isinstance(part, Feedback))
+        return [(block.get_submodule(name), part) for name, part in parts]
+
     def copy_weights(self, block: nn.Module) -> None:
-        assert isinstance(block, BasicBlock)
-        for name, part in self.named_children():
-            assert isinstance(part, Feedback)
-            part.copy_weights(block.get_submodule(name))
+        for module, part in self._pairs(block):
+            part.copy_weights(module)
 
     def tie(self, block: nn.Module) -> None:
-        assert isinstance(block, BasicBlock)
-        for name, part in self.named_children():
-            assert isinstance(part, Feedback)
-            part.tie(block.get_submodule(name))
+        for module, part in self._pairs(block):
+            part.tie(module)
 
 
 def resnet18(
