@@ -7,12 +7,12 @@
 // Pools of 2 x 2 over even planes run in vectors of windows (windows.h): a block of them is loaded, its activations of
 // y taken once, and its draws follow one another. The maximum is found before a, which rises: one activation a window
 // rather than four. Noise comes in blocks of 4 L windows of a row, as counter_normal makes it.
-// Any other pool goes plane by plane: zeros first, then the windows in raster order, L activations at a time, each
-// value to its index; what the clean windows put there is subtracted for the last window that names a position.
+// Any other pool goes plane by plane: the maxima of each row across, then those of the rows a window has, a vector of
+// windows at a time; zeros, each window's value to its index in raster order, less the clean code, which is made once.
 //
 // Threads take contiguous parts of blocks or planes. A window's value depends on its own elements alone, and a plane's
 // positions are written in raster order by one thread: threads and splits of the batch change no bit. No memory but the
-// arrays, and an index outside its plane is never followed.
+// arrays, and some planes a thread where pools are not of 2 x 2. An index outside its plane is never followed.
 #include "core/pooled_difference.h"
 
 #include "cpu/microkernel.h"
@@ -39,6 +39,10 @@ template <>
 struct Flat<double> {
   static constexpr double elu = 37.429947750237048, tanh = 19.061547465398496;
 };
+
+// A lane of Bits.
+template <class T>
+using Lane = std::remove_reference_t<decltype(Bits<T>{}[0])>;
 
 // Kept to where a rises; of a vector or a number. NaN passes.
 template <Activation A, class T, class V>
@@ -119,6 +123,52 @@ inline void in_parts(int64_t units, int64_t elements, int max_threads, Run run) 
   }
 }
 
+// The largest of what is met one after the other, and its place: of equal ones the first, of NaN the last.
+template <class T>
+struct Best {
+  Bits<T> place;  // where nothing met is above minus infinity
+  Vec<T> value = Vec<T>{} - T(__builtin_inff());
+
+  inline void meet(Vec<T> other, Bits<T> at) {
+    const Bits<T> wins = (other > value) | (other != other);
+    value = wins ? other : value;
+    place = wins ? at : place;
+  }
+};
+
+// A thread's memory for planes of any pool.
+template <class T>
+class PlaneScratch {
+ public:
+  int64_t windows;  // of a row, in whole vectors
+  int64_t padded;   // elements of a row with all that these windows reach, in whole vectors
+  int64_t size;     // of all
+  T* code;          // [H, W]: unpool(a(y), indices)
+  T* row;           // [padded]: a row of z + dz between minus infinities
+  T* maxima;        // [H, windows]: of each row's part of a window
+  T* columns;       // [H, windows]: where they are, as Bits
+
+  explicit PlaneScratch(const Pool& pool)
+      : windows(whole(pool.pooled_width)),
+        padded(whole(windows * pool.stride + pool.kernel + pool.width)),
+        size(whole(pool.height * pool.width) + padded + 2 * pool.height * windows),
+        height_(pool.height) {}
+
+  // That of one thread, in memory for all of them.
+  PlaneScratch at(T* memory) const {
+    PlaneScratch placed = *this;
+    placed.row = memory;
+    placed.maxima = placed.row + padded;
+    placed.columns = placed.maxima + height_ * windows;
+    placed.code = placed.columns + height_ * windows;
+    return placed;
+  }
+
+ private:
+  int64_t height_;
+  static int64_t whole(int64_t count) { return ceil_div(count, kLanes<T>) * kLanes<T>; }
+};
+
 template <class T, Activation A>
 struct CodeKernel {
   static constexpr int L = kLanes<T>;
@@ -191,72 +241,88 @@ struct CodeKernel {
     }
   }
 
-  // The maximum of window (i, j) of z + dz, kept to where a rises, and its index.
-  inline T maximum(const T* z, const T* change, int64_t i, int64_t j, int64_t& index) const {
-    const Pool& pool = args.pool;
-    const int64_t top = i * pool.stride - pool.padding, left = j * pool.stride - pool.padding;
-    const int64_t first_row = top > 0 ? top : 0, first_column = left > 0 ? left : 0;
-    T best = -__builtin_inff();
-    index = first_row * pool.width + first_column;
-    for (int64_t r = first_row; r < top + pool.kernel && r < pool.height; ++r)
-      for (int64_t c = first_column; c < left + pool.kernel && c < pool.width; ++c) {
-        const int64_t at = r * pool.width + c;
-        const T value = keep<A, T>(z[at] + change[at]);
-        if (value > best || value != value) best = value, index = at;
-      }
-    return best;
+  // Every `stride`th element; reads no further than `stride` vectors.
+  static Vec<T> strided(const T* from, int64_t stride) {
+    if (stride == 1) return load(from);
+    if (stride == 2) return take<T, 0, 0>(load(from), load(from + L), std::make_integer_sequence<int, L>());
+    Vec<T> v;
+    for (int l = 0; l < L; ++l) v[l] = from[l * stride];
+    return v;
   }
 
-  // Whether no later window than `window` has the index too.
-  inline bool is_last(const int64_t* indices, int64_t window) const {
+  // The maximum of a row of z + dz, kept to where a rises, in each window across it, and its column.
+  void row_maxima(const T* z, const T* change, int64_t r, const PlaneScratch<T>& scratch) const {
     const Pool& pool = args.pool;
-    if (pool.kernel <= pool.stride) return true;
-    const int64_t index = indices[window], r = index / pool.width + pool.padding, c = index % pool.width + pool.padding;
-    const int64_t first_row = r < pool.kernel ? 0 : (r - pool.kernel) / pool.stride + 1;
-    const int64_t first_column = c < pool.kernel ? 0 : (c - pool.kernel) / pool.stride + 1;
-    for (int64_t i = first_row; i <= r / pool.stride && i < pool.pooled_height; ++i)
-      for (int64_t j = first_column; j <= c / pool.stride && j < pool.pooled_width; ++j) {
-        const int64_t other = i * pool.pooled_width + j;
-        if (other > window && indices[other] == index) return false;
-      }
-    return true;
+    const int64_t W = pool.width;
+    for (int64_t at = 0; at < W; at += L) {
+      const Vec<T> moved = load_part(z + at, W - at) + load_part(change + at, W - at);
+      store_part(scratch.row + pool.padding + at, keep<A, T>(moved), W - at);
+    }
+    Bits<T> left;
+    for (int l = 0; l < L; ++l) left[l] = l * pool.stride - pool.padding;
+    for (int64_t j = 0; j < pool.pooled_width; j += L, left += static_cast<Lane<T>>(L * pool.stride)) {
+      Best<T> best{left < 0 ? Bits<T>{} : left};
+      for (int64_t c = 0; c < pool.kernel; ++c)
+        best.meet(strided(scratch.row + j * pool.stride + c, pool.stride), left + static_cast<Lane<T>>(c));
+      store(scratch.maxima + r * scratch.windows + j, best.value);
+      store(scratch.columns + r * scratch.windows + j, (Vec<T>)best.place);
+    }
+  }
+
+  void any_planes(int64_t begin, int64_t end, const PlaneScratch<T>& scratch) const {
+    for (int64_t at = 0; at < scratch.padded; at += L) store(scratch.row + at, Vec<T>{} - T(__builtin_inff()));
+    for (int64_t p = begin; p < end; ++p) {
+      clean_code(p, scratch.code);
+      for (int64_t k = 0; k < args.draws; ++k) any_plane(p, k, scratch);
+    }
   }
 
   inline bool in_plane(int64_t index) const { return index >= 0 && index < plane; }
 
-  void any_planes(int64_t begin, int64_t end) const {
-    for (int64_t p = begin; p < end; ++p)
-      for (int64_t k = 0; k < args.draws; ++k) any_plane(p, k);
-  }
-
-  void any_plane(int64_t p, int64_t k) const {
-    const T *const z = args.preactivation + p * plane, *const y = args.output + p * pooled;
-    const T* const change = args.change + k * elements + p * plane;
+  // unpool(a(y), indices) of plane p.
+  void clean_code(int64_t p, T* code) const {
+    const T* const y = args.output + p * pooled;
     const int64_t* const indices = args.indices + p * pooled;
-    T* const to = args.difference + k * elements + p * plane;
-    for (int64_t at = 0; at < plane; at += L) store_part(to + at, Vec<T>{}, plane - at);
-    int64_t i = 0, j = 0;
-    for (int64_t window = 0; window < pooled; window += L) {
-      const int64_t count = pooled - window < L ? pooled - window : L;
-      T lanes[L] = {};
-      int64_t places[L];
-      for (int64_t l = 0; l < count; ++l) {
-        lanes[l] = maximum(z, change, i, j, places[l]);
-        if (++j == args.pool.pooled_width) j = 0, ++i;
-      }
-      store(lanes, activate<A, T>(activate<A, T>(load(lanes), args.alpha), args.alpha));
-      for (int64_t l = 0; l < count; ++l) {
-        const int64_t place = args.noisy ? places[l] : indices[window + l];
-        if (in_plane(place)) to[place] = lanes[l];
-      }
-    }
+    for (int64_t at = 0; at < plane; at += L) store_part(code + at, Vec<T>{}, plane - at);
     for (int64_t window = 0; window < pooled; window += L) {
       const int64_t count = pooled - window < L ? pooled - window : L;
       T lanes[L];
       store(lanes, activate<A, T>(load_part(y + window, count), args.alpha));
       for (int64_t l = 0; l < count; ++l)
-        if (in_plane(indices[window + l]) && is_last(indices, window + l)) to[indices[window + l]] -= lanes[l];
+        if (in_plane(indices[window + l])) code[indices[window + l]] = lanes[l];
     }
+  }
+
+  void any_plane(int64_t p, int64_t k, const PlaneScratch<T>& scratch) const {
+    const Pool& pool = args.pool;
+    const int64_t W = pool.width, w = pool.pooled_width;
+    const T *const z = args.preactivation + p * plane, *const change = args.change + k * elements + p * plane;
+    const int64_t* const indices = args.indices + p * pooled;
+    T* const to = args.difference + k * elements + p * plane;
+    for (int64_t r = 0; r < pool.height; ++r) row_maxima(z + r * W, change + r * W, r, scratch);
+    for (int64_t at = 0; at < plane; at += L) store_part(to + at, Vec<T>{}, plane - at);
+    for (int64_t i = 0; i < pool.pooled_height; ++i) {
+      const int64_t top = i * pool.stride - pool.padding, first = top > 0 ? top : 0;
+      const int64_t last = top + pool.kernel < pool.height ? top + pool.kernel : pool.height;
+      for (int64_t j = 0; j < w; j += L) {
+        const auto place = [&](int64_t r) {
+          return (Bits<T>)load(scratch.columns + r * scratch.windows + j) + static_cast<Lane<T>>(r * W);
+        };
+        Best<T> best{place(first)};
+        for (int64_t r = first; r < last; ++r) best.meet(load(scratch.maxima + r * scratch.windows + j), place(r));
+        T lanes[L];
+        Lane<T> places[L];
+        store(lanes, activate<A, T>(activate<A, T>(best.value, args.alpha), args.alpha));
+        std::memcpy(places, &best.place, sizeof places);
+        const int64_t window = i * w + j, count = w - j < L ? w - j : L;
+        for (int64_t l = 0; l < count; ++l) {
+          const int64_t place = args.noisy ? places[l] : indices[window + l];
+          if (in_plane(place)) to[place] = lanes[l];
+        }
+      }
+    }
+    for (int64_t at = 0; at < plane; at += L)
+      store_part(to + at, load_part(to + at, plane - at) - load_part(scratch.code + at, plane - at), plane - at);
   }
 };
 
@@ -374,7 +440,11 @@ void run_code(const CodeDifference<T>& args, int threads) {
       return in_parts(args.planes * args.pool.pooled_height, all, threads,
                       [&](int64_t begin, int64_t end) { kernel.rows(begin, end); });
     }
-    in_parts(args.planes, all, threads, [&](int64_t begin, int64_t end) { kernel.any_planes(begin, end); });
+    const PlaneScratch<T> scratch(args.pool);
+    const Buffer<T> memory(scratch.size * threads);
+    in_parts(args.planes, all, threads, [&](int64_t begin, int64_t end) {
+      kernel.any_planes(begin, end, scratch.at(memory.get() + thread_index() * scratch.size));
+    });
   });
 }
 

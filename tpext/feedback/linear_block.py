@@ -108,8 +108,7 @@ class LinearBlock(NamedTuple):
         change = self.head.block_map(self.module, noise.flatten(0, 1))
         change = change.view(*noise.shape[:2], *self.preactivation.shape[1:])
         fused = self.fused
-        # the kernel's way through overlapping windows is slower than torch's
-        if fused is not None and (fused.window is None or fused.window.size <= fused.window.stride):
+        if fused is not None:
             return code_difference(
                 self.preactivation, change, self.output, fused.indices, noisy=indices == "noisy", **fused.options()
             )
