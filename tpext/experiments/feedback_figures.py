@@ -26,7 +26,7 @@ from tpext.experiments.figures import COLOURS, INK, save, style
 from tpext.experiments.loop import check_device, torch_state
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import write_whole
-from tpext.feedback import LDRL, DifferenceReconstruction, Indices, layered_feedback
+from tpext.feedback import LDRL, DifferenceReconstruction, Indices, Pixels, layered_feedback
 from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
 from tpext.nn.networks import lenet
@@ -61,6 +61,8 @@ class _Setup:
     """Places of maxima of the noisy pass, as published, or of the clean one."""
     second_term: SecondTerm = "drawn"
     """The loss's second term by noise, as published, or in expectation."""
+    pixels: Pixels = "all"
+    """Noise on all pixels, as published, or on a grid of them, which needs the expected second term."""
     device: str = "cpu"
     """A torch device."""
     threads: int = 1
@@ -96,6 +98,7 @@ class _Setup:
             momentum=0.9,
             second_term=self.second_term,
             indices=self.indices,
+            pixels=self.pixels,
             seed=seed,
         )
 

@@ -113,7 +113,8 @@ def _gradient(config: ImageConfig) -> Values:
 
 
 def _ldrl_trainer(net: TargetSequential, config: ImageConfig) -> FeedbackTrainer:
-    return LDRL(net, second_term=config.second_term, indices=config.indices, **_gradient(config))  # type: ignore[arg-type]
+    options: Any = {name: getattr(config, name) for name in ("second_term", "indices", "pixels")}
+    return LDRL(net, **options, **_gradient(config))
 
 
 def _reconstruction(net: TargetSequential, config: ImageConfig) -> FeedbackTrainer:
@@ -123,8 +124,8 @@ def _reconstruction(net: TargetSequential, config: ImageConfig) -> FeedbackTrain
 
 def _running_trainer(net: TargetSequential, config: ImageConfig) -> FeedbackTrainer:
     noise, draws = one_or_all(config.noise or ()), one_or_all(config.counts)
-    indices: Any = config.indices
-    return RunningLDRL(net, noise=noise, draws=draws, decay=config.decay or 0.0, indices=indices, seed=config.seed)
+    options: Any = {name: getattr(config, name) for name in ("decay", "indices", "pixels", "seed")}
+    return RunningLDRL(net, noise=noise, draws=draws, **options)
 
 
 def _difference_reconstruction(net: TargetSequential, config: ImageConfig) -> FeedbackTrainer:
@@ -148,16 +149,16 @@ GRADIENT = (
 METHODS: dict[str, Method] = {
     "ldrl": Method(
         "difference targets; feedback by the local difference reconstruction loss (Ernoult 2022)",
-        _difference, _ldrl_trainer, (*GRADIENT, "second_term", "indices"), ldrl, published_ldrl,
+        _difference, _ldrl_trainer, (*GRADIENT, "second_term", "indices", "pixels"), ldrl, published_ldrl,
     ),
     "parallel-ldrl": Method(
         "the same with one step of Adam a batch, on several draws of noise",
-        _difference, _ldrl_trainer, (*GRADIENT, "second_term", "indices"),
+        _difference, _ldrl_trainer, (*GRADIENT, "second_term", "indices", "pixels"),
         lambda case: parallel(ldrl(case)), changed(parallel, published_ldrl),
     ),
     "running-ldrl": Method(
         "difference targets; that loss's minimum tracked from noise, without a feedback rate (ours)",
-        _difference, _running_trainer, (*DRAWS, "decay", "indices"), running, unpublished,
+        _difference, _running_trainer, (*DRAWS, "decay", "indices", "pixels"), running, unpublished,
     ),
     "closed-form": Method(
         "difference targets; that loss's minimum from the blocks' own weights (weight transport)",

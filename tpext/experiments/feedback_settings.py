@@ -90,6 +90,7 @@ ERNOULT: Values = {
     "feedback_weight_decay": 0.0,
     "second_term": "drawn",
     "indices": "noisy",
+    "pixels": "all",
 }
 FEEDBACK_START = 20
 """Batches that train the feedback alone before the first step of the blocks, in the default preset. Ours: at the

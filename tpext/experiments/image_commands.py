@@ -24,7 +24,7 @@ from tpext.experiments.images import (
 )
 from tpext.experiments.loop import DivergedError
 from tpext.experiments.progress import say
-from tpext.feedback import Indices
+from tpext.feedback import Indices, Pixels
 from tpext.feedback.gradient import SecondTerm
 from tpext.rules import Reduction
 from tpext.tasks import ImageSetName, Normalization
@@ -114,6 +114,9 @@ class TrainImages:
     """The loss's second term by noise, as published, or in expectation (rules ldrl, parallel-ldrl)."""
     indices: Annotated[Indices | None, _value("{noisy,clean}")] = None
     """Places of maxima of the noisy pass, as published, or of the clean one (local losses)."""
+    pixels: Annotated[Pixels | None, _value("{all,grid}")] = None
+    """Noise before convolutions on all pixels, or on a grid of one in every k x k, which costs less (second term
+    expected, or rule running-ldrl)."""
     decay: _Number = None
     """Of the running means (rule running-ldrl)."""
     feedback_first: _Flag = None

@@ -21,7 +21,7 @@ from torch import nn
 from tpext.experiments.config import ConfigError, OptionValue, check_integer, check_number
 from tpext.experiments.feedback_presets import METHODS
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS, Case, Values
-from tpext.feedback import FeedbackTrainer, Indices, layered_feedback
+from tpext.feedback import FeedbackTrainer, Indices, Pixels, layered_feedback
 from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
 from tpext.nn.networks import Blocks, lenet, meulemans_convnet, meulemans_mlp, resnet18, resnet34, simple_vgg
@@ -75,6 +75,7 @@ class ImageConfig:
     feedback_eps: float | None
     second_term: SecondTerm | None
     indices: Indices | None
+    pixels: Pixels | None
     decay: float | None
     feedback_first: bool | None
     feedback_start: int | None
@@ -443,6 +444,7 @@ def _check_choices(config: ImageConfig) -> None:
         ("precision", ImagePrecision),
         ("second_term", SecondTerm),
         ("indices", Indices),
+        ("pixels", Pixels),
         ("reduction", Reduction),
         ("feedback_optimizer", ImageOptimizer),
     ):

@@ -28,6 +28,7 @@ from tpext.feedback.base import (
 )
 from tpext.feedback.direct import DirectFeedback
 from tpext.feedback.gradient import LDRL, DifferenceReconstruction, GradientTrainer, Reconstruction
+from tpext.feedback.linear_block import Pixels
 from tpext.feedback.linear_map import ConvFeedback, LinearCode, LinearFeedback, LinearMap
 from tpext.feedback.losses import difference_reconstruction_loss, ldrl_loss, reconstruction_loss
 from tpext.feedback.modules import (
@@ -70,6 +71,7 @@ __all__ = [
     "LinearFeedback",
     "LinearMap",
     "NoiseSource",
+    "Pixels",
     "PoolCode",
     "Reconstruction",
     "Record",

@@ -7,8 +7,9 @@ activation, with or without pooling, ``phi`` the feedback of that. So changes ne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,11 @@ from torch import Tensor, nn
 from tpext.feedback.base import BlockCall, Code, Feedback, Indices, Step, Window
 from tpext.feedback.linear_map import LinearCode, LinearMap
 from tpext.feedback.modules import IdentityFeedback
+from tpext.feedback.taps import PixelGrid, pixel_grid
 from tpext.ops.pooled_difference import code_difference
+
+Pixels = Literal["all", "grid"]
+"""Where noise before a convolution is: on all pixels, or on one of every ``k x k``."""
 
 
 class Slopes(NamedTuple):
@@ -95,18 +100,16 @@ class LinearBlock(NamedTuple):
             output = step.feedback(output, code)
         return output
 
-    def input_change(self, noise: Tensor, indices: Indices) -> Tensor:
-        """Return ``A' - A = phi(psi(z + L dx)) - phi(y)`` for draws of noise.
+    def code_change(self, change: Tensor, indices: Indices) -> Tensor:
+        """Return ``A' - A = phi(psi(z + dz)) - phi(y)``.
 
         Args:
-            noise: ``dx [K, B, ...]``, in the shape of ``L``'s input.
+            change: ``dz = L dx [K, B, *features]`` of K draws of noise.
             indices: places of maxima of ``A'``, those of the "noisy" or of the "clean" pass.
 
         Returns:
             ``[K, B, *features]``.
         """
-        change = self.head.block_map(self.module, noise.flatten(0, 1))
-        change = change.view(*noise.shape[:2], *self.preactivation.shape[1:])
         fused = self.fused
         if fused is not None:
             return code_difference(
@@ -177,24 +180,69 @@ def linear_steps(
     return steps[:start], steps[start], steps[start + 1 :]
 
 
+class Probe(NamedTuple):
+    """A draw of noise before a linear map, and by how much it changes the code behind.
+
+    Attributes:
+        noise: ``dx [B, ...]`` in the shape of ``L``'s input; of a grid its pixels ``[B, n, m, C]``.
+        change: ``A' - A [B, *features]``.
+        grid: which pixels; None: all inputs.
+    """
+
+    noise: Tensor
+    change: Tensor
+    grid: PixelGrid | None
+
+
 # Draws of noise are taken together up to this many numbers, so that small layers fill the cores and large ones stay in
 # the cache.
 DRAWN_TOGETHER = 2**19
 
 
-def input_changes(
-    block: LinearBlock, noise: Callable[[int], Tensor], draws: int, indices: Indices
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield ``dx`` and ``A' - A`` (:meth:`LinearBlock.input_change`) of one draw after another.
+def probes(
+    block: LinearBlock,
+    noise: Callable[[int, Tensor], Tensor],
+    draws: int,
+    indices: Indices,
+    pixels: Pixels = "all",
+    first_place: int = 0,
+) -> Iterator[Probe]:
+    """Yield one draw of noise after another.
 
     Args:
-        noise: returns ``dx`` of a draw, of the shape of the block's input.
+        noise: returns the noise of a draw in the shape of a tensor.
         draws: how many.
+        indices: see :meth:`LinearBlock.code_change`.
+        pixels: "all", or those of a "grid" where ``L`` has one (:func:`pixel_grid`).
+        first_place: of the grid; each draw takes the next.
     """
+    sizes = block.input_shape[1:], block.preactivation.shape[2:]
+    grid = pixel_grid(block.module, *sizes) if pixels == "grid" else None
+    if grid is not None:
+        input = block.view(block.input)
+        taps = block.head.transported(block.module).permute(2, 3, 0, 1).contiguous()
+        for draw in range(draws):
+            placed = grid.at(first_place + draw)
+            drawn = noise(draw, placed.pixels(input))
+            (change,) = block.code_change(placed.map(taps, drawn)[None], indices)
+            yield Probe(drawn, change, placed)
+        return
     together = max(1, DRAWN_TOGETHER // max(1, block.input.numel(), block.preactivation.numel()))
     for start in range(0, draws, together):
-        drawn = torch.stack([block.view(noise(draw)) for draw in range(start, min(start + together, draws))])
-        yield from zip(drawn, block.input_change(drawn, indices), strict=True)
+        numbers = range(start, min(start + together, draws))
+        drawn = torch.stack([block.view(noise(draw, block.input)) for draw in numbers])
+        moved = block.head.block_map(block.module, drawn.flatten(0, 1))
+        changes = block.code_change(moved.view(*drawn.shape[:2], *block.preactivation.shape[1:]), indices)
+        yield from (Probe(one, change, None) for one, change in zip(drawn, changes, strict=True))
+
+
+def correlation(block: LinearBlock, probes: Sequence[Probe], scale: float) -> Tensor:
+    """Return ``scale sum wgrad(dx, A' - A)`` over draws of noise; of grids what that is for all pixels in the mean."""
+    if probes[0].grid is None:
+        noise = joined([probe.noise for probe in probes]) * scale
+        return block.head.weight_gradient(noise, joined([probe.change for probe in probes]))
+    parts = [p.grid.weight_gradient(p.noise * (scale * p.grid.places), p.change) for p in probes if p.grid is not None]
+    return functools.reduce(Tensor.add_, parts)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.nn.modules import conv
 
 from tpext.feedback.base import Code, Feedback, register_feedback
+from tpext.feedback.taps import inside, weight_gradient
 
 # Up to this many rows and columns of outputs the weight's gradient is a matrix product for each tap. On 4 x 4 and 2 x 2
 # that takes half and a quarter of the time of torch's convolution, which multiplies the padding too and fills the cores
@@ -215,14 +216,10 @@ class ConvFeedback(LinearMap):
 
     def _weight_gradient_by_taps(self, grad: Tensor, features: Tensor) -> Tensor:
         """The gradient as a product a tap, of the positions whose tap is inside the image."""
-        weight = self.current_weight()
-        # channels last, so that each product writes rows of the result
-        result = features.new_empty(weight.shape).contiguous(memory_format=torch.channels_last).permute(2, 3, 0, 1)
-        rows, columns = features.movedim(1, 0).contiguous(), grad.movedim(1, -1).contiguous()
-        taps = [
-            [_inside(tap * d - p, s, size, out) for tap in range(k)]
+        rows, columns = (
+            [inside(tap * d - p, s, size, out) for tap in range(k)]
             for k, d, p, s, size, out in zip(
-                weight.shape[2:],
+                self.current_weight().shape[2:],
                 self.dilation,
                 self.padding,
                 self.stride,
@@ -230,29 +227,17 @@ class ConvFeedback(LinearMap):
                 features.shape[2:],
                 strict=True,
             )
-        ]
-        for i, (out_rows, in_rows) in enumerate(taps[0]):
-            for j, (out_columns, in_columns) in enumerate(taps[1]):
-                left = rows[:, :, out_rows, out_columns].reshape(len(rows), -1)
-                right = columns[:, in_rows, in_columns].reshape(-1, columns.shape[-1])
-                torch.mm(left, right, out=result[i, j])
-        return result.permute(2, 3, 0, 1)
+        )
+        inputs, outputs = (tensor.movedim(1, -1).contiguous() for tensor in (grad, features))
+        return weight_gradient(inputs, outputs, rows, columns)
 
     def sum_over_uses(self, per_feature: Tensor, input_shape: torch.Size) -> Tensor:
-        inside = per_feature.new_ones(1, 1, *input_shape[1:])
+        ones = per_feature.new_ones(1, 1, *input_shape[1:])
         weight = per_feature.new_empty(per_feature.shape[0], 1, *self.current_weight().shape[2:])
-        return self._weight_gradient(inside, per_feature[None], weight, 1)
+        return self._weight_gradient(ones, per_feature[None], weight, 1)
 
     def transported(self, block: nn.Module) -> Tensor:
         return _tensor(block.weight)
-
-
-def _inside(offset: int, stride: int, size: int, outputs: int) -> tuple[slice, slice]:
-    """Which of ``outputs`` positions ``p`` have ``p * stride + offset`` in ``0 .. size - 1``, and these places."""
-    first = max(0, -(offset // stride))
-    stop = max(first, min(outputs, (size - 1 - offset) // stride + 1))
-    start = first * stride + offset
-    return slice(first, stop), slice(start, start + (stop - first) * stride, stride)
 
 
 def _tensor(value: Tensor | nn.Module) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Indices
-from tpext.feedback.linear_block import LinearBlock, feedback_power, input_changes, joined, linear_block
+from tpext.feedback.linear_block import Pixels, correlation, feedback_power, linear_block, probes
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
 from tpext.ops._library import is_number
 
@@ -30,6 +30,7 @@ class RunningLDRL(FeedbackTrainer):
         draws: of noise a batch, >= 1; one or a list.
         decay: of the running means, 0 <= decay < 1.
         indices: "noisy" or "clean", see :func:`ldrl_loss`.
+        pixels: "all" or "grid", see :class:`LDRL`.
         seed, noise_source: see :class:`GradientTrainer`.
 
     Source: this package; the fixed point is that of Ernoult et al., ICML 2022, with the second term in expectation.
@@ -43,6 +44,7 @@ class RunningLDRL(FeedbackTrainer):
         draws: int | Sequence[int] = 1,
         decay: float = 0.95,
         indices: Indices = "noisy",
+        pixels: Pixels = "all",
         seed: int = 0,
         noise_source: NoiseSource | None = None,
     ) -> None:
@@ -54,6 +56,8 @@ class RunningLDRL(FeedbackTrainer):
         self.decay = float(decay)
         self._choice("indices", indices, get_args(Indices))
         self.indices: Indices = indices
+        self._choice("pixels", pixels, get_args(Pixels))
+        self.pixels: Pixels = pixels
         self._require_source("block")
         self._require_elementwise("it")
         self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
@@ -65,27 +69,27 @@ class RunningLDRL(FeedbackTrainer):
             assert block is not None
             weight = block.head.current_weight()
             block.head.arrange(block.preactivation.shape[1:])
-            noise, given = zip(*self._changes(block, number), strict=True)
-            correlation = block.head.weight_gradient(joined(noise), joined(given))
-            correlation /= sigma**2 * self.draws[number] * len(call.input)
+            drawn = probes(
+                block,
+                lambda draw, like, index=index, sigma=sigma: self._noise(index, draw, sigma, like),  # type: ignore[misc]
+                self.draws[number],
+                self.indices,
+                self.pixels,
+                self.steps * self.draws[number],
+            )
+            correlated = correlation(block, list(drawn), 1 / (sigma**2 * self.draws[number] * len(call.input)))
             power = feedback_power(block) / len(call.input)
-            average_over_processes([correlation, power])
+            average_over_processes([correlated, power])
             if records is not None:
-                loss = (power * weight.square() - 2 * correlation * weight).sum() * sigma**2
+                loss = (power * weight.square() - 2 * correlated * weight).sum() * sigma**2
                 records.append(Record(index, loss, *weight_alignment(call)))
             before = self._sums[number]
             if before is not None:
                 # sums of weights decay^n; their common norm cancels in the quotient
-                correlation.add_(before[0], alpha=self.decay)
+                correlated.add_(before[0], alpha=self.decay)
                 power.add_(before[1], alpha=self.decay)
-            self._sums[number] = correlation, power
-            weight.copy_(quotient(correlation, power))
-
-    def _changes(self, block: LinearBlock, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        index, sigma = self.layers[number][0], self.noise[number]
-        return input_changes(
-            block, lambda draw: self._noise(index, draw, sigma, block.input), self.draws[number], self.indices
-        )
+            self._sums[number] = correlated, power
+            weight.copy_(quotient(correlated, power))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "sums": [sums and tuple(t.clone() for t in sums) for sums in self._sums]}
