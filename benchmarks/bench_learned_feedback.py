@@ -28,7 +28,7 @@ import tpext
 from tpext.feedback import LDRL, ClosedForm, Fixed, RunningLDRL, Trace, ldrl_loss
 from tpext.nn import TargetSequential, networks
 
-B = 32
+B, GPU_B = 32, 128
 
 
 class Setting(NamedTuple):
@@ -53,9 +53,29 @@ NETWORKS = {
         0.4655,
     ),
 }
-METHODS = ("backprop", "targets", "closed-form", "running", "tenth", "expected", "exact", "published")
+METHODS = (
+    "backprop",
+    "targets",
+    "closed-form",
+    "running-grid",
+    "running",
+    "tenth",
+    "expected-grid",
+    "expected",
+    "exact",
+    "published",
+)
 # The most steps of back-propagation that a batch may cost.
-MOST = {"targets": 2.2, "closed-form": 2.2, "running": 4, "tenth": 4, "expected": 12, "exact": 22}
+MOST = {
+    "targets": 2.2,
+    "closed-form": 2.2,
+    "running-grid": 4,
+    "running": 4,
+    "tenth": 4,
+    "expected-grid": 12,
+    "expected": 12,
+    "exact": 22,
+}
 
 
 class Published:
@@ -92,23 +112,30 @@ class Published:
         self.net.feedback.requires_grad_(False)
 
 
-def make_step(network: str, method: str) -> Callable[[], None]:
+def make_batch(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
+
+
+def make_step(network: str, method: str, batch: int = B, device: str = "cpu") -> Callable[[], None]:
     """Return what runs one batch of a method."""
     setting = NETWORKS[network]
     torch.manual_seed(0)
     rule = tpext.Backprop() if method == "backprop" else tpext.DifferenceTargets(setting.target_step, normalize=False)
-    net = TargetSequential(setting.blocks(), rule=rule)
+    net = TargetSequential(setting.blocks(), rule=rule).to(device)
     optimizer = torch.optim.SGD(net.blocks.parameters(), 1e-6, momentum=0.9)
-    x, labels = torch.randn(B, 3, 32, 32), torch.randint(10, (B,))
+    x, labels = make_batch(batch, device)
     options: dict[str, Any] = {"noise": setting.noise, "lr": setting.lr, "momentum": 0.9}
+    counts: dict[str, Any] = {"iterations": setting.iterations}
     trainers: dict[str, Callable[[], Any]] = {
         "backprop": lambda: None,
         "targets": lambda: Fixed(net),
         "closed-form": lambda: ClosedForm(net),
+        "running-grid": lambda: RunningLDRL(net, noise=setting.noise, pixels="grid"),
         "running": lambda: RunningLDRL(net, noise=setting.noise),
         "tenth": lambda: LDRL(net, iterations=[math.ceil(k / 10) for k in setting.iterations], **options),
-        "expected": lambda: LDRL(net, iterations=setting.iterations, second_term="expected", **options),
-        "exact": lambda: LDRL(net, iterations=setting.iterations, **options),
+        "expected-grid": lambda: LDRL(net, second_term="expected", pixels="grid", **counts, **options),
+        "expected": lambda: LDRL(net, second_term="expected", **counts, **options),
+        "exact": lambda: LDRL(net, **counts, **options),
         "published": lambda: Published(net, setting),
     }
     trainer = trainers[method]()
@@ -124,12 +151,12 @@ def make_step(network: str, method: str) -> Callable[[], None]:
     return step
 
 
-def back_propagation(network: str) -> Callable[[], None]:
+def back_propagation(network: str, batch: int = B, device: str = "cpu") -> Callable[[], None]:
     """Return a step of back-propagation in torch alone."""
     torch.manual_seed(0)
-    net = nn.Sequential(NETWORKS[network].blocks())
+    net = nn.Sequential(NETWORKS[network].blocks()).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 1e-6, momentum=0.9)
-    x, labels = torch.randn(B, 3, 32, 32), torch.randint(10, (B,))
+    x, labels = make_batch(batch, device)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -148,6 +175,22 @@ def test_training_batch(against: Any, threads: int, network: str, method: str) -
         peer_name="back-propagation in torch",
         network_name=network,
         B=B,
+        method=method,
+        target_ratio=1 / MOST[method] if method in MOST else None,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gpu_training_batch(gpu: Any, network: str, method: str) -> None:
+    """Eagerly: the trainers count their draws of noise on the host."""
+    gpu.against(
+        make_step(network, method, GPU_B, gpu.device.name),
+        {"back-propagation": back_propagation(network, GPU_B, gpu.device.name)},
+        in_graph=False,
+        network_name=network,
+        B=GPU_B,
         method=method,
         target_ratio=1 / MOST[method] if method in MOST else None,
     )

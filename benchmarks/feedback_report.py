@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from rows import Results, table
+from rows import Results, Row, table
 
 METHODS = {
     "published": "`LDRL`, the published formulation in torch",
     "exact": "`LDRL`, the same gradients",
     "expected": '`LDRL(second_term="expected")`',
+    "expected-grid": '`LDRL(second_term="expected", pixels="grid")`',
     "tenth": "`LDRL`, a tenth of the iterations",
     "running": "`RunningLDRL`",
+    "running-grid": '`RunningLDRL(pixels="grid")`',
     "closed-form": "`ClosedForm`",
     "targets": "targets alone, feedback fixed",
     "backprop": "`Backprop()`",
 }
 NETWORKS = {"simple-vgg": "SimpleVGG", "lenet": "LeNet"}
+
+
+def of_target(row: Row) -> str:
+    """The most steps of back-propagation that a batch may cost, and whether it does."""
+    least = row.get("target_ratio")
+    if least is None:
+        return ""
+    return f"≤ {1 / least:.3g} " + ("met" if row["ratio"] >= least else "**missed**")
+
+
+def on_a_gpu(results: Results) -> str:
+    """The same table of rows on a GPU, called eagerly."""
+    rows = results.of("test_gpu_training_batch")
+    lines = [
+        [NETWORKS[row["network_name"]], METHODS[row["method"]], f"{1 / row['ratio']:.1f}", of_target(row)]
+        for row in rows
+    ]
+    return table([" network", " method", "cost", " target"], lines)
 
 
 def summary(results: Results) -> str:
@@ -29,10 +49,7 @@ def summary(results: Results) -> str:
             if not found:
                 continue
             costs = [f"{1 / found[threads]['ratio']:.1f}" if threads in found else "" for threads in counts]
-            most = found[max(found)].get("target_ratio")
-            target = ""
-            if most is not None:
-                target = f"≤ {1 / most:.3g} " + ("met" if found[max(found)]["ratio"] >= most else "**missed**")
+            target = of_target(found[max(found)])
             peak = peaks.get((network, method))
             lines.append([title, name, *costs, target, "" if peak is None else f"{peak / 2**20:,.0f}"])
     first = rows[0]

@@ -215,6 +215,7 @@ class Timer:
         *,
         others: Mapping[str, Step] | None = None,
         peers_in_graph: bool = True,
+        in_graph: bool = True,
         target_ratio: float | None = None,
         target_seconds: float | None = None,
         seconds: float = 0.8,
@@ -224,7 +225,8 @@ class Timer:
 
         The time is ours in the graph; the peer's is the best of all peers, eagerly or in the graph; the ratio is the
         latter by the former. Recorded too: quartiles of every side and the host's time of an eager call. A side
-        that cannot be captured has its eager time alone; ours then fails the row after recording it.
+        that cannot be captured has its eager time alone; ours then fails the row after recording it. ``in_graph=False``
+        is for steps that count on the host: eager times alone.
         """
         steps = {"ours": ours, **peers, **(others or {})}
         if self.benchmark.disabled:
@@ -237,7 +239,7 @@ class Timer:
         for name, step in steps.items():
             step()
             sides[name, "eager"] = step
-            if name in peers and not peers_in_graph:
+            if not in_graph or (name in peers and not peers_in_graph):
                 continue
             try:
                 sides[name, "graph"] = self.device.capture(step)
@@ -246,7 +248,7 @@ class Timer:
         times: dict[Key, list[float]] = {}
         self.benchmark.pedantic(lambda: times.update(in_turns(self.device, sides, seconds)))
         quartiles = {key: statistics.quantiles(values, n=4) for key, values in times.items()}
-        mine = ("ours", "eager" if "ours" in errors else "graph")
+        mine = ("ours", "graph" if ("ours", "graph") in sides else "eager")
         best = min((key for key in times if key[0] in peers), key=lambda key: quartiles[key][1])
         ratios = [p / o for p, o in zip(times[best], times[mine], strict=True)]
         recorded: dict[str, dict[str, object]] = {name: {} for name in steps}

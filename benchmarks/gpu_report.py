@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import feedback_report
 from rows import RULES, Results, Row, met, ms, read, sizes, table, verdict
 
 PARTS = ("build", "test", "sanitize", "bench", "cpu")
@@ -144,6 +145,14 @@ def sections(results: Results, level: str = "###") -> list[str]:
         results.of("test_gpu_inverse"),
         {**inverse, **PEER, **TIMES},
     )
+    feedback = results.of("test_gpu_training_batch")
+    if feedback:
+        parts += [
+            f"{level} Learned feedback",
+            f"Cost of a whole training batch of {feedback[0]['B']} images at the published iterations and channels, in "
+            "steps of back-propagation in torch on the same network; eagerly, float32, TF32 off.",
+            feedback_report.on_a_gpu(results),
+        ]
     alone = [row for row in results.rows if "us_per_step" in row]
     if alone:
         parts += [

@@ -23,6 +23,7 @@ import pytest
 import torch
 
 import tpext
+from tpext.nn import networks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -592,8 +593,12 @@ def gpu_rows(gpu_suite: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_gpu_suite(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    names = ("gpu", "bench_rnn_scan", "bench_rnn_target_scan", "bench_regularized_inverse")
-    gpu, scan, target, inverse = map(importlib.import_module, names)
+    names = ("rnn_scan", "rnn_target_scan", "regularized_inverse", "learned_feedback")
+    gpu = importlib.import_module("gpu")
+    scan, target, inverse, feedback = (importlib.import_module(f"bench_{name}") for name in names)
+    net = lambda: networks.simple_vgg((3, 32, 32), 10, (2,))  # noqa: E731
+    patch.setitem(feedback.NETWORKS, "simple-vgg", feedback.Setting(net, (2,), (0.1,), (1e-3,), 0.5))
+    patch.setattr(feedback, "GPU_B", 2)
     patch.setattr(gpu, "ROUND_SECONDS", 1e-4)
     patch.setattr(gpu, "MOST_ROUNDS", 5)
     patch.setattr(target, "LOOP", (1, 10, 3, 6))
@@ -617,6 +622,8 @@ def run_gpu_suite(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         for credit in ("local", "through_time"):
             run(target.test_gpu_target_scan, patch, small, torch.float32, credit, regime)
     run(inverse.test_gpu_inverse, 3, 2)
+    for method in feedback.METHODS:
+        run(feedback.test_gpu_training_batch, "simple-vgg", method)
     row = gpu.Timer(Recorder(), StandIn(), "a row")
     target.test_gpu_kernels_of_a_step(row, row.benchmark, small, torch.float32)
     row.benchmark.extra_info["kernels"]["cuDNN"] = {"launches": 3, "longest": [{"name": "a|b", "calls": 2, "us": 1.6}]}
@@ -770,7 +777,14 @@ def test_gpu_check_summary_has_the_tables(load: Any, tmp_path: Path, gpu_rows: l
     text = (tmp_path / "summary.md").read_text()
     assert "| bench | timed out | 230 | 3 passed in 4.00s |" in text
     assert " targets met." in text
-    for title in ("Whole training step in float32", "bfloat16", "loops", "Regularised inverse", "Scans alone"):
+    for title in (
+        "Whole training step in float32",
+        "bfloat16",
+        "loops",
+        "Regularised inverse",
+        "Learned feedback",
+        "Scans alone",
+    ):
         assert title in text
 
 
