@@ -695,11 +695,11 @@ def test_records_of_blocks_without_a_common_weight() -> None:
         (lambda net: LDRL(net, lr=0.1, noise=0.1, seed=-1), "LDRL: seed must be in 0 .. 2^63 - 1, got -1"),
         (
             lambda net: LDRL(net, lr=0.1, noise=0.1, indices="old"),
-            "LDRL: indices must be 'noisy' or 'clean', got 'old'",
+            "LDRL: indices must be one of 'noisy', 'clean', got 'old'",
         ),
         (
             lambda net: LDRL(net, lr=0.1, noise=0.1, second_term="none"),
-            "LDRL: second_term must be 'drawn' or 'expected', got 'none'",
+            "LDRL: second_term must be one of 'drawn', 'expected', got 'none'",
         ),
         (lambda net: Reconstruction(net, lr=0.1, noise=0.1, reduction="sum"), "Reconstruction: reduction must be"),
         (
@@ -767,7 +767,7 @@ def test_blocks_that_a_solution_does_not_know_are_refused(make: Any, build: Buil
 
 def test_wrong_indices_of_a_loss_are_named() -> None:
     _, trace = one_block(VECTORS["linear"], (4,))
-    with pytest.raises(ValueError, match=r"^indices must be 'noisy' or 'clean', got 'old'"):
+    with pytest.raises(ValueError, match=r"^ldrl_loss: indices must be one of 'noisy', 'clean', got 'old'"):
         ldrl_loss(trace.calls[1], torch.zeros(3, 4), torch.zeros(3, 3), "old")
     with pytest.raises(ValueError, match=r"^call must be one of a block with feedback"):
         ldrl_loss(trace.calls[0], torch.zeros(3, 4), torch.zeros(3, 4))

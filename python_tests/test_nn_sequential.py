@@ -887,7 +887,7 @@ def test_displacements_that_do_not_fit_are_named(rule: NetworkRule, message: str
             (nn.Linear(3, 3),),
             {"feedback_init": "zero"},
             ValueError,
-            "TargetSequential: feedback_init must be 'random' or 'symmetric' or 'tied', got 'zero'",
+            "TargetSequential: feedback_init must be one of 'random', 'symmetric', 'tied', got 'zero'",
         ),
         (
             (nn.Linear(3, 3), nn.Linear(3, 3)),

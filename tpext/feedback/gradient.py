@@ -22,7 +22,7 @@ from tpext.feedback.trainer import (
     average_over_processes,
     weight_alignment,
 )
-from tpext.ops._library import is_integer
+from tpext.ops._library import check_choice, is_integer
 from tpext.ops.pooled_difference import probe_difference
 
 Iteration: TypeAlias = tuple[dict[Tensor, Tensor], Tensor | None]
@@ -184,8 +184,9 @@ class LDRL(GradientTrainer):
     ) -> None:
         super().__init__(net, **options)
         self._require_source("block")
-        self.second_term = self._choice("second_term", second_term, ("drawn", "expected"))
-        self._choice("indices", indices, get_args(Indices))
+        check_choice(type(self).__name__, "second_term", second_term, ("drawn", "expected"))
+        self.second_term = second_term
+        check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
         if second_term == "expected":
             self._require_elementwise("second_term='expected'")
@@ -279,9 +280,10 @@ class Reconstruction(GradientTrainer):
     ) -> None:
         super().__init__(net, **options)
         self._require_source("block")
-        self._choice("indices", indices, get_args(Indices))
+        check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
-        self.reduction = self._choice("reduction", reduction, ("sample", "element"))
+        check_choice(type(self).__name__, "reduction", reduction, ("sample", "element"))
+        self.reduction = reduction
 
     def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
         index, feedback = self.layers[number]

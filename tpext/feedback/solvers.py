@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpext.feedback.base import BlockCall, Indices
 from tpext.feedback.linear_block import LinearBlock, feedback_power, input_changes, joined, linear_block
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
-from tpext.ops._library import is_number
+from tpext.ops._library import check_choice, is_number
 
 
 class RunningLDRL(FeedbackTrainer):
@@ -52,7 +52,7 @@ class RunningLDRL(FeedbackTrainer):
         if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"RunningLDRL: decay must be a number >= 0 and < 1, got {decay!r}")
         self.decay = float(decay)
-        self._choice("indices", indices, get_args(Indices))
+        check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
         self._require_source("block")
         self._require_elementwise("it")

@@ -191,12 +191,6 @@ class FeedbackTrainer(ABC):
                     f"and max-pooling; block {index} is another: {block}"
                 )
 
-    def _choice(self, name: str, value: str, choices: Sequence[str]) -> str:
-        if value not in choices:
-            expected = " or ".join(map(repr, choices))
-            raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {value!r}")
-        return value
-
     def _noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
         wanted = Draw(self.steps, layer, draw, output)
         if isinstance(self.noise_source, CounterNoise):

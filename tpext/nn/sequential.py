@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors
-from tpext.ops._library import LOW_PRECISION, refuse_forward_mode
+from tpext.ops._library import LOW_PRECISION, check_choice, refuse_forward_mode
 from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
 from tpext.rules import Backprop, DifferenceTargets, NetworkRule
 
@@ -107,9 +107,7 @@ class TargetSequential(nn.Module):
                 "TargetSequential: rule must be a tpext.rules.NetworkRule, such as tpext.DifferenceTargets(), or "
                 f"tpext.Backprop(), got {rule!r}"
             )
-        if feedback_init not in get_args(FeedbackInit):
-            expected = " or ".join(map(repr, get_args(FeedbackInit)))
-            raise ValueError(f"TargetSequential: feedback_init must be {expected}, got {feedback_init!r}")
+        check_choice("TargetSequential", "feedback_init", feedback_init, get_args(FeedbackInit))
         self.blocks = _sequential(blocks)
         self.rule = rule
         self.feedback_init = feedback_init

@@ -33,9 +33,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tpext.feedback.base import BlockCall, Feedback, in_full_precision, make_feedback
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
-from tpext.ops._library import LOW_PRECISION, full_precision
+from tpext.ops._library import LOW_PRECISION, check_choice, full_precision
 from tpext.ops.regularized_inverse import regularized_inverse
-from tpext.rules.base import check_choice, check_flag, exact_number, set_number
+from tpext.rules.base import check_flag, exact_number, set_number
 
 Reduction = Literal["mean", "sum"]
 Direct = Literal["linear", "hidden"]
@@ -67,7 +67,7 @@ class NetworkRule(ABC):
     def __post_init__(self) -> None:
         set_number(self, "target_step", low=0.0)
         check_flag(self, "normalize")
-        check_choice(self, "reduction", get_args(Reduction))
+        check_choice(type(self).__name__, "reduction", self.reduction, get_args(Reduction))
 
     def check(self, blocks: Sequence[nn.Module]) -> None:  # noqa: B027 - most rules serve all blocks
         """Raise ValueError if the rule cannot serve these blocks, as they are when the network runs."""
@@ -205,8 +205,8 @@ class DirectTargets(NetworkRule):
             not isinstance(self.hidden, int) or isinstance(self.hidden, bool) or self.hidden < 1
         ):
             raise ValueError(f"DirectTargets: hidden must be an integer >= 1 or None, got {self.hidden!r}")
-        check_choice(self, "activation", ("identity", "tanh"))
-        check_choice(self, "hidden_activation", ("identity", "tanh"))
+        check_choice(type(self).__name__, "activation", self.activation, ("identity", "tanh"))
+        check_choice(type(self).__name__, "hidden_activation", self.hidden_activation, ("identity", "tanh"))
         check_flag(self, "recurrent_input")
 
     def make_feedback(
