@@ -451,6 +451,23 @@ def test_difference_of_a_linear_end_has_no_rounding_of_the_state() -> None:
     assert_equal(feedback.difference(output, 1e-30 * d, code) * 1e30, feedback.difference(output, d, code), 1e-12)
 
 
+def test_difference_runs_a_nested_linear_sequence_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence is as linear as its modules: the difference goes through it alone, not as two states."""
+    block = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 3))), nn.Linear(3, 2)).double()
+    feedback = made(block)
+    output, code = feedback.encode(block, torch.randn(5, 4, dtype=DOUBLE))
+    d = torch.randn_like(output)
+    expected = feedback(output + d, code) - feedback(output, code)
+    maps, apply = [], tpext.feedback.LinearFeedback.map
+    monkeypatch.setattr(tpext.feedback.LinearFeedback, "map", lambda *args: maps.append(args[0]) or apply(*args))
+    assert_equal(feedback.difference(output, d, code), expected, 1e-12)
+    assert len(maps) == 3
+    # as small as one likes, as it is never added to the state
+    assert_equal(feedback.difference(output, 1e-30 * d, code) * 1e30, expected, 1e-12)
+    nonlinear = made(nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), nn.Linear(3, 2)))
+    assert not nonlinear.is_linear
+
+
 def test_feedback_of_a_sequence_is_its_parts_in_reversed_order() -> None:
     block = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ELU(), nn.MaxPool2d(2)).double()
     feedback = made(block)

@@ -73,7 +73,7 @@ class Feedback(nn.Module, ABC):
     """
 
     elementwise: bool = False
-    is_linear: ClassVar[bool] = False
+    is_linear: bool = False
     is_view: ClassVar[bool] = False
     source: ClassVar[Literal["block", "network"]] = "block"
     kernel: tuple[str, float] | None = None

@@ -183,6 +183,7 @@ class SequentialFeedback(Feedback):
         made = [(name, make_feedback(module)) for name, module in _children(block)]
         self.parts = nn.ModuleDict(OrderedDict(reversed(made)))
         self.elementwise = all(part.elementwise for _, part in made)
+        self.is_linear = all(part.is_linear for _, part in made)
 
     def pairs(self, block: nn.Module) -> list[tuple[nn.Module, Feedback]]:
         """Return the modules of the block with their feedback, the first one first."""
