@@ -519,6 +519,37 @@ def test_layered_feedback_below_a_linear_block_ends_linear() -> None:
     assert torch.equal(feedback(output, code), feedback.mirrored(output, code))
 
 
+BELOW: dict[str, tuple[list[nn.Module], type[nn.Module]]] = {
+    "a linear layer follows": ([nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))], nn.Identity),
+    "a normalisation follows": ([nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.BatchNorm1d(3))], nn.Identity),
+    "pools and shapes follow": (
+        [nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Sequential(nn.MaxPool2d(2), nn.Flatten()), nn.Dropout(0.1))],
+        nn.Tanh,
+    ),
+    "pools are a block": ([nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh()), nn.AvgPool2d(2), nn.Flatten()], nn.Tanh),
+    "in another block": ([nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 3)], nn.Identity),
+    "two": ([nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.Tanh())], nn.Tanh),
+    "none": ([nn.Sequential(nn.Flatten(), nn.Identity())], nn.Identity),
+    "not known": ([nn.Bilinear(3, 3, 3)], nn.Identity),
+}
+
+
+@pytest.mark.parametrize("case", BELOW)
+def test_activation_of_layered_feedback_is_that_of_the_state(case: str) -> None:
+    blocks, kind = BELOW[case]
+    feedback = layered_feedback([*blocks, nn.Linear(3, 2)])[-1]
+    assert type(feedback.activation) is kind
+
+
+def test_layered_feedback_makes_no_feedback_of_the_first_block() -> None:
+    """It needs none, so it may be of any kind, and takes no random numbers."""
+    first, block = nn.Sequential(nn.Linear(4, 3), nn.Bilinear(3, 3, 3)), nn.Linear(3, 2)
+    torch.manual_seed(1)
+    (_, feedback) = layered_feedback([first, block])
+    torch.manual_seed(1)
+    assert torch.equal(feedback.mirrored.weight, made(block).weight)
+
+
 @pytest.mark.parametrize("init", ["symmetric", "tied"])
 def test_layered_feedback_takes_the_blocks_weights(init: Any) -> None:
     blocks = [nn.Sequential(nn.Linear(4, 3), nn.Tanh()), nn.Linear(3, 2)]

@@ -29,6 +29,7 @@ from tpext.feedback import (
     RunningLDRL,
     Tied,
     Trace,
+    layered_feedback,
     ldrl_loss,
     register_feedback,
 )
@@ -662,6 +663,22 @@ def test_records_have_one_entry_an_iteration_before_its_update(name: str) -> Non
         assert record.loss.shape == ()
         assert not record.loss.requires_grad
     assert trainer.step(batch(0)[0]) is None
+
+
+def test_records_of_layered_feedback_compare_its_linear_map() -> None:
+    """Its activation comes last, the linear map before it is of the transposed shape all the same."""
+    blocks = [
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh()),
+        nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
+        nn.Sequential(nn.Tanh(), nn.Linear(6, 3)),
+    ]
+    net = TargetSequential(*blocks, feedback=layered_feedback(blocks))
+    forward, backward = blocks[1][0].weight.detach(), net.feedback["1"].mirrored.parts["0"].weight.clone()
+    first, second = Reconstruction(net, lr=0.1, noise=0.1).step(torch.randn(7, 4), record=True)
+    assert abs(float(first.angle) - degrees(backward.double(), forward.T.double())) < 1e-4
+    assert_equal(first.distance.float(), (backward - forward.T).norm() / forward.norm(), 1e-5)
+    assert second.angle is None  # it begins with an activation
+    assert tpext.diagnostics.feedback_angles(net, torch.randn(2, 4)).keys() == {"1"}
 
 
 def test_records_of_blocks_without_a_common_weight() -> None:

@@ -161,13 +161,21 @@ def make_feedback(block: nn.Module) -> Feedback:
         TypeError: a module of a class that no feedback is registered for; names it.
         ValueError: a module with an option that its feedback does not know.
     """
+    builder = find_builder(block)
+    if builder is None:
+        raise TypeError(
+            f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
+            "tpext.feedback.register_feedback"
+        )
+    return builder(block)
+
+
+def find_builder(block: nn.Module) -> _Builder | None:
+    """Return what makes the feedback of such a module, None if nothing is registered."""
     for kind in type(block).__mro__:
         if kind in _BUILDERS and type(block).forward is kind.forward:
-            return _BUILDERS[kind](block)
-    raise TypeError(
-        f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
-        "tpext.feedback.register_feedback"
-    )
+            return _BUILDERS[kind]
+    return None
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, in_full_precision, still_statistics
-from tpext.feedback.linear_block import linear_block, linear_steps
+from tpext.feedback.linear_block import linear_steps
 from tpext.feedback.linear_map import LinearMap
+from tpext.feedback.modules import LayeredFeedback
 from tpext.ops._library import full_precision, is_integer, is_number
 from tpext.ops.counter_normal import counter_normal
 
@@ -205,13 +206,17 @@ def _is_tied(feedback: Feedback) -> bool:
 def weight_alignment(call: BlockCall) -> tuple[Tensor | None, Tensor | None]:
     """Return angle in degrees and relative distance between a feedback's weight and its block's, in float64.
 
-    None for both where the block does not begin with a linear map.
+    None for both where the block does not begin with a linear map, or the feedback has none of the transposed shape.
     """
-    block = linear_block(call)
-    if block is None:
+    # what comes after the map in the feedback does not matter here
+    feedback = call.feedback.mirrored if isinstance(call.feedback, LayeredFeedback) else call.feedback
+    steps = None if feedback is None else linear_steps(call.block, feedback)
+    if steps is None:
         return None, None
-    forward = block.head.transported(block.module).double().flatten()
-    backward = block.head.current_weight().detach().double().flatten()
+    module, head, _ = steps[1]
+    assert isinstance(head, LinearMap)
+    forward = head.transported(module).double().flatten()
+    backward = head.current_weight().detach().double().flatten()
     cosine = torch.dot(forward, backward) / (forward.norm() * backward.norm())
     return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))), (forward - backward).norm() / forward.norm()
 
