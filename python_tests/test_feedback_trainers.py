@@ -170,7 +170,7 @@ def test_gradient_is_that_of_the_loss(
 
 def test_loss_by_its_equation() -> None:
     _, trace = one_block(PLANES["pool"], (2, 6, 6))
-    block, feedback, x, y, code = trace.calls[1]
+    block, feedback, x, y, code, _ = trace.calls[1]
     dx, dy = torch.randn_like(x), torch.randn_like(y)
     noisy, noisy_code = feedback.encode(block, x + dx)
     for indices, used in (("noisy", noisy_code), ("clean", code)):
@@ -339,7 +339,7 @@ def test_reconstruction_by_its_equation(
 ) -> None:
     """Sums over features; or means over all elements, divided by the variance but at most by 0.02^2."""
     net, trace = one_block(build, shape)
-    block, feedback, x, _, code = trace.calls[1]
+    block, feedback, x, _, code, _ = trace.calls[1]
 
     def loss() -> Tensor:
         noisy = x + sigma * normal_noise(Draw(0, 1, 0, False), x)
@@ -778,7 +778,9 @@ def test_other_networks_are_refused() -> None:
 )
 def test_blocks_that_a_solution_does_not_know_are_refused(make: Any, build: Build) -> None:
     net, _ = one_block(build, (4,))
-    with pytest.raises(ValueError, match=r"needs blocks of a linear layer or convolution, .*; block 1 is another"):
+    kind = "Residual" if build is Residual else "Sequential"
+    message = rf"needs blocks of a linear layer or convolution, .*; block 1 is another, a {kind}$"
+    with pytest.raises(ValueError, match=message):
         make(net)
 
 

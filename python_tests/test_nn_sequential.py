@@ -807,6 +807,26 @@ class BadShape(SignSymmetry):
 
 
 @dataclass(frozen=True)
+class BadValue(SignSymmetry):
+    def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
+        return None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class BadCount(SignSymmetry):
+    def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
+        return super().displacements(calls, displacement)[1:]
+
+
+@dataclass(frozen=True)
+class BadMove(SignSymmetry):
+    """All at once, one of them in another type."""
+
+    def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
+        return [move.float() for move in super().displacements(calls, displacement)]
+
+
+@dataclass(frozen=True)
 class BadType(SignSymmetry):
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
         return super().propagate(call, displacement).float()
@@ -839,19 +859,31 @@ def test_rule_of_ones_own() -> None:
     [
         (
             BadShape(),
-            "BadShape: the displacement of block 0's output must be [7, 6] torch.float64 on cpu, got [7, 3] "
+            "BadShape: the displacement of block middle's output must be [7, 6] torch.float64 on cpu, got [7, 3] "
             "torch.float64 on cpu",
         ),
         (
             BadType(),
-            "BadType: the displacement of block 0's output must be [7, 6] torch.float64 on cpu, got [7, 6] "
+            "BadType: the displacement of block middle's output must be [7, 6] torch.float64 on cpu, got [7, 6] "
             "torch.float32 on cpu",
         ),
+        (
+            BadValue(),
+            "BadValue: the displacement of block middle's output must be [7, 6] torch.float64 on cpu, got NoneType",
+        ),
+        (
+            BadMove(),
+            "BadMove: the displacement of block first's output must be [7, 5] torch.float64 on cpu, got [7, 5] "
+            "torch.float32 on cpu",
+        ),
+        (BadCount(), "BadCount: displacements must be one for each of the 3 blocks, got 2"),
     ],
-    ids=["shape", "dtype"],
+    ids=["shape", "dtype", "value", "all", "count"],
 )
 def test_displacements_that_do_not_fit_are_named(rule: NetworkRule, message: str) -> None:
-    net = TargetSequential(nn.Linear(4, 6), nn.Linear(6, 3), rule=rule).double()
+    """Before the rule sees them again at the next block, where they would not fit either."""
+    blocks = OrderedDict(first=nn.Linear(4, 5), middle=nn.Linear(5, 6), top=nn.Linear(6, 3))
+    net = TargetSequential(blocks, rule=rule).double()
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         net(torch.randn(7, 4, dtype=DOUBLE)).sum().backward()
 
@@ -925,7 +957,9 @@ def test_feedback_of_the_first_block_is_refused() -> None:
 @pytest.mark.parametrize("rule", [DifferenceTargets(), Targets(), DirectTargets()], ids=repr)
 def test_missing_feedback_is_named(rule: Any) -> None:
     net = TargetSequential(nn.Linear(3, 3), nn.Linear(3, 3), rule=rule, feedback=[None, None])
-    with pytest.raises(ValueError, match=f"^{type(rule).__name__}: every block but the first needs feedback"):
+    with pytest.raises(
+        ValueError, match=f"^{type(rule).__name__}: every block but the first needs feedback, block 1 has"
+    ):
         net(torch.ones(2, 3)).sum().backward()
 
 

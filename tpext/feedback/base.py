@@ -111,7 +111,9 @@ class Feedback(nn.Module, ABC):
             ValueError: feedback with parameters that does not say how.
         """
         if any(True for _ in self.parameters()):
-            raise ValueError(f"{type(self).__name__}: its weights cannot be those of {block}, transposed")
+            raise ValueError(
+                f"{type(self).__name__}: its weights cannot be those of {type(block).__name__}, transposed"
+            )
 
     def tie(self, block: nn.Module) -> None:
         """Use the block's own weights, transposed, from now on instead of parameters of its own.
@@ -200,6 +202,7 @@ class BlockCall(NamedTuple):
         input: ``s_{i-1}``, detached.
         output: ``s_i``, detached.
         code: of this pass, see :class:`Feedback`.
+        name: of the block in the network.
     """
 
     block: nn.Module
@@ -207,6 +210,7 @@ class BlockCall(NamedTuple):
     input: Tensor
     output: Tensor
     code: Code
+    name: str
 
 
 def detach_tensors(
@@ -214,14 +218,17 @@ def detach_tensors(
 ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple[BlockCall, ...]]]:
     """Return the tensors of calls, and what puts calls together again from such tensors."""
     leaves, form = tree_flatten([(call.input, call.output, call.code) for call in calls], is_leaf=_is_size)
-    modules = [(call.block, call.feedback) for call in calls]
+    owners = [(call.block, call.feedback, call.name) for call in calls]
     others = [(True, None) if isinstance(leaf, Tensor) else (False, leaf) for leaf in leaves]
 
     def rebuilt(tensors: Sequence[Tensor]) -> tuple[BlockCall, ...]:
         given = iter(tensors)
         known = [next(given) if is_tensor else leaf for is_tensor, leaf in others]
         parts = tree_unflatten(known, form)
-        return tuple(BlockCall(*pair, *part) for pair, part in zip(modules, parts, strict=True))
+        return tuple(
+            BlockCall(block, feedback, input, output, code, name)
+            for (block, feedback, name), (input, output, code) in zip(owners, parts, strict=True)
+        )
 
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)], rebuilt
 

@@ -189,7 +189,7 @@ class FeedbackTrainer(ABC):
             if steps is None or not all(step.feedback.elementwise for step in steps[2]):
                 raise ValueError(
                     f"{type(self).__name__}: {what} needs blocks of a linear layer or convolution, then activations "
-                    f"and max-pooling; block {index} is another: {block}"
+                    f"and max-pooling; block {index} is another, a {type(block).__name__}"
                 )
 
     def _noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:

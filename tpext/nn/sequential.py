@@ -194,6 +194,7 @@ class TargetSequential(nn.Module):
             raise RuntimeError(NOT_A_DERIVATIVE)
         outputs, calls = [], []
         state = input
+        names = [name for name, _ in self._named()]
         for index, (block, feedback) in enumerate(self.pairs()):
             # The first block's input keeps its graph: what is below learns by the first local loss.
             source = state if index == 0 or self.rule.exact else state.detach()
@@ -205,10 +206,10 @@ class TargetSequential(nn.Module):
                 state, code = feedback.encode(block, source)
             if watched and source._version != version:
                 raise ValueError(
-                    f"TargetSequential: block {index} must leave its input as it is, got a change in place"
+                    f"TargetSequential: block {names[index]} must leave its input as it is, got a change in place"
                 )
             outputs.append(state)
-            calls.append(BlockCall(block, feedback, source.detach(), state.detach(), code))
+            calls.append(BlockCall(block, feedback, source.detach(), state.detach(), code, names[index]))
         if self.rule.exact:
             return Trace(state, tuple(calls))
         return Trace(_TargetsFunction.apply(self.rule, tuple(calls), *outputs), tuple(calls))  # type: ignore[no-untyped-call]
