@@ -399,6 +399,19 @@ def test_direct_feedback_learns_by_its_equation(kind: str, difference: bool) -> 
         )
 
 
+@pytest.mark.parametrize("kind", DIRECT)
+@pytest.mark.parametrize("layers", [3, 12])
+def test_step_of_direct_feedback_runs_each_layers_feedback_alone(kind: str, layers: int) -> None:
+    """Twice a layer, moved and still: work that grows with the number of layers, not with its square."""
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(layers)]
+    net = TargetSequential(*blocks, rule=tpext.DirectTargets(**DIRECT[kind]), input_shape=(4,))
+    trace, ran = net.trace(torch.randn(5, 4)), []
+    for feedback in net.feedback.values():
+        feedback.register_forward_hook(lambda *call: ran.append(call[0]))
+    DifferenceReconstruction(net, lr=0.1, noise=0.1).step(trace)
+    assert len(ran) == 2 * (layers - 1)
+
+
 def test_difference_reconstruction_goes_through_all_blocks_above() -> None:
     """Down with the feedback above, then one step that is trained; conv, pool and flatten included."""
     blocks = [

@@ -309,7 +309,8 @@ class DifferenceReconstruction(GradientTrainer):
         net, lr, noise, iterations, samples, momentum, weight_decay, optimizer, seed, noise_source: see
             :class:`GradientTrainer`. Published: Adam, one iteration a batch.
 
-    Cost: an iteration of layer ``i`` runs blocks ``i .. L-1`` once and the feedback above as often as the rule does.
+    Cost: an iteration of layer ``i`` runs blocks ``i .. L-1`` once and the feedback above as often as the rule does;
+    with ``DirectTargets`` that is none, only the layer's own.
 
     Source: Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020.
     """

@@ -19,7 +19,7 @@ from tpext.ops._library import check_choice
 class Recursion(Protocol):
     """What a loss through the blocks above needs of a rule."""
 
-    def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
+    def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
         """See :class:`tpext.rules.NetworkRule`."""
 
 
@@ -112,5 +112,5 @@ def difference_reconstruction_loss(
     if not difference:
         rebuilt: Tensor = _feedback(call)(state, call.code)
         return (rebuilt - noisy_input).square().mean()
-    moves = rule.displacements(calls[index - 1 :], state - calls[-1].output)
-    return (moves[0] - input_noise).square().mean()
+    move = rule.first_displacement(calls[index - 1 :], state - calls[-1].output)
+    return (move - input_noise).square().mean()

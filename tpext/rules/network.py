@@ -118,6 +118,10 @@ class NetworkRule(ABC):
             moves.append(move)
         return moves[::-1]
 
+    def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
+        """Return ``d_0`` of two or more blocks; a rule that does not need the others for it saves them here."""
+        return self.displacements(calls, displacement)[0]
+
     def _require_fit(self, call: BlockCall, move: Tensor) -> None:
         want = call.output
         if not isinstance(move, Tensor) or (move.shape, move.dtype, move.device) != (
@@ -248,10 +252,14 @@ class DirectTargets(NetworkRule):
         raise RuntimeError("DirectTargets: displacements come from the output, not from the block above")
 
     def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
-        output, moves = calls[-1].output, []
-        for call in calls[1:]:
-            moves.append(self.feedback(call).difference(output, displacement, call.code))
-        return [*moves, displacement]
+        output = calls[-1].output
+        return [*(self._direct(call, output, displacement) for call in calls[1:]), displacement]
+
+    def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
+        return self._direct(calls[1], calls[-1].output, displacement)
+
+    def _direct(self, call: BlockCall, output: Tensor, displacement: Tensor) -> Tensor:
+        return self.feedback(call).difference(output, displacement, call.code)
 
 
 @dataclass(frozen=True)
