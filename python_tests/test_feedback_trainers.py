@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -744,6 +745,65 @@ def test_records_of_blocks_without_a_common_weight() -> None:
 def test_bad_arguments_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         make(small_net())
+
+
+GRADIENT_TRAINERS: list[Any] = [LDRL, Reconstruction, DifferenceReconstruction]
+
+
+@pytest.mark.parametrize("trainer", GRADIENT_TRAINERS)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"momentum": -0.1}, ValueError, "momentum must be a number >= 0, got -0.1"),
+        ({"momentum": "0.9"}, ValueError, "momentum must be a number >= 0, got '0.9'"),
+        ({"momentum": [0.9, 0.9]}, ValueError, "momentum must be a number >= 0, got [0.9, 0.9]"),
+        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be a number >= 0, got nan"),
+        ({"weight_decay": None}, ValueError, "weight_decay must be a number >= 0, got None"),
+        (
+            {"lr": None, "optimizer": torch.optim.SGD([torch.zeros(1)], 0.1)},
+            TypeError,
+            "optimizer must be a function of parameters, such as lambda p: torch.optim.Adam(p, lr=3e-4), got SGD",
+        ),
+        (
+            {"lr": None, "optimizer": lambda p: None},
+            TypeError,
+            "optimizer must return a torch.optim.Optimizer, got NoneType",
+        ),
+        (
+            {"noise_source": torch.Generator()},
+            TypeError,
+            "noise_source must be a function of a Draw and a tensor, or None, got Generator",
+        ),
+    ],
+)
+def test_bad_options_are_named(trainer: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape(f"{trainer.__name__}: {message}")):
+        trainer(small_net(), **{"lr": 0.1, "noise": 0.1, **options})
+
+
+@pytest.mark.parametrize("trainer", GRADIENT_TRAINERS)
+def test_signatures_list_every_argument(trainer: Any) -> None:
+    """As ``help`` shows them, with the base class's defaults."""
+    shared = inspect.signature(tpext.feedback.GradientTrainer).parameters
+    own = inspect.signature(trainer).parameters
+    assert {name: own[name] for name in shared} == dict(shared)
+    assert all(name in trainer.__doc__ for name in own)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        trainer(small_net(), rate=0.1, noise=0.1)
+
+
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        (lambda draw, like: torch.zeros(()), "[] torch.float32"),
+        (lambda draw, like: like.double(), "[5, 3, 4, 4] torch.float64"),
+        (lambda draw, like: 0.0, "float"),
+    ],
+)
+def test_noise_of_another_shape_is_refused(source: Any, got: str) -> None:
+    message = "noise_source must return a tensor [5, 3, 4, 4] torch.float32 for Draw(step=0, layer=1, draw=0, "
+    with pytest.raises(ValueError, match=re.escape(message) + ".*" + re.escape(f"got {got}")):
+        LDRL(small_net(), lr=0.1, noise=0.1, noise_source=source).step(batch(0)[0])
 
 
 @pytest.mark.parametrize(

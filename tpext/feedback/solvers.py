@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
@@ -47,7 +48,6 @@ class RunningLDRL(FeedbackTrainer):
         noise_source: NoiseSource | None = None,
     ) -> None:
         super().__init__(net, seed=seed, noise_source=noise_source)
-        self._require_own_weights()
         self.noise, self.draws = self._positive("noise", noise), self._counts("draws", draws)
         if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"RunningLDRL: decay must be a number >= 0 and < 1, got {decay!r}")
@@ -58,7 +58,7 @@ class RunningLDRL(FeedbackTrainer):
         self._require_elementwise("it")
         self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         for number, (index, _) in enumerate(self.layers):
             call, sigma = calls[index], self.noise[number]
             block = linear_block(call)
@@ -84,7 +84,7 @@ class RunningLDRL(FeedbackTrainer):
     def _changes(self, block: LinearBlock, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         index, sigma = self.layers[number][0], self.noise[number]
         return input_changes(
-            block, lambda draw: self._noise(index, draw, sigma, block.input), self.draws[number], self.indices
+            block, lambda draw: self.draw_noise(index, draw, sigma, block.input), self.draws[number], self.indices
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -117,11 +117,10 @@ class ClosedForm(FeedbackTrainer):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
-        self._require_own_weights()
         self._require_source("block")
         self._require_elementwise("it")
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         for index, _ in self.layers:
             block = linear_block(calls[index])
             assert block is not None
@@ -135,17 +134,27 @@ class ClosedForm(FeedbackTrainer):
 class Tied(FeedbackTrainer):
     """Ties the feedback to the blocks' own weights, transposed, from now on; there is nothing left to train.
 
+    Trainers that change weights refuse such a network, and their next step if they had it before.
+
     Args:
         net: whose feedback to tie.
+
+    Raises:
+        ValueError: feedback that cannot be tied; then none of it is.
     """
+
+    changes_weights = False
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         blocks = [block for block, _ in self.net.pairs()]
+        # on copies first, as only trying says whether feedback can be tied, one of a user's own included
+        for index, feedback in self.layers:
+            copy.deepcopy(feedback).tie(blocks[index])
         for index, feedback in self.layers:
             feedback.tie(blocks[index])
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         pass
 
 
@@ -159,7 +168,9 @@ class Fixed(FeedbackTrainer):
     normalise by the batch; without that random feedback diverges on the networks tried here.
     """
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    changes_weights = False
+
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         pass
 
 
