@@ -93,9 +93,9 @@ def test_a_trainer_of_other_feedback_is_refused(make: Any, options: dict[str, An
 
 def test_the_trace_of_another_network_is_refused() -> None:
     net = small_net()
-    other = copy.deepcopy(net)
-    with pytest.raises(ValueError, match="input must be a trace of the trainer's net"):
-        LDRL(net, lr=0.1, noise=0.1).step(other.trace(torch.randn(2, 4)))
+    for other in (copy.deepcopy(net), TargetSequential(nn.Linear(4, 3))):
+        with pytest.raises(ValueError, match="input must be a trace of the trainer's net"):
+            LDRL(net, lr=0.1, noise=0.1).step(other.trace(torch.randn(2, 4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -160,7 +160,7 @@ class FeedbackTrainer(ABC):
         with torch.no_grad(), still_statistics(self.net.blocks):
             trace = input if isinstance(input, Trace) else self.net.trace(input)
             for index, feedback in self.layers:
-                if trace.calls[index].feedback is not feedback:
+                if index >= len(trace.calls) or trace.calls[index].feedback is not feedback:
                     raise ValueError(
                         f"{type(self).__name__}: input must be a trace of the trainer's net, got another's"
                     )
