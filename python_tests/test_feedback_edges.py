@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tpext
-from tpext.feedback import LDRL, ClosedForm, DifferenceReconstruction, Reconstruction, RunningLDRL
+from tpext.feedback import LDRL, ClosedForm, DifferenceReconstruction, Fixed, Reconstruction, RunningLDRL, Tied
 from tpext.nn import TargetSequential
 
 
@@ -93,9 +93,9 @@ def test_a_trainer_of_other_feedback_is_refused(make: Any, options: dict[str, An
 
 def test_the_trace_of_another_network_is_refused() -> None:
     net = small_net()
-    other = copy.deepcopy(net)
-    with pytest.raises(ValueError, match="input must be a trace of the trainer's net"):
-        LDRL(net, lr=0.1, noise=0.1).step(other.trace(torch.randn(2, 4)))
+    for other in (copy.deepcopy(net), TargetSequential(nn.Linear(4, 3))):
+        with pytest.raises(ValueError, match="input must be a trace of the trainer's net"):
+            LDRL(net, lr=0.1, noise=0.1).step(other.trace(torch.randn(2, 4)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -109,6 +109,77 @@ def test_parameters_of_low_precision_are_refused(dtype: torch.dtype) -> None:
 def test_back_propagation_takes_no_feedback(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="do not belong to rule=Backprop"):
         small_net(rule=tpext.Backprop(), **options)
+
+
+STEPS: dict[str, Any] = {
+    "LDRL": lambda net: LDRL(net, lr=0.1, noise=0.1),
+    "LDRL, Adam": lambda net: LDRL(net, noise=0.1, optimizer=lambda p: torch.optim.Adam(p, 0.1)),
+    "Reconstruction": lambda net: Reconstruction(net, lr=0.1, noise=0.1),
+    "DifferenceReconstruction": lambda net: DifferenceReconstruction(net, lr=0.1, noise=0.1),
+    "RunningLDRL": lambda net: RunningLDRL(net, noise=0.1),
+    "ClosedForm": ClosedForm,
+}
+each_trainer = pytest.mark.parametrize("name", STEPS)
+
+
+@each_trainer
+def test_inference_mode_is_refused_and_no_grad_is_not(name: str) -> None:
+    net, x = small_net(), torch.randn(2, 4)
+    trainer, message = STEPS[name](net), r": feedback cannot be trained under torch\.inference_mode\(\)"
+    before = copy.deepcopy(net.state_dict())
+    for input in (x, net.trace(x)):
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=message):
+            trainer.step(input)
+    with torch.inference_mode():
+        trace = net.trace(x)
+    with pytest.raises(RuntimeError, match=message):
+        trainer.step(trace)
+    assert trainer.steps == 0
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    with torch.inference_mode():
+        features = 2 * x
+    with torch.no_grad():
+        trainer.step(features)
+    assert any(
+        not torch.equal(value, before[key]) for key, value in net.feedback.state_dict(prefix="feedback.").items()
+    )
+
+
+@each_trainer
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_batch_without_samples_is_refused(name: str, traced: bool) -> None:
+    net, x = small_net(), torch.zeros(0, 4)
+    trainer = STEPS[name](net)
+    with pytest.raises(ValueError, match="input must have at least one sample, got a batch of none"):
+        trainer.step(net.trace(x) if traced else x)
+    assert all(value.isfinite().all() for value in net.state_dict().values())
+
+
+@each_trainer
+def test_feedback_that_was_tied_afterwards_is_not_trained(name: str) -> None:
+    net = small_net()
+    trainer = STEPS[name](net)
+    Tied(net)
+    before = copy.deepcopy(net.state_dict())
+    for act in (lambda: trainer.step(torch.randn(2, 4)), lambda: STEPS[name](net)):
+        with pytest.raises(ValueError, match="feedback with weights of its own, got block 1's tied"):
+            act()
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    # these leave the weights alone
+    Tied(net).step(torch.randn(2, 4))
+    Fixed(net).step(torch.randn(2, 4))
+
+
+def test_feedback_is_tied_wholly_or_not_at_all() -> None:
+    net = TargetSequential(nn.Linear(4, 5), nn.Linear(5, 5), nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)))
+    names = list(net.state_dict())
+    with pytest.raises(ValueError, match="BatchNormFeedback: its weights cannot be those of BatchNorm1d"):
+        Tied(net)
+    assert list(net.state_dict()) == names
+    # still of its own weights, which a step changes
+    before = net.feedback["1"].weight.clone()
+    LDRL(net, lr=0.1, noise=0.1).step(torch.randn(6, 4))
+    assert not torch.equal(net.feedback["1"].weight, before)
 
 
 def test_saved_sums_of_another_network_are_refused() -> None:

@@ -451,6 +451,23 @@ def test_difference_of_a_linear_end_has_no_rounding_of_the_state() -> None:
     assert_equal(feedback.difference(output, 1e-30 * d, code) * 1e30, feedback.difference(output, d, code), 1e-12)
 
 
+def test_difference_runs_a_nested_linear_sequence_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence is as linear as its modules: the difference goes through it alone, not as two states."""
+    block = nn.Sequential(nn.Sequential(nn.Linear(4, 6), nn.Sequential(nn.Linear(6, 3))), nn.Linear(3, 2)).double()
+    feedback = made(block)
+    output, code = feedback.encode(block, torch.randn(5, 4, dtype=DOUBLE))
+    d = torch.randn_like(output)
+    expected = feedback(output + d, code) - feedback(output, code)
+    maps, apply = [], tpext.feedback.LinearFeedback.map
+    monkeypatch.setattr(tpext.feedback.LinearFeedback, "map", lambda *args: maps.append(args[0]) or apply(*args))
+    assert_equal(feedback.difference(output, d, code), expected, 1e-12)
+    assert len(maps) == 3
+    # as small as one likes, as it is never added to the state
+    assert_equal(feedback.difference(output, 1e-30 * d, code) * 1e30, expected, 1e-12)
+    nonlinear = made(nn.Sequential(nn.Sequential(nn.Linear(4, 3), nn.Tanh()), nn.Linear(3, 2)))
+    assert not nonlinear.is_linear
+
+
 def test_feedback_of_a_sequence_is_its_parts_in_reversed_order() -> None:
     block = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ELU(), nn.MaxPool2d(2)).double()
     feedback = made(block)
@@ -500,6 +517,37 @@ def test_layered_feedback_below_a_linear_block_ends_linear() -> None:
     (_, feedback) = layered_feedback(blocks)
     output, code = feedback.encode(blocks[1], torch.randn(5, 3))
     assert torch.equal(feedback(output, code), feedback.mirrored(output, code))
+
+
+BELOW: dict[str, tuple[list[nn.Module], type[nn.Module]]] = {
+    "a linear layer follows": ([nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))], nn.Identity),
+    "a normalisation follows": ([nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.BatchNorm1d(3))], nn.Identity),
+    "pools and shapes follow": (
+        [nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Sequential(nn.MaxPool2d(2), nn.Flatten()), nn.Dropout(0.1))],
+        nn.Tanh,
+    ),
+    "pools are a block": ([nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh()), nn.AvgPool2d(2), nn.Flatten()], nn.Tanh),
+    "in another block": ([nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 3)], nn.Identity),
+    "two": ([nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.Tanh())], nn.Tanh),
+    "none": ([nn.Sequential(nn.Flatten(), nn.Identity())], nn.Identity),
+    "not known": ([nn.Bilinear(3, 3, 3)], nn.Identity),
+}
+
+
+@pytest.mark.parametrize("case", BELOW)
+def test_activation_of_layered_feedback_is_that_of_the_state(case: str) -> None:
+    blocks, kind = BELOW[case]
+    feedback = layered_feedback([*blocks, nn.Linear(3, 2)])[-1]
+    assert type(feedback.activation) is kind
+
+
+def test_layered_feedback_makes_no_feedback_of_the_first_block() -> None:
+    """It needs none, so it may be of any kind, and takes no random numbers."""
+    first, block = nn.Sequential(nn.Linear(4, 3), nn.Bilinear(3, 3, 3)), nn.Linear(3, 2)
+    torch.manual_seed(1)
+    (_, feedback) = layered_feedback([first, block])
+    torch.manual_seed(1)
+    assert torch.equal(feedback.mirrored.weight, made(block).weight)
 
 
 @pytest.mark.parametrize("init", ["symmetric", "tied"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from tpext.feedback import (
     RunningLDRL,
     Tied,
     Trace,
+    layered_feedback,
     ldrl_loss,
     register_feedback,
 )
@@ -169,7 +171,7 @@ def test_gradient_is_that_of_the_loss(
 
 def test_loss_by_its_equation() -> None:
     _, trace = one_block(PLANES["pool"], (2, 6, 6))
-    block, feedback, x, y, code = trace.calls[1]
+    block, feedback, x, y, code, _ = trace.calls[1]
     dx, dy = torch.randn_like(x), torch.randn_like(y)
     noisy, noisy_code = feedback.encode(block, x + dx)
     for indices, used in (("noisy", noisy_code), ("clean", code)):
@@ -338,7 +340,7 @@ def test_reconstruction_by_its_equation(
 ) -> None:
     """Sums over features; or means over all elements, divided by the variance but at most by 0.02^2."""
     net, trace = one_block(build, shape)
-    block, feedback, x, _, code = trace.calls[1]
+    block, feedback, x, _, code, _ = trace.calls[1]
 
     def loss() -> Tensor:
         noisy = x + sigma * normal_noise(Draw(0, 1, 0, False), x)
@@ -396,6 +398,19 @@ def test_direct_feedback_learns_by_its_equation(kind: str, difference: bool) -> 
         torch.testing.assert_close(
             before[name] - after, expected.get(name, torch.zeros_like(after)), rtol=0, atol=1e-12, msg=name
         )
+
+
+@pytest.mark.parametrize("kind", DIRECT)
+@pytest.mark.parametrize("layers", [3, 12])
+def test_step_of_direct_feedback_runs_each_layers_feedback_alone(kind: str, layers: int) -> None:
+    """Twice a layer, moved and still: work that grows with the number of layers, not with its square."""
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(layers)]
+    net = TargetSequential(*blocks, rule=tpext.DirectTargets(**DIRECT[kind]), input_shape=(4,))
+    trace, ran = net.trace(torch.randn(5, 4)), []
+    for feedback in net.feedback.values():
+        feedback.register_forward_hook(lambda *call: ran.append(call[0]))
+    DifferenceReconstruction(net, lr=0.1, noise=0.1).step(trace)
+    assert len(ran) == 2 * (layers - 1)
 
 
 def test_difference_reconstruction_goes_through_all_blocks_above() -> None:
@@ -664,6 +679,22 @@ def test_records_have_one_entry_an_iteration_before_its_update(name: str) -> Non
     assert trainer.step(batch(0)[0]) is None
 
 
+def test_records_of_layered_feedback_compare_its_linear_map() -> None:
+    """Its activation comes last, the linear map before it is of the transposed shape all the same."""
+    blocks = [
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh()),
+        nn.Sequential(nn.Linear(5, 6), nn.Tanh()),
+        nn.Sequential(nn.Tanh(), nn.Linear(6, 3)),
+    ]
+    net = TargetSequential(*blocks, feedback=layered_feedback(blocks))
+    forward, backward = blocks[1][0].weight.detach(), net.feedback["1"].mirrored.parts["0"].weight.clone()
+    first, second = Reconstruction(net, lr=0.1, noise=0.1).step(torch.randn(7, 4), record=True)
+    assert abs(float(first.angle) - degrees(backward.double(), forward.T.double())) < 1e-4
+    assert_equal(first.distance.float(), (backward - forward.T).norm() / forward.norm(), 1e-5)
+    assert second.angle is None  # it begins with an activation
+    assert tpext.diagnostics.feedback_angles(net, torch.randn(2, 4)).keys() == {"1"}
+
+
 def test_records_of_blocks_without_a_common_weight() -> None:
     net, trace = one_block(Residual, (4,))
     (record,) = LDRL(net, lr=0.1, noise=0.1).step(trace, record=True)
@@ -695,11 +726,11 @@ def test_records_of_blocks_without_a_common_weight() -> None:
         (lambda net: LDRL(net, lr=0.1, noise=0.1, seed=-1), "LDRL: seed must be in 0 .. 2^63 - 1, got -1"),
         (
             lambda net: LDRL(net, lr=0.1, noise=0.1, indices="old"),
-            "LDRL: indices must be 'noisy' or 'clean', got 'old'",
+            "LDRL: indices must be one of 'noisy', 'clean', got 'old'",
         ),
         (
             lambda net: LDRL(net, lr=0.1, noise=0.1, second_term="none"),
-            "LDRL: second_term must be 'drawn' or 'expected', got 'none'",
+            "LDRL: second_term must be one of 'drawn', 'expected', got 'none'",
         ),
         (lambda net: Reconstruction(net, lr=0.1, noise=0.1, reduction="sum"), "Reconstruction: reduction must be"),
         (
@@ -714,6 +745,65 @@ def test_records_of_blocks_without_a_common_weight() -> None:
 def test_bad_arguments_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         make(small_net())
+
+
+GRADIENT_TRAINERS: list[Any] = [LDRL, Reconstruction, DifferenceReconstruction]
+
+
+@pytest.mark.parametrize("trainer", GRADIENT_TRAINERS)
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"momentum": -0.1}, ValueError, "momentum must be a number >= 0, got -0.1"),
+        ({"momentum": "0.9"}, ValueError, "momentum must be a number >= 0, got '0.9'"),
+        ({"momentum": [0.9, 0.9]}, ValueError, "momentum must be a number >= 0, got [0.9, 0.9]"),
+        ({"weight_decay": float("nan")}, ValueError, "weight_decay must be a number >= 0, got nan"),
+        ({"weight_decay": None}, ValueError, "weight_decay must be a number >= 0, got None"),
+        (
+            {"lr": None, "optimizer": torch.optim.SGD([torch.zeros(1)], 0.1)},
+            TypeError,
+            "optimizer must be a function of parameters, such as lambda p: torch.optim.Adam(p, lr=3e-4), got SGD",
+        ),
+        (
+            {"lr": None, "optimizer": lambda p: None},
+            TypeError,
+            "optimizer must return a torch.optim.Optimizer, got NoneType",
+        ),
+        (
+            {"noise_source": torch.Generator()},
+            TypeError,
+            "noise_source must be a function of a Draw and a tensor, or None, got Generator",
+        ),
+    ],
+)
+def test_bad_options_are_named(trainer: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + re.escape(f"{trainer.__name__}: {message}")):
+        trainer(small_net(), **{"lr": 0.1, "noise": 0.1, **options})
+
+
+@pytest.mark.parametrize("trainer", GRADIENT_TRAINERS)
+def test_signatures_list_every_argument(trainer: Any) -> None:
+    """As ``help`` shows them, with the base class's defaults."""
+    shared = inspect.signature(tpext.feedback.GradientTrainer).parameters
+    own = inspect.signature(trainer).parameters
+    assert {name: own[name] for name in shared} == dict(shared)
+    assert all(name in trainer.__doc__ for name in own)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        trainer(small_net(), rate=0.1, noise=0.1)
+
+
+@pytest.mark.parametrize(
+    ("source", "got"),
+    [
+        (lambda draw, like: torch.zeros(()), "[] torch.float32"),
+        (lambda draw, like: like.double(), "[5, 3, 4, 4] torch.float64"),
+        (lambda draw, like: 0.0, "float"),
+    ],
+)
+def test_noise_of_another_shape_is_refused(source: Any, got: str) -> None:
+    message = "noise_source must return a tensor [5, 3, 4, 4] torch.float32 for Draw(step=0, layer=1, draw=0, "
+    with pytest.raises(ValueError, match=re.escape(message) + ".*" + re.escape(f"got {got}")):
+        LDRL(small_net(), lr=0.1, noise=0.1, noise_source=source).step(batch(0)[0])
 
 
 @pytest.mark.parametrize(
@@ -761,13 +851,15 @@ def test_other_networks_are_refused() -> None:
 )
 def test_blocks_that_a_solution_does_not_know_are_refused(make: Any, build: Build) -> None:
     net, _ = one_block(build, (4,))
-    with pytest.raises(ValueError, match=r"needs blocks of a linear layer or convolution, .*; block 1 is another"):
+    kind = "Residual" if build is Residual else "Sequential"
+    message = rf"needs blocks of a linear layer or convolution, .*; block 1 is another, a {kind}$"
+    with pytest.raises(ValueError, match=message):
         make(net)
 
 
 def test_wrong_indices_of_a_loss_are_named() -> None:
     _, trace = one_block(VECTORS["linear"], (4,))
-    with pytest.raises(ValueError, match=r"^indices must be 'noisy' or 'clean', got 'old'"):
+    with pytest.raises(ValueError, match=r"^ldrl_loss: indices must be one of 'noisy', 'clean', got 'old'"):
         ldrl_loss(trace.calls[1], torch.zeros(3, 4), torch.zeros(3, 3), "old")
     with pytest.raises(ValueError, match=r"^call must be one of a block with feedback"):
         ldrl_loss(trace.calls[0], torch.zeros(3, 4), torch.zeros(3, 4))

@@ -402,8 +402,11 @@ def test_evaluation_after_training_mode() -> None:
     torch.manual_seed(3)
     assert torch.equal(net(x), expected)
     net.eval()
+    kept, random_state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     assert torch.equal(net(x), net.blocks(x))
     net(x).sum().backward()
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert_same(net.state_dict(), kept)
     assert all(p.grad.isfinite().all() for p in net.blocks.parameters())
 
 
@@ -586,10 +589,11 @@ def distributed_net(name: str) -> TargetSequential:
     return TargetSequential(blocks[0], nn.Sequential(nn.Tanh(), *blocks[1:3]), blocks[3]).double()
 
 
-def learn(model: nn.Module, trainer: Any, x: Tensor, labels: Tensor) -> None:
+def learn(model: nn.Module, trainer: Any, x: Tensor, labels: Tensor, traced: bool = False) -> None:
+    """Two steps; the feedback's on the batch itself, or on a trace of the bare network."""
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for _ in range(2):
-        trainer.step(x)
+        trainer.step(trainer.net.trace(x) if traced else x)
         optimizer.zero_grad()
         functional.cross_entropy(model(x), labels).backward()
         optimizer.step()
@@ -601,15 +605,16 @@ def worker(rank: int, folder: str) -> None:
     x, labels = make_batch()
     half = slice(2 * rank, 2 * rank + 2)
     for name, make in TRAINERS.items():
-        net = distributed_net(name)
-        learn(DistributedDataParallel(net), make(net), x[half], labels[half])
-        found |= {f"{name}.{key}": value for key, value in net.state_dict().items()}
+        for traced in (False, True):
+            net = distributed_net(name)
+            learn(DistributedDataParallel(net), make(net), x[half], labels[half], traced)
+            found |= {f"{name}.{traced}.{key}": value for key, value in net.state_dict().items()}
     leave_with(found, rank, folder)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
-    """Blocks and feedback: the noise is that of the row in the joint batch."""
+    """Blocks and feedback, on batches and on traces: the noise is that of the row in the joint batch."""
     torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
     expected = {}
     for name, make in TRAINERS.items():
@@ -617,7 +622,8 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path: Path) -> None:
         before = copy.deepcopy(net.feedback.state_dict())
         learn(net, make(net), *make_batch())
         assert any(not torch.equal(before[key], value) for key, value in net.feedback.state_dict().items())
-        expected |= {f"{name}.{key}": value for key, value in net.state_dict().items()}
+        for traced in (False, True):
+            expected |= {f"{name}.{traced}.{key}": value for key, value in net.state_dict().items()}
     for rank in range(2):
         assert_same(torch.load(tmp_path / f"found{rank}.pt"), expected, 1e-10)
 
@@ -753,6 +759,57 @@ def test_one_block_is_back_propagation() -> None:
     assert_same(*found, 1e-6)
 
 
+def test_a_whole_network_as_one_block_is_refused() -> None:
+    """Inside a block the chain rule holds, so it would be back-propagation without a word."""
+    layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"blocks must be given one by one, as in TargetSequential\(\*net\), .* 2 lay"):
+        TargetSequential(layers)
+    assert len(TargetSequential(*layers).feedback) == 2
+    # where it is meant, and where it is the same
+    assert not TargetSequential({"all": layers}).feedback
+    assert not TargetSequential(layers, rule=Backprop()).feedback
+
+
+def test_blocks_may_be_a_plain_dict() -> None:
+    net = TargetSequential({"first": nn.Linear(4, 3), "top": nn.Linear(3, 2)})
+    assert list(net.feedback) == ["top"]
+
+
+class Pair(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(*sizes)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.linear(input)
+        return output, output
+
+
+def test_block_that_returns_several_tensors_is_named() -> None:
+    blocks = OrderedDict(pair=Pair(4, 3), top=nn.Linear(3, 2))
+    message = "^TargetSequential: block pair, a Pair, must return one tensor, got tuple"
+    with pytest.raises(TypeError, match=message):
+        TargetSequential(blocks)(torch.ones(2, 4))
+    with pytest.raises(TypeError, match=message):
+        TargetSequential(blocks, rule=DirectTargets(), input_shape=(4,))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (4, "input_shape must be the sizes of one sample, such as (3, 32, 32), got 4"),
+        ((), "input_shape must be the sizes of one sample, such as (3, 32, 32), got ()"),
+        ((2, 6.0, 6), "input_shape must be the sizes of one sample, such as (3, 32, 32), got (2, 6.0, 6)"),
+        ((2, 0, 6), "input_shape must be the sizes of one sample, such as (3, 32, 32), got (2, 0, 6)"),
+        ((3, 6, 6), "input_shape [3, 6, 6] does not fit block 0: "),
+        ((2, 8, 8), "input_shape [2, 8, 8] does not fit block 2: "),
+    ],
+)
+def test_bad_input_shapes_are_named(shape: Any, message: str) -> None:
+    with pytest.raises(ValueError, match="^" + re.escape("TargetSequential: " + message)):
+        TargetSequential(*make_blocks(), rule=DirectTargets(), input_shape=shape)
+
+
 def test_shapes_are_found_without_a_trace_in_the_network() -> None:
     """Direct feedback needs all sizes: a pass that leaves statistics and modes alone."""
     norm, drop = nn.BatchNorm1d(5), nn.Dropout(0.5)
@@ -807,6 +864,26 @@ class BadShape(SignSymmetry):
 
 
 @dataclass(frozen=True)
+class BadValue(SignSymmetry):
+    def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
+        return None  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class BadCount(SignSymmetry):
+    def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
+        return super().displacements(calls, displacement)[1:]
+
+
+@dataclass(frozen=True)
+class BadMove(SignSymmetry):
+    """All at once, one of them in another type."""
+
+    def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
+        return [move.float() for move in super().displacements(calls, displacement)]
+
+
+@dataclass(frozen=True)
 class BadType(SignSymmetry):
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
         return super().propagate(call, displacement).float()
@@ -839,19 +916,31 @@ def test_rule_of_ones_own() -> None:
     [
         (
             BadShape(),
-            "BadShape: the displacement of block 0's output must be [7, 6] torch.float64 on cpu, got [7, 3] "
+            "BadShape: the displacement of block middle's output must be [7, 6] torch.float64 on cpu, got [7, 3] "
             "torch.float64 on cpu",
         ),
         (
             BadType(),
-            "BadType: the displacement of block 0's output must be [7, 6] torch.float64 on cpu, got [7, 6] "
+            "BadType: the displacement of block middle's output must be [7, 6] torch.float64 on cpu, got [7, 6] "
             "torch.float32 on cpu",
         ),
+        (
+            BadValue(),
+            "BadValue: the displacement of block middle's output must be [7, 6] torch.float64 on cpu, got NoneType",
+        ),
+        (
+            BadMove(),
+            "BadMove: the displacement of block first's output must be [7, 5] torch.float64 on cpu, got [7, 5] "
+            "torch.float32 on cpu",
+        ),
+        (BadCount(), "BadCount: displacements must be one for each of the 3 blocks, got 2"),
     ],
-    ids=["shape", "dtype"],
+    ids=["shape", "dtype", "value", "all", "count"],
 )
 def test_displacements_that_do_not_fit_are_named(rule: NetworkRule, message: str) -> None:
-    net = TargetSequential(nn.Linear(4, 6), nn.Linear(6, 3), rule=rule).double()
+    """Before the rule sees them again at the next block, where they would not fit either."""
+    blocks = OrderedDict(first=nn.Linear(4, 5), middle=nn.Linear(5, 6), top=nn.Linear(6, 3))
+    net = TargetSequential(blocks, rule=rule).double()
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         net(torch.randn(7, 4, dtype=DOUBLE)).sum().backward()
 
@@ -871,6 +960,30 @@ def test_displacements_that_do_not_fit_are_named(rule: NetworkRule, message: str
             "TargetSequential: block 1 must be a torch.nn.Module, got builtin_function_or_method",
         ),
         (
+            ({"first": nn.Linear(3, 3), "top": 3},),
+            {},
+            TypeError,
+            "TargetSequential: block top must be a torch.nn.Module, got int",
+        ),
+        (
+            ({"first": nn.Linear(3, 3), 1: nn.Linear(3, 3)},),
+            {},
+            ValueError,
+            "TargetSequential: names of blocks must be text without dots, got 1",
+        ),
+        (
+            ({"first.one": nn.Linear(3, 3)},),
+            {},
+            ValueError,
+            "TargetSequential: names of blocks must be text without dots, got 'first.one'",
+        ),
+        (
+            (nn.Linear(3, 3), nn.Linear(3, 3)),
+            {"feedback": [None, nn.Linear(3, 3)]},
+            TypeError,
+            "TargetSequential: feedback must be tpext.feedback.Feedback modules, or None for a block, got Linear",
+        ),
+        (
             (nn.Linear(3, 3),),
             {"rule": "difference"},
             TypeError,
@@ -887,7 +1000,7 @@ def test_displacements_that_do_not_fit_are_named(rule: NetworkRule, message: str
             (nn.Linear(3, 3),),
             {"feedback_init": "zero"},
             ValueError,
-            "TargetSequential: feedback_init must be 'random' or 'symmetric' or 'tied', got 'zero'",
+            "TargetSequential: feedback_init must be one of 'random', 'symmetric', 'tied', got 'zero'",
         ),
         (
             (nn.Linear(3, 3), nn.Linear(3, 3)),
@@ -925,7 +1038,9 @@ def test_feedback_of_the_first_block_is_refused() -> None:
 @pytest.mark.parametrize("rule", [DifferenceTargets(), Targets(), DirectTargets()], ids=repr)
 def test_missing_feedback_is_named(rule: Any) -> None:
     net = TargetSequential(nn.Linear(3, 3), nn.Linear(3, 3), rule=rule, feedback=[None, None])
-    with pytest.raises(ValueError, match=f"^{type(rule).__name__}: every block but the first needs feedback"):
+    with pytest.raises(
+        ValueError, match=f"^{type(rule).__name__}: every block but the first needs feedback, block 1 has"
+    ):
         net(torch.ones(2, 3)).sum().backward()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -309,9 +310,30 @@ def test_every_method_runs(rule: str, network: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("network", "rule"), [("simple-vgg", "ldrl"), ("resnet18", "ldrl"), ("resnet18", "fw-dtp")])
 def test_other_networks_run(network: str, rule: str, tmp_path: Path) -> None:
+    """All blocks learn, feedback by its trainer alone, statistics by the batches; the numbers recorded are sane."""
     options = {"iterations": 1, "feedback_lr": 1e-5} if rule == "ldrl" else {"batchnorm": True}
-    train_images(small(rule, network, epochs=1, lr=1e-3, **options), tmp_path)
-    assert len(rows(tmp_path)) == 2
+    config = small(rule, network, epochs=1, lr=1e-3, **options)
+    torch.manual_seed(config.seed)
+    before = config.make_network().state_dict()
+    result = train_images(config, tmp_path)
+    first, last = rows(tmp_path)
+    start = config.feedback_start or 0
+    assert (first["iteration"], last["iteration"], result.iterations) == ("0", str(start + 3), start + 3)
+    for row in (first, last):
+        assert all(math.isfinite(float(row[name])) for name in ("train_loss", "loss", "accuracy", "top5"))
+        # the output layer learns by the loss's own gradient, the others by targets
+        angles = [float(row[f"gradient_angle_{name}"]) for name in config.block_names]
+        assert angles[-1] < 1e-5 < min(angles[:-1])
+    after = checkpoint(tmp_path)["network"]
+    assert after.keys() == before.keys()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert {name for name in after if name.startswith("blocks.")} == {n for n in moved if n.startswith("blocks.")}
+    feedback = {name for name in after if name.startswith("feedback.") and name.endswith("weight")}
+    assert feedback
+    assert {name for name in moved if name.startswith("feedback.")} == (feedback if rule == "ldrl" else set())
+    counts = [int(value) for name, value in after.items() if name.endswith("num_batches_tracked")]
+    assert counts == ([3] * len(counts) if rule == "fw-dtp" else [])
+    assert bool(counts) == (rule == "fw-dtp")
 
 
 def test_it_learns(tmp_path: Path) -> None:
@@ -398,26 +420,34 @@ def test_divergence(tmp_path: Path) -> None:
     assert (tmp_path / "curve.png").exists()
 
 
-def test_evaluation_draws_no_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More evaluations change nothing, and no evaluation trains the feedback or moves the generators."""
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"network": "resnet18", "batchnorm": True, "channels": (4, 4), "iterations": 1, "feedback_lr": 1e-5}],
+    ids=["lenet", "normalised"],
+)
+def test_evaluation_draws_no_random_numbers(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More evaluations change nothing; none trains the feedback or moves the generators or the statistics."""
     seen = []
     add_row = module._Run._add_row
 
     def watched(run: module._Run, progress: Any) -> None:
         assert run.trainer is not None
-        before = torch.get_rng_state(), run.trainer.steps, [p.clone() for p in run.net.parameters()]
+        before = torch.get_rng_state(), run.trainer.steps, copy.deepcopy(run.net.state_dict())
         add_row(run, progress)
         assert torch.equal(before[0], torch.get_rng_state())
         assert run.trainer.steps == before[1]
-        assert all(map(torch.equal, before[2], run.net.parameters()))
+        assert any(name.endswith("running_mean") for name in before[2]) == ("batchnorm" in options)
+        assert same(dict(run.net.state_dict()), dict(before[2]))
         assert run.net.training
         assert all(parameter.grad is None or parameter in dict.fromkeys(run.net.blocks.parameters())
                    for parameter in run.net.parameters())  # fmt: skip
         seen.append(run.iteration)
 
     monkeypatch.setattr(module._Run, "_add_row", watched)
-    train_images(small(), tmp_path / "few")
-    train_images(small(eval_interval=1), tmp_path / "many")
+    train_images(small(**options), tmp_path / "few")
+    train_images(small(**options, eval_interval=1), tmp_path / "many")
     assert seen == [0, 5, 8, 0, 3, 4, 5, 6, 7, 8]
     assert same(checkpoint(tmp_path / "few")["network"], checkpoint(tmp_path / "many")["network"])
 

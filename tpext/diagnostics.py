@@ -222,7 +222,8 @@ def feedback_angles(net: TargetSequential, input: Tensor) -> dict[str, float]:
         input: a batch ``[B, ...]``, which may be of one sample.
 
     Returns:
-        By the names of the blocks that begin with a linear map and have feedback that ends in one, in their order.
+        By the names of the blocks that begin with a linear map and have feedback with one of the transposed shape, in
+        their order.
 
     >>> import torch, tpext
     >>> net = tpext.nn.TargetSequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 3), feedback_init="symmetric")

@@ -13,6 +13,8 @@ feedback comes to be what it is:
 :class:`Tied`                  the blocks' own weights
 :class:`Fixed`                 random weights for good (Shibuya et al.)
 =============================  ========================================================================================
+
+A trainer of your own subclasses :class:`FeedbackTrainer`, or :class:`GradientTrainer` for a loss of your own.
 """
 
 from tpext.feedback.base import (
@@ -45,7 +47,15 @@ from tpext.feedback.modules import (
     layered_feedback,
 )
 from tpext.feedback.solvers import ClosedForm, Fixed, RunningLDRL, Tied
-from tpext.feedback.trainer import CounterNoise, Draw, FeedbackTrainer, NoiseSource, Record, weight_alignment
+from tpext.feedback.trainer import (
+    CounterNoise,
+    Draw,
+    FeedbackTrainer,
+    NoiseSource,
+    Record,
+    average_over_processes,
+    weight_alignment,
+)
 
 __all__ = [
     "LDRL",
@@ -84,6 +94,7 @@ __all__ = [
     "UnpoolFeedback",
     "UpsampleFeedback",
     "Window",
+    "average_over_processes",
     "difference_reconstruction_loss",
     "layered_feedback",
     "ldrl_loss",

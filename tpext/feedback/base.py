@@ -73,7 +73,7 @@ class Feedback(nn.Module, ABC):
     """
 
     elementwise: bool = False
-    is_linear: ClassVar[bool] = False
+    is_linear: bool = False
     is_view: ClassVar[bool] = False
     source: ClassVar[Literal["block", "network"]] = "block"
     kernel: tuple[str, float] | None = None
@@ -111,7 +111,9 @@ class Feedback(nn.Module, ABC):
             ValueError: feedback with parameters that does not say how.
         """
         if any(True for _ in self.parameters()):
-            raise ValueError(f"{type(self).__name__}: its weights cannot be those of {block}, transposed")
+            raise ValueError(
+                f"{type(self).__name__}: its weights cannot be those of {type(block).__name__}, transposed"
+            )
 
     def tie(self, block: nn.Module) -> None:
         """Use the block's own weights, transposed, from now on instead of parameters of its own.
@@ -161,13 +163,21 @@ def make_feedback(block: nn.Module) -> Feedback:
         TypeError: a module of a class that no feedback is registered for; names it.
         ValueError: a module with an option that its feedback does not know.
     """
+    builder = find_builder(block)
+    if builder is None:
+        raise TypeError(
+            f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
+            "tpext.feedback.register_feedback"
+        )
+    return builder(block)
+
+
+def find_builder(block: nn.Module) -> _Builder | None:
+    """Return what makes the feedback of such a module, None if nothing is registered."""
     for kind in type(block).__mro__:
         if kind in _BUILDERS and type(block).forward is kind.forward:
-            return _BUILDERS[kind](block)
-    raise TypeError(
-        f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
-        "tpext.feedback.register_feedback"
-    )
+            return _BUILDERS[kind]
+    return None
 
 
 @contextlib.contextmanager
@@ -192,6 +202,7 @@ class BlockCall(NamedTuple):
         input: ``s_{i-1}``, detached.
         output: ``s_i``, detached.
         code: of this pass, see :class:`Feedback`.
+        name: of the block in the network.
     """
 
     block: nn.Module
@@ -199,6 +210,7 @@ class BlockCall(NamedTuple):
     input: Tensor
     output: Tensor
     code: Code
+    name: str
 
 
 def detach_tensors(
@@ -206,14 +218,17 @@ def detach_tensors(
 ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], tuple[BlockCall, ...]]]:
     """Return the tensors of calls, and what puts calls together again from such tensors."""
     leaves, form = tree_flatten([(call.input, call.output, call.code) for call in calls], is_leaf=_is_size)
-    modules = [(call.block, call.feedback) for call in calls]
+    owners = [(call.block, call.feedback, call.name) for call in calls]
     others = [(True, None) if isinstance(leaf, Tensor) else (False, leaf) for leaf in leaves]
 
     def rebuilt(tensors: Sequence[Tensor]) -> tuple[BlockCall, ...]:
         given = iter(tensors)
         known = [next(given) if is_tensor else leaf for is_tensor, leaf in others]
         parts = tree_unflatten(known, form)
-        return tuple(BlockCall(*pair, *part) for pair, part in zip(modules, parts, strict=True))
+        return tuple(
+            BlockCall(block, feedback, input, output, code, name)
+            for (block, feedback, name), (input, output, code) in zip(owners, parts, strict=True)
+        )
 
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)], rebuilt
 

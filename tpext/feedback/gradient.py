@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tpext.feedback.base import BlockCall, Feedback, Indices
+from tpext.feedback.base import BlockCall, Indices
 from tpext.feedback.linear_block import (
     LinearBlock,
     Pixels,
@@ -31,7 +31,7 @@ from tpext.feedback.trainer import (
     average_over_processes,
     weight_alignment,
 )
-from tpext.ops._library import is_integer
+from tpext.ops._library import check_choice, is_integer, is_number
 from tpext.ops.pooled_difference import probe_difference
 
 Iteration: TypeAlias = tuple[dict[Tensor, Tensor], Tensor | None]
@@ -43,8 +43,8 @@ SecondTerm = Literal["drawn", "expected"]
 class GradientTrainer(FeedbackTrainer):
     """A trainer that takes ``iterations`` gradient steps on each layer's own loss at every batch.
 
-    Subclasses give :meth:`_gradients`. Each layer has an optimizer of its own, so layers are independent given the
-    forward pass.
+    Each layer has an optimizer of its own, so layers are independent given the forward pass. For a loss of your own
+    subclass it and give :meth:`loss`; noise, iterations, records, processes and saving are this class's business.
 
     Args:
         net: whose feedback to train.
@@ -59,7 +59,21 @@ class GradientTrainer(FeedbackTrainer):
         noise_source: draws the noise; None: :class:`CounterNoise`, a function of the seed, step, layer, draw and row.
 
     Raises:
+        TypeError: an optimizer or a noise source that is no function, or one that returns something else; named.
         ValueError: an argument out of its range, or a list of another length; named.
+
+    >>> import torch, tpext
+    >>> class Cosine(tpext.feedback.GradientTrainer):
+    ...     def loss(self, calls, layer, sigma, draw):
+    ...         call = calls[layer]
+    ...         noise = self.draw_noise(layer, draw, sigma, call.input)
+    ...         moved = call.block(call.input + noise).detach() - call.output
+    ...         return -torch.cosine_similarity(call.feedback.difference(call.output, moved, call.code), noise).mean()
+    >>> net = tpext.nn.TargetSequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    >>> trainer = Cosine(net, lr=0.3, noise=0.1, iterations=200)
+    >>> first, *_, last = trainer.step(torch.randn(16, 4), record=True)
+    >>> bool(last.loss < first.loss)
+    True
     """
 
     def __init__(
@@ -77,29 +91,41 @@ class GradientTrainer(FeedbackTrainer):
         noise_source: NoiseSource | None = None,
     ) -> None:
         super().__init__(net, seed=seed, noise_source=noise_source)
-        self._require_own_weights()
         self.noise, self.iterations = self._positive("noise", noise), self._counts("iterations", iterations)
         if not is_integer(samples) or samples < 1:
             raise ValueError(f"{type(self).__name__}: samples must be an integer >= 1, got {samples!r}")
         self.samples = samples
         if (lr is None) == (optimizer is None):
             raise ValueError(f"{type(self).__name__}: give lr or optimizer, got lr={lr!r}, optimizer={optimizer!r}")
+        for name, value in (("momentum", momentum), ("weight_decay", weight_decay)):
+            if not is_number(value) or not 0 <= value < float("inf"):
+                raise ValueError(f"{type(self).__name__}: {name} must be a number >= 0, got {value!r}")
         if optimizer is not None and (momentum or weight_decay):
             raise ValueError(
                 f"{type(self).__name__}: momentum and weight_decay are SGD's, leave them out with optimizer, got "
                 f"momentum={momentum!r}, weight_decay={weight_decay!r}"
             )
+        if optimizer is not None and not callable(optimizer):
+            raise TypeError(
+                f"{type(self).__name__}: optimizer must be a function of parameters, such as lambda p: "
+                f"torch.optim.Adam(p, lr=3e-4), got {type(optimizer).__name__}"
+            )
         self.optimizers: list[Optimizer] = []
         rates = self._positive("lr", lr) if optimizer is None else [0.0] * len(self.layers)
         for (_, feedback), rate in zip(self.layers, rates, strict=True):
             parameters = list(feedback.parameters())
-            self.optimizers.append(
+            made = (
                 torch.optim.SGD(parameters, rate, momentum, weight_decay=weight_decay, fused=True)
                 if optimizer is None
                 else optimizer(parameters)
             )
+            if not isinstance(made, Optimizer):
+                raise TypeError(
+                    f"{type(self).__name__}: optimizer must return a torch.optim.Optimizer, got {type(made).__name__}"
+                )
+            self.optimizers.append(made)
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         for number, (index, feedback) in enumerate(self.layers):
             for gradients, loss in self._layer(calls, number, records is not None):
                 if records is not None:
@@ -117,25 +143,37 @@ class GradientTrainer(FeedbackTrainer):
     def _layer(self, calls: Sequence[BlockCall], number: int, with_loss: bool) -> Iterator[Iteration]:
         """Yield the gradients of each iteration of layer ``number`` of those with feedback, and, if asked, its loss."""
         for iteration in range(self.iterations[number]):
-            yield self._gradients(calls, number, iteration)
+            yield self._differentiate(calls, number, self._draws(iteration))
 
     @abstractmethod
-    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
-        """Return the gradients and the loss of one iteration of layer ``number`` of those with feedback."""
+    def loss(self, calls: Sequence[BlockCall], layer: int, sigma: float, draw: int) -> Tensor:
+        """Return the loss of one layer's feedback for one draw of noise.
+
+        Args:
+            calls: of all blocks, without graphs; gradients are recorded for the parameters of this layer's feedback.
+            layer: number of the block.
+            sigma: the layer's standard deviation of the noise, for :meth:`draw_noise`.
+            draw: number of the draw, for :meth:`draw_noise`.
+
+        Returns:
+            A scalar, a mean over the batch.
+        """
 
     def _draws(self, iteration: int) -> range:
         """The numbers of the draws of an iteration."""
         return range(iteration * self.samples, (iteration + 1) * self.samples)
 
-    def _differentiate(self, feedback: Feedback, losses: Callable[[], Iterable[Tensor]]) -> Iteration:
-        """Gradients of the mean of losses by autograd, and that mean."""
+    def _differentiate(self, calls: Sequence[BlockCall], number: int, draws: Iterable[int]) -> Iteration:
+        """Gradients of the mean of the losses of draws by autograd, and that mean."""
+        index, feedback = self.layers[number]
         parameters = list(feedback.parameters())
         wanted = [parameter.requires_grad for parameter in parameters]
         try:
             with torch.enable_grad():
                 for parameter in parameters:
                     parameter.requires_grad_()
-                mean = torch.stack(list(losses())).mean()
+                losses = [self.loss(calls, index, self.noise[number], draw) for draw in draws]
+                mean = torch.stack(losses).mean()
                 gradients = torch.autograd.grad(mean, parameters, allow_unused=True)
         finally:
             for parameter, want in zip(parameters, wanted, strict=True):
@@ -190,33 +228,47 @@ class LDRL(GradientTrainer):
         self,
         net: nn.Module,
         *,
+        lr: float | Sequence[float] | None = None,
+        noise: float | Sequence[float],
+        iterations: int | Sequence[int] = 1,
+        samples: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        optimizer: MakeOptimizer | None = None,
+        seed: int = 0,
+        noise_source: NoiseSource | None = None,
         second_term: SecondTerm = "drawn",
         indices: Indices = "noisy",
         pixels: Pixels = "all",
-        **options: Any,
     ) -> None:
-        super().__init__(net, **options)
+        super().__init__(
+            net,
+            lr=lr,
+            noise=noise,
+            iterations=iterations,
+            samples=samples,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            seed=seed,
+            noise_source=noise_source,
+        )
         self._require_source("block")
-        self._choice("pixels", pixels, get_args(Pixels))
+        check_choice(type(self).__name__, "second_term", second_term, ("drawn", "expected"))
+        self.second_term = second_term
+        check_choice(type(self).__name__, "pixels", pixels, get_args(Pixels))
         if pixels == "grid" and second_term != "expected":
             raise ValueError(f"LDRL: pixels='grid' needs second_term='expected', got {second_term!r}")
         self.pixels: Pixels = pixels
-        self.second_term = self._choice("second_term", second_term, ("drawn", "expected"))
-        self._choice("indices", indices, get_args(Indices))
+        check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
         if second_term == "expected":
             self._require_elementwise("second_term='expected'")
 
-    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
-        index, feedback = self.layers[number]
-        call, sigma = calls[index], self.noise[number]
-
-        def losses() -> Iterator[Tensor]:
-            for draw in self._draws(iteration):
-                input_noise = self._noise(index, draw, sigma, call.input)
-                yield ldrl_loss(call, input_noise, self._noise(index, draw, sigma, call.output, True), self.indices)
-
-        return self._differentiate(feedback, losses)
+    def loss(self, calls: Sequence[BlockCall], layer: int, sigma: float, draw: int) -> Tensor:
+        call = calls[layer]
+        input_noise = self.draw_noise(layer, draw, sigma, call.input)
+        return ldrl_loss(call, input_noise, self.draw_noise(layer, draw, sigma, call.output, True), self.indices)
 
     def _layer(self, calls: Sequence[BlockCall], number: int, with_loss: bool) -> Iterator[Iteration]:
         block = linear_block(calls[self.layers[number][0]])
@@ -228,7 +280,7 @@ class LDRL(GradientTrainer):
         """``A'' - A`` of a draw, whose noise a kernel makes where it knows how."""
         index, sigma, fused = self.layers[number][0], self.noise[number], block.fused
         if fused is None or not isinstance(self.noise_source, CounterNoise):
-            return block.output_change(self._noise(index, draw, sigma, block.output, True))
+            return block.output_change(self.draw_noise(index, draw, sigma, block.output, True))
         height, width = block.preactivation.shape[-2:] if fused.window else (0, 0)
         place: dict[str, Any] = self.noise_source.place(Draw(self.steps, index, draw, True), block.output)
         options = {**fused.options(), **place}
@@ -246,7 +298,7 @@ class LDRL(GradientTrainer):
         draws = self.iterations[number] * self.samples
         drawn = probes(
             block,
-            lambda draw, like: self._noise(index, draw, sigma, like),
+            lambda draw, like: self.draw_noise(index, draw, sigma, like),
             draws,
             self.indices,
             self.pixels,
@@ -291,27 +343,40 @@ class Reconstruction(GradientTrainer):
         self,
         net: nn.Module,
         *,
+        lr: float | Sequence[float] | None = None,
+        noise: float | Sequence[float],
+        iterations: int | Sequence[int] = 1,
+        samples: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        optimizer: MakeOptimizer | None = None,
+        seed: int = 0,
+        noise_source: NoiseSource | None = None,
         indices: Indices = "noisy",
         reduction: Literal["sample", "element"] = "sample",
-        **options: Any,
     ) -> None:
-        super().__init__(net, **options)
+        super().__init__(
+            net,
+            lr=lr,
+            noise=noise,
+            iterations=iterations,
+            samples=samples,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            seed=seed,
+            noise_source=noise_source,
+        )
         self._require_source("block")
-        self._choice("indices", indices, get_args(Indices))
+        check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
-        self.reduction = self._choice("reduction", reduction, ("sample", "element"))
+        check_choice(type(self).__name__, "reduction", reduction, ("sample", "element"))
+        self.reduction = reduction
 
-    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
-        index, feedback = self.layers[number]
-        call, sigma = calls[index], self.noise[number]
+    def loss(self, calls: Sequence[BlockCall], layer: int, sigma: float, draw: int) -> Tensor:
+        call = calls[layer]
         scale = 1.0 if self.reduction == "sample" else 1 / (max(sigma, 0.02) ** 2 * call.input[0].numel())
-
-        def losses() -> Iterator[Tensor]:
-            for draw in self._draws(iteration):
-                noise = self._noise(index, draw, sigma, call.input)
-                yield reconstruction_loss(call, noise, self.indices) * scale
-
-        return self._differentiate(feedback, losses)
+        return reconstruction_loss(call, self.draw_noise(layer, draw, sigma, call.input), self.indices) * scale
 
 
 class DifferenceReconstruction(GradientTrainer):
@@ -325,28 +390,46 @@ class DifferenceReconstruction(GradientTrainer):
         net, lr, noise, iterations, samples, momentum, weight_decay, optimizer, seed, noise_source: see
             :class:`GradientTrainer`. Published: Adam, one iteration a batch.
 
-    Cost: an iteration of layer ``i`` runs blocks ``i .. L-1`` once and the feedback above as often as the rule does.
+    Cost: an iteration of layer ``i`` runs blocks ``i .. L-1`` once and the feedback above as often as the rule does;
+    with ``DirectTargets`` that is none, only the layer's own.
 
     Source: Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020.
     """
 
-    def __init__(self, net: nn.Module, *, difference: bool = True, **options: Any) -> None:
-        super().__init__(net, **options)
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        lr: float | Sequence[float] | None = None,
+        noise: float | Sequence[float],
+        iterations: int | Sequence[int] = 1,
+        samples: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        optimizer: MakeOptimizer | None = None,
+        seed: int = 0,
+        noise_source: NoiseSource | None = None,
+        difference: bool = True,
+    ) -> None:
+        super().__init__(
+            net,
+            lr=lr,
+            noise=noise,
+            iterations=iterations,
+            samples=samples,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            optimizer=optimizer,
+            seed=seed,
+            noise_source=noise_source,
+        )
         if not isinstance(difference, bool):
             raise ValueError(f"DifferenceReconstruction: difference must be True or False, got {difference!r}")
         if not difference:
             self._require_source("network")
         self.difference = difference
 
-    def _gradients(self, calls: Sequence[BlockCall], number: int, iteration: int) -> Iteration:
-        index, feedback = self.layers[number]
-        call, sigma = calls[index], self.noise[number]
-        scale = sigma**-2 if self.difference else 1.0
-
-        def losses() -> Iterator[Tensor]:
-            for draw in self._draws(iteration):
-                noise = self._noise(index, draw, sigma, call.input)
-                loss = difference_reconstruction_loss(calls, index, self.net.rule, noise, self.difference)
-                yield loss * scale
-
-        return self._differentiate(feedback, losses)
+    def loss(self, calls: Sequence[BlockCall], layer: int, sigma: float, draw: int) -> Tensor:
+        noise = self.draw_noise(layer, draw, sigma, calls[layer].input)
+        loss = difference_reconstruction_loss(calls, layer, self.net.rule, noise, self.difference)
+        return loss * (sigma**-2 if self.difference else 1.0)

@@ -7,18 +7,19 @@ trainers of :mod:`tpext.feedback` have faster ways to the same gradients where a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from tpext.feedback.base import BlockCall, Code, Feedback, Indices
+from tpext.ops._library import check_choice
 
 
 class Recursion(Protocol):
     """What a loss through the blocks above needs of a rule."""
 
-    def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
+    def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
         """See :class:`tpext.rules.NetworkRule`."""
 
 
@@ -29,9 +30,8 @@ def _feedback(call: BlockCall) -> Feedback:
 
 
 @torch.no_grad()
-def _noisy(call: BlockCall, input: Tensor, indices: Indices) -> tuple[Tensor, Code]:
-    if indices not in ("noisy", "clean"):
-        raise ValueError(f"indices must be 'noisy' or 'clean', got {indices!r}")
+def _noisy(op: str, call: BlockCall, input: Tensor, indices: Indices) -> tuple[Tensor, Code]:
+    check_choice(op, "indices", indices, get_args(Indices))
     output, code = _feedback(call).encode(call.block, input, call.code)
     return output, code if indices == "noisy" else call.code
 
@@ -61,7 +61,7 @@ def ldrl_loss(call: BlockCall, input_noise: Tensor, output_noise: Tensor, indice
     Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022.
     """
     feedback = _feedback(call)
-    noisy, code = _noisy(call, call.input + input_noise, indices)
+    noisy, code = _noisy("ldrl_loss", call, call.input + input_noise, indices)
     clean: Tensor = feedback(call.output, call.code)
     first = (input_noise * (feedback(noisy, code) - clean)).sum()
     second: Tensor = (feedback(call.output + output_noise, call.code) - clean).square().sum()
@@ -77,7 +77,7 @@ def reconstruction_loss(call: BlockCall, input_noise: Tensor, indices: Indices =
     Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015.
     """
     noisy_input = call.input + input_noise
-    output, code = _noisy(call, noisy_input, indices)
+    output, code = _noisy("reconstruction_loss", call, noisy_input, indices)
     rebuilt: Tensor = _feedback(call)(output, code)
     return (noisy_input - rebuilt).square().sum() / len(call.input)
 
@@ -112,5 +112,5 @@ def difference_reconstruction_loss(
     if not difference:
         rebuilt: Tensor = _feedback(call)(state, call.code)
         return (rebuilt - noisy_input).square().mean()
-    moves = rule.displacements(calls[index - 1 :], state - calls[-1].output)
-    return (moves[0] - input_noise).square().mean()
+    move = rule.first_displacement(calls[index - 1 :], state - calls[-1].output)
+    return (move - input_noise).square().mean()

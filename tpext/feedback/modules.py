@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules import batchnorm, pooling
 
-from tpext.feedback.base import Code, Feedback, Step, Window, make_feedback, register_feedback
+from tpext.feedback.base import Code, Feedback, Step, Window, find_builder, make_feedback, register_feedback
 from tpext.ops.pooled_difference import max_unpool
 
 _KERNELS: dict[type[nn.Module], str] = {nn.ELU: "elu", nn.ReLU: "relu", nn.Tanh: "tanh"}
@@ -183,6 +182,7 @@ class SequentialFeedback(Feedback):
         made = [(name, make_feedback(module)) for name, module in _children(block)]
         self.parts = nn.ModuleDict(OrderedDict(reversed(made)))
         self.elementwise = all(part.elementwise for _, part in made)
+        self.is_linear = all(part.is_linear for _, part in made)
 
     def pairs(self, block: nn.Module) -> list[tuple[nn.Module, Feedback]]:
         """Return the modules of the block with their feedback, the first one first."""
@@ -258,7 +258,8 @@ def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
     """Return feedback with its activation last, ``G_i(y) = a_{i-1}(W_i^T y + b_i)``, for each block but the first.
 
     So inverse layers were built before Ernoult et al.: the activation is the one that made the state to reconstruct,
-    here the last one of the block below. Hand the result to ``TargetSequential(feedback=...)``.
+    the last module below but for pools, dropout and changes of shape; there is none where that is another module, a
+    linear layer say. Hand the result to ``TargetSequential(feedback=...)``.
 
     Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015; Meulemans et al., "A Theoretical
     Framework for Target Propagation", NeurIPS 2020.
@@ -269,11 +270,29 @@ def layered_feedback(blocks: Sequence[nn.Module]) -> list[Feedback | None]:
     Tanh()
     """
     made: list[Feedback | None] = [None]
-    for below, block in itertools.pairwise(blocks):
-        steps = make_feedback(below).steps(below)
-        last = next((step.feedback for step in reversed(steps) if isinstance(step.feedback, ActivationFeedback)), None)
-        made.append(LayeredFeedback(block, nn.Identity() if last is None else last.activation))
+    for index, block in enumerate(blocks[1:], 1):
+        made.append(LayeredFeedback(block, _last_activation(blocks[:index])))
     return made
+
+
+def _last_activation(modules: Iterable[nn.Module]) -> nn.Module:
+    """A copy of the activation that made the output of a chain, the identity if another module did."""
+    for module in _backwards(modules):
+        builder = find_builder(module)
+        if isinstance(builder, type) and issubclass(builder, ActivationFeedback):
+            return builder(module).activation
+        if not isinstance(module, _KEEPERS):
+            break
+    return nn.Identity()
+
+
+def _backwards(modules: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """The modules of a chain, those of sequences one by one, the last one first."""
+    for module in reversed(list(modules)):
+        if find_builder(module) is SequentialFeedback:
+            yield from _backwards(module for _, module in _children(module))
+        else:
+            yield module
 
 
 def _children(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -299,17 +318,24 @@ register_feedback(
     nn.Softplus,
     nn.Tanh,
 )(ActivationFeedback)
-register_feedback(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)(UnpoolFeedback)
-register_feedback(
+_MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
+_AVERAGE_POOLS = (
     nn.AvgPool1d,
     nn.AvgPool2d,
     nn.AvgPool3d,
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
-)(lambda block: UpsampleFeedback())
-register_feedback(nn.Flatten, nn.Unflatten)(lambda block: ReshapeFeedback())
+)
+_SHAPES = (nn.Flatten, nn.Unflatten)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_KEEPERS = (*_MAX_POOLS, *_AVERAGE_POOLS, *_SHAPES, *_DROPOUTS, nn.Identity)
+"""What leaves values in the range of the activation before it, dropout's factor apart."""
+
+register_feedback(*_MAX_POOLS)(UnpoolFeedback)
+register_feedback(*_AVERAGE_POOLS)(lambda block: UpsampleFeedback())
+register_feedback(*_SHAPES)(lambda block: ReshapeFeedback())
 register_feedback(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)(BatchNormFeedback)
-register_feedback(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)(lambda block: DropoutFeedback())
+register_feedback(*_DROPOUTS)(lambda block: DropoutFeedback())
 register_feedback(nn.Identity)(lambda block: IdentityFeedback())
 register_feedback(nn.Sequential)(SequentialFeedback)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Indices
-from tpext.feedback.linear_block import Pixels, correlation, feedback_power, linear_block, probes
+from tpext.feedback.linear_block import LinearBlock, Pixels, Probe, correlation, feedback_power, linear_block, probes
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
-from tpext.ops._library import is_number
+from tpext.ops._library import check_choice, is_number
 
 
 class RunningLDRL(FeedbackTrainer):
@@ -49,35 +50,28 @@ class RunningLDRL(FeedbackTrainer):
         noise_source: NoiseSource | None = None,
     ) -> None:
         super().__init__(net, seed=seed, noise_source=noise_source)
-        self._require_own_weights()
         self.noise, self.draws = self._positive("noise", noise), self._counts("draws", draws)
         if not is_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"RunningLDRL: decay must be a number >= 0 and < 1, got {decay!r}")
         self.decay = float(decay)
-        self._choice("indices", indices, get_args(Indices))
+        check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
-        self._choice("pixels", pixels, get_args(Pixels))
+        check_choice(type(self).__name__, "pixels", pixels, get_args(Pixels))
         self.pixels: Pixels = pixels
         self._require_source("block")
         self._require_elementwise("it")
         self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         for number, (index, _) in enumerate(self.layers):
             call, sigma = calls[index], self.noise[number]
             block = linear_block(call)
             assert block is not None
             weight = block.head.current_weight()
             block.head.arrange(block.preactivation.shape[1:])
-            drawn = probes(
-                block,
-                lambda draw, like, index=index, sigma=sigma: self._noise(index, draw, sigma, like),  # type: ignore[misc]
-                self.draws[number],
-                self.indices,
-                self.pixels,
-                self.steps * self.draws[number],
+            correlated = correlation(
+                block, self._probes(block, number), 1 / (sigma**2 * self.draws[number] * len(call.input))
             )
-            correlated = correlation(block, list(drawn), 1 / (sigma**2 * self.draws[number] * len(call.input)))
             power = feedback_power(block) / len(call.input)
             average_over_processes([correlated, power])
             if records is not None:
@@ -90,6 +84,14 @@ class RunningLDRL(FeedbackTrainer):
                 power.add_(before[1], alpha=self.decay)
             self._sums[number] = correlated, power
             weight.copy_(quotient(correlated, power))
+
+    def _probes(self, block: LinearBlock, number: int) -> list[Probe]:
+        index, sigma, draws = self.layers[number][0], self.noise[number], self.draws[number]
+
+        def noise(draw: int, like: Tensor) -> Tensor:
+            return self.draw_noise(index, draw, sigma, like)
+
+        return list(probes(block, noise, draws, self.indices, self.pixels, self.steps * draws))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "sums": [sums and tuple(t.clone() for t in sums) for sums in self._sums]}
@@ -121,11 +123,10 @@ class ClosedForm(FeedbackTrainer):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
-        self._require_own_weights()
         self._require_source("block")
         self._require_elementwise("it")
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         for index, _ in self.layers:
             block = linear_block(calls[index])
             assert block is not None
@@ -139,17 +140,27 @@ class ClosedForm(FeedbackTrainer):
 class Tied(FeedbackTrainer):
     """Ties the feedback to the blocks' own weights, transposed, from now on; there is nothing left to train.
 
+    Trainers that change weights refuse such a network, and their next step if they had it before.
+
     Args:
         net: whose feedback to tie.
+
+    Raises:
+        ValueError: feedback that cannot be tied; then none of it is.
     """
+
+    changes_weights = False
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         blocks = [block for block, _ in self.net.pairs()]
+        # on copies first, as only trying says whether feedback can be tied, one of a user's own included
+        for index, feedback in self.layers:
+            copy.deepcopy(feedback).tie(blocks[index])
         for index, feedback in self.layers:
             feedback.tie(blocks[index])
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         pass
 
 
@@ -163,7 +174,9 @@ class Fixed(FeedbackTrainer):
     normalise by the batch; without that random feedback diverges on the networks tried here.
     """
 
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+    changes_weights = False
+
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         pass
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, distributed, nn
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, in_full_precision, still_statistics
-from tpext.feedback.linear_block import linear_block, linear_steps
+from tpext.feedback.linear_block import linear_steps
 from tpext.feedback.linear_map import LinearMap
+from tpext.feedback.modules import LayeredFeedback
 from tpext.ops._library import full_precision, is_integer, is_number
 from tpext.ops.counter_normal import counter_normal
 
@@ -79,6 +80,26 @@ class FeedbackTrainer(ABC):
     ``step`` does what is due for one batch. Under ``torch.distributed`` every process calls it with its part of the
     batch, in equal parts, and gradients (or sums) are averaged, so the result is that of the joint batch.
 
+    For a trainer of your own subclass it and give :meth:`update`, what one batch does to the feedback; for a loss of
+    your own that is trained by gradients subclass :class:`GradientTrainer` instead. A whole one is
+    ``examples/own_feedback_trainer.py``. Where it has a state, extend :meth:`state_dict` and :meth:`load_state_dict`.
+
+    Args:
+        net: whose feedback to train.
+        seed: of the noise, 0 .. 2^63 - 1.
+        noise_source: draws the noise; None: :class:`CounterNoise`, a function of the seed, step, layer, draw and row.
+
+    Attributes:
+        net: the network.
+        layers: number of the block and feedback of each layer with something to train, the first one first.
+        steps: number of steps done.
+        changes_weights: of the class: whether it changes the feedback's weights, so that it refuses tied ones, which
+            are the blocks' own.
+
+    Raises:
+        TypeError: a network of another class, or a noise source that is no function.
+        ValueError: a seed out of its range, or a network with no feedback to train or with tied feedback.
+
     >>> import torch, tpext
     >>> net = tpext.nn.TargetSequential(
     ...     torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ELU()), torch.nn.Linear(8, 3)
@@ -89,22 +110,29 @@ class FeedbackTrainer(ABC):
     >>> torch.nn.functional.cross_entropy(trace.output, torch.arange(16) % 3).backward()
     """
 
+    changes_weights: ClassVar[bool] = True
+
     def __init__(self, net: nn.Module, *, seed: int = 0, noise_source: NoiseSource | None = None) -> None:
         pairs = getattr(net, "pairs", None)
         if pairs is None:
             raise TypeError(f"{type(self).__name__}: net must be a tpext.nn.TargetSequential, got {type(net).__name__}")
         if not is_integer(seed) or not 0 <= seed < 2**63:
             raise ValueError(f"{type(self).__name__}: seed must be in 0 .. 2^63 - 1, got {seed!r}")
+        if noise_source is not None and not callable(noise_source):
+            raise TypeError(
+                f"{type(self).__name__}: noise_source must be a function of a Draw and a tensor, or None, got "
+                f"{type(noise_source).__name__}"
+            )
         self.net: Any = net
+        # of a pool or a reshape there is nothing to train
         self.layers: list[tuple[int, Feedback]] = [
             (index, feedback)
             for index, (_, feedback) in enumerate(pairs())
-            if feedback is not None
-            # of a pool or a reshape there is nothing to train
-            and (_is_tied(feedback) or any(True for _ in feedback.parameters()))
+            if feedback is not None and (_is_tied(feedback) or any(True for _ in feedback.parameters()))
         ]
         if not self.layers:
             raise ValueError(f"{type(self).__name__}: net has no feedback to train; its rule is {self.net.rule}")
+        self._require_own_weights()
         self.noise_source: NoiseSource | CounterNoise = CounterNoise(seed) if noise_source is None else noise_source
         self.steps = 0
 
@@ -114,23 +142,45 @@ class FeedbackTrainer(ABC):
         Args:
             input: the batch ``[B, ...]``; or the trace of the network's own forward pass on it, which saves that.
             record: True returns a record of every iteration, which costs each one a loss; False returns None.
+
+        Raises:
+            RuntimeError: under ``torch.inference_mode()``, or on a trace made under it; ``torch.no_grad()`` is fine.
+            ValueError: a batch without samples, a trace of another network, or feedback that was tied after this
+                trainer was made.
         """
+        self._require_own_weights()
+        if torch.is_inference_mode_enabled() or (isinstance(input, Trace) and input.output.is_inference()):
+            raise RuntimeError(
+                f"{type(self).__name__}: feedback cannot be trained under torch.inference_mode(), nor on a trace made "
+                "under it; use torch.no_grad()"
+            )
+        if len(input.output if isinstance(input, Trace) else input) == 0:
+            raise ValueError(f"{type(self).__name__}: input must have at least one sample, got a batch of none")
         records: list[Record] | None = [] if record else None
         with torch.no_grad(), still_statistics(self.net.blocks):
             trace = input if isinstance(input, Trace) else self.net.trace(input)
             for index, feedback in self.layers:
-                if trace.calls[index].feedback is not feedback:
+                if index >= len(trace.calls) or trace.calls[index].feedback is not feedback:
                     raise ValueError(
                         f"{type(self).__name__}: input must be a trace of the trainer's net, got another's"
                     )
             with full_precision(trace.output.device.type):
-                self._train(in_full_precision(trace.calls), records)
+                self.update(in_full_precision(trace.calls), records)
         self.steps += 1
         return records
 
     @abstractmethod
-    def _train(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
-        """Do one batch; append to the records if there is a list."""
+    def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
+        """Change the feedback as one batch asks for; what a subclass gives.
+
+        It runs without recorded gradients, without autocast and with running statistics left alone. Noise comes from
+        :meth:`draw_noise`. What the batch's samples add up to goes through :func:`average_over_processes`, so that all
+        processes do the same.
+
+        Args:
+            calls: of all blocks in the batch's forward pass; ``self.layers`` says which have feedback to train.
+            records: where it is a list, append a :class:`Record` an iteration and layer.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the network's own state."""
@@ -164,6 +214,8 @@ class FeedbackTrainer(ABC):
 
     def _require_own_weights(self) -> None:
         """Raise ValueError where the feedback uses the blocks' own weights, which are not a trainer's to change."""
+        if not self.changes_weights:
+            return
         for index, feedback in self.layers:
             if _is_tied(feedback):
                 raise ValueError(
@@ -188,20 +240,33 @@ class FeedbackTrainer(ABC):
             if steps is None or not all(step.feedback.elementwise for step in steps[2]):
                 raise ValueError(
                     f"{type(self).__name__}: {what} needs blocks of a linear layer or convolution, then activations "
-                    f"and max-pooling; block {index} is another: {block}"
+                    f"and max-pooling; block {index} is another, a {type(block).__name__}"
                 )
 
-    def _choice(self, name: str, value: str, choices: Sequence[str]) -> str:
-        if value not in choices:
-            expected = " or ".join(map(repr, choices))
-            raise ValueError(f"{type(self).__name__}: {name} must be {expected}, got {value!r}")
-        return value
+    def draw_noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
+        """Return normal noise of this step from the noise source.
 
-    def _noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
+        Args:
+            layer: number of the block.
+            draw: number of the draw within the step, counted over all iterations.
+            sigma: standard deviation.
+            like: gives shape, dtype and device.
+            output: whether the noise is for the block's output; another draw than that for its input.
+
+        Raises:
+            ValueError: the noise source returned something of another shape or dtype.
+        """
         wanted = Draw(self.steps, layer, draw, output)
         if isinstance(self.noise_source, CounterNoise):
             return self.noise_source(wanted, like, sigma)
-        return self.noise_source(wanted, like) * sigma
+        noise = self.noise_source(wanted, like)
+        if not isinstance(noise, Tensor) or noise.shape != like.shape or noise.dtype != like.dtype:
+            got = f"{list(noise.shape)} {noise.dtype}" if isinstance(noise, Tensor) else type(noise).__name__
+            raise ValueError(
+                f"{type(self).__name__}: noise_source must return a tensor {list(like.shape)} {like.dtype} for "
+                f"{wanted}, got {got}"
+            )
+        return noise * sigma
 
 
 def _is_tied(feedback: Feedback) -> bool:
@@ -211,13 +276,17 @@ def _is_tied(feedback: Feedback) -> bool:
 def weight_alignment(call: BlockCall) -> tuple[Tensor | None, Tensor | None]:
     """Return angle in degrees and relative distance between a feedback's weight and its block's, in float64.
 
-    None for both where the block does not begin with a linear map.
+    None for both where the block does not begin with a linear map, or the feedback has none of the transposed shape.
     """
-    block = linear_block(call)
-    if block is None:
+    # what comes after the map in the feedback does not matter here
+    feedback = call.feedback.mirrored if isinstance(call.feedback, LayeredFeedback) else call.feedback
+    steps = None if feedback is None else linear_steps(call.block, feedback)
+    if steps is None:
         return None, None
-    forward = block.head.transported(block.module).double().flatten()
-    backward = block.head.current_weight().detach().double().flatten()
+    module, head, _ = steps[1]
+    assert isinstance(head, LinearMap)
+    forward = head.transported(module).double().flatten()
+    backward = head.current_weight().detach().double().flatten()
     cosine = torch.dot(forward, backward) / (forward.norm() * backward.norm())
     return torch.rad2deg(torch.acos(cosine.clamp(-1, 1))), (forward - backward).norm() / forward.norm()
 

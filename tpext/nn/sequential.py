@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors
-from tpext.ops._library import LOW_PRECISION, refuse_forward_mode
+from tpext.ops._library import LOW_PRECISION, check_choice, is_integer, refuse_forward_mode
 from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
 from tpext.rules import Backprop, DifferenceTargets, NetworkRule
 
@@ -60,8 +60,10 @@ class TargetSequential(nn.Module):
     its activations and of its max-pools do not run.
 
     Args:
-        blocks: the modules, or one ``OrderedDict`` of them. A block may be anything: a convolution with activation and
-            pooling, a whole stage of a residual network. Inside a block the chain rule holds.
+        blocks: the modules one by one, ``*net`` for those of a ``torch.nn.Sequential``, or one dict of them by names.
+            A block may be anything that takes and returns one tensor: a convolution with activation and pooling, a
+            whole stage of a residual network. Inside a block the chain rule holds. A block that comes twice shares its
+            weights; each time it has feedback of its own.
         rule: what the backward pass computes; None means ``DifferenceTargets()``.
         input_shape: of one sample, ``(C, H, W)`` say; needed by ``DirectTargets``, whose feedback has to know the sizes
             of all states.
@@ -75,8 +77,9 @@ class TargetSequential(nn.Module):
         feedback: a ``torch.nn.ModuleDict``, by the blocks' names; the first block has none.
 
     Raises:
-        TypeError: a block that is no module, a rule of another kind of layer, or a module without feedback.
-        ValueError: another argument out of its range, named.
+        TypeError: a block that is no module, or returns no tensor, a rule of another kind of layer, a module without
+            feedback, or feedback that is no :class:`tpext.feedback.Feedback`.
+        ValueError: another argument out of its range, named; a whole ``torch.nn.Sequential`` as the one block.
 
     Cost: backward as back-propagation, and the feedback of each block once or, where it does not end in a linear map,
     twice.
@@ -94,7 +97,7 @@ class TargetSequential(nn.Module):
 
     def __init__(
         self,
-        *blocks: nn.Module | OrderedDict[str, nn.Module],
+        *blocks: nn.Module | dict[str, nn.Module],
         rule: NetworkRule | Backprop | None = None,
         input_shape: Sequence[int] | None = None,
         feedback: Sequence[Feedback | None] | None = None,
@@ -107,10 +110,10 @@ class TargetSequential(nn.Module):
                 "TargetSequential: rule must be a tpext.rules.NetworkRule, such as tpext.DifferenceTargets(), or "
                 f"tpext.Backprop(), got {rule!r}"
             )
-        if feedback_init not in get_args(FeedbackInit):
-            expected = " or ".join(map(repr, get_args(FeedbackInit)))
-            raise ValueError(f"TargetSequential: feedback_init must be {expected}, got {feedback_init!r}")
+        check_choice("TargetSequential", "feedback_init", feedback_init, get_args(FeedbackInit))
         self.blocks = _sequential(blocks)
+        if not rule.exact:
+            _require_several(blocks)
         self.rule = rule
         self.feedback_init = feedback_init
         self.feedback = nn.ModuleDict()
@@ -131,6 +134,12 @@ class TargetSequential(nn.Module):
         return rule.make_feedback(list(self.blocks), shapes)
 
     def _add_feedback(self, made: Sequence[Feedback | None]) -> None:
+        for one in made:
+            if one is not None and not isinstance(one, Feedback):
+                raise TypeError(
+                    "TargetSequential: feedback must be tpext.feedback.Feedback modules, or None for a block, got "
+                    f"{type(one).__name__}"
+                )
         if len(made) != len(self.blocks) or made[0] is not None:
             raise ValueError(
                 f"TargetSequential: feedback must be one module for each of the {len(self.blocks)} blocks, None for "
@@ -155,14 +164,26 @@ class TargetSequential(nn.Module):
     @torch.no_grad()
     def _shapes(self, input_shape: Sequence[int]) -> list[torch.Size]:
         """The shapes of the states, by a pass that leaves statistics and random numbers alone."""
+        sizes = list(input_shape) if isinstance(input_shape, Sequence) else input_shape
+        if not isinstance(sizes, list) or not sizes or not all(is_integer(size) and size > 0 for size in sizes):
+            raise ValueError(
+                "TargetSequential: input_shape must be the sizes of one sample, such as (3, 32, 32), got "
+                f"{input_shape!r}"
+            )
         like = next(self.blocks.parameters(), torch.empty(0))
-        state = torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype)
+        state = torch.zeros(1, *sizes, device=like.device, dtype=like.dtype)
         modes = {module: module.training for module in self.blocks.modules()}
         self.blocks.eval()
         try:
             shapes = []
-            for block in self.blocks:
-                state = block(state)
+            for name, block in self._named():
+                try:
+                    state = block(state)
+                except (RuntimeError, ValueError) as error:
+                    raise ValueError(
+                        f"TargetSequential: input_shape {sizes} does not fit block {name}: {error}"
+                    ) from error
+                _require_tensor(state, name, block)
                 shapes.append(state.shape[1:])
             return shapes
         finally:
@@ -196,6 +217,7 @@ class TargetSequential(nn.Module):
             raise RuntimeError(NOT_A_DERIVATIVE)
         outputs, calls = [], []
         state = input
+        names = [name for name, _ in self._named()]
         for index, (block, feedback) in enumerate(self.pairs()):
             # The first block's input keeps its graph: what is below learns by the first local loss.
             source = state if index == 0 or self.rule.exact else state.detach()
@@ -205,12 +227,13 @@ class TargetSequential(nn.Module):
                 state, code = block(source), None
             else:
                 state, code = feedback.encode(block, source)
+            _require_tensor(state, names[index], block)
             if watched and source._version != version:
                 raise ValueError(
-                    f"TargetSequential: block {index} must leave its input as it is, got a change in place"
+                    f"TargetSequential: block {names[index]} must leave its input as it is, got a change in place"
                 )
             outputs.append(state)
-            calls.append(BlockCall(block, feedback, source.detach(), state.detach(), code))
+            calls.append(BlockCall(block, feedback, source.detach(), state.detach(), code, names[index]))
         if self.rule.exact:
             return Trace(state, tuple(calls))
         return Trace(_TargetsFunction.apply(self.rule, tuple(calls), *outputs), tuple(calls))  # type: ignore[no-untyped-call]
@@ -233,14 +256,36 @@ class TargetSequential(nn.Module):
         return f"rule={self.rule}"
 
 
-def _sequential(blocks: tuple[nn.Module | OrderedDict[str, nn.Module], ...]) -> nn.Sequential:
-    if len(blocks) == 1 and isinstance(blocks[0], OrderedDict):
+def _sequential(blocks: tuple[nn.Module | dict[str, nn.Module], ...]) -> nn.Sequential:
+    named: dict[Any, Any] = {str(index): block for index, block in enumerate(blocks)}
+    if len(blocks) == 1 and isinstance(blocks[0], dict):
         named = blocks[0]
-    else:
-        named = OrderedDict((str(index), block) for index, block in enumerate(blocks))  # type: ignore[misc]
     if not named:
         raise ValueError("TargetSequential: blocks must be at least one module, got none")
     for name, block in named.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"TargetSequential: names of blocks must be text without dots, got {name!r}")
         if not isinstance(block, nn.Module):
             raise TypeError(f"TargetSequential: block {name} must be a torch.nn.Module, got {type(block).__name__}")
-    return nn.Sequential(named)
+    return nn.Sequential(OrderedDict(named))
+
+
+def _require_several(blocks: tuple[nn.Module | dict[str, nn.Module], ...]) -> None:
+    """Refuse a whole network as the one block, inside of which the chain rule would hold."""
+    one = blocks[0]
+    if len(blocks) > 1 or not isinstance(one, nn.Sequential):
+        return
+    layers = sum(any(True for _ in module.parameters()) for module in one)
+    if layers > 1:
+        raise ValueError(
+            f"TargetSequential: blocks must be given one by one, as in TargetSequential(*net), got one Sequential with "
+            f"{layers} layers, inside of which back-propagation would hold; a dict of one block says that it is meant"
+        )
+
+
+def _require_tensor(output: object, name: str, block: nn.Module) -> None:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"TargetSequential: block {name}, a {type(block).__name__}, must return one tensor, got "
+            f"{type(output).__name__}"
+        )

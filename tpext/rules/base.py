@@ -30,13 +30,6 @@ def exact_number(rule: object, name: str) -> float:
     return float(getattr(rule, f"_{name}"))
 
 
-def check_choice(rule: object, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(rule, name)
-    if not isinstance(value, str) or value not in choices:
-        expected = " or ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{type(rule).__name__}: {name} must be {expected}, got {value!r}")
-
-
 def check_flag(rule: object, name: str) -> None:
     value = getattr(rule, name)
     if not isinstance(value, bool):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from tpext.rules.base import Backprop, check_choice, check_flag, set_number
+from tpext.ops._library import check_choice
+from tpext.rules.base import Backprop, check_flag, set_number
 
 LocalLoss = Literal["pre", "post"]
 Form = Literal["proximal", "ridge"]
@@ -54,7 +55,7 @@ class ConstrainedLeastSquares:
         set_number(self, "target_step", low=0.0)
         set_number(self, "clip", low=0.0, high=0.5)
         check_flag(self, "normalize")
-        check_choice(self, "local_loss", get_args(LocalLoss))
+        check_choice(type(self).__name__, "local_loss", self.local_loss, get_args(LocalLoss))
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,11 @@ class RegularizedLeastSquares:
 
     def __post_init__(self) -> None:
         set_number(self, "gamma", low=0.0, low_allowed=True)
-        check_choice(self, "form", get_args(Form))
+        check_choice(type(self).__name__, "form", self.form, get_args(Form))
         set_number(self, "target_step", low=0.0)
         set_number(self, "clip", low=0.0, high=0.5)
         check_flag(self, "normalize")
-        check_choice(self, "local_loss", get_args(LocalLoss))
+        check_choice(type(self).__name__, "local_loss", self.local_loss, get_args(LocalLoss))
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,9 @@ class DifferenceTargetPropagation:
     def __post_init__(self) -> None:
         set_number(self, "target_step", low=0.0)
         set_number(self, "noise", low=0.0, low_allowed=True)
-        check_choice(self, "correction", get_args(ReverseCorrection))
+        check_choice(type(self).__name__, "correction", self.correction, get_args(ReverseCorrection))
         check_flag(self, "normalize")
-        check_choice(self, "local_loss", ("post",))
+        check_choice(type(self).__name__, "local_loss", self.local_loss, ("post",))
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,9 @@ class Kaczmarz:
 
     def __post_init__(self) -> None:
         set_number(self, "relaxation", low=0.0, high=2.0)
-        check_choice(self, "dx", get_args(Move))
-        check_choice(self, "update", get_args(Update))
-        check_choice(self, "first", get_args(First))
+        check_choice(type(self).__name__, "dx", self.dx, get_args(Move))
+        check_choice(type(self).__name__, "update", self.update, get_args(Update))
+        check_choice(type(self).__name__, "first", self.first, get_args(First))
         for name in ("damping", "dx_reg", "batch_reg", "std"):
             set_number(self, name, low=0.0, low_allowed=True)
 

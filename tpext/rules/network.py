@@ -24,6 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -33,9 +34,9 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from tpext.feedback.base import BlockCall, Feedback, in_full_precision, make_feedback
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
-from tpext.ops._library import LOW_PRECISION, full_precision
+from tpext.ops._library import LOW_PRECISION, check_choice, full_precision
 from tpext.ops.regularized_inverse import regularized_inverse
-from tpext.rules.base import check_choice, check_flag, exact_number, set_number
+from tpext.rules.base import check_flag, exact_number, set_number
 
 Reduction = Literal["mean", "sum"]
 Direct = Literal["linear", "hidden"]
@@ -67,7 +68,7 @@ class NetworkRule(ABC):
     def __post_init__(self) -> None:
         set_number(self, "target_step", low=0.0)
         check_flag(self, "normalize")
-        check_choice(self, "reduction", get_args(Reduction))
+        check_choice(type(self).__name__, "reduction", self.reduction, get_args(Reduction))
 
     def check(self, blocks: Sequence[nn.Module]) -> None:  # noqa: B027 - most rules serve all blocks
         """Raise ValueError if the rule cannot serve these blocks, as they are when the network runs."""
@@ -90,7 +91,9 @@ class NetworkRule(ABC):
             ValueError: there is none.
         """
         if call.feedback is None:
-            raise ValueError(f"{type(self).__name__}: every block but the first needs feedback, {call.block} has none")
+            raise ValueError(
+                f"{type(self).__name__}: every block but the first needs feedback, block {call.name} has none"
+            )
         return call.feedback
 
     @abstractmethod
@@ -108,15 +111,38 @@ class NetworkRule(ABC):
     def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
         """Return ``d_0 .. d_{L-1}``, the displacement of each block's output; the last one is given."""
         moves = [displacement]
-        for call in reversed(calls[1:]):
-            moves.append(self.propagate(call, moves[-1]))
+        for below, call in reversed(list(pairwise(calls))):
+            move = self.propagate(call, moves[-1])
+            # before the next block takes it
+            self._require_fit(below, move)
+            moves.append(move)
         return moves[::-1]
+
+    def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
+        """Return ``d_0`` of two or more blocks; a rule that does not need the others for it saves them here."""
+        return self.displacements(calls, displacement)[0]
+
+    def _require_fit(self, call: BlockCall, move: Tensor) -> None:
+        want = call.output
+        if not isinstance(move, Tensor) or (move.shape, move.dtype, move.device) != (
+            want.shape,
+            want.dtype,
+            want.device,
+        ):
+            got = (
+                f"{list(move.shape)} {move.dtype} on {move.device}" if isinstance(move, Tensor) else type(move).__name__
+            )
+            raise ValueError(
+                f"{type(self).__name__}: the displacement of block {call.name}'s output must be {list(want.shape)} "
+                f"{want.dtype} on {want.device}, got {got}"
+            )
 
     def local_gradients(self, calls: Sequence[BlockCall], grad: Tensor) -> list[Tensor]:
         """Return the gradient of each block's local loss for its output, given the loss's for the last.
 
         Raises:
-            ValueError: a displacement that does not fit its state; names the rule and the block.
+            ValueError: a displacement that does not fit its state, or another number of them than of blocks; names the
+                rule and the block.
         """
         step = exact_number(self, "target_step")
         count = grad.shape[0] if self.reduction == "mean" else 1
@@ -125,13 +151,13 @@ class NetworkRule(ABC):
         with full_precision(grad.device.type):
             known, grad = (in_full_precision(calls), grad.float()) if low else (calls, grad)
             moves = self.displacements(known, grad * (-step * count))
-            for index, (call, move) in enumerate(zip(known, moves, strict=True)):
-                want = call.output
-                if move.shape != want.shape or move.dtype != want.dtype or move.device != want.device:
-                    raise ValueError(
-                        f"{type(self).__name__}: the displacement of block {index}'s output must be {list(want.shape)} "
-                        f"{want.dtype} on {want.device}, got {list(move.shape)} {move.dtype} on {move.device}"
-                    )
+            if len(moves) != len(known):
+                raise ValueError(
+                    f"{type(self).__name__}: displacements must be one for each of the {len(known)} blocks, got "
+                    f"{len(moves)}"
+                )
+            for call, move in zip(known, moves, strict=True):
+                self._require_fit(call, move)
             scale = -1 / (count * (step if self.normalize else 1.0)) if count else 0.0
             return [(move * scale).to(call.output.dtype) for call, move in zip(calls, moves, strict=True)]
 
@@ -205,8 +231,8 @@ class DirectTargets(NetworkRule):
             not isinstance(self.hidden, int) or isinstance(self.hidden, bool) or self.hidden < 1
         ):
             raise ValueError(f"DirectTargets: hidden must be an integer >= 1 or None, got {self.hidden!r}")
-        check_choice(self, "activation", ("identity", "tanh"))
-        check_choice(self, "hidden_activation", ("identity", "tanh"))
+        check_choice(type(self).__name__, "activation", self.activation, ("identity", "tanh"))
+        check_choice(type(self).__name__, "hidden_activation", self.hidden_activation, ("identity", "tanh"))
         check_flag(self, "recurrent_input")
 
     def make_feedback(
@@ -226,10 +252,14 @@ class DirectTargets(NetworkRule):
         raise RuntimeError("DirectTargets: displacements come from the output, not from the block above")
 
     def displacements(self, calls: Sequence[BlockCall], displacement: Tensor) -> list[Tensor]:
-        output, moves = calls[-1].output, []
-        for call in calls[1:]:
-            moves.append(self.feedback(call).difference(output, displacement, call.code))
-        return [*moves, displacement]
+        output = calls[-1].output
+        return [*(self._direct(call, output, displacement) for call in calls[1:]), displacement]
+
+    def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
+        return self._direct(calls[1], calls[-1].output, displacement)
+
+    def _direct(self, call: BlockCall, output: Tensor, displacement: Tensor) -> Tensor:
+        return self.feedback(call).difference(output, displacement, call.code)
 
 
 @dataclass(frozen=True)

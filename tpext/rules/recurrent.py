@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
-from tpext.rules.base import Backprop, check_choice, check_flag, set_number
+from tpext.ops._library import check_choice
+from tpext.rules.base import Backprop, check_flag, set_number
 
 Correction = Literal["linearized", "difference", "none"]
 Credit = Literal["through_time", "local"]
@@ -69,11 +70,11 @@ class RegularizedInverse:
     def __post_init__(self) -> None:
         set_number(self, "reg", low=0.0, low_allowed=True)
         set_number(self, "target_step", low=0.0)
-        check_choice(self, "correction", get_args(Correction))
-        check_choice(self, "credit", get_args(Credit))
+        check_choice(type(self).__name__, "correction", self.correction, get_args(Correction))
+        check_choice(type(self).__name__, "credit", self.credit, get_args(Credit))
         set_number(self, "clip", low=0.0, high=1.0)
         check_flag(self, "normalize")
-        check_choice(self, "input_rule", get_args(InputRule))
+        check_choice(type(self).__name__, "input_rule", self.input_rule, get_args(InputRule))
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class LearnedInverse:
 
     def __post_init__(self) -> None:
         set_number(self, "target_step", low=0.0)
-        check_choice(self, "credit", get_args(Credit))
+        check_choice(type(self).__name__, "credit", self.credit, get_args(Credit))
         check_flag(self, "normalize")
         set_number(self, "noise", low=0.0, low_allowed=True)
 
