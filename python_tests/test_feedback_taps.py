@@ -189,9 +189,9 @@ def test_learns_the_forward_weights_as_noise_everywhere_does() -> None:
 
 
 def test_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"^LDRL: pixels must be one of all, grid, got 'some'"):
+    with pytest.raises(ValueError, match=r"^LDRL: pixels must be one of 'all', 'grid', got 'some'"):
         LDRL(block(), lr=0.1, noise=0.1, second_term="expected", pixels="some")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^LDRL: pixels='grid' needs second_term='expected', got 'drawn'"):
         LDRL(block(), lr=0.1, noise=0.1, pixels="grid")
-    with pytest.raises(ValueError, match=r"^RunningLDRL: pixels must be one of all, grid, got 1"):
+    with pytest.raises(ValueError, match=r"^RunningLDRL: pixels must be one of 'all', 'grid', got 1"):
         RunningLDRL(block(), noise=0.1, pixels=1)  # type: ignore[arg-type]
