@@ -49,6 +49,15 @@ def same_thread_count() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def unrendered(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Figures are made but not rendered, most of the time of a small run, except in tests marked ``renders``."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.node.get_closest_marker("renders"):
+            patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"\x89PNG"))
+        yield
+
+
 @pytest.fixture(scope="session")
 def emulated_module() -> ModuleType:
     """The native module whose CUDA kernels run on the CPU, on tensors there."""

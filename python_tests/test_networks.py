@@ -173,6 +173,37 @@ def test_meulemans_mlp_takes_images_and_has_the_published_quirk() -> None:
     assert biases == [f"fc_{index}.linear.bias" for index in (0, 1, 2, 3, 5)]
 
 
+@pytest.mark.parametrize(
+    "build",
+    [networks.simple_vgg, networks.lenet, networks.meulemans_convnet, lambda shape, **options: networks.meulemans_mlp(
+        128, (9, 7), **options)],
+)  # fmt: skip
+def test_batch_normalisation_ends_the_hidden_blocks(build: Callable) -> None:
+    torch.manual_seed(1)
+    plain = build((2, 8, 8), dtype=torch.float64, **({"channels": (4, 5)} if build is networks.simple_vgg else {}))
+    torch.manual_seed(1)
+    blocks = build(
+        (2, 8, 8), dtype=torch.float64, use_batchnorm=True,
+        **({"channels": (4, 5)} if build is networks.simple_vgg else {}),
+    )  # fmt: skip
+    named = dict(nn.Sequential(plain).named_parameters())
+    # the same weights, none more
+    for name, parameter in nn.Sequential(blocks).named_parameters():
+        assert torch.equal(parameter, named.pop(name))
+    assert not named
+    output = torch.randn(50, 2, 8, 8, dtype=torch.float64)
+    for name, block in blocks.items():
+        if name == list(blocks)[-1]:
+            assert torch.equal(block(output), plain[name](output))
+            break
+        before = plain[name](output)
+        output = block(output)
+        over = [0, *range(2, before.dim())]
+        variance = before.var(over, unbiased=False, keepdim=True)
+        expected = (before - before.mean(over, keepdim=True)) / (variance + 1e-5).sqrt()
+        torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+
+
 # --- residual blocks -------------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import json
 import os
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from runs import Killed, assert_same_run, checkpoint, kill_after, metrics
 from test_tasks import write_cifar10, write_mnist
 
 import tpext
@@ -34,6 +34,8 @@ from tpext.experiments.train import DivergedError, train
 from tpext.reference import kaczmarz as oracle
 from tpext.tasks import FEED_FORWARD, TOYS
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 SMALL: dict[str, Any] = {
     "length": 10,
     "hidden_size": 8,
@@ -48,39 +50,6 @@ SMALL: dict[str, Any] = {
 
 def small(task: str = "temporal-order", **options: Any) -> Config:
     return make_config(task, **{**SMALL, **options})
-
-
-def checkpoint(folder: Path) -> dict[str, Any]:
-    state = RunFolder(folder).load_checkpoint()
-    assert state is not None
-    return state
-
-
-def same(left: Any, right: Any) -> bool:
-    """Bitwise equality of nested states."""
-    if isinstance(left, torch.Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return bool(left == right)
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv as text, without the time."""
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        assert float(row.pop("seconds")) >= 0
-    return rows
-
-
-def assert_same_run(left: Path, right: Path) -> None:
-    first, second = checkpoint(left), checkpoint(right)
-    for key in ("iteration", "model", "optimizer", "reverse_optimizer", "random_state", "losses", "running_accuracy"):
-        assert same(first[key], second[key]), f"{key} differs"
-    assert metrics(left) == metrics(right)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -919,6 +888,7 @@ def test_feed_forward_rates_that_are_too_large(rule: Any, data: Path, tmp_path: 
     assert_last_good(tmp_path, checkpoint(tmp_path)["iteration"])
 
 
+@pytest.mark.renders
 def test_pictures_are_drawn_again_from_the_folder(data: Path, tmp_path: Path) -> None:
     for task, name in (("spiral", "decision.png"), ("mnist-autoencoder", "reconstruction.png")):
         folder = tmp_path / task
@@ -936,6 +906,7 @@ def test_pictures_are_drawn_again_from_the_folder(data: Path, tmp_path: Path) ->
         draw_task(tmp_path / "nowhere")
 
 
+@pytest.mark.renders
 def test_feed_forward_runs_share_a_figure(data: Path, tmp_path: Path) -> None:
     runs = {}
     for rule in ("dtp", "constrained"):
@@ -945,10 +916,6 @@ def test_feed_forward_runs_share_a_figure(data: Path, tmp_path: Path) -> None:
 
 
 # --- resuming --------------------------------------------------------------------------------------------------------
-
-
-class Killed(Exception):  # noqa: N818  (it stands for a kill, not for an error)
-    pass
 
 
 @pytest.mark.parametrize(
@@ -967,14 +934,7 @@ def test_resuming_changes_nothing(
     config = small(**options)
     train(config, tmp_path / "whole")
 
-    step = train_module._Run._step
-
-    def stopping(run: Any, iteration: int) -> None:
-        step(run, iteration)
-        if iteration == stop:
-            raise Killed
-
-    monkeypatch.setattr(train_module._Run, "_step", stopping)
+    kill_after(stop, train_module._Run, monkeypatch)
     with pytest.raises(Killed):
         train(config, tmp_path / "stopped")
     monkeypatch.undo()
@@ -1009,25 +969,18 @@ def test_resuming_a_feed_forward_run_changes_nothing(
 ) -> None:
     config = tiny(data, task, **options)
     train(config, tmp_path / "whole")
-    step = train_module._Run._step
     for stop in stops:
-
-        def stopping(run: Any, iteration: int, stop: int = stop) -> None:
-            step(run, iteration)
-            if iteration == stop:
-                raise Killed
-
-        monkeypatch.setattr(train_module._Run, "_step", stopping)
+        kill_after(stop, train_module._Run, monkeypatch)
         with pytest.raises(Killed):
             train(config, tmp_path / f"stopped{stop}")
-        monkeypatch.setattr(train_module._Run, "_step", step)
+        monkeypatch.undo()
         train(config, tmp_path / f"stopped{stop}", resume=True)
         assert_same_run(tmp_path / "whole", tmp_path / f"stopped{stop}")
 
 
 def test_kill_9_in_mid_run_changes_nothing(tmp_path: Path) -> None:
     """Two kills at arbitrary moments of a process that checkpoints at every iteration, many of them while it writes."""
-    options = {**SMALL, "iterations": 1500, "eval_interval": 10, "checkpoint_interval": 1, "noise": 0.1}
+    options = {**SMALL, "iterations": 1000, "eval_interval": 10, "checkpoint_interval": 1, "noise": 0.1}
     train(make_config("temporal-order", rule="learned", **options), tmp_path / "whole")
 
     folder = tmp_path / "killed"
@@ -1207,7 +1160,7 @@ def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert folder.read_result() == result
     assert [row.accuracy for row in folder.read_rows()][-1] == result.accuracy
     state = checkpoint(tmp_path)
-    del state["running_accuracy"], state["format"]
+    del state["format"]
     folder.save_checkpoint({**state, "rows": [row[:-1] for row in state["rows"]]})
     folder.result.unlink()
     again = train(small(), tmp_path, resume=True)
@@ -1300,6 +1253,7 @@ def test_divergence_before_the_first_row_is_told(tmp_path: Path, monkeypatch: py
 # --- figures and progress --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.renders
 def test_figures(tmp_path: Path) -> None:
     for seed in (1, 2):
         train(small(seed=seed), tmp_path / f"tp{seed}")

@@ -40,6 +40,7 @@ from tpext.experiments.figures import draw_comparison
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError
+from tpext.experiments.options import DataFolder, Integer, Integers, Number, Switch, option, report_divergence
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import train
@@ -47,24 +48,15 @@ from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, M
 from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, ImageSetName, Order, Task, TaskName, make_task
 
 
-def _value(metavar: str, default: str = "the preset's") -> object:
-    """How an option that may be left out shows in the help."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
-
-
-_Integer = Annotated[int | None, _value("INT")]
-_Number = Annotated[float | None, _value("FLOAT")]
-
-
 def _default(name: str, metavar: str) -> object:
     """How an option shows in the help whose default no preset of a sequence sets; images may have another there."""
     default, images = (str(make_config(task).options()[name]) for task in ("temporal-order", "mnist"))
-    return _value(metavar, default if images == default else f"{default}, images {images}")
+    return option(metavar, default if images == default else f"{default}, images {images}")
 
 
 def _layer_default(name: str, metavar: str) -> object:
     """The same of an option that only feed-forward tasks have."""
-    return _value(metavar, str(make_config("mnist-mlp").options()[name]))
+    return option(metavar, str(make_config("mnist-mlp").options()[name]))
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ class Train:
 
     rule: Annotated[
         RuleName | None,
-        _value(
+        option(
             "{regularized,learned,backprop,constrained,regularized-least-squares,dtp,kaczmarz}",
             "regularized; feed-forward regularized-least-squares",
         ),
@@ -87,24 +79,24 @@ class Train:
     """Target propagation through regularized inverses or learned ones, or back-propagation. Feed-forward: through least
     squares inverses, constrained or regularized, or learned ones (dtp), or direct weight solves (kaczmarz), or
     back-propagation."""
-    preset: Annotated[Preset | None, _value("{default,published,seely,lee,faust}", "default")] = None
+    preset: Annotated[Preset | None, option("{default,published,seely,lee,faust}", "default")] = None
     """default: published rates (those of the nearest task or length where there are none), fewer iterations;
     feed-forward Adam. published: as published, for temporal-order with 60 or 120 steps, adding with 30, images pixel by
     pixel. seely, lee, faust: as in these authors' code, for mnist-mlp (seely also mnist-autoencoder; faust for rule
     kaczmarz)."""
-    out: Annotated[Path | None, _value("DIR", "runs/TASK-RULE-SEED")] = None
+    out: Annotated[Path | None, option("DIR", "runs/TASK-RULE-SEED")] = None
     """Folder of the run."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    resume: Switch = False
     """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
 
-    length: Annotated[int | None, _value("INT", "60; adding, random-permutation 30")] = None
+    length: Annotated[int | None, option("INT", "60; adding, random-permutation 30")] = None
     """Number of steps of a synthetic task."""
-    chunk: Annotated[int | None, _value("INT", "1")] = None
+    chunk: Annotated[int | None, option("INT", "1")] = None
     """Pixels per step of a sequence of images, a divisor of 784: 1 is pixel by pixel, 28 is by rows."""
 
-    reg: _Number = None
+    reg: Number = None
     """Regularization of the inverse (rule regularized)."""
-    target_step: _Number = None
+    target_step: Number = None
     """Size of the first displacement, -target_step * gradient (all rules but backprop and kaczmarz)."""
     correction: Annotated[Correction | None, _default("correction", "{linearized,difference,none}")] = None
     """How displacements pass through the inverse (rules regularized; dtp: difference, by default, or none)."""
@@ -112,42 +104,42 @@ class Train:
     """Local losses back-propagated through the unrolled layer, or each alone (rules regularized, learned)."""
     clip: Annotated[float | None, _default("clip", "FLOAT")] = None
     """Distance kept from the edges of the activation's range (rules regularized; least squares, there 0.01)."""
-    normalize: Annotated[bool | None, _value("{True,False}", "False with sgd, as published, else True")] = None
+    normalize: Annotated[bool | None, option("{True,False}", "False with sgd, as published, else True")] = None
     """Divide the local gradients by target_step (all rules but backprop and kaczmarz)."""
     input_rule: Annotated[InputRule | None, _default("input_rule", "{gradient,target}")] = None
     """What the layer below gets, where there are several (rule regularized)."""
-    noise: _Number = None
+    noise: Number = None
     """Standard deviation of the noise in the reconstruction loss (rules learned, dtp)."""
-    reverse_lr: _Number = None
+    reverse_lr: Number = None
     """Learning rate of the reverse layers (rules learned, dtp)."""
-    gamma: _Number = None
+    gamma: Number = None
     """Weight of the distance from the current input in the inverse (rule regularized-least-squares)."""
     form: Annotated[Form | None, _layer_default("form", "{proximal,ridge}")] = None
     """Which distance: from the current input, or from zero (rule regularized-least-squares)."""
     local_loss: Annotated[LocalLoss | None, _layer_default("local_loss", "{pre,post}")] = None
     """Local losses before the activation or after it (rules constrained, regularized-least-squares)."""
-    relaxation: _Number = None
+    relaxation: Number = None
     """Factor of every update, above 0 and below 2 (rule kaczmarz)."""
-    damping: _Number = None
+    damping: Number = None
     """Added to the squared norms of the inputs that divide an update (rule kaczmarz)."""
-    dx: Annotated[Move | None, _value("{mean,wnorm,regularized}")] = None
+    dx: Annotated[Move | None, option("{mean,wnorm,regularized}")] = None
     """How a layer's input moves towards its target: mean is the published way (rule kaczmarz)."""
-    dx_reg: _Number = None
+    dx_reg: Number = None
     """Regularization of --dx regularized (rule kaczmarz)."""
-    update: Annotated[Update | None, _value("{average,exact}")] = None
+    update: Annotated[Update | None, option("{average,exact}")] = None
     """Each sample's least update, averaged over the batch, or that of the batch as a whole (rule kaczmarz)."""
-    batch_reg: _Number = None
+    batch_reg: Number = None
     """Regularization of --update exact (rule kaczmarz)."""
-    first: Annotated[First | None, _value("{input,weights}")] = None
+    first: Annotated[First | None, option("{input,weights}")] = None
     """What moves first (rule kaczmarz)."""
-    std: _Number = None
+    std: Number = None
     """Standard deviation of the initial weights and biases (rule kaczmarz, with --init torch)."""
 
     hidden_size: Annotated[int | None, _default("hidden_size", "INT")] = None
     """Units of a recurrent layer."""
     layers: Annotated[int | None, _default("layers", "INT")] = None
     """Number of recurrent layers."""
-    sizes: Annotated[tuple[int, ...] | None, _value("INT [INT ...]", "the preset's")] = None
+    sizes: Integers = None
     """Units of each hidden layer of a feed-forward network."""
     nonlinearity: Annotated[Nonlinearity | None, _default("nonlinearity", "{tanh,relu,identity,...}")] = None
     """Activation of the hidden layers; feed-forward also sigmoid and leaky_relu."""
@@ -162,17 +154,17 @@ class Train:
 
     optimizer: Annotated[
         Optimizer | None,
-        _value("{sgd,adam,adamw,rmsprop,adagrad,tf-rmsprop,centred-rmsprop}", "sgd; feed-forward adam"),
+        option("{sgd,adam,adamw,rmsprop,adagrad,tf-rmsprop,centred-rmsprop}", "sgd; feed-forward adam"),
     ] = None
     """With another optimizer than the preset's, rates start at 1e-3. Rule kaczmarz has sgd at rate 1 only."""
-    lr: _Number = None
+    lr: Number = None
     """Learning rate of the hidden layers, and of the head unless --head-lr is given.
     For rule learned the preset's is the published 1e-2 divided by the batch size."""
-    head_lr: _Number = None
+    head_lr: Number = None
     """Learning rate of the output layer, which learns by plain gradients (not under the least squares rules)."""
-    momentum: _Number = None
+    momentum: Number = None
     """Momentum (sgd and the three rmsprop)."""
-    nesterov: Annotated[bool | None, _value("{True,False}", "True where sgd has a momentum")] = None
+    nesterov: Annotated[bool | None, option("{True,False}", "True where sgd has a momentum")] = None
     """Nesterov's momentum (sgd)."""
     clip_grad_norm: Annotated[float | None, _default("clip_grad_norm", "FLOAT")] = None
     """Bound on the norm of all gradients together, above 0."""
@@ -182,19 +174,19 @@ class Train:
     schedule: Annotated[Schedule | None, _default("schedule", "{parallel,alternating}")] = None
     """Reverse layers learn at every step, or an epoch before the others (rules learned, dtp)."""
 
-    epochs: _Integer = None
+    epochs: Integer = None
     """Passes through the training images, in place of --iterations."""
-    iterations: _Integer = None
+    iterations: Integer = None
     """Number of training steps."""
-    batch_size: _Integer = None
+    batch_size: Integer = None
     """Samples per step."""
-    train_size: Annotated[int | None, _value("INT", "all")] = None
+    train_size: Annotated[int | None, option("INT", "all")] = None
     """Number of training images, the first ones (feed-forward)."""
     order: Annotated[Order | None, _layer_default("order", "{shuffled,sequential_first,sequential}")] = None
     """Order of an epoch's images: shuffled, as stored in the first epoch, or always as stored (feed-forward)."""
     test_size: Annotated[int | None, _default("test_size", "INT")] = None
     """Samples of the test set."""
-    eval_interval: Annotated[int | None, _value("INT", "100, images 1000, as vectors an epoch")] = None
+    eval_interval: Annotated[int | None, option("INT", "100, images 1000, as vectors an epoch")] = None
     """Iterations between evaluations."""
     checkpoint_interval: Annotated[int | None, _default("checkpoint_interval", "INT")] = None
     """Iterations between checkpoints."""
@@ -204,11 +196,11 @@ class Train:
     """Float type; bf16 is mixed precision."""
     device: Annotated[str | None, _default("device", "NAME")] = None
     """A torch device."""
-    threads: Annotated[int | None, _value("INT", "1 for digits and drawn samples, up to 4 for images")] = None
+    threads: Annotated[int | None, option("INT", "1 for digits and drawn samples, up to 4 for images")] = None
     """CPU threads."""
-    data_dir: Annotated[Path | None, _value("DIR", "$TPEXT_DATA or the cache folder")] = None
+    data_dir: DataFolder = None
     """Folder with the image task's files; without it MNIST is downloaded once."""
-    tensorboard: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    tensorboard: Switch = False
     """Write TensorBoard events too."""
 
     def carry_out(self, console: Console) -> int:
@@ -231,11 +223,7 @@ class Train:
             remedy = f"smaller rates ({rates}){reg}"
             if config.rule_name == "kaczmarz":
                 remedy = "--dx regularized, a larger --dx-reg or --batch-reg, or a smaller --std"
-            print(
-                f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with {remedy}.",
-                file=sys.stderr,
-            )
-            return 3
+            return report_divergence(error, remedy)
         running = (
             "" if (mean := result.running_accuracy) is None else f"running training accuracy (from zero) {mean:.2%}, "
         )

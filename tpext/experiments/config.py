@@ -225,12 +225,7 @@ class Config:
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(get_args(choices))
                 raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        try:
-            device = torch.device(self.device).type
-        except RuntimeError as error:
-            raise ConfigError(f"device must be a torch device such as cpu or cuda:0, got {self.device!r}") from error
-        if device not in ("cpu", "cuda"):
-            raise ConfigError(f"device must be cpu or cuda, got {self.device!r}")
+        check_device_name(self.device)
         if self.momentum and self.optimizer not in ("sgd", "rmsprop", "tf-rmsprop", "centred-rmsprop"):
             raise ConfigError(
                 f"momentum does not belong to optimizer={self.optimizer}, only to sgd, rmsprop, tf-rmsprop and "
@@ -602,3 +597,12 @@ def check_number(name: str, value: object, *, above: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
     if not number or (above and value == 0):
         raise ConfigError(f"{name} must be a number {'>' if above else '>='} 0, got {value!r}")
+
+
+def check_device_name(name: str) -> None:
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise ConfigError(f"device must be a torch device such as cpu or cuda:0, got {name!r}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu or cuda, got {name!r}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from rich.console import Console
 from torch import nn
 
 from tpext.diagnostics import gradient_angles
-from tpext.experiments.config import ConfigError
+from tpext.experiments.config import ConfigError, check_integer, check_number
+from tpext.experiments.feedback_presets import one_or_all
 from tpext.experiments.figures import COLOURS, INK, save, style
-from tpext.experiments.loop import check_device, torch_state
+from tpext.experiments.loop import DivergedError, check_device, torch_state
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import write_whole
 from tpext.feedback import LDRL, DifferenceReconstruction, Indices, Pixels, layered_feedback
@@ -36,6 +38,7 @@ from tpext.tasks import Batch, ImageClasses, ImageSetName
 Scheme = Literal["random", "DRL", "L-DRL", "symmetric"]
 
 SEEDS = (123, 124, 125, 126, 127)
+MAX_SEED = 2**63 - 1
 TARGET_STEP = 0.4655
 DRL_LR = 1e-3
 """Ours, of Adam: that of the published figure is not known."""
@@ -70,12 +73,28 @@ class _Setup:
     data_dir: Path | None = None
     """Folder with the data set's files."""
 
+    def check(self) -> None:
+        """Raise ConfigError for an option out of its range, before anything is computed."""
+        for name in ("iterations", "batch_size", "hidden_size", "threads"):
+            check_integer(name, getattr(self, name), 1)
+        if not self.channels:
+            raise ConfigError("channels must be at least one number, got none")
+        for channels in self.channels:
+            check_integer("channels", channels, 1)
+        check_device(self.device)
+        if self.dataset == "digits" and self.data_dir is not None:
+            raise ConfigError("data_dir does not belong to digits, which has no files")
+        there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"out must be a folder, got {self.out}, where {there} is a file")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of LeNet's layers."""
+        return (*(f"conv_{index}" for index in range(len(self.channels))), "fc1", "fc2")
+
     def batch(self, seed: int) -> Batch:
         """Return the batch, on the device."""
-        for name in ("iterations", "batch_size", "threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be an integer >= 1, got {getattr(self, name)}")
-        check_device(self.device)
         try:
             found = ImageClasses(self.dataset, augment=False, data_dir=self.data_dir).batch(seed, 0, self.batch_size)
         except ValueError as error:
@@ -92,8 +111,8 @@ class _Setup:
         """Return the trainer of the published loss."""
         return LDRL(
             net,
-            lr=list(lr),
-            noise=list(noise),
+            lr=one_or_all(lr),
+            noise=one_or_all(noise),
             iterations=self.iterations,
             momentum=0.9,
             second_term=self.second_term,
@@ -117,8 +136,15 @@ class FeedbackAngle(_Setup):
     lr: float = 0.03
     """Learning rate of the feedback."""
 
+    def check(self) -> None:
+        super().check()
+        check_integer("seed", self.seed, 0, MAX_SEED)
+        for name in ("noise", "lr"):
+            check_number(name, getattr(self, name), above=True)
+
     def angles(self) -> list[float]:
         """Return the angle in degrees before each step."""
+        self.check()
         batch = self.batch(self.seed)
         with torch_state(self.seed, self.threads):
             net = TargetSequential(*self.blocks(bias=True))
@@ -127,6 +153,7 @@ class FeedbackAngle(_Setup):
             # that layer by itself: layers learn independently, given the forward pass
             alone = TargetSequential(nn.Identity(), last.block, feedback=[None, last.feedback])
             records = self.ldrl(alone, [self.noise], [self.lr], self.seed).step(last.input, record=True)
+            check_finite(alone, self.iterations)
         assert records is not None
         return [float(record.angle) for record in records if record.angle is not None]
 
@@ -169,22 +196,42 @@ class GradientAngles(_Setup):
     schemes: tuple[Scheme, ...] = get_args(Scheme)
     """Which feedback."""
     noise: tuple[float, ...] = (0.2, 0.2, 0.1)
-    """Standard deviation of the noise, one for each layer with feedback."""
+    """Standard deviation of the noise, one for all layers with feedback or one for each."""
     lr: tuple[float, ...] = (1e-4, 2.5e-3, 0.01)
-    """Learning rate of the feedback (L-DRL), one for each layer."""
+    """Learning rate of the feedback (L-DRL), one for all layers or one for each."""
     drl_lr: float = DRL_LR
     """Learning rate of the feedback (DRL), of Adam."""
 
+    def check(self) -> None:
+        super().check()
+        for name in ("seeds", "schemes"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} must be at least one, got none")
+        for seed in self.seeds:
+            check_integer("seeds", seed, 0, MAX_SEED)
+        learned = self.layers[1:]
+        for name in ("noise", "lr"):
+            values = getattr(self, name)
+            if len(values) not in (1, len(learned)):
+                raise ConfigError(
+                    f"{name} must be one number or one for each of the {len(learned)} layers with feedback "
+                    f"({', '.join(learned)}), got {len(values)}"
+                )
+            for value in values:
+                check_number(name, value, above=True)
+        check_number("drl_lr", self.drl_lr, above=True)
+
     def bars(self) -> Iterator[Bar]:
         """Yield the bars of one scheme and seed after another."""
+        self.check()
         for seed in self.seeds:
             batch = self.batch(seed)
             for scheme in self.schemes:
                 with torch_state(seed, self.threads):
                     net = self._network(scheme, seed, batch)
+                    check_finite(net, self.iterations)
                     found = gradient_angles(net, batch.input, batch.target)
-                names = [*(f"conv_{index}" for index in range(len(self.channels))), "fc1", "fc2"]
-                for name, one in zip(names, found.values(), strict=True):
+                for name, one in zip(self.layers, found.values(), strict=True):
                     yield Bar(scheme, seed, name, one.angle, one.distance)
 
     def _network(self, scheme: Scheme, seed: int, batch: Batch) -> TargetSequential:
@@ -195,19 +242,16 @@ class GradientAngles(_Setup):
             feedback=layered_feedback(blocks) if scheme == "DRL" else None,
             feedback_init="symmetric" if scheme == "symmetric" else "random",
         )
-        try:
-            if scheme == "L-DRL":
-                self.ldrl(net, self.noise, self.lr, seed).step(batch.input)
-            elif scheme == "DRL":
-                # all layers at every step, as each learns through the feedback above it
-                adam: Any = lambda parameters: torch.optim.Adam(parameters, lr=self.drl_lr)  # noqa: E731
-                trainer = DifferenceReconstruction(net, noise=list(self.noise), optimizer=adam, seed=seed)
-                with torch.no_grad():
-                    trace = net.trace(batch.input)
-                for _ in range(self.iterations):
-                    trainer.step(trace)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        if scheme == "L-DRL":
+            self.ldrl(net, self.noise, self.lr, seed).step(batch.input)
+        elif scheme == "DRL":
+            # all layers at every step, as each learns through the feedback above it
+            adam: Any = lambda parameters: torch.optim.Adam(parameters, lr=self.drl_lr)  # noqa: E731
+            trainer = DifferenceReconstruction(net, noise=one_or_all(self.noise), optimizer=adam, seed=seed)
+            with torch.no_grad():
+                trace = net.trace(batch.input)
+            for _ in range(self.iterations):
+                trainer.step(trace)
         return net
 
     def carry_out(self, console: Console) -> int:
@@ -216,11 +260,15 @@ class GradientAngles(_Setup):
             bars.append(bar)
             where = f"{bar.scheme:>9}  seed {bar.seed}  {bar.layer:<7}"
             say(console, f"{where}{bar.angle:>9.3f} degrees  distance {bar.distance:.3f}")
-        if not bars:
-            raise ConfigError("seeds and schemes must be at least one each")
         table = write_table(self.out / "gradient_angles.csv", Bar._fields, bars)
         say(console, f"written: {table}, {draw_bars(bars, self.out / 'gradient_angles.png')}")
         return 0
+
+
+def check_finite(net: TargetSequential, iterations: int) -> None:
+    """Raise DivergedError if the feedback holds NaN or infinite values after its iterations."""
+    if not all(torch.isfinite(parameter).all() for parameter in net.feedback.parameters()):
+        raise DivergedError(iterations, "the feedback holds NaN or infinite values")
 
 
 def draw_bars(bars: Sequence[Bar], path: Path) -> Path:
@@ -267,4 +315,8 @@ class FigureCommand:
     )
 
     def carry_out(self, console: Console) -> int:
-        return self.figure.carry_out(console)
+        try:
+            return self.figure.carry_out(console)
+        except DivergedError as error:
+            print(f"tpext: {error}. Try smaller rates of the feedback.", file=sys.stderr)
+            return 3

@@ -19,14 +19,18 @@ from tpext.experiments.feedback_settings import (
     backprop,
     changed,
     dtp,
+    fixed,
     ldrl,
     nearest_meulemans,
+    p_ddtp,
     parallel,
     published_backprop,
     published_dtp,
     published_ldrl,
     published_meulemans,
+    published_s_ddtp,
     running,
+    s_ddtp,
     unpublished,
     untrained,
     vanilla,
@@ -62,6 +66,7 @@ class Method:
         published: those that the published one sets besides; None where none were published.
         layered: whether the networks of Meulemans et al. take feedback with its activation last
             (:func:`tpext.feedback.layered_feedback`).
+        last_hidden_bias: whether the last hidden layer of Meulemans' network of linear layers has a bias.
     """
 
     summary: str
@@ -71,6 +76,7 @@ class Method:
     values: Callable[[Case], Values]
     published: Callable[[Case], Values | None]
     layered: bool = False
+    last_hidden_bias: bool = True
 
 
 def _step(config: ImageConfig) -> Values:
@@ -129,7 +135,11 @@ def _running_trainer(net: TargetSequential, config: ImageConfig) -> FeedbackTrai
 
 
 def _difference_reconstruction(net: TargetSequential, config: ImageConfig) -> FeedbackTrainer:
-    return DifferenceReconstruction(net, difference=config.rule != "ddtp-control", **_gradient(config))
+    return DifferenceReconstruction(net, **_gradient(config))
+
+
+def _plain_reconstruction(net: TargetSequential, config: ImageConfig) -> FeedbackTrainer:
+    return DifferenceReconstruction(net, difference=False, **_gradient(config))
 
 
 TARGET = ("target_step", "normalize", "reduction")
@@ -172,6 +182,11 @@ METHODS: dict[str, Method] = {
         "difference targets; feedback by the reconstruction loss (Lee 2015; Ernoult 2022; Meulemans 2020)",
         _difference, _reconstruction, (*GRADIENT, "indices"), dtp, published_dtp, layered=True,
     ),
+    "dtp-pretrained": Method(
+        "dtp whose feedback is trained alone first, and after each epoch (Meulemans 2020)",
+        _difference, _reconstruction, (*GRADIENT, "indices"),
+        nearest_meulemans("dtp-pretrained"), published_meulemans("dtp-pretrained"), layered=True,
+    ),
     "tp": Method(
         "plain targets; feedback by the reconstruction loss (Bengio 2014)",
         lambda config: Targets(**_step(config)), _reconstruction, (*GRADIENT, "indices"),
@@ -185,7 +200,17 @@ METHODS: dict[str, Method] = {
     "ddtp-linear": Method(
         "direct linear feedback from the output, by that loss (Meulemans 2020)",
         _direct, _difference_reconstruction, GRADIENT,
-        nearest_meulemans("ddtp-linear"), published_meulemans("ddtp-linear"),
+        nearest_meulemans("ddtp-linear"), published_meulemans("ddtp-linear"), last_hidden_bias=False,
+    ),
+    "s-ddtp": Method(
+        "ddtp-linear on meulemans-convnet, its feedback trained alone first, then a step a batch (in Ernoult 2022)",
+        _direct, _difference_reconstruction, GRADIENT,
+        s_ddtp, published_s_ddtp, last_hidden_bias=False,
+    ),
+    "p-ddtp": Method(
+        "the same with many steps of the feedback a batch, and none alone",
+        _direct, _difference_reconstruction, GRADIENT,
+        p_ddtp, unpublished, last_hidden_bias=False,
     ),
     "ddtp-rhl": Method(
         "direct feedback through a fixed random hidden layer, by that loss (Meulemans 2020)",
@@ -195,7 +220,7 @@ METHODS: dict[str, Method] = {
     ),
     "ddtp-control": Method(
         "direct linear feedback, trained to reconstruct, without difference (Meulemans 2020)",
-        _direct, _difference_reconstruction, GRADIENT,
+        _direct, _plain_reconstruction, GRADIENT,
         nearest_meulemans("ddtp-control"), published_meulemans("ddtp-control"),
     ),
     "gnt": Method(
@@ -208,8 +233,8 @@ METHODS: dict[str, Method] = {
         _direct, lambda net, config: Fixed(net), TARGET, nearest_meulemans("dfa"), published_meulemans("dfa"),
     ),
     "fw-dtp": Method(
-        "difference targets; random feedback that stays as it is (Shibuya 2023, with batch normalisation)",
-        _difference, lambda net, config: Fixed(net), TARGET, untrained, unpublished,
+        "difference targets; random feedback that stays as it is, with batch normalisation (after Shibuya 2023)",
+        _difference, lambda net, config: Fixed(net), TARGET, fixed, unpublished,
     ),
     "backprop": Method(
         "back-propagation", lambda config: Backprop(), None, (), backprop, published_backprop,

@@ -198,6 +198,14 @@ def untrained(case: Case) -> Values:
     return {**ldrl(case), "feedback_start": 0}
 
 
+def fixed(case: Case) -> Values:
+    """The same with batch normalisation, without which random feedback diverges; by the rates of LeNet on the networks
+    of Meulemans et al.
+    """
+    known = case._replace(network="lenet") if case.network in MEULEMANS_NETWORKS else case
+    return {**untrained(known), "batchnorm": True}
+
+
 def backprop(case: Case) -> Values:
     """What L-DRL with exact feedback is: its local gradients are ``target_step`` times back-propagation's."""
     values = ldrl(case)
@@ -245,7 +253,13 @@ def unpublished(case: Case) -> None:
 
 
 class Tuned(NamedTuple):
-    """The numbers that were tuned for one method on one data set; ``lr`` is before its division by ``target_step``."""
+    """The numbers that were tuned for one method on one data set.
+
+    Attributes:
+        lr: of the blocks, before its division by ``target_step``.
+        local: whether gradients are those of local losses.
+        pretrained: whether the feedback trains alone, before the first step of the blocks and after each epoch.
+    """
 
     lr: float | tuple[float, ...]
     betas: tuple[float, float]
@@ -256,11 +270,18 @@ class Tuned(NamedTuple):
     feedback_weight_decay: float = 0.0
     feedback_betas: tuple[float, float] = (0.9, 0.999)
     feedback_eps: float = 1e-8
+    local: bool = True
+    pretrained: bool = True
 
 
 # As far as known: four digits of most, and the moments of DFA are Adam's usual ones.
 TUNED: dict[tuple[str, str], Tuned] = {
-    ("mnist", "dtp"): Tuned(6.185e-5, (0.9, 0.999), 1.017e-8, 0.21951, 1.9585e-3, 0.083725, 0.0, (0.9, 0.999), 7.54e-6),
+    ("mnist", "dtp"): Tuned(
+        6.185e-5, (0.9, 0.999), 1.017e-8, 0.21951, 1.9585e-3, 0.083725, 0.0, (0.9, 0.999), 7.54e-6, pretrained=False
+    ),
+    ("mnist", "dtp-pretrained"): Tuned(
+        8.755e-5, (0.9, 0.99), 1.354e-7, 0.29588, 4.635e-4, 0.17295, 2.19e-3, (0.9, 0.9), 4.37e-7
+    ),
     ("mnist", "drl"): Tuned(
         2.9689e-5, (0.9, 0.99), 1.0e-8, 0.068589, 2.0123e-5, 0.056879, 5.385e-6, (0.99, 0.999), 5.08e-8
     ),
@@ -273,7 +294,7 @@ TUNED: dict[tuple[str, str], Tuned] = {
     ("mnist", "ddtp-control"): Tuned(
         8.8827e-5, (0.9, 0.999), 5.55e-8, 0.094167, 1.8713e-4, 0.00872, 4.02e-4, (0.9, 0.999), 1.23e-8
     ),
-    ("mnist", "backprop"): Tuned(2.970e-4, (0.99, 0.999), 6.9e-8),
+    ("mnist", "backprop"): Tuned(2.970e-4, (0.99, 0.999), 6.9e-8, local=False),
     ("mnist", "dfa"): Tuned(3.808e-4, (0.9, 0.999), 1e-8),
     ("fashion-mnist", "drl"): Tuned(
         7.1017e-5, (0.99, 0.999), 1.64e-8, 0.086567, 9.698e-5, 0.084333, 2.14e-5, (0.99, 0.9), 2.27e-5
@@ -281,7 +302,9 @@ TUNED: dict[tuple[str, str], Tuned] = {
     ("fashion-mnist", "ddtp-linear"): Tuned(
         8.7036e-6, (0.99, 0.99), 1.73e-8, 0.01725, 7.959e-4, 0.098573, 5.78e-6, (0.99, 0.9), 3.11e-8
     ),
-    ("cifar10", "dtp"): Tuned(8.0826e-6, (0.999, 0.99), 4.2e-6, 0.072733, 2.1314e-3, 0.24083, 0.0, (0.9, 0.9), 9.9e-5),
+    ("cifar10", "dtp"): Tuned(
+        8.0826e-6, (0.999, 0.99), 4.2e-6, 0.072733, 2.1314e-3, 0.24083, 0.0, (0.9, 0.9), 9.9e-5, pretrained=False
+    ),
     ("cifar10", "drl"): Tuned(
         1.4115e-5, (0.9, 0.99), 5.4e-7, 0.026212, 1.5184e-4, 0.099229, 1.26e-5, (0.99, 0.999), 9.7e-6
     ),
@@ -315,7 +338,7 @@ def _meulemans(method: str, case: Case) -> Values | None:
         tuned = TUNED.get((case.dataset, method))
     else:
         tuned = TUNED_CONVOLUTIONS if (case[:2], method) == (("cifar10", "meulemans-convnet"), "ddtp-linear") else None
-    return None if tuned is None else _adam(tuned, method, case)
+    return None if tuned is None else _adam(tuned, case)
 
 
 def nearest_meulemans(method: str) -> Callable[[Case], Values]:
@@ -327,12 +350,12 @@ def nearest_meulemans(method: str) -> Callable[[Case], Values]:
             return known
         near = "cifar10" if case.shape[0] == 3 else "mnist"
         tuned = TUNED.get((near, method)) or TUNED.get(("mnist", method), UNTUNED)
-        return {**_adam(tuned, method, case), "precision": "32"}
+        return {**_adam(tuned, case), "precision": "32"}
 
     return values
 
 
-def _adam(tuned: Tuned, method: str, case: Case) -> Values:
+def _adam(tuned: Tuned, case: Case) -> Values:
     """Settings with the scale of the published gradients.
 
     There the displacement of the output is ``target_step`` times the gradient of the *mean* loss (``reduction="sum"``
@@ -342,14 +365,12 @@ def _adam(tuned: Tuned, method: str, case: Case) -> Values:
     """
     batch_size = case.batch_size or (32 if case.dataset == "digits" else 128)
     rates, eps = _tuple(tuned.lr), _tuple(tuned.eps)
-    if method != "backprop":
+    if tuned.local:
         scale = [batch_size / 2] * len(eps)
         if case.network == "meulemans-convnet" and len(eps) > 1:
             for index, channels in enumerate(case.channels):
                 scale[index] *= channels * math.prod(math.ceil(size / 2 ** (index + 1)) for size in case.shape[1:])
         eps = tuple(one * by for one, by in zip(eps, scale, strict=True))
-    learned = tuned.feedback_lr is not None
-    pretrained = learned and method != "dtp"
     return {
         **ERNOULT,
         "optimizer": "adam",
@@ -370,8 +391,8 @@ def _adam(tuned: Tuned, method: str, case: Case) -> Values:
         "target_step": tuned.target_step,
         "reduction": "sum",
         "feedback_first": False,
-        "feedback_epochs": (10 if case.shape[0] == 3 else 6) if pretrained else 0,
-        "extra_feedback_epochs": 1 if pretrained else 0,
+        "feedback_epochs": (10 if case.shape[0] == 3 else 6) if tuned.pretrained else 0,
+        "extra_feedback_epochs": 1 if tuned.pretrained else 0,
         "iterations": (1,),
         "noise": (tuned.noise,),
         "feedback_lr": (tuned.feedback_lr,),
@@ -399,6 +420,28 @@ def published_dtp(case: Case) -> Values | None:
 def published_meulemans(method: str) -> Callable[[Case], Values | None]:
     """The published settings of a method of Meulemans et al."""
     return lambda case: _meulemans(method, case)
+
+
+DDTP_EPOCHS = 90
+P_DDTP_ITERATIONS = 30
+"""Ours: Ernoult et al. searched from 10 to 60 a layer, and what they found is not known."""
+
+
+def s_ddtp(case: Case) -> Values:
+    """DDTP-linear as Meulemans et al. have it, for the epochs that Ernoult et al. gave it."""
+    return {**nearest_meulemans("ddtp-linear")(case), "epochs": DDTP_EPOCHS}
+
+
+def published_s_ddtp(case: Case) -> Values | None:
+    """The same on the network that it was run on."""
+    known = case.network == "meulemans-convnet" and _meulemans("ddtp-linear", case) is not None
+    return s_ddtp(case) if known else None
+
+
+def p_ddtp(case: Case) -> Values:
+    """DDTP-linear with many steps of the feedback a batch in place of those alone."""
+    alone = {"feedback_epochs": 0, "extra_feedback_epochs": 0}
+    return {**s_ddtp(case), **alone, "iterations": (P_DDTP_ITERATIONS,)}
 
 
 def _tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:

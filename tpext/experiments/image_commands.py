@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,25 +22,23 @@ from tpext.experiments.images import (
     make_image_config,
 )
 from tpext.experiments.loop import DivergedError
+from tpext.experiments.options import (
+    DataFolder,
+    Flag,
+    Integer,
+    Integers,
+    Number,
+    Numbers,
+    Pair,
+    Switch,
+    option,
+    report_divergence,
+)
 from tpext.experiments.progress import say
 from tpext.feedback import Indices, Pixels
 from tpext.feedback.gradient import SecondTerm
 from tpext.rules import Reduction
 from tpext.tasks import ImageSetName, Normalization
-
-
-def _value(metavar: str, default: str = "the preset's") -> object:
-    """How an option that may be left out shows in the help."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
-
-
-_Integer = Annotated[int | None, _value("INT")]
-_Integers = Annotated[tuple[int, ...] | None, _value("INT [INT ...]")]
-_Number = Annotated[float | None, _value("FLOAT")]
-_Numbers = Annotated[tuple[float, ...] | None, _value("FLOAT [FLOAT ...]")]
-_Pair = Annotated[tuple[float, float] | None, _value("FLOAT FLOAT")]
-_Flag = Annotated[bool | None, _value("{True,False}")]
-_Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 
 _METHODS = "\n".join(f"{name}: {method.summary}." for name, method in METHODS.items())
 
@@ -54,127 +51,127 @@ class TrainImages:
     input on; the first layer has none.
     """
 
-    dataset: Annotated[ImageSetName | None, _value("{cifar10,mnist,fashion-mnist,digits,imagenet32}", "cifar10")] = None
+    dataset: Annotated[ImageSetName | None, option("{cifar10,mnist,fashion-mnist,digits,imagenet32}", "cifar10")] = None
     """What to learn; digits come with scikit-learn and take seconds, MNIST is downloaded, the others are read from
     --data-dir."""
     network: Annotated[
         NetworkName | None,
-        _value("{simple-vgg,lenet,resnet18,resnet34,meulemans-convnet,mlp}", "simple-vgg; images below 32 x 32 lenet"),
+        option("{simple-vgg,lenet,resnet18,resnet34,meulemans-convnet,mlp}", "simple-vgg; images below 32 x 32 lenet"),
     ] = None
     """The network."""
-    rule: Annotated[str | None, _value(f"{{{','.join(METHODS)}}}", "ldrl"), tyro.conf.arg(help=_METHODS)] = None
-    preset: Annotated[ImagePreset | None, _value("{default,published}", "default")] = None
+    rule: Annotated[str | None, option(f"{{{','.join(METHODS)}}}", "ldrl"), tyro.conf.arg(help=_METHODS)] = None
+    preset: Annotated[ImagePreset | None, option("{default,published}", "default")] = None
     """published: every setting as published, where there are any. default: those or the nearest, with a cosine that
     stays at its end, and 20 batches for the feedback alone first; back-propagation at the rates of L-DRL in its own
     units."""
-    out: Annotated[Path | None, _value("DIR", "runs/DATASET-NETWORK-RULE-SEED")] = None
+    out: Annotated[Path | None, option("DIR", "runs/DATASET-NETWORK-RULE-SEED")] = None
     """Folder of the run."""
-    resume: _Switch = False
+    resume: Switch = False
     """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
 
-    channels: _Integers = None
+    channels: Integers = None
     """Channels of each convolution (of each stage of a resnet); units of each hidden layer of the mlp."""
-    hidden_size: _Integer = None
+    hidden_size: Integer = None
     """Units of the hidden linear layer (lenet, meulemans-convnet)."""
-    batchnorm: _Flag = None
-    """Batch normalisation (resnets)."""
+    batchnorm: Flag = None
+    """Batch normalisation; by default in rule fw-dtp alone."""
 
-    target_step: _Number = None
+    target_step: Number = None
     """Size of the first displacement, -target_step * gradient (all rules but backprop)."""
-    normalize: _Flag = None
+    normalize: Flag = None
     """Divide the local gradients by target_step; published: False (all rules but backprop)."""
-    reduction: Annotated[Reduction | None, _value("{mean,sum}")] = None
+    reduction: Annotated[Reduction | None, option("{mean,sum}")] = None
     """sum: displacements are target_step times the gradient of the mean loss, as Meulemans et al. have it, not of each
     sample's own loss (all rules but backprop)."""
-    damping: _Number = None
+    damping: Number = None
     """Of the pseudo-inverse of the Jacobian (rule gnt)."""
-    feedback_units: _Integer = None
+    feedback_units: Integer = None
     """Units of the fixed hidden layer (rule ddtp-rhl)."""
-    iterations: _Integers = None
+    iterations: Integers = None
     """Steps of the feedback a batch; of rule running-ldrl, draws of noise."""
-    feedback_scale: _Number = None
+    feedback_scale: Number = None
     """Factor of --iterations, such as 0.1; the results are rounded up."""
-    noise: _Numbers = None
+    noise: Numbers = None
     """Standard deviation of the noise that trains the feedback."""
-    feedback_lr: _Numbers = None
+    feedback_lr: Numbers = None
     """Learning rate of the feedback."""
-    samples: _Integer = None
+    samples: Integer = None
     """Draws of noise that a step of the feedback averages."""
-    feedback_optimizer: Annotated[ImageOptimizer | None, _value("{sgd,adam}")] = None
+    feedback_optimizer: Annotated[ImageOptimizer | None, option("{sgd,adam}")] = None
     """Optimizer of the feedback."""
-    feedback_momentum: _Number = None
+    feedback_momentum: Number = None
     """Its momentum (sgd)."""
-    feedback_weight_decay: _Number = None
+    feedback_weight_decay: Number = None
     """Its weight decay."""
-    feedback_betas: _Pair = None
+    feedback_betas: Pair = None
     """Its decay rates (adam)."""
-    feedback_eps: _Number = None
+    feedback_eps: Number = None
     """Its small number (adam)."""
-    second_term: Annotated[SecondTerm | None, _value("{drawn,expected}")] = None
+    second_term: Annotated[SecondTerm | None, option("{drawn,expected}")] = None
     """The loss's second term by noise, as published, or in expectation (rules ldrl, parallel-ldrl)."""
-    indices: Annotated[Indices | None, _value("{noisy,clean}")] = None
+    indices: Annotated[Indices | None, option("{noisy,clean}")] = None
     """Places of maxima of the noisy pass, as published, or of the clean one (local losses)."""
-    pixels: Annotated[Pixels | None, _value("{all,grid}")] = None
+    decay: Number = None
+    pixels: Annotated[Pixels | None, option("{all,grid}")] = None
     """Noise before convolutions on all pixels, or on a grid of one in every k x k, which costs less (second term
     expected, or rule running-ldrl)."""
-    decay: _Number = None
     """Of the running means (rule running-ldrl)."""
-    feedback_first: _Flag = None
+    feedback_first: Flag = None
     """Whether the feedback learns from a batch before the blocks do, or after."""
-    feedback_start: _Integer = None
+    feedback_start: Integer = None
     """Batches that train the feedback alone, before the first step of the blocks."""
-    feedback_epochs: _Integer = None
+    feedback_epochs: Integer = None
     """Epochs of that, besides."""
-    extra_feedback_epochs: _Integer = None
+    extra_feedback_epochs: Integer = None
     """Epochs that train the feedback alone after each epoch."""
 
-    optimizer: Annotated[ImageOptimizer | None, _value("{sgd,adam}")] = None
+    optimizer: Annotated[ImageOptimizer | None, option("{sgd,adam}")] = None
     """Optimizer of the blocks."""
-    lr: _Numbers = None
+    lr: Numbers = None
     """Its learning rate, one for all blocks or one for each."""
-    momentum: _Number = None
+    momentum: Number = None
     """Its momentum (sgd)."""
-    weight_decay: _Number = None
+    weight_decay: Number = None
     """Its weight decay."""
-    betas: _Pair = None
+    betas: Pair = None
     """Its decay rates (adam)."""
-    eps: _Numbers = None
+    eps: Numbers = None
     """Its small number, one for all blocks or one for each (adam)."""
-    schedule: Annotated[ImageSchedule | None, _value("{constant,cosine,cosine-torch,step}")] = None
+    schedule: Annotated[ImageSchedule | None, option("{constant,cosine,cosine-torch,step}")] = None
     """Of the learning rate, epoch by epoch. cosine-torch rises again after --schedule-epochs, as the published runs do;
     step divides by ten every --schedule-epochs."""
-    schedule_epochs: _Integer = None
+    schedule_epochs: Integer = None
     """Epochs of the cosine down to --lr-min, by default 85 / 90 of all; or of a step."""
-    lr_min: _Number = None
+    lr_min: Number = None
     """Where the cosine ends."""
 
-    epochs: _Integer = None
+    epochs: Integer = None
     """Passes through the training images."""
-    batch_size: _Integer = None
+    batch_size: Integer = None
     """Images per step."""
-    normalization: Annotated[Normalization | None, _value("{standard,3xstd,meulemans,none}")] = None
+    normalization: Annotated[Normalization | None, option("{standard,3xstd,meulemans,none}")] = None
     """Mean and standard deviation that images are brought to."""
-    augment: _Switch = False
+    augment: Switch = False
     """Change training images at random: mirrored, moved."""
-    no_augment: _Switch = False
+    no_augment: Switch = False
     """Leave them as they are. Neither: as in the preset."""
-    validation: Annotated[float | None, _value("FLOAT", "as published: 0.1; imagenet32 50 images a class")] = None
+    validation: Annotated[float | None, option("FLOAT", "as published: 0.1; imagenet32 50 images a class")] = None
     """Share of the training images that evaluations are on; with 0 they are on the test set."""
-    train_size: Annotated[int | None, _value("INT", "all")] = None
+    train_size: Annotated[int | None, option("INT", "all")] = None
     """Number of training images."""
-    eval_interval: Annotated[int | None, _value("INT", "an epoch")] = None
+    eval_interval: Annotated[int | None, option("INT", "an epoch")] = None
     """Steps of the blocks between evaluations."""
-    checkpoint_interval: Annotated[int | None, _value("INT", "500")] = None
+    checkpoint_interval: Annotated[int | None, option("INT", "500")] = None
     """Steps between checkpoints."""
-    seed: Annotated[int | None, _value("INT", "1")] = None
+    seed: Annotated[int | None, option("INT", "1")] = None
     """Seed of the initialization, the data and the noise."""
-    precision: Annotated[ImagePrecision | None, _value("{32,64}")] = None
+    precision: Annotated[ImagePrecision | None, option("{32,64}")] = None
     """Float type."""
-    device: Annotated[str | None, _value("NAME", "cpu")] = None
+    device: Annotated[str | None, option("NAME", "cpu")] = None
     """A torch device."""
-    threads: Annotated[int | None, _value("INT", "1 for digits, else up to 4")] = None
+    threads: Annotated[int | None, option("INT", "1 for digits, else up to 4")] = None
     """CPU threads."""
-    data_dir: Annotated[Path | None, _value("DIR", "$TPEXT_DATA or the cache folder")] = None
+    data_dir: DataFolder = None
     """Folder with the data set's files."""
 
     def carry_out(self, console: Console) -> int:
@@ -196,12 +193,7 @@ class TrainImages:
         except DivergedError as error:
             rates = "smaller rates (--lr, --feedback-lr)" if config.feedback_lr is not None else "a smaller --lr"
             start = ", or a larger --feedback-start" if config.feedback_start is not None else ""
-            print(
-                f"tpext: {error}. The last good checkpoint is kept. Start a new run in another --out with "
-                f"{rates}{start}.",
-                file=sys.stderr,
-            )
-            return 3
+            return report_divergence(error, f"{rates}{start}")
         top5 = "" if result.top5 is None else f", top 5 {result.top5:.2%}"
         say(
             console,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +16,8 @@ from tpext.experiments.config import ConfigError
 from tpext.experiments.figures import draw_image_run
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
 from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
-from tpext.experiments.loop import DivergedError, catch_interrupts, check_device, torch_state, versions
-from tpext.experiments.progress import Progress, say
-from tpext.experiments.run_folder import RunError
+from tpext.experiments.loop import DivergedError, Run, carry_out, versions
+from tpext.experiments.run_folder import AnyRunFolder
 from tpext.nn import TargetSequential
 from tpext.tasks import Batch, ImageClasses
 
@@ -130,25 +128,8 @@ def train_images(
 
     Args, raises: as :func:`tpext.experiments.train.train`.
     """
-    folder = ImageFolder(out)
-    console = console or Console(quiet=True)
-    saved = folder.continued(config.options()) if resume else None
-    if saved is None:
-        folder.check_empty()
-    else:
-        result = folder.read_result()
-        if result is not None:
-            say(console, f"{folder.path} is complete already")
-            return result
-    check_device(config.device)
-    task = config.make_task()
-    plan = ImagePlan.of(config, task)
-    with torch_state(config.seed, config.threads or default_threads(config)):
-        run = _Run(config, task, plan, folder, console)
-        with folder.locked(), catch_interrupts() as interrupts:
-            if saved is None:
-                folder.create(config)
-            return run.carry_out(interrupts)
+    threads = config.threads or default_threads(config)
+    return carry_out(_Run, config, ImageFolder(out), threads=threads, resume=resume, console=console)
 
 
 def default_threads(config: ImageConfig) -> int:
@@ -179,78 +160,35 @@ def describe(config: ImageConfig) -> str:
     return ", ".join(parts)
 
 
-class _Run:
-    """A run's parts and its loop."""
+class _Run(Run[ImageConfig, ImageRow, ImageResult]):
+    row_class = ImageRow
+    model: TargetSequential
 
     def __init__(
-        self, config: ImageConfig, task: ImageClasses, plan: ImagePlan, folder: ImageFolder, console: Console
+        self, config: ImageConfig, folder: AnyRunFolder[ImageConfig, ImageRow, ImageResult], console: Console
     ) -> None:
-        self.config, self.task, self.plan, self.folder, self.console = config, task, plan, folder, console
-        self.device = torch.device(config.device)
-        self.dtype = torch.float64 if config.precision == "64" else torch.float32
-        if config.validation != 0 and task.split_size("validation") == 0:
+        super().__init__(config, folder, console)
+        assert isinstance(folder, ImageFolder)
+        self.best = folder
+        self.task = config.make_task()
+        self.plan = ImagePlan.of(config, self.task)
+        self.iterations = self.plan.iterations
+        self.description = describe(config)
+        self.evaluated = config.evaluated
+        if config.validation != 0 and self.task.split_size("validation") == 0:
             raise ConfigError(f"validation must be 0 or leave at least one image, got {config.validation}")
 
-        self.net = config.make_network().to(self.device)
-        self.trainer = config.make_trainer(self.net)
-        self.optimizer = make_optimizer(config, self.net)
+        self.model = config.make_network().to(self.device)
+        self.trainer = config.make_trainer(self.model)
+        self.optimizer = make_optimizer(config, self.model)
+        self.parts = {"network": self.model, "optimizer": self.optimizer, "trainer": self.trainer}
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
-
-        self.iteration = 0
-        self.rows: list[ImageRow] = []
-        self.losses: list[float] = []  # since the last row
-        self.seconds_before = 0.0
-        self.started = time.perf_counter()
-
-    def carry_out(self, interrupts: list[int]) -> ImageResult:
-        config, plan = self.config, self.plan
-        state = self.folder.load_checkpoint()
-        if state is not None:
-            self._restore(state)
-        self.folder.write_rows(self.rows)
-        self.started = time.perf_counter()
-        interval = config.eval_interval or plan.batches
-        try:
-            with Progress(
-                self.console,
-                describe(config),
-                self.folder.path,
-                self.iteration,
-                plan.iterations,
-                self.rows,
-                self.config.evaluated,
-            ) as progress:
-                if not self.rows:
-                    self._add_row(progress)
-                    self._checkpoint()
-                for iteration in range(self.iteration + 1, plan.iterations + 1):
-                    step = plan.step(iteration - 1)
-                    self._step(iteration, step)
-                    last = iteration == plan.iterations
-                    if last or (step.trains_blocks and (step.batch + 1) % interval == 0):
-                        self._add_row(progress)
-                        self.losses.clear()
-                    if iteration % config.checkpoint_interval == 0 or last or interrupts:
-                        self._checkpoint()
-                    if interrupts and not last:
-                        raise KeyboardInterrupt(f"interrupted; a checkpoint is saved at iteration {iteration}")
-                    progress.advance(iteration, self.losses[-1] if self.losses else self.rows[-1].train_loss)
-        except DivergedError:
-            if self.rows:
-                draw_image_run(self.folder.path)
-            raise
-        result = self._result()
-        draw_image_run(self.folder.path)
-        self.folder.write_result(result)
-        return result
 
     def _batch(self, number: int) -> Batch:
         return self._move(self.task.batch(self.config.seed, number, self.config.batch_size))
 
-    def _move(self, batch: Batch) -> Batch:
-        return Batch(batch.input.to(self.device, self.dtype), batch.target.to(self.device))
-
-    def _step(self, iteration: int, step: Step) -> None:
+    def _step(self, iteration: int) -> None:
+        step = self.plan.step(iteration - 1)
         input, target = self._batch(step.batch)
         self.iteration = iteration
         if not step.trains_blocks:
@@ -260,10 +198,9 @@ class _Run:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = learning_rate(self.config, rate, step.batch // self.plan.batches)
         try:
-            trace = self.net.trace(input)
+            trace = self.model.trace(input)
             loss = functional.cross_entropy(trace.output, target)
-            if not math.isfinite(value := loss.item()):
-                raise DivergedError(iteration, f"the training loss is {value}")
+            value = self._watch(loss.item(), "training loss")
             first = self.config.feedback_first is not False
             if self.trainer is not None and first:
                 self.trainer.step(trace)
@@ -276,40 +213,41 @@ class _Run:
             raise DivergedError(iteration, str(error)) from error
         self.losses.append(value)
 
+    def _evaluates(self, iteration: int) -> bool:
+        step = self.plan.step(iteration - 1)
+        return step.trains_blocks and (step.batch + 1) % (self.config.eval_interval or self.plan.batches) == 0
+
     @torch.no_grad()
     def _evaluate(self, split: EvaluationSet) -> Scores:
         classes = self.task.output_size
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.net.eval()
+        self.model.eval()
         for batch in self.task.evaluation_batches(split, EVALUATION_BATCH):
             input, target = self._move(batch)
-            output = self.net(input)
+            output = self.model(input)
             sums[0] += functional.cross_entropy(output, target, reduction="sum")
             found = output.topk(min(TOP, classes), dim=1).indices == target[:, None]
             sums[1] += found[:, 0].sum()
             sums[2] += found.sum()
-        self.net.train()
+        self.model.train()
         loss, accuracy, top5 = (sums / self.task.split_size(split)).tolist()
         return Scores(loss, accuracy, top5 if classes > TOP else None)
 
-    def _add_row(self, progress: Progress) -> None:
-        number = max(0, self.plan.step(max(0, self.iteration - 1)).batch)
+    @torch.no_grad()
+    def _first_loss(self) -> float:
+        input, target = self._batch(0)
+        loss = functional.cross_entropy(self.model.eval()(input), target).item()
+        self.model.train()
+        return loss
+
+    def _row(self, train_loss: float) -> ImageRow:
+        number = self.plan.step(max(0, self.iteration - 1)).batch
         input, target = self._batch(number)
-        if self.losses:
-            train_loss = math.fsum(self.losses) / len(self.losses)
-        elif self.rows:  # the feedback alone learned since
-            train_loss = self.rows[-1].train_loss
-        else:
-            with torch.no_grad():
-                train_loss = functional.cross_entropy(self.net.eval()(input), target).item()
-            self.net.train()
         scores = self._evaluate(self.config.evaluated)
-        if not math.isfinite(scores.loss):
-            raise DivergedError(self.iteration, f"the {self.config.evaluated} loss is {scores.loss}")
+        self._watch(scores.loss, f"{self.evaluated} loss")
         names = self.config.block_names
-        feedback = feedback_angles(self.net, input[:1]) if self.trainer is not None else {}
-        exact = self.net.rule.exact
-        gradients = {} if exact else gradient_angles(self.net, input, target)
+        feedback = feedback_angles(self.model, input[:1]) if self.trainer is not None else {}
+        gradients = {} if self.model.rule.exact else gradient_angles(self.model, input, target)
         seen = number + 1 if self.iteration > self.plan.start else 0
         row = ImageRow(
             self.iteration,
@@ -322,55 +260,20 @@ class _Run:
             tuple(gradients[name].angle if name in gradients else None for name in names),
         )
         if self.iteration and all(row.accuracy > other.accuracy for other in self.rows[1:]):
-            self.folder.save_best(
-                {"iteration": self.iteration, "accuracy": row.accuracy, "network": self.net.state_dict()}
+            self.best.save_best(
+                {"iteration": self.iteration, "accuracy": row.accuracy, "network": self.model.state_dict()}
             )
-        self.rows.append(row)
-        self.folder.append_row(row)
-        progress.row(row)
+        return row
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
-
-    def _checkpoint(self) -> None:
-        for name, parameter in self.net.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise DivergedError(self.iteration, f"{name} holds NaN or infinite values")
-        self.folder.save_checkpoint(
-            {
-                "iteration": self.iteration,
-                "network": self.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "trainer": None if self.trainer is None else self.trainer.state_dict(),
-                "random_state": torch.get_rng_state(),
-                "rows": [list(row) for row in self.rows],
-                "losses": list(self.losses),
-                "seconds": self._seconds(),
-            }
-        )
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        try:
-            self.iteration = state["iteration"]
-            self.net.load_state_dict(state["network"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.trainer is not None:
-                self.trainer.load_state_dict(state["trainer"])
-            torch.set_rng_state(state["random_state"])
-            self.rows = [ImageRow(*row) for row in state["rows"]]
-            self.losses = state["losses"]
-            self.seconds_before = state["seconds"]
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.folder.checkpoint}: not a checkpoint of this run ({type(error).__name__})"
-            ) from error
+    def _draw(self) -> None:
+        draw_image_run(self.folder.path)
 
     def _result(self) -> ImageResult:
         config, last = self.config, self.rows[-1]
         test = self._evaluate("test")
         best = max(self.rows[1:], key=lambda row: row.accuracy)
         # The network's last use: it becomes the best one.
-        self.net.load_state_dict(self.folder.load_best()["network"])
+        self.model.load_state_dict(self.best.load_best()["network"])
         best_test = self._evaluate("test")
         return ImageResult(
             dataset=config.dataset,
@@ -390,7 +293,7 @@ class _Run:
             evaluated_on=self.config.evaluated,
             train_loss=last.train_loss,
             seconds=self._seconds(),
-            parameters=sum(parameter.numel() for parameter in self.net.blocks.parameters()),
+            parameters=sum(parameter.numel() for parameter in self.model.blocks.parameters()),
             device=str(self.device),
             threads=torch.get_num_threads(),
             versions=versions(),

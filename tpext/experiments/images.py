@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from tpext.experiments.config import ConfigError, OptionValue, check_integer, check_number
+from tpext.experiments.config import ConfigError, OptionValue, check_device_name, check_integer, check_number
 from tpext.experiments.feedback_presets import METHODS
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS, Case, Values
 from tpext.feedback import FeedbackTrainer, Indices, Pixels, layered_feedback
@@ -147,10 +147,6 @@ class ImageConfig:
             check_integer("channels", size, 1)
         if (self.hidden_size is None) != (self.network not in HIDDEN_NETWORKS):
             raise ConfigError(f"hidden_size does not belong to network={self.network}, got {self.hidden_size!r}")
-        if self.batchnorm and self.network not in RESNETS:
-            raise ConfigError(f"batchnorm does not belong to network={self.network}, only to {' and '.join(RESNETS)}")
-        if self.rule == "gnt" and self.batchnorm:
-            raise ConfigError("batchnorm does not go with rule=gnt, whose targets are of each sample by itself")
         try:
             names = self.block_names
         except ValueError as error:
@@ -407,14 +403,12 @@ def _sizes(dataset: str, network: str) -> Values:
 
 def _blocks(config: ImageConfig, device: str) -> Blocks:
     task = config.make_task()
-    common: dict[str, Any] = {"n_classes": task.output_size, "device": device}
+    common: dict[str, Any] = {"n_classes": task.output_size, "use_batchnorm": config.batchnorm, "device": device}
     if config.network == "mlp":
-        # the published DDTP-linear has no bias there
-        bias = config.rule != "ddtp-linear"
+        bias = METHODS[config.rule].last_hidden_bias
         return meulemans_mlp(task.input_size, config.channels, last_hidden_bias=bias, **common)
     if config.network in RESNETS:
         build: Any = resnet18 if config.network == "resnet18" else resnet34
-        common["use_batchnorm"] = config.batchnorm
     elif config.network == "simple-vgg":
         build = simple_vgg
     else:
@@ -462,9 +456,4 @@ def _check_choices(config: ImageConfig) -> None:
     for name in ("batchnorm", "augment", "normalize", "feedback_first"):
         if not isinstance(getattr(config, name), bool) and not (name in METHOD_OPTIONS and name not in own):
             raise ConfigError(f"{name} must be True or False, got {getattr(config, name)!r}")
-    try:
-        kind = torch.device(config.device).type
-    except RuntimeError as error:
-        raise ConfigError(f"device must be a torch device such as cpu or cuda:0, got {config.device!r}") from error
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be cpu or cuda, got {config.device!r}")
+    check_device_name(config.device)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
+from rich.console import Console
+from torch import nn
 
 import tpext
-from tpext.experiments.config import ConfigError
+from tpext.experiments.config import Config, ConfigError, check_device_name
+from tpext.experiments.image_folder import ImageResult, ImageRow
+from tpext.experiments.images import ImageConfig
+from tpext.experiments.progress import Progress, say
+from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunError
+from tpext.tasks import Batch
 
 
 class DivergedError(RuntimeError):
@@ -25,7 +36,8 @@ class DivergedError(RuntimeError):
 
 
 def check_device(name: str) -> None:
-    """Raise ConfigError for a device that is not there."""
+    """Raise ConfigError for what is no device, or one that is not there."""
+    check_device_name(name)
     if torch.device(name).type == "cuda":
         if not tpext.build_info()["cuda_architectures"]:
             raise ConfigError("device must be cpu: this build of tpext has no CUDA kernels")
@@ -77,3 +89,176 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+ConfigT = TypeVar("ConfigT", bound=Config | ImageConfig)
+RowT = TypeVar("RowT", bound=Row | ImageRow)
+ResultT = TypeVar("ResultT", bound=Result | ImageResult)
+
+
+class Run(ABC, Generic[ConfigT, RowT, ResultT]):
+    """A run and its loop; subclasses make its parts, and say what an iteration and an evaluation do.
+
+    Attributes:
+        row_class: of an evaluation.
+        saved: names of the plain attributes that a checkpoint holds.
+        parts: what else it holds, by name: the model, its optimizer, and what each kind of run adds.
+        iterations: their number.
+        losses: those since the last evaluation; iterations that train feedback alone have none.
+        evaluated: name of the set that evaluations are on.
+    """
+
+    row_class: type[RowT]
+    saved: tuple[str, ...] = ("iteration", "losses")
+    parts: dict[str, Any]
+    model: nn.Module
+    iterations: int
+    description: str
+    evaluated: str = "test"
+
+    def __init__(self, config: ConfigT, folder: AnyRunFolder[ConfigT, RowT, ResultT], console: Console) -> None:
+        self.config = config
+        self.folder = folder
+        self.console = console
+        self.device = torch.device(config.device)
+        self.dtype = torch.float64 if config.precision == "64" else torch.float32
+        self.iteration = 0
+        self.rows: list[RowT] = []
+        self.losses: list[float] = []
+        self.seconds_before = 0.0
+        self.started = time.perf_counter()
+
+    @abstractmethod
+    def _step(self, iteration: int) -> None:
+        """Carry out an iteration, counted from 1."""
+
+    @abstractmethod
+    def _evaluates(self, iteration: int) -> bool:
+        """Whether an evaluation comes after an iteration that is not the last."""
+
+    @abstractmethod
+    def _first_loss(self) -> float:
+        """Training loss before any step, so that the curve starts at iteration 0."""
+
+    @abstractmethod
+    def _row(self, train_loss: float) -> RowT:
+        """Evaluate."""
+
+    @abstractmethod
+    def _draw(self) -> None:
+        """Draw the curves."""
+
+    @abstractmethod
+    def _result(self) -> ResultT:
+        """Return the outcome of the complete run."""
+
+    def carry_out(self, interrupts: list[int]) -> ResultT:
+        """Run to the last iteration, from the folder's checkpoint if it has one."""
+        state = self.folder.load_checkpoint()
+        if state is not None:
+            self._restore(state)
+        self.folder.write_rows(self.rows)
+        self.started = time.perf_counter()
+        try:
+            shown = self.description, self.folder.path, self.iteration, self.iterations, self.rows, self.evaluated
+            with Progress(self.console, *shown) as progress:
+                if not self.rows:
+                    self._add_row(progress)
+                    self._checkpoint()
+                for iteration in range(self.iteration + 1, self.iterations + 1):
+                    self._step(iteration)
+                    last = iteration == self.iterations
+                    if last or self._evaluates(iteration):
+                        self._add_row(progress)
+                        self.losses.clear()
+                    if iteration % self.config.checkpoint_interval == 0 or last or interrupts:
+                        self._checkpoint()
+                    if interrupts and not last:
+                        raise KeyboardInterrupt(f"interrupted; a checkpoint is saved at iteration {iteration}")
+                    progress.advance(iteration, self.losses[-1] if self.losses else self.rows[-1].train_loss)
+        except DivergedError:
+            if self.rows:
+                self._draw()
+            raise
+        result = self._result()
+        self._draw()
+        self.folder.write_result(result)
+        return result
+
+    def _move(self, batch: Batch) -> Batch:
+        return Batch(batch.input.to(self.device, self.dtype), batch.target.to(self.device))
+
+    def _add_row(self, progress: Progress) -> None:
+        if self.losses:
+            train_loss = math.fsum(self.losses) / len(self.losses)
+        else:  # iterations that train feedback alone have no loss
+            train_loss = self.rows[-1].train_loss if self.rows else self._first_loss()
+        row = self._row(train_loss)
+        self.rows.append(row)
+        self.folder.append_row(row)
+        progress.row(row)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _watch(self, value: float, what: str) -> float:
+        """Return a loss; stop before one that is not finite moves any parameter."""
+        if not math.isfinite(value):
+            raise DivergedError(self.iteration, f"the {what} is {value}")
+        return value
+
+    def _check_parameters(self, cause: Exception | None = None) -> None:
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise DivergedError(self.iteration, f"{name} holds NaN or infinite values") from cause
+
+    def _checkpoint(self) -> None:
+        self._check_parameters()
+        state = {name: getattr(self, name) for name in self.saved}
+        state |= {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
+        rows = [[*row] for row in self.rows]
+        state |= {"random_state": torch.get_rng_state(), "rows": rows, "seconds": self._seconds()}
+        self.folder.save_checkpoint(state)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        try:
+            for name in self.saved:
+                setattr(self, name, state[name])
+            for name, part in self.parts.items():
+                if part is not None:
+                    part.load_state_dict(state[name])
+            torch.set_rng_state(state["random_state"])
+            self.rows = [self.row_class(*row) for row in state["rows"]]
+            self.seconds_before = state["seconds"]
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{self.folder.checkpoint}: not a checkpoint of this run ({type(error).__name__})"
+            ) from error
+
+
+def carry_out(
+    make: Callable[[ConfigT, AnyRunFolder[ConfigT, RowT, ResultT], Console], Run[ConfigT, RowT, ResultT]],
+    config: ConfigT,
+    folder: AnyRunFolder[ConfigT, RowT, ResultT],
+    *,
+    threads: int,
+    resume: bool,
+    console: Console | None,
+) -> ResultT:
+    """Make a run and carry it out in its folder, which is there only once the run could be made."""
+    console = console or Console(quiet=True)
+    saved = folder.continued(config.options()) if resume else None
+    if saved is None:
+        folder.check_empty()
+    else:
+        result = folder.read_result()
+        if result is not None:
+            say(console, f"{folder.path} is complete already")
+            return result
+    check_device(config.device)
+    with torch_state(config.seed, threads):
+        run = make(config, folder, console)
+        with folder.locked(), catch_interrupts() as interrupts:
+            if saved is None:
+                folder.create(config)
+            return run.carry_out(interrupts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +15,16 @@ from torch import Tensor, nn
 import tpext
 from tpext.experiments.config import REVERSE_RULES, Config, ConfigError
 from tpext.experiments.figures import draw_run, draw_task
-from tpext.experiments.loop import DivergedError, catch_interrupts, check_device, torch_state, versions
-from tpext.experiments.model import local_scales, make_model, split_parameters
+from tpext.experiments.loop import DivergedError, Run, carry_out, versions
+from tpext.experiments.model import Model, local_scales, make_model, split_parameters
 from tpext.experiments.plan import Plan
-from tpext.experiments.progress import Progress, describe, say
-from tpext.experiments.run_folder import Result, Row, RunError, RunFolder
+from tpext.experiments.progress import describe
+from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop
 from tpext.rules import Kaczmarz
-from tpext.tasks import IMAGES, VECTORS, Batch, Task
+from tpext.tasks import IMAGES, VECTORS, Batch
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -55,32 +54,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
         MissingDataError: the task's data is not there.
         KeyboardInterrupt: Ctrl-C. The first lets the iteration end and saves a checkpoint, the second stops at once.
     """
-    folder = RunFolder(out)
-    console = console or Console(quiet=True)
-    saved = folder.continued(config.options()) if resume else None
-    if saved is None:
-        folder.check_empty()
-    else:
-        result = folder.read_result()
-        if result is not None:
-            say(console, f"{folder.path} is complete already")
-            return result
-    check_device(config.device)
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError('tensorboard is not installed: pip install "tpext[experiments]"')
-    task = config.make_task()
-    plan = Plan.of(config, task)
-    try:
-        task.batch(config.seed, 0, config.batch_size)
-        test_set = task.test_set(config.seed, config.test_size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    with torch_state(config.seed, config.threads or default_threads(config)):
-        run = _Run(config, task, plan, test_set, folder, console)
-        with folder.locked(), catch_interrupts() as interrupts:
-            if saved is None:
-                folder.create(config)
-            return run.carry_out(interrupts)
+    threads = config.threads or default_threads(config)
+    return carry_out(_Run, config, RunFolder(out), threads=threads, resume=resume, console=console)
 
 
 def default_threads(config: Config) -> int:
@@ -117,20 +92,24 @@ def hot_target_loss(output: Tensor, target: Tensor) -> Tensor:
     return loss / len(target)
 
 
-class _Run:
-    """A run's parts and its loop."""
+class _Run(Run[Config, Row, Result]):
+    row_class = Row
+    model: Model
 
-    def __init__(
-        self, config: Config, task: Task, plan: Plan, test_set: Batch, folder: RunFolder, console: Console
-    ) -> None:
-        self.config = config
-        self.task = task
-        self.plan = plan
-        self.test_set = test_set
-        self.folder = folder
-        self.console = console
-        self.device = torch.device(config.device)
-        self.dtype = torch.float64 if config.precision == "64" else torch.float32
+    def __init__(self, config: Config, folder: AnyRunFolder[Config, Row, Result], console: Console) -> None:
+        super().__init__(config, folder, console)
+        if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError('tensorboard is not installed: pip install "tpext[experiments]"')
+        self.task = task = config.make_task()
+        self.plan = Plan.of(config, task)
+        self.iterations = self.plan.iterations
+        self.description = describe(config)
+        try:
+            task.batch(config.seed, 0, config.batch_size)
+            self.test_set = task.test_set(config.seed, config.test_size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.writer: SummaryWriter | None = None
 
         self.model = make_model(config, task).to(self.device, self.dtype)
         hidden, head, reverse = split_parameters(self.model)
@@ -143,6 +122,7 @@ class _Run:
             if config.rule_name in REVERSE_RULES
             else None
         )
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "reverse_optimizer": self.reverse_optimizer}
         by_targets = isinstance(config.rule, Kaczmarz)
         self.criterion = hot_target_loss if by_targets else task.loss
         # The layers of that rule take the gradient of the sum over the batch, and average themselves.
@@ -150,58 +130,19 @@ class _Run:
             torch.tensor(float(config.batch_size), dtype=self.dtype, device=self.device) if by_targets else None
         )
         self.running_accuracy = 0.0 if by_targets else None
+        if by_targets:
+            self.saved = (*self.saved, "running_accuracy")
         # Whatever is not finite in a backward pass reaches these: they sum it over time and batch.
         self.biases = [
             parameter for name, parameter in self.model.named_parameters() if "bias_ih" in name or ".bias" in name
         ]
 
-        self.iteration = 0
-        self.rows: list[Row] = []
-        self.losses: list[float] = []  # since the last row
-        self.seconds_before = 0.0
-        self.started = time.perf_counter()
-
     def carry_out(self, interrupts: list[int]) -> Result:
-        config = self.config
-        state = self.folder.load_checkpoint()
-        if state is not None:
-            self._restore(state)
-        self.folder.write_rows(self.rows)
-        writer = self._tensorboard() if config.tensorboard else None
-        self.started = time.perf_counter()
         try:
-            with Progress(
-                self.console, describe(config), self.folder.path, self.iteration, self.plan.iterations, self.rows
-            ) as progress:
-                if not self.rows:
-                    self._add_row(self._first_loss(), progress, writer)
-                    self._checkpoint()
-                for iteration in range(self.iteration + 1, self.plan.iterations + 1):
-                    self._step(iteration)
-                    last = iteration == self.plan.iterations
-                    if iteration % self.plan.eval_interval == 0 or last:
-                        # Iterations that train only the reverse layers have no loss.
-                        count = len(self.losses)
-                        mean = math.fsum(self.losses) / count if count else self.rows[-1].train_loss
-                        self._add_row(mean, progress, writer)
-                        self.losses.clear()
-                    if iteration % config.checkpoint_interval == 0 or last or interrupts:
-                        self._checkpoint()
-                    if interrupts and not last:
-                        raise KeyboardInterrupt(f"interrupted; a checkpoint is saved at iteration {iteration}")
-                    progress.advance(iteration, self.losses[-1] if self.losses else self.rows[-1].train_loss)
-        except DivergedError:
-            if self.rows:
-                draw_run(self.folder.path)
-            raise
+            return super().carry_out(interrupts)
         finally:
-            if writer is not None:
-                writer.close()
-        result = self._result()
-        draw_run(self.folder.path)
-        draw_task(self.folder.path)
-        self.folder.write_result(result)
-        return result
+            if self.writer is not None:
+                self.writer.close()
 
     def _step(self, iteration: int) -> None:
         config, plan = self.config, self.plan
@@ -212,7 +153,7 @@ class _Run:
                 self.reverse_optimizer.zero_grad()
                 with self._autocast():
                     reconstruction = self.model.reconstruction_loss(input)
-                self._watch(reconstruction, "reconstruction loss")
+                self._watch(reconstruction.item(), "reconstruction loss")
                 torch.autograd.backward(reconstruction)
                 self._scale_gradients()
                 self.reverse_optimizer.step()
@@ -221,7 +162,7 @@ class _Run:
                 self.optimizer.zero_grad()
                 output = self._output(input)
                 loss = self.criterion(output, target)
-                value = self._watch(loss, "training loss")
+                value = self._watch(loss.item(), "training loss")
                 if self.running_accuracy is not None:
                     share = self.task.correct(output.detach(), target).double().mean()
                     self.running_accuracy = running_accuracy(share[None], start=self.running_accuracy)
@@ -238,11 +179,8 @@ class _Run:
             self._check_parameters(error)
             raise
 
-    def _watch(self, loss: Tensor, what: str) -> float:
-        """Return a loss; stop before one that is not finite moves any parameter."""
-        if not math.isfinite(value := loss.item()):
-            raise DivergedError(self.iteration, f"the {what} is {value}")
-        return value
+    def _evaluates(self, iteration: int) -> bool:
+        return iteration % self.plan.eval_interval == 0
 
     def _scale_gradients(self) -> None:
         for parameter, scale in self.scales:
@@ -256,14 +194,6 @@ class _Run:
             if bias.grad is not None and not math.isfinite(value := bias.grad.sum().item()):
                 raise DivergedError(self.iteration, f"the gradient holds {value}")
 
-    def _check_parameters(self, cause: Exception | None = None) -> None:
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                raise DivergedError(self.iteration, f"{name} holds NaN or infinite values") from cause
-
-    def _move(self, batch: Batch) -> Batch:
-        return Batch(batch.input.to(self.device, self.dtype), batch.target.to(self.device))
-
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.config.precision == "bf16":
             return torch.autocast(self.device.type, torch.bfloat16)
@@ -276,7 +206,6 @@ class _Run:
 
     @torch.no_grad()
     def _first_loss(self) -> float:
-        """Training loss before any step, so that the curve starts at iteration 0."""
         input, target = self._move(self.task.batch(self.config.seed, 0, self.config.batch_size))
         return self.criterion(self._output(input), target).item()
 
@@ -299,64 +228,29 @@ class _Run:
         self.model.train()
         return loss / size, correct / size
 
-    def _add_row(self, train_loss: float, progress: Progress, writer: SummaryWriter | None) -> None:
+    def _row(self, train_loss: float) -> Row:
         test_loss, accuracy = self._evaluate()
-        if not math.isfinite(test_loss):
-            raise DivergedError(self.iteration, f"the test loss is {test_loss}")
+        self._watch(test_loss, "test loss")
         row = Row(self.iteration, train_loss, test_loss, accuracy, round(self._seconds(), 3), self.running_accuracy)
-        self.rows.append(row)
-        self.folder.append_row(row)
-        progress.row(row)
-        if writer is not None:
-            for name in ("train_loss", "test_loss", "accuracy", "running_accuracy"):
-                if (value := getattr(row, name)) is not None:
-                    writer.add_scalar(name, value, row.iteration)
+        if self.config.tensorboard:
+            self._write_events(row)
+        return row
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.started
+    def _write_events(self, row: Row) -> None:
+        if self.writer is None:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def _checkpoint(self) -> None:
-        self._check_parameters()
-        reverse = self.reverse_optimizer
-        self.folder.save_checkpoint(
-            {
-                "iteration": self.iteration,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "reverse_optimizer": None if reverse is None else reverse.state_dict(),
-                "random_state": torch.get_rng_state(),
-                "rows": [list(row) for row in self.rows],
-                "losses": list(self.losses),
-                "running_accuracy": self.running_accuracy,
-                "seconds": self._seconds(),
-            }
-        )
+            # What a killed run wrote after its last checkpoint comes again.
+            self.writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=row.iteration)
+        for name in ("train_loss", "test_loss", "accuracy", "running_accuracy"):
+            if (value := getattr(row, name)) is not None:
+                self.writer.add_scalar(name, value, row.iteration)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        try:
-            self.iteration = state["iteration"]
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.reverse_optimizer is not None:
-                self.reverse_optimizer.load_state_dict(state["reverse_optimizer"])
-            torch.set_rng_state(state["random_state"])
-            self.rows = [Row(*row) for row in state["rows"]]
-            self.losses = state["losses"]
-            if self.running_accuracy is not None:
-                self.running_accuracy = state["running_accuracy"]
-            self.seconds_before = state["seconds"]
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.folder.checkpoint}: not a checkpoint of this run ({type(error).__name__})"
-            ) from error
-
-    def _tensorboard(self) -> SummaryWriter:
-        from torch.utils.tensorboard import SummaryWriter
-
-        # What a killed run wrote after its last checkpoint comes again.
-        return SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=self.iteration + 1)
+    def _draw(self) -> None:
+        draw_run(self.folder.path)
 
     def _result(self) -> Result:
+        draw_task(self.folder.path)
         last = self.rows[-1]
         best = max(self.rows[1:], key=lambda row: row.accuracy)
         return Result(

@@ -53,6 +53,7 @@ def simple_vgg(
     *,
     activation: NetworkActivation = "elu",
     bias: bool = True,
+    use_batchnorm: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Blocks:
@@ -67,6 +68,8 @@ def simple_vgg(
         channels: channels of each convolution's output, at least one convolution.
         activation: see :data:`NetworkActivation`.
         bias: whether convolutions and linear layers have one.
+        use_batchnorm: batch normalisation at the end of each block but the last, without a learned scale and shift, as
+            Shibuya et al., "Fixed-Weight Difference Target Propagation", AAAI 2023, have it.
         device, dtype: of the parameters.
 
     Raises:
@@ -95,7 +98,7 @@ def simple_vgg(
         blocks[f"conv_{index}"] = _block(conv=conv, rho=_ACTIVATIONS[activation](), pool=nn.MaxPool2d(2, 2))
     features = channels[-1] * (height // smallest) * (width // smallest)
     blocks["fc"] = _block(reshape=nn.Flatten(), linear=nn.Linear(features, n_classes, **factory))
-    return blocks
+    return _add_batchnorm(blocks) if use_batchnorm else blocks
 
 
 def lenet(
@@ -106,6 +109,7 @@ def lenet(
     *,
     activation: NetworkActivation = "elu",
     bias: bool = True,
+    use_batchnorm: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Blocks:
@@ -122,6 +126,7 @@ def lenet(
         hidden_size: outputs of ``fc1``.
         activation: see :data:`NetworkActivation`.
         bias: whether convolutions and linear layers have one.
+        use_batchnorm: see :func:`simple_vgg`.
         device, dtype: of the parameters.
 
     Raises:
@@ -145,7 +150,7 @@ def lenet(
     linear = nn.Linear(channels[-1] * height * width, hidden_size, **factory)
     blocks["fc1"] = _block(reshape=nn.Flatten(), linear=linear, rho=rho())
     blocks["fc2"] = _block(linear=nn.Linear(hidden_size, n_classes, **factory))
-    return blocks
+    return _add_batchnorm(blocks) if use_batchnorm else blocks
 
 
 class BasicBlock(nn.Module):
@@ -332,6 +337,7 @@ def meulemans_convnet(
     hidden_size: int = 512,
     *,
     activation: NetworkActivation = "tanh",
+    use_batchnorm: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Blocks:
@@ -344,8 +350,8 @@ def meulemans_convnet(
     >>> [name for name, parameter in torch.nn.Sequential(meulemans_convnet()).named_parameters() if parameter.any()]
     ['conv_0.conv.weight', 'conv_1.conv.weight', 'fc1.linear.weight', 'fc2.linear.weight']
     """
-    blocks = lenet(image_shape, n_classes, channels, hidden_size, activation=activation, device=device, dtype=dtype)
-    return _xavier_normal(blocks)
+    options: dict[str, Any] = {"use_batchnorm": use_batchnorm, "device": device, "dtype": dtype}
+    return _xavier_normal(lenet(image_shape, n_classes, channels, hidden_size, activation=activation, **options))
 
 
 def meulemans_mlp(
@@ -355,6 +361,7 @@ def meulemans_mlp(
     *,
     activation: NetworkActivation = "tanh",
     last_hidden_bias: bool = True,
+    use_batchnorm: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Blocks:
@@ -369,6 +376,7 @@ def meulemans_mlp(
         n_classes: number of outputs, >= 1.
         activation: see :data:`NetworkActivation`.
         last_hidden_bias: False builds the last hidden layer without bias, as the published DDTP-linear does.
+        use_batchnorm: see :func:`simple_vgg`.
         device, dtype: of the parameters; the published runs are float64.
 
     Raises:
@@ -391,7 +399,7 @@ def meulemans_mlp(
         linear = nn.Linear(inside, outside, bias=bias, **factory)
         blocks[f"fc_{index}"] = _block(**first, linear=linear, rho=_ACTIVATIONS[activation]())
     blocks[f"fc_{len(hidden_sizes)}"] = _block(linear=nn.Linear(hidden_sizes[-1], n_classes, **factory))
-    return _xavier_normal(blocks)
+    return _xavier_normal(_add_batchnorm(blocks) if use_batchnorm else blocks)
 
 
 def _block(**modules: nn.Module) -> nn.Sequential:
@@ -400,6 +408,16 @@ def _block(**modules: nn.Module) -> nn.Sequential:
 
 def _normalisation(channels: int, use_batchnorm: bool, factory: dict[str, Any]) -> nn.Module:
     return nn.BatchNorm2d(channels, **factory) if use_batchnorm else nn.Identity()
+
+
+def _add_batchnorm(blocks: Blocks) -> Blocks:
+    """Put batch normalisation without a learned scale and shift at the end of each block but the last."""
+    for block in list(blocks.values())[:-1]:
+        layer = next(module for module in block.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+        kind = nn.BatchNorm2d if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d
+        weight = layer.weight
+        block.add_module("bn", kind(len(weight), affine=False, device=weight.device, dtype=weight.dtype))
+    return blocks
 
 
 def _xavier_normal(blocks: Blocks) -> Blocks:
