@@ -577,9 +577,32 @@ def test_figure_of_the_gradient_angles(tmp_path: Path, capsys: pytest.CaptureFix
     assert (tmp_path / "gradient_angles.png").exists()
 
 
+@pytest.mark.renders
+def test_figure_of_the_pool_indices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the places of the clean pass less noise brings the least point nearer to the weights; not with the noisy."""
+    options = "--batch-size 64 --channels 8 8 --noise 0.5 0.05 --draws 90"
+    status, out, err = call(f"figure pool-indices --dataset digits {options} --out {tmp_path}", capsys)
+    assert (status, err) == (0, "")
+    assert "written:" in out
+    with (tmp_path / "pool_indices.csv").open() as file:
+        table = list(csv.DictReader(file))
+    angles = {(row["noise"], row["indices"]): float(row["angle"]) for row in table}
+    assert {row["layer"] for row in table} == {"conv_1"}
+    assert len(table) == len(angles) == 4
+    assert angles["0.05", "clean"] < angles["0.5", "clean"]
+    assert angles["0.05", "clean"] < 0.7 * angles["0.05", "noisy"]
+    assert (tmp_path / "pool_indices.png").exists()
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
+        ("pool-indices --channels 4", "channels must be at least two numbers, got (4,)"),
+        ("pool-indices --channels 4 4 4 4 4", "channels: "),
+        ("pool-indices --noise", "noise must be at least one number, got none"),
+        ("pool-indices --noise 0.1 0", "noise must be a number > 0, got 0.0"),
+        ("pool-indices --draws 0", "draws must be an integer >= 1, got 0"),
+        ("gradient-angles --pixels grid", "pixels=grid needs second_term=expected, got drawn"),
         ("feedback-angle --iterations 0", "iterations must be an integer >= 1, got 0"),
         ("feedback-angle --batch-size 5000", "batch_size must be at most 1293"),
         ("feedback-angle --lr 0", "lr must be a number > 0, got 0.0"),

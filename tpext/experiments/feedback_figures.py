@@ -1,7 +1,7 @@
-"""The commands ``tpext figure feedback-angle`` and ``tpext figure gradient-angles``: how well feedback is learned.
+"""The commands ``tpext figure``: how well feedback is learned.
 
-Source of both: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022,
-figures 4.2 and 4.3, and their code.
+Source of ``feedback-angle`` and ``gradient-angles``: Ernoult et al., "Towards Scaling Difference Target Propagation by
+Learning Backprop Targets", ICML 2022, figures 4.2 and 4.3, and their code.
 """
 
 from __future__ import annotations
@@ -28,10 +28,18 @@ from tpext.experiments.figures import COLOURS, INK, save, style
 from tpext.experiments.loop import DivergedError, check_device, torch_state
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import write_whole
-from tpext.feedback import LDRL, DifferenceReconstruction, Indices, Pixels, layered_feedback
+from tpext.feedback import (
+    LDRL,
+    DifferenceReconstruction,
+    Indices,
+    Pixels,
+    RunningLDRL,
+    layered_feedback,
+    weight_alignment,
+)
 from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
-from tpext.nn.networks import lenet
+from tpext.nn.networks import lenet, simple_vgg
 from tpext.rules import DifferenceTargets
 from tpext.tasks import Batch, ImageClasses, ImageSetName
 
@@ -46,16 +54,54 @@ DRL_LR = 1e-3
 
 @dataclass(frozen=True)
 class _Setup:
-    """What both figures have."""
+    """What all figures have."""
 
     dataset: ImageSetName = "cifar10"
     """The images; one batch of them."""
     out: Path = Path("figures")
     """Folder of the table and the picture."""
-    iterations: int = 5000
-    """Steps of the feedback of each layer."""
     batch_size: int = 256
     """Images in the batch."""
+    device: str = "cpu"
+    """A torch device."""
+    threads: int = 1
+    """CPU threads."""
+    data_dir: Path | None = None
+    """Folder with the data set's files."""
+
+    def check(self) -> None:
+        """Raise ConfigError for an option out of its range, before anything is computed."""
+        for name in ("batch_size", "threads"):
+            check_integer(name, getattr(self, name), 1)
+        check_device(self.device)
+        if self.dataset == "digits" and self.data_dir is not None:
+            raise ConfigError("data_dir does not belong to digits, which has no files")
+        there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise ConfigError(f"out must be a folder, got {self.out}, where {there} is a file")
+
+    def batch(self, seed: int) -> Batch:
+        """Return the batch, on the device."""
+        try:
+            found = ImageClasses(self.dataset, augment=False, data_dir=self.data_dir).batch(seed, 0, self.batch_size)
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("ImageClasses: ")) from error
+        return Batch(found.input.to(self.device), found.target.to(self.device))
+
+
+def _check_channels(channels: Sequence[int]) -> None:
+    if not channels:
+        raise ConfigError("channels must be at least one number, got none")
+    for count in channels:
+        check_integer("channels", count, 1)
+
+
+@dataclass(frozen=True)
+class _LeNet(_Setup):
+    """What the published figures have: LeNet, whose feedback learns by steps."""
+
+    iterations: int = 5000
+    """Steps of the feedback of each layer."""
     channels: tuple[int, ...] = (32, 64)
     """Channels of LeNet's convolutions."""
     hidden_size: int = 512
@@ -66,40 +112,19 @@ class _Setup:
     """The loss's second term by noise, as published, or in expectation."""
     pixels: Pixels = "all"
     """Noise on all pixels, as published, or on a grid of them, which needs the expected second term."""
-    device: str = "cpu"
-    """A torch device."""
-    threads: int = 1
-    """CPU threads."""
-    data_dir: Path | None = None
-    """Folder with the data set's files."""
 
     def check(self) -> None:
-        """Raise ConfigError for an option out of its range, before anything is computed."""
-        for name in ("iterations", "batch_size", "hidden_size", "threads"):
+        for name in ("iterations", "hidden_size"):
             check_integer(name, getattr(self, name), 1)
-        if not self.channels:
-            raise ConfigError("channels must be at least one number, got none")
-        for channels in self.channels:
-            check_integer("channels", channels, 1)
-        check_device(self.device)
-        if self.dataset == "digits" and self.data_dir is not None:
-            raise ConfigError("data_dir does not belong to digits, which has no files")
-        there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise ConfigError(f"out must be a folder, got {self.out}, where {there} is a file")
+        _check_channels(self.channels)
+        if self.pixels == "grid" and self.second_term != "expected":
+            raise ConfigError(f"pixels=grid needs second_term=expected, got {self.second_term}")
+        super().check()
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of LeNet's layers."""
         return (*(f"conv_{index}" for index in range(len(self.channels))), "fc1", "fc2")
-
-    def batch(self, seed: int) -> Batch:
-        """Return the batch, on the device."""
-        try:
-            found = ImageClasses(self.dataset, augment=False, data_dir=self.data_dir).batch(seed, 0, self.batch_size)
-        except ValueError as error:
-            raise ConfigError(str(error).removeprefix("ImageClasses: ")) from error
-        return Batch(found.input.to(self.device), found.target.to(self.device))
 
     def blocks(self, bias: bool) -> list[nn.Module]:
         """Return the blocks of LeNet, from torch's random state."""
@@ -123,7 +148,7 @@ class _Setup:
 
 
 @dataclass(frozen=True)
-class FeedbackAngle(_Setup):
+class FeedbackAngle(_LeNet):
     """Figure 4.2: the angle between the output layer's weights and those of its feedback while that learns.
 
     LeNet at its initial weights, one batch; writes feedback_angle.csv and feedback_angle.png.
@@ -183,7 +208,7 @@ class Bar(NamedTuple):
 
 
 @dataclass(frozen=True)
-class GradientAngles(_Setup):
+class GradientAngles(_LeNet):
     """Figure 4.3: the angle and the distance of the targets' gradients to back-propagation's, by layer.
 
     LeNet without biases at its initial weights, one batch a seed; feedback at random, learned by the difference
@@ -294,6 +319,85 @@ def draw_bars(bars: Sequence[Bar], path: Path) -> Path:
     return save(figure, path)
 
 
+@dataclass(frozen=True)
+class PoolIndices(_Setup):
+    """The angle between weights and feedback where the local loss is least, by the places of maxima that it takes.
+
+    SimpleVGG at its initial weights, one batch; each layer's feedback is set to the least point of the loss with its
+    second term in expectation, from many draws of noise on a grid of pixels (RunningLDRL). Published are the places of
+    the noisy pass. Writes pool_indices.csv and pool_indices.png.
+    """
+
+    batch_size: int = 32
+    """Images in the batch."""
+    channels: tuple[int, ...] = (128, 128, 256)
+    """Channels of SimpleVGG's convolutions."""
+    noise: tuple[float, ...] = (0.4, 0.2, 0.1, 0.05, 0.02)
+    """Standard deviations of the noise, the same in all layers."""
+    draws: int = 900
+    """Draws of noise."""
+    seed: int = SEEDS[0]
+    """Seed of network, batch and noise."""
+
+    def check(self) -> None:
+        check_integer("draws", self.draws, 1)
+        check_integer("seed", self.seed, 0, MAX_SEED)
+        _check_channels(self.channels)
+        if len(self.channels) < 2:
+            raise ConfigError(f"channels must be at least two numbers, got {self.channels}")
+        if not self.noise:
+            raise ConfigError("noise must be at least one number, got none")
+        for sigma in self.noise:
+            check_number("noise", sigma, above=True)
+        super().check()
+
+    def points(self) -> Iterator[tuple[float, str, str, float]]:
+        """Yield noise, indices, layer and angle in degrees."""
+        self.check()
+        batch, task = self.batch(self.seed), ImageClasses(self.dataset)
+        with torch_state(self.seed, self.threads):
+            try:
+                blocks = simple_vgg(task.shape, task.output_size, self.channels, device=self.device)
+            except ValueError as error:
+                raise ConfigError(f"channels: {error}") from error
+            net = TargetSequential(blocks)
+            with torch.no_grad():
+                trace = net.trace(batch.input)
+            for sigma in self.noise:
+                for indices in get_args(Indices):
+                    options: Any = {"decay": 0.0, "pixels": "grid", "indices": indices, "seed": self.seed}
+                    RunningLDRL(net, noise=sigma, draws=self.draws, **options).step(trace)
+                    # of the layers with feedback those that end in a pool
+                    for name, call in list(zip(blocks, trace.calls, strict=True))[1:-1]:
+                        angle, _ = weight_alignment(call)
+                        assert angle is not None
+                        yield sigma, indices, name, float(angle)
+
+    def carry_out(self, console: Console) -> int:
+        points = []
+        for point in self.points():
+            points.append(point)
+            sigma, indices, layer, angle = point
+            say(console, f"noise {sigma:<6g}{indices:<6} {layer:<7}{angle:>8.2f} degrees")
+        table = write_table(self.out / "pool_indices.csv", ("noise", "indices", "layer", "angle"), points)
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for number, layer in enumerate(dict.fromkeys(point[2] for point in points)):
+            for indices, line in (("noisy", "--"), ("clean", "-")):
+                drawn = sorted((p[0], p[3]) for p in points if p[1:3] == (indices, layer))
+                axes.plot(
+                    *zip(*drawn, strict=True), line, marker="o", color=COLOURS[number], label=f"{layer}, {indices}"
+                )
+        style(axes)
+        axes.set_xscale("log")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("standard deviation of the noise", color=INK)
+        axes.set_ylabel("angle of feedback and forward weights, degrees", color=INK)
+        axes.legend(frameon=False)
+        say(console, f"written: {table}, {save(figure, self.out / 'pool_indices.png')}")
+        return 0
+
+
 def write_table(path: Path, header: Sequence[str], rows: Any) -> Path:
     """Write a CSV file, and its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -312,6 +416,7 @@ class FigureCommand:
     figure: (
         Annotated[FeedbackAngle, tyro.conf.subcommand("feedback-angle")]
         | Annotated[GradientAngles, tyro.conf.subcommand("gradient-angles")]
+        | Annotated[PoolIndices, tyro.conf.subcommand("pool-indices")]
     )
 
     def carry_out(self, console: Console) -> int:
