@@ -673,7 +673,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "rule is ldrl there, backprop was asked for" in err
 
 
-@pytest.mark.renders
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rule in ("tied", "backprop"):
         train_images(small(rule), tmp_path / rule)
