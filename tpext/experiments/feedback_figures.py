@@ -390,6 +390,8 @@ class PoolIndices(_Setup):
                 )
         style(axes)
         axes.set_xscale("log")
+        axes.set_xticks(self.noise, [f"{sigma:g}" for sigma in self.noise])
+        axes.minorticks_off()
         axes.set_ylim(bottom=0)
         axes.set_xlabel("standard deviation of the noise", color=INK)
         axes.set_ylabel("angle of feedback and forward weights, degrees", color=INK)
