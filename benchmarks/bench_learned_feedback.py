@@ -66,16 +66,7 @@ METHODS = (
     "published",
 )
 # The most steps of back-propagation that a batch may cost.
-MOST = {
-    "targets": 2.2,
-    "closed-form": 2.2,
-    "running-grid": 4,
-    "running": 4,
-    "tenth": 4,
-    "expected-grid": 12,
-    "expected": 12,
-    "exact": 22,
-}
+MOST = {"targets": 2.2, "closed-form": 2.2, "running": 4, "tenth": 4, "expected": 12, "exact": 22}
 
 
 class Published:

@@ -446,8 +446,10 @@ def test_difference_reconstruction_goes_through_all_blocks_above() -> None:
 TRAINERS: dict[str, Callable[[TargetSequential], Any]] = {
     "LDRL": lambda net: LDRL(net, lr=0.01, noise=0.3, iterations=[2, 3], momentum=0.9),
     "LDRL, expected": lambda net: LDRL(net, lr=0.01, noise=0.3, second_term="expected", weight_decay=0.1),
+    "LDRL, grid": lambda net: LDRL(net, lr=0.01, noise=0.3, iterations=2, second_term="expected", pixels="grid"),
     "LDRL, Adam": lambda net: LDRL(net, noise=0.3, samples=3, optimizer=lambda p: torch.optim.Adam(p, 1e-2)),
     "RunningLDRL": lambda net: RunningLDRL(net, noise=[0.1, 0.2], draws=[1, 2]),
+    "RunningLDRL, grid": lambda net: RunningLDRL(net, noise=0.1, draws=9, pixels="grid"),
     "ClosedForm": ClosedForm,
     "Reconstruction": lambda net: Reconstruction(net, lr=0.01, noise=0.1, iterations=2, momentum=0.9),
     "DifferenceReconstruction": lambda net: DifferenceReconstruction(net, lr=0.01, noise=0.1, momentum=0.9),
@@ -863,3 +865,39 @@ def test_wrong_indices_of_a_loss_are_named() -> None:
         ldrl_loss(trace.calls[1], torch.zeros(3, 4), torch.zeros(3, 3), "old")
     with pytest.raises(ValueError, match=r"^call must be one of a block with feedback"):
         ldrl_loss(trace.calls[0], torch.zeros(3, 4), torch.zeros(3, 4))
+
+
+class Loss(LDRL):
+    """A trainer whose loss is what it is given."""
+
+    value: Any = None
+
+    def loss(self, calls: Sequence[BlockCall], layer: int, sigma: float, draw: int) -> Any:
+        return self.value
+
+    def _layer(self, *args: Any) -> Any:
+        return super(LDRL, self)._layer(*args)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [(0.5, "float"), (torch.zeros(()), "[] without a graph"), (torch.zeros(3, requires_grad=True), "[3]")],
+    ids=["number", "constant", "vector"],
+)
+def test_losses_that_are_no_scalars_of_the_feedback_are_named(value: Any, got: str) -> None:
+    trainer = Loss(small_net(), lr=0.1, noise=0.1)
+    trainer.value = value
+    message = f"Loss: loss must return a scalar that depends on the feedback of block 1, got {got}"
+    with pytest.raises(ValueError, match="^" + re.escape(message) + "$"):
+        trainer.step(batch(0)[0])
+
+
+@pytest.mark.parametrize("name", ["LDRL", "RunningLDRL"])
+def test_state_of_another_network_changes_nothing(name: str) -> None:
+    other = TargetSequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    make: Any = {"LDRL": lambda net: LDRL(net, lr=0.1, noise=0.1), "RunningLDRL": lambda net: RunningLDRL(net, noise=1)}
+    state = make[name](other).state_dict() | {"steps": 7}
+    trainer = make[name](small_net())
+    with pytest.raises(ValueError, match=rf"^{name}: state must have \w+ of 2 layers, got 1"):
+        trainer.load_state_dict(state)
+    assert trainer.steps == 0

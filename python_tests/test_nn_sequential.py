@@ -576,6 +576,7 @@ TRAINERS: dict[str, Any] = {
     "LDRL": lambda net: LDRL(net, lr=0.01, noise=0.2, iterations=2, momentum=0.9),
     "LDRL by autograd": lambda net: LDRL(net, lr=0.01, noise=0.2),
     "RunningLDRL": lambda net: RunningLDRL(net, noise=0.2, draws=2),
+    "RunningLDRL, grid": lambda net: RunningLDRL(net, noise=0.2, draws=2, pixels="grid"),
     "ClosedForm": ClosedForm,
     "DifferenceReconstruction": lambda net: DifferenceReconstruction(net, lr=0.01, noise=0.2),
 }
@@ -943,6 +944,16 @@ def test_displacements_that_do_not_fit_are_named(rule: NetworkRule, message: str
     net = TargetSequential(blocks, rule=rule).double()
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         net(torch.randn(7, 4, dtype=DOUBLE)).sum().backward()
+
+
+def test_a_trainer_through_the_rule_names_them_too() -> None:
+    class Thin(BadShape):
+        def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
+            return displacement[:, :1]
+
+    net = TargetSequential(nn.Linear(4, 5), nn.Linear(5, 3), rule=Thin())
+    with pytest.raises(ValueError, match=r"^Thin: the displacement of block 0's output must be \[7, 5\] .* \[7, 1\]"):
+        DifferenceReconstruction(net, lr=0.1, noise=0.1).step(torch.randn(7, 4))
 
 
 # Errors

@@ -27,7 +27,7 @@ COUNTER = {"seed": 2**40 + 7, "step": 11, "stream": 5}
 # kernel, stride, padding
 EVEN, POOLS = (
     (2, 2, 0),
-    [(2, 2, 0), (3, 2, 1), (3, 2, 0), (3, 1, 1), (2, 3, 1), (3, 3, 0), (1, 1, 0), (1, 2, 0), (4, 2, 2)],
+    [(2, 2, 0), (3, 2, 1), (3, 2, 0), (3, 1, 1), (2, 3, 1), (3, 3, 0), (1, 1, 0), (1, 2, 0), (4, 2, 2), (6, 3, 3)],
 )
 # Planes that go in vectors of windows of each instruction set, in rows of windows, and one element at a time.
 PLANES = [(2, 2), (4, 4), (6, 2), (2, 8), (8, 8), (2, 16), (16, 16), (4, 32), (32, 32), (2, 64), (4, 64)]
@@ -115,7 +115,7 @@ def test_equals_the_oracle_at_block_edges(plane: tuple[int, int], dtype: torch.d
 def test_equals_the_oracle_for_every_combination(
     pool: tuple[int, int, int], activation: str, dtype: torch.dtype
 ) -> None:
-    for plane in ((8, 8), (7, 9), (4, 6)):
+    for plane in ((8, 8), (7, 9), (6, 6), (6, 70)):
         check_both(case((2, 3, *plane), activation, pool, dtype))
 
 
@@ -210,10 +210,38 @@ def test_the_last_of_overlapping_windows_stays(pool: tuple[int, int, int]) -> No
     assert torch.equal(max_unpool(numbers, inputs.indices, 6, 7, overlapping=True), expected)
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (5, 40, 2, 2), (4, 3, 14, 14), (7, 5, 32, 32), (5, 3, 9, 9)], ids=str)
+@pytest.mark.parametrize("pool", [(3, 2**60, 1), (3, 2**40, 1), (2**40, 1, 2**39), (2**40, 3, 2**39)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_on_any_number_of_threads_and_in_any_part(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    inputs = case(shape, dtype=dtype)
+def test_windows_far_larger_than_the_plane(pool: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Neither time nor memory grow with them: each window has the whole plane, or there is one."""
+    kernel, stride, padding = pool
+    side = (5 + 2 * padding - kernel) // stride + 1
+    z, change = torch.randn(1, 1, 5, 5, dtype=dtype), torch.randn(2, 1, 1, 5, 5, dtype=dtype)
+    seen = slice(None) if kernel > 5 else slice(0, 2)  # of rows and columns
+    largest = z[0, 0, seen, seen].max()
+    indices = (z[0, 0] == largest).flatten().nonzero().expand(1, 1, side, side).contiguous()
+    output = largest.expand(1, 1, side, side).contiguous()
+    actual = ops.code_difference(z, change, output, indices, "identity", 1.0, *pool, True)
+    expected = torch.zeros_like(change)
+    for moved, to in zip(z + change, expected, strict=True):
+        best = moved[0, 0, seen, seen].max()
+        to[0, 0][moved[0, 0] == best] = best
+        to[0, 0].view(-1)[indices[0, 0, 0, 0]] -= largest
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pool"),
+    [*(((*shape,), EVEN) for shape in ((5, 3, 8, 8), (5, 40, 2, 2), (4, 3, 14, 14), (7, 5, 32, 32), (5, 3, 9, 9)))]
+    # enough elements for several threads in windows of any kind
+    + [((7, 5, 33, 31), pool) for pool in ((3, 2, 1), (2, 2, 0), (3, 1, 1))],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_on_any_number_of_threads_and_in_any_part(
+    shape: tuple[int, ...], pool: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    inputs = case(shape, pool=pool, dtype=dtype)
     code, probe = inputs.code(), inputs.probe(first_row=0)
     torch.set_num_threads(1)
     whole = [ops.code_difference(*code), ops.probe_difference(*probe)]

@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,8 @@ def test_other_networks_take_the_nearest_settings() -> None:
         ({"preset": "best"}, "preset must be one of default, published, got 'best'"),
         ({"width": 3}, "unknown option width"),
         ({"rule": "backprop", "noise": 0.1}, r"noise does not belong to rule=backprop \(options of that rule: none\)"),
+        ({"pixels": "grid"}, "pixels=grid needs second_term=expected, got drawn"),
+        ({"pixels": "some"}, "pixels must be one of all, grid, got 'some'"),
         ({"rule": "dtp", "second_term": "expected"}, "second_term does not belong to rule=dtp"),
         ({"iterations": (1, 2)}, r"iterations must be one number or one for each of the 3 layers .*fc2\), got 2"),
         ({"lr": (1.0, 2.0, 3.0)}, r"lr must be one number or one for each of the 4 layers \(conv_0.*\), got 3"),
@@ -232,11 +235,14 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ("running-ldrl", "resnet18", ".* block 1"),
         ("closed-form", "resnet18", ".* block 1"),
         ("gnt", "simple-vgg", "GaussNewtonTargets: no block may mix samples .*, got BatchNorm2d"),
+        ("running-ldrl", "lenet", "RunningLDRL: .* block 1"),
     ],
 )
 def test_methods_that_cannot_serve_a_network(rule: str, network: str, message: str, tmp_path: Path) -> None:
-    config = make_image_config("digits", network, rule=rule, channels=(4,), batchnorm=rule == "gnt")
-    with pytest.raises(ConfigError, match=rf"rule={rule} does not go with network={network}: {message}"):
+    batchnorm = network != "resnet18"
+    config = make_image_config("digits", network, rule=rule, channels=(4,), batchnorm=batchnorm)
+    structure = f"network={network}" + (" and batchnorm=True" if batchnorm else "")
+    with pytest.raises(ConfigError, match=rf"rule={rule} does not go with {structure}: {message}"):
         train_images(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -691,6 +697,8 @@ def test_help_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     for name in (*METHODS, "--feedback-start", "--second-term", "fashion-mnist", "meulemans-convnet"):
         assert name in out
+    # an option without a text of its own has its default there
+    assert not re.search(r"--[\w-]+[^│]*│ *\n? *│? *\(default", out), out
     assert "tpext train images" in " ".join(call("train --help", capsys)[1].split())
     assert "imagenet32" in call("tasks", capsys)[1]
 

@@ -140,8 +140,11 @@ struct Best {
 template <class T>
 class PlaneScratch {
  public:
+  static constexpr int L = kLanes<T>;
   int64_t windows;  // of a row, in whole vectors
-  int64_t padded;   // elements of a row with all that these windows reach, in whole vectors
+  int64_t stride;   // across; windows beyond the first are within the plane, so it is no larger than that is wide
+  int64_t margin;   // by how much a vector of windows, one of which has a column in the plane, reaches beyond it
+  int64_t padded;   // elements of a row with both margins, in whole vectors
   int64_t size;     // of all
   T* code;          // [H, W]: unpool(a(y), indices)
   T* row;           // [padded]: a row of z + dz between minus infinities
@@ -150,7 +153,10 @@ class PlaneScratch {
 
   explicit PlaneScratch(const Pool& pool)
       : windows(whole(pool.pooled_width)),
-        padded(whole(windows * pool.stride + pool.kernel + pool.width)),
+        stride(pool.pooled_width > 1 ? pool.stride : 1),
+        margin((L - 1) * stride),
+        // one more, as every second element is read in pairs
+        padded(whole(2 * margin + pool.width + 1)),
         size(whole(pool.height * pool.width) + padded + 2 * pool.height * windows),
         height_(pool.height) {}
 
@@ -166,7 +172,7 @@ class PlaneScratch {
 
  private:
   int64_t height_;
-  static int64_t whole(int64_t count) { return ceil_div(count, kLanes<T>) * kLanes<T>; }
+  static int64_t whole(int64_t count) { return ceil_div(count, L) * L; }
 };
 
 template <class T, Activation A>
@@ -252,18 +258,22 @@ struct CodeKernel {
 
   // The maximum of a row of z + dz, kept to where a rises, in each window across it, and its column.
   void row_maxima(const T* z, const T* change, int64_t r, const PlaneScratch<T>& scratch) const {
-    const Pool& pool = args.pool;
-    const int64_t W = pool.width;
+    const int64_t W = args.pool.width, kernel = args.pool.kernel, stride = scratch.stride;
     for (int64_t at = 0; at < W; at += L) {
       const Vec<T> moved = load_part(z + at, W - at) + load_part(change + at, W - at);
-      store_part(scratch.row + pool.padding + at, keep<A, T>(moved), W - at);
+      store_part(scratch.row + scratch.margin + at, keep<A, T>(moved), W - at);
     }
-    Bits<T> left;
-    for (int l = 0; l < L; ++l) left[l] = l * pool.stride - pool.padding;
-    for (int64_t j = 0; j < pool.pooled_width; j += L, left += static_cast<Lane<T>>(L * pool.stride)) {
-      Best<T> best{left < 0 ? Bits<T>{} : left};
-      for (int64_t c = 0; c < pool.kernel; ++c)
-        best.meet(strided(scratch.row + j * pool.stride + c, pool.stride), left + static_cast<Lane<T>>(c));
+    Bits<T> offsets;
+    for (int l = 0; l < L; ++l) offsets[l] = static_cast<Lane<T>>(l * stride);
+    for (int64_t j = 0; j < args.pool.pooled_width; j += L) {
+      // Columns that are outside the plane for all L windows are left out.
+      const int64_t left = j * stride - args.pool.padding;
+      const int64_t first = left > -scratch.margin ? left : -scratch.margin;
+      const int64_t last = left + kernel < W ? left + kernel : W;
+      const Bits<T> from = offsets + static_cast<Lane<T>>(first);
+      Best<T> best{from < 0 ? Bits<T>{} : from};
+      for (int64_t c = first; c < last; ++c)
+        best.meet(strided(scratch.row + scratch.margin + c, stride), offsets + static_cast<Lane<T>>(c));
       store(scratch.maxima + r * scratch.windows + j, best.value);
       store(scratch.columns + r * scratch.windows + j, (Vec<T>)best.place);
     }

@@ -106,19 +106,13 @@ class _LeNet(_Setup):
     """Channels of LeNet's convolutions."""
     hidden_size: int = 512
     """Units of its hidden linear layer."""
-    indices: Indices = "noisy"
-    """Places of maxima of the noisy pass, as published, or of the clean one."""
     second_term: SecondTerm = "drawn"
     """The loss's second term by noise, as published, or in expectation."""
-    pixels: Pixels = "all"
-    """Noise on all pixels, as published, or on a grid of them, which needs the expected second term."""
 
     def check(self) -> None:
         for name in ("iterations", "hidden_size"):
             check_integer(name, getattr(self, name), 1)
         _check_channels(self.channels)
-        if self.pixels == "grid" and self.second_term != "expected":
-            raise ConfigError(f"pixels=grid needs second_term=expected, got {self.second_term}")
         super().check()
 
     @property
@@ -132,19 +126,12 @@ class _LeNet(_Setup):
         made = lenet(task.shape, task.output_size, self.channels, self.hidden_size, bias=bias, device=self.device)
         return list(made.values())
 
-    def ldrl(self, net: TargetSequential, noise: Sequence[float], lr: Sequence[float], seed: int) -> LDRL:
+    def ldrl(
+        self, net: TargetSequential, noise: Sequence[float], lr: Sequence[float], seed: int, **options: Any
+    ) -> LDRL:
         """Return the trainer of the published loss."""
-        return LDRL(
-            net,
-            lr=one_or_all(lr),
-            noise=one_or_all(noise),
-            iterations=self.iterations,
-            momentum=0.9,
-            second_term=self.second_term,
-            indices=self.indices,
-            pixels=self.pixels,
-            seed=seed,
-        )
+        options |= {"momentum": 0.9, "second_term": self.second_term, "seed": seed}
+        return LDRL(net, lr=one_or_all(lr), noise=one_or_all(noise), iterations=self.iterations, **options)
 
 
 @dataclass(frozen=True)
@@ -220,6 +207,10 @@ class GradientAngles(_LeNet):
     """Seeds of network, batch and noise."""
     schemes: tuple[Scheme, ...] = get_args(Scheme)
     """Which feedback."""
+    indices: Indices = "noisy"
+    """Places of maxima of the noisy pass (L-DRL), as published, or of the clean one."""
+    pixels: Pixels = "all"
+    """Noise on all pixels (L-DRL), as published, or on a grid of them, which needs the expected second term."""
     noise: tuple[float, ...] = (0.2, 0.2, 0.1)
     """Standard deviation of the noise, one for all layers with feedback or one for each."""
     lr: tuple[float, ...] = (1e-4, 2.5e-3, 0.01)
@@ -229,6 +220,8 @@ class GradientAngles(_LeNet):
 
     def check(self) -> None:
         super().check()
+        if self.pixels == "grid" and self.second_term != "expected":
+            raise ConfigError(f"pixels=grid needs second_term=expected, got {self.second_term}")
         for name in ("seeds", "schemes"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} must be at least one, got none")
@@ -323,9 +316,9 @@ def draw_bars(bars: Sequence[Bar], path: Path) -> Path:
 class PoolIndices(_Setup):
     """The angle between weights and feedback where the local loss is least, by the places of maxima that it takes.
 
-    SimpleVGG at its initial weights, one batch; each layer's feedback is set to the least point of the loss with its
-    second term in expectation, from many draws of noise on a grid of pixels (RunningLDRL). Published are the places of
-    the noisy pass. Writes pool_indices.csv and pool_indices.png.
+    SimpleVGG at its initial weights, one batch, its layers with feedback and a pool; the feedback is set to the least
+    point of the loss with its second term in expectation, from many draws of noise (RunningLDRL). Published are the
+    places of the noisy pass. Writes pool_indices.csv and pool_indices.png.
     """
 
     batch_size: int = 32
@@ -336,6 +329,8 @@ class PoolIndices(_Setup):
     """Standard deviations of the noise, the same in all layers."""
     draws: int = 900
     """Draws of noise."""
+    pixels: Pixels = "all"
+    """Noise on all pixels, as published, or on a grid of them, which takes a third of the time."""
     seed: int = SEEDS[0]
     """Seed of network, batch and noise."""
 
@@ -365,8 +360,9 @@ class PoolIndices(_Setup):
                 trace = net.trace(batch.input)
             for sigma in self.noise:
                 for indices in get_args(Indices):
-                    options: Any = {"decay": 0.0, "pixels": "grid", "indices": indices, "seed": self.seed}
+                    options: Any = {"decay": 0.0, "pixels": self.pixels, "indices": indices, "seed": self.seed}
                     RunningLDRL(net, noise=sigma, draws=self.draws, **options).step(trace)
+                    check_finite(net, self.draws)
                     # of the layers with feedback those that end in a pool
                     for name, call in list(zip(blocks, trace.calls, strict=True))[1:-1]:
                         angle, _ = weight_alignment(call)
@@ -413,7 +409,7 @@ def write_table(path: Path, header: Sequence[str], rows: Any) -> Path:
 
 @dataclass(frozen=True)
 class FigureCommand:
-    """Draw a published figure anew."""
+    """Draw a figure of how well feedback is learned: two published ones anew, and one of the package's own."""
 
     figure: (
         Annotated[FeedbackAngle, tyro.conf.subcommand("feedback-angle")]

@@ -111,10 +111,10 @@ class TrainImages:
     """The loss's second term by noise, as published, or in expectation (rules ldrl, parallel-ldrl)."""
     indices: Annotated[Indices | None, option("{noisy,clean}")] = None
     """Places of maxima of the noisy pass, as published, or of the clean one (local losses)."""
-    decay: Number = None
     pixels: Annotated[Pixels | None, option("{all,grid}")] = None
     """Noise before convolutions on all pixels, or on a grid of one in every k x k, which costs less (second term
     expected, or rule running-ldrl)."""
+    decay: Number = None
     """Of the running means (rule running-ldrl)."""
     feedback_first: Flag = None
     """Whether the feedback learns from a batch before the blocks do, or after."""

@@ -131,6 +131,8 @@ class ImageConfig:
         for name in ("decay", "momentum", "feedback_momentum"):
             if (getattr(self, name) or 0) >= 1:
                 raise ConfigError(f"{name} must be below 1, got {getattr(self, name):g}")
+        if self.pixels == "grid" and self.second_term not in (None, "expected"):
+            raise ConfigError(f"pixels=grid needs second_term=expected, got {self.second_term}")
         self._check_network()
         self._check_lists()
         self._check_schedule()
@@ -243,10 +245,14 @@ class ImageConfig:
             shape = self.make_task().shape
             net = TargetSequential(blocks, rule=method.rule(self), input_shape=shape, feedback=feedback)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"rule={self.rule} does not go with network={self.network}: {error}") from error
+            raise ConfigError(f"rule={self.rule} does not go with {self._structure}: {error}") from error
         if meulemans:
             _initialize_feedback(net)
         return net.to(torch.float64 if self.precision == "64" else torch.float32)
+
+    @property
+    def _structure(self) -> str:
+        return f"network={self.network}" + (" and batchnorm=True" if self.batchnorm else "")
 
     def make_trainer(self, net: TargetSequential) -> FeedbackTrainer | None:
         """Return the trainer of a network's feedback, None if the method has none.
@@ -258,7 +264,7 @@ class ImageConfig:
         try:
             return None if make is None else make(net, self)
         except ValueError as error:
-            raise ConfigError(f"rule={self.rule} does not go with network={self.network}: {error}") from error
+            raise ConfigError(f"rule={self.rule} does not go with {self._structure}: {error}") from error
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option of :func:`make_image_config` by its name."""

@@ -256,3 +256,15 @@ class Trace(NamedTuple):
 
     output: Tensor
     calls: tuple[BlockCall, ...]
+
+
+def require_fit(rule: object, call: BlockCall, move: object) -> None:
+    """Raise ValueError unless a displacement that a rule returned fits the output of a block."""
+    want = call.output
+    if isinstance(move, Tensor) and (move.shape, move.dtype, move.device) == (want.shape, want.dtype, want.device):
+        return
+    got = f"{list(move.shape)} {move.dtype} on {move.device}" if isinstance(move, Tensor) else type(move).__name__
+    raise ValueError(
+        f"{type(rule).__name__}: the displacement of block {call.name}'s output must be {list(want.shape)} "
+        f"{want.dtype} on {want.device}, got {got}"
+    )

@@ -173,6 +173,8 @@ class GradientTrainer(FeedbackTrainer):
                 for parameter in parameters:
                     parameter.requires_grad_()
                 losses = [self.loss(calls, index, self.noise[number], draw) for draw in draws]
+                for loss in losses:
+                    self._require_scalar(calls[index], loss)
                 mean = torch.stack(losses).mean()
                 gradients = torch.autograd.grad(mean, parameters, allow_unused=True)
         finally:
@@ -181,10 +183,26 @@ class GradientTrainer(FeedbackTrainer):
         named: dict[Tensor, Tensor] = {p: g for p, g in zip(parameters, gradients, strict=True) if g is not None}
         return named, mean.detach()
 
+    def _require_scalar(self, call: BlockCall, loss: object) -> None:
+        if isinstance(loss, Tensor) and loss.dim() == 0 and loss.requires_grad:
+            return
+        got = type(loss).__name__
+        if isinstance(loss, Tensor):
+            got = f"{list(loss.shape)}{'' if loss.requires_grad else ' without a graph'}"
+        raise ValueError(
+            f"{type(self).__name__}: loss must return a scalar that depends on the feedback of block {call.name}, "
+            f"got {got}"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        count = len(state["optimizers"])
+        if count != len(self.optimizers):
+            raise ValueError(
+                f"{type(self).__name__}: state must have optimizers of {len(self.optimizers)} layers, got {count}"
+            )
         super().load_state_dict(state)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -215,9 +233,10 @@ class LDRL(GradientTrainer):
         second_term: "drawn" (published) or "expected", which needs such a block with an elementwise ``psi`` and
             ``phi`` (activations, max-pooling).
         indices: "noisy" (published) or "clean", see :func:`ldrl_loss`.
-        pixels: "all" (published) or "grid", which needs the expected second term: before a convolution of stride 1
-            noise is on one of every ``k x k`` pixels, the next ones at each draw. A draw then costs some quarter of the
-            time; the gradient has the same mean for small noise.
+        pixels: "all" (published) or "grid", which needs the expected second term and a block with a convolution of
+            stride 1: before such a convolution noise is on one of every ``k x k`` pixels, the next ones at each draw,
+            with ``k`` times the standard deviation. Noise at all places together has the covariance of noise on all
+            pixels, but a draw costs less; for small noise the gradient has the same mean.
         net, lr, noise, iterations, samples, momentum, weight_decay, optimizer, seed, noise_source: see
             :class:`GradientTrainer`. Published: SGD with momentum 0.9.
 
@@ -260,6 +279,8 @@ class LDRL(GradientTrainer):
         if pixels == "grid" and second_term != "expected":
             raise ValueError(f"LDRL: pixels='grid' needs second_term='expected', got {second_term!r}")
         self.pixels: Pixels = pixels
+        if pixels == "grid":
+            self._require_pixel_grid()
         check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
         if second_term == "expected":

@@ -8,6 +8,7 @@ activation, with or without pooling, ``phi`` the feedback of that. So changes ne
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from tpext.feedback.base import BlockCall, Code, Feedback, Indices, Step, Window
 from tpext.feedback.linear_map import LinearCode, LinearMap
 from tpext.feedback.modules import IdentityFeedback
-from tpext.feedback.taps import PixelGrid, pixel_grid
+from tpext.feedback.pixel_grid import PixelGrid
 from tpext.ops.pooled_difference import code_difference
 
 Pixels = Literal["all", "grid"]
@@ -213,17 +214,19 @@ def probes(
         noise: returns the noise of a draw in the shape of a tensor.
         draws: how many.
         indices: see :meth:`LinearBlock.code_change`.
-        pixels: "all", or those of a "grid" where ``L`` has one (:func:`pixel_grid`).
+        pixels: "all", or those of a "grid" where ``L`` has one (:meth:`LinearMap.pixel_grid`).
         first_place: of the grid; each draw takes the next.
     """
-    sizes = block.input_shape[1:], block.preactivation.shape[2:]
-    grid = pixel_grid(block.module, *sizes) if pixels == "grid" else None
+    grid = None
+    if pixels == "grid":
+        grid = block.head.pixel_grid(block.input_shape, block.preactivation.shape[1:])
     if grid is not None:
         input = block.view(block.input)
         taps = block.head.transported(block.module).permute(2, 3, 0, 1).contiguous()
         for draw in range(draws):
             placed = grid.at(first_place + draw)
-            drawn = noise(draw, placed.pixels(input))
+            # at all places together the covariance of noise on all pixels
+            drawn = noise(draw, placed.pixels(input)) * math.sqrt(grid.places)
             (change,) = block.code_change(placed.map(taps, drawn)[None], indices)
             yield Probe(drawn, change, placed)
         return
@@ -237,11 +240,11 @@ def probes(
 
 
 def correlation(block: LinearBlock, probes: Sequence[Probe], scale: float) -> Tensor:
-    """Return ``scale sum wgrad(dx, A' - A)`` over draws of noise; of grids what that is for all pixels in the mean."""
+    """Return ``scale sum wgrad(dx, A' - A)`` over draws of noise."""
     if probes[0].grid is None:
         noise = joined([probe.noise for probe in probes]) * scale
         return block.head.weight_gradient(noise, joined([probe.change for probe in probes]))
-    parts = [p.grid.weight_gradient(p.noise * (scale * p.grid.places), p.change) for p in probes if p.grid is not None]
+    parts = [p.grid.weight_gradient(p.noise * scale, p.change) for p in probes if p.grid is not None]
     return functools.reduce(Tensor.add_, parts)
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 from torch.nn.modules import conv
 
 from tpext.feedback.base import Code, Feedback, register_feedback
-from tpext.feedback.taps import inside, weight_gradient
+from tpext.feedback.pixel_grid import PixelGrid
+from tpext.feedback.taps import gradient_by_taps, range_inside
 
 # Up to this many rows and columns of outputs the weight's gradient is a matrix product for each tap. On 4 x 4 and 2 x 2
 # that takes half and a quarter of the time of torch's convolution, which multiplies the padding too and fills the cores
@@ -82,6 +83,15 @@ class LinearMap(Feedback):
 
     def arrange(self, output_shape: torch.Size) -> None:
         """Lay the weight out in memory as :meth:`weight_gradient` does its result for outputs of this shape."""
+
+    @property
+    def has_pixel_grid(self) -> bool:
+        """Whether :meth:`pixel_grid` gives one."""
+        return False
+
+    def pixel_grid(self, input_shape: torch.Size, output_shape: torch.Size) -> PixelGrid | None:
+        """Return the grid of pixels for noise before the block, shapes without the batch; None where there is none."""
+        return None
 
     @abstractmethod
     def map(self, features: Tensor, input_shape: torch.Size) -> Tensor:
@@ -214,10 +224,22 @@ class ConvFeedback(LinearMap):
         if self.weight is not None and self._is_small(output_shape[1:]):
             self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
+    @property
+    def has_pixel_grid(self) -> bool:
+        return self.groups == 1 and self.stride == self.dilation == [1, 1]
+
+    def pixel_grid(self, input_shape: torch.Size, output_shape: torch.Size) -> PixelGrid | None:
+        if not self.has_pixel_grid:
+            return None
+        height, width = self.current_weight().shape[2:]
+        (rows, columns), (above, left) = input_shape[1:], self.padding
+        out_rows, out_columns = output_shape[1:]
+        return PixelGrid((height, width), (above, left), (rows, columns), (out_rows, out_columns))
+
     def _weight_gradient_by_taps(self, grad: Tensor, features: Tensor) -> Tensor:
         """The gradient as a product a tap, of the positions whose tap is inside the image."""
         rows, columns = (
-            [inside(tap * d - p, s, size, out) for tap in range(k)]
+            [range_inside(tap * d - p, s, size, out) for tap in range(k)]
             for k, d, p, s, size, out in zip(
                 self.current_weight().shape[2:],
                 self.dilation,
@@ -229,7 +251,7 @@ class ConvFeedback(LinearMap):
             )
         )
         inputs, outputs = (tensor.movedim(1, -1).contiguous() for tensor in (grad, features))
-        return weight_gradient(inputs, outputs, rows, columns)
+        return gradient_by_taps(inputs, outputs, rows, columns)
 
     def sum_over_uses(self, per_feature: Tensor, input_shape: torch.Size) -> Tensor:
         ones = per_feature.new_ones(1, 1, *input_shape[1:])

@@ -12,7 +12,7 @@ from typing import Protocol, get_args
 import torch
 from torch import Tensor
 
-from tpext.feedback.base import BlockCall, Code, Feedback, Indices
+from tpext.feedback.base import BlockCall, Code, Feedback, Indices, require_fit
 from tpext.ops._library import check_choice
 
 
@@ -113,4 +113,5 @@ def difference_reconstruction_loss(
         rebuilt: Tensor = _feedback(call)(state, call.code)
         return (rebuilt - noisy_input).square().mean()
     move = rule.first_displacement(calls[index - 1 :], state - calls[-1].output)
+    require_fit(rule, calls[index - 1], move)
     return (move - input_noise).square().mean()

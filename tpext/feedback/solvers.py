@@ -58,6 +58,8 @@ class RunningLDRL(FeedbackTrainer):
         self.indices: Indices = indices
         check_choice(type(self).__name__, "pixels", pixels, get_args(Pixels))
         self.pixels: Pixels = pixels
+        if pixels == "grid":
+            self._require_pixel_grid()
         self._require_source("block")
         self._require_elementwise("it")
         self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
@@ -97,10 +99,10 @@ class RunningLDRL(FeedbackTrainer):
         return {**super().state_dict(), "sums": [sums and tuple(t.clone() for t in sums) for sums in self._sums]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
         sums = state["sums"]
         if len(sums) != len(self.layers):
             raise ValueError(f"RunningLDRL: state must have sums of {len(self.layers)} layers, got {len(sums)}")
+        super().load_state_dict(state)
         places = [next(feedback.parameters()) for _, feedback in self.layers]
         self._sums = [
             pair and (pair[0].to(like, copy=True), pair[1].to(like, copy=True))

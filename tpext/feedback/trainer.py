@@ -34,7 +34,10 @@ class Draw(NamedTuple):
 
 
 NoiseSource: TypeAlias = Callable[[Draw, Tensor], Tensor]
-"""Returns standard normal noise for a draw, in the shape, dtype and place of a tensor."""
+"""Returns standard normal noise for a draw, in the shape, dtype and place of a tensor.
+
+That is the layer's input or output, or with ``pixels="grid"`` the pixels of the draw's grid, ``[B, n, m, C]``.
+"""
 
 
 class CounterNoise(NamedTuple):
@@ -63,7 +66,8 @@ class Record(NamedTuple):
 
     Attributes:
         layer: number of the block.
-        loss: of the trainer.
+        loss: of the trainer; under ``torch.distributed`` that of this process's part of the batch, of
+            :class:`RunningLDRL` that of the whole.
         angle: between the feedback's weight and the block's, in degrees; None where they have no common shape.
         distance: of these, relative to the block's, or None.
     """
@@ -242,6 +246,15 @@ class FeedbackTrainer(ABC):
                     f"{type(self).__name__}: {what} needs blocks of a linear layer or convolution, then activations "
                     f"and max-pooling; block {index} is another, a {type(block).__name__}"
                 )
+
+    def _require_pixel_grid(self) -> None:
+        """Raise ValueError unless some layer has noise on a grid of pixels."""
+        maps = (module for _, feedback in self.layers for module in feedback.modules())
+        if not any(isinstance(module, LinearMap) and module.has_pixel_grid for module in maps):
+            raise ValueError(
+                f"{type(self).__name__}: pixels='grid' needs a block with feedback that begins with a convolution in "
+                "two dimensions of stride 1, without dilation and groups; net has none"
+            )
 
     def draw_noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
         """Return normal noise of this step from the noise source.

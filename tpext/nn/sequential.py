@@ -275,6 +275,8 @@ def _require_several(blocks: tuple[nn.Module | dict[str, nn.Module], ...]) -> No
     one = blocks[0]
     if len(blocks) > 1 or not isinstance(one, nn.Sequential):
         return
+    while len(one) == 1 and isinstance(one[0], nn.Sequential):
+        one = one[0]
     layers = sum(any(True for _ in module.parameters()) for module in one)
     if layers > 1:
         raise ValueError(

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from tpext.feedback.base import BlockCall, Feedback, in_full_precision, make_feedback
+from tpext.feedback.base import BlockCall, Feedback, in_full_precision, make_feedback, require_fit
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
 from tpext.ops._library import LOW_PRECISION, check_choice, full_precision
 from tpext.ops.regularized_inverse import regularized_inverse
@@ -114,28 +114,13 @@ class NetworkRule(ABC):
         for below, call in reversed(list(pairwise(calls))):
             move = self.propagate(call, moves[-1])
             # before the next block takes it
-            self._require_fit(below, move)
+            require_fit(self, below, move)
             moves.append(move)
         return moves[::-1]
 
     def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
         """Return ``d_0`` of two or more blocks; a rule that does not need the others for it saves them here."""
         return self.displacements(calls, displacement)[0]
-
-    def _require_fit(self, call: BlockCall, move: Tensor) -> None:
-        want = call.output
-        if not isinstance(move, Tensor) or (move.shape, move.dtype, move.device) != (
-            want.shape,
-            want.dtype,
-            want.device,
-        ):
-            got = (
-                f"{list(move.shape)} {move.dtype} on {move.device}" if isinstance(move, Tensor) else type(move).__name__
-            )
-            raise ValueError(
-                f"{type(self).__name__}: the displacement of block {call.name}'s output must be {list(want.shape)} "
-                f"{want.dtype} on {want.device}, got {got}"
-            )
 
     def local_gradients(self, calls: Sequence[BlockCall], grad: Tensor) -> list[Tensor]:
         """Return the gradient of each block's local loss for its output, given the loss's for the last.
@@ -157,7 +142,7 @@ class NetworkRule(ABC):
                     f"{len(moves)}"
                 )
             for call, move in zip(known, moves, strict=True):
-                self._require_fit(call, move)
+                require_fit(self, call, move)
             scale = -1 / (count * (step if self.normalize else 1.0)) if count else 0.0
             return [(move * scale).to(call.output.dtype) for call, move in zip(calls, moves, strict=True)]
 
