@@ -669,7 +669,7 @@ def test_records_have_one_entry_an_iteration_before_its_update(name: str) -> Non
     linears = {1: net.blocks[1][0], 2: net.blocks[2][1]}
     before = {layer: head.weight.clone() for layer, head in heads.items()}
     records = trainer.step(batch(0)[0], record=True)
-    iterations = {"LDRL": [2, 3], "Reconstruction": [2, 2]}.get(name, [1, 1])
+    iterations = {"LDRL": [2, 3], "LDRL, grid": [2, 2], "Reconstruction": [2, 2]}.get(name, [1, 1])
     assert [record.layer for record in records] == [1] * iterations[0] + [2] * iterations[1]
     for layer, record in ((1, records[0]), (2, records[iterations[0]])):
         forward = linears[layer].weight if layer == 1 else linears[layer].weight.T

@@ -947,7 +947,7 @@ def test_displacements_that_do_not_fit_are_named(rule: NetworkRule, message: str
 
 
 def test_a_trainer_through_the_rule_names_them_too() -> None:
-    class Thin(BadShape):
+    class Thin(DifferenceTargets):
         def first_displacement(self, calls: Sequence[BlockCall], displacement: Tensor) -> Tensor:
             return displacement[:, :1]
 
