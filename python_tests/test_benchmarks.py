@@ -596,8 +596,8 @@ def run_gpu_suite(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     names = ("rnn_scan", "rnn_target_scan", "regularized_inverse", "learned_feedback")
     gpu = importlib.import_module("gpu")
     scan, target, inverse, feedback = (importlib.import_module(f"bench_{name}") for name in names)
-    net = lambda: networks.simple_vgg((3, 32, 32), 10, (2,))  # noqa: E731
-    patch.setitem(feedback.NETWORKS, "simple-vgg", feedback.Setting(net, (2,), (0.1,), (1e-3,), 0.5))
+    net = lambda: networks.simple_vgg((3, 32, 32), 10, (2, 2))  # noqa: E731
+    patch.setitem(feedback.NETWORKS, "simple-vgg", feedback.Setting(net, (2, 2), (0.1, 0.1), (1e-3, 1e-3), 0.5))
     patch.setattr(feedback, "GPU_B", 2)
     patch.setattr(gpu, "ROUND_SECONDS", 1e-4)
     patch.setattr(gpu, "MOST_ROUNDS", 5)
