@@ -19,7 +19,6 @@ from tpext.feedback.linear_block import (
     feedback_power,
     joined,
     linear_block,
-    probes,
 )
 from tpext.feedback.losses import difference_reconstruction_loss, ldrl_loss, reconstruction_loss
 from tpext.feedback.trainer import (
@@ -275,12 +274,9 @@ class LDRL(GradientTrainer):
         self._require_source("block")
         check_choice(type(self).__name__, "second_term", second_term, ("drawn", "expected"))
         self.second_term = second_term
-        check_choice(type(self).__name__, "pixels", pixels, get_args(Pixels))
         if pixels == "grid" and second_term != "expected":
             raise ValueError(f"LDRL: pixels='grid' needs second_term='expected', got {second_term!r}")
-        self.pixels: Pixels = pixels
-        if pixels == "grid":
-            self._require_pixel_grid()
+        self.pixels = self._choose_pixels(pixels)
         check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
         if second_term == "expected":
@@ -311,20 +307,13 @@ class LDRL(GradientTrainer):
 
     def _linear_layer(self, block: LinearBlock, number: int, with_loss: bool) -> Iterator[Iteration]:
         """The iterations of a block that begins with a linear map."""
-        index, sigma, head = self.layers[number][0], self.noise[number], block.head
+        sigma, head = self.noise[number], block.head
         head.arrange(block.preactivation.shape[1:])
         weight, batch = head.current_weight(), len(block.output)
         scale = 2 / (batch * self.samples)
         power = feedback_power(block).mul_(2 * sigma**2 / batch) if self.second_term == "expected" else None
         draws = self.iterations[number] * self.samples
-        drawn = probes(
-            block,
-            lambda draw, like: self.draw_noise(index, draw, sigma, like),
-            draws,
-            self.indices,
-            self.pixels,
-            self.steps * draws,
-        )
+        drawn = self._probes(block, number, sigma, draws, self.indices, self.pixels)
         for iteration in range(self.iterations[number]):
             of_iteration = list(itertools.islice(drawn, self.samples))
             quadratic = weight.new_zeros(())

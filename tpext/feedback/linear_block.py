@@ -205,8 +205,8 @@ def probes(
     noise: Callable[[int, Tensor], Tensor],
     draws: int,
     indices: Indices,
-    pixels: Pixels = "all",
-    first_place: int = 0,
+    pixels: Pixels,
+    first_place: int,
 ) -> Iterator[Probe]:
     """Yield one draw of noise after another.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Indices
-from tpext.feedback.linear_block import LinearBlock, Pixels, Probe, correlation, feedback_power, linear_block, probes
+from tpext.feedback.linear_block import Pixels, correlation, feedback_power, linear_block
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
 from tpext.ops._library import check_choice, is_number
 
@@ -56,10 +56,7 @@ class RunningLDRL(FeedbackTrainer):
         self.decay = float(decay)
         check_choice(type(self).__name__, "indices", indices, get_args(Indices))
         self.indices: Indices = indices
-        check_choice(type(self).__name__, "pixels", pixels, get_args(Pixels))
-        self.pixels: Pixels = pixels
-        if pixels == "grid":
-            self._require_pixel_grid()
+        self.pixels = self._choose_pixels(pixels)
         self._require_source("block")
         self._require_elementwise("it")
         self._sums: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
@@ -71,9 +68,9 @@ class RunningLDRL(FeedbackTrainer):
             assert block is not None
             weight = block.head.current_weight()
             block.head.arrange(block.preactivation.shape[1:])
-            correlated = correlation(
-                block, self._probes(block, number), 1 / (sigma**2 * self.draws[number] * len(call.input))
-            )
+            draws = self.draws[number]
+            drawn = list(self._probes(block, number, sigma, draws, self.indices, self.pixels))
+            correlated = correlation(block, drawn, 1 / (sigma**2 * draws * len(call.input)))
             power = feedback_power(block) / len(call.input)
             average_over_processes([correlated, power])
             if records is not None:
@@ -86,14 +83,6 @@ class RunningLDRL(FeedbackTrainer):
                 power.add_(before[1], alpha=self.decay)
             self._sums[number] = correlated, power
             weight.copy_(quotient(correlated, power))
-
-    def _probes(self, block: LinearBlock, number: int) -> list[Probe]:
-        index, sigma, draws = self.layers[number][0], self.noise[number], self.draws[number]
-
-        def noise(draw: int, like: Tensor) -> Tensor:
-            return self.draw_noise(index, draw, sigma, like)
-
-        return list(probes(block, noise, draws, self.indices, self.pixels, self.steps * draws))
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "sums": [sums and tuple(t.clone() for t in sums) for sums in self._sums]}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, distributed, nn
 
-from tpext.feedback.base import BlockCall, Feedback, Trace, in_full_precision, still_statistics
-from tpext.feedback.linear_block import linear_steps
+from tpext.feedback.base import BlockCall, Feedback, Indices, Trace, in_full_precision, still_statistics
+from tpext.feedback.linear_block import LinearBlock, Pixels, Probe, linear_steps, probes
 from tpext.feedback.linear_map import LinearMap
 from tpext.feedback.modules import LayeredFeedback
-from tpext.ops._library import full_precision, is_integer, is_number
+from tpext.ops._library import check_choice, full_precision, is_integer, is_number
 from tpext.ops.counter_normal import counter_normal
 
 
@@ -247,14 +247,26 @@ class FeedbackTrainer(ABC):
                     f"and max-pooling; block {index} is another, a {type(block).__name__}"
                 )
 
-    def _require_pixel_grid(self) -> None:
-        """Raise ValueError unless some layer has noise on a grid of pixels."""
+    def _choose_pixels(self, pixels: Pixels) -> Pixels:
+        """Return where noise is; raise ValueError for another choice, or a grid that no layer has."""
+        check_choice(type(self).__name__, "pixels", pixels, get_args(Pixels))
         maps = (module for _, feedback in self.layers for module in feedback.modules())
-        if not any(isinstance(module, LinearMap) and module.has_pixel_grid for module in maps):
+        if pixels == "grid" and not any(isinstance(module, LinearMap) and module.has_pixel_grid for module in maps):
             raise ValueError(
                 f"{type(self).__name__}: pixels='grid' needs a block with feedback that begins with a convolution in "
                 "two dimensions of stride 1, without dilation and groups; net has none"
             )
+        return pixels
+
+    def _probes(
+        self, block: LinearBlock, number: int, sigma: float, draws: int, indices: Indices, pixels: Pixels
+    ) -> Iterator[Probe]:
+        """Yield this step's draws of noise before layer ``number`` of those with feedback."""
+
+        def noise(draw: int, like: Tensor) -> Tensor:
+            return self.draw_noise(self.layers[number][0], draw, sigma, like)
+
+        return probes(block, noise, draws, indices, pixels, self.steps * draws)
 
     def draw_noise(self, layer: int, draw: int, sigma: float, like: Tensor, output: bool = False) -> Tensor:
         """Return normal noise of this step from the noise source.
