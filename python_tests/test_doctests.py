@@ -22,7 +22,7 @@ def test_examples(name):
 
 def test_public_names_have_examples_or_descriptions():
     finder = doctest.DocTestFinder()
-    modules = (tpext.rules.base, tpext.rules.recurrent, tpext.rules.layer, tpext.rules.network)
+    modules = [importlib.import_module(name) for name in MODULES if name.startswith("tpext.rules.")]
     with_examples = {t.name.rpartition(".")[2] for module in modules for t in finder.find(module) if t.examples}
     assert {"Backprop", "RegularizedInverse", "LearnedInverse", "DifferenceTargets", "Targets"} <= with_examples
     assert all(getattr(tpext, name).__doc__ for name in tpext.__all__ if name != "__version__")

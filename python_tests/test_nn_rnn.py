@@ -287,7 +287,7 @@ def test_constructor_errors_of_our_own():
         TypeError,
         "RNN.__init__() got an unexpected keyword argument 'units'",
     )
-    with pytest.raises(TypeError, match=r"rule must be tpext.Backprop\(\), .* got 'backprop'"):
+    with pytest.raises(TypeError, match=r"rule must be for recurrent layers .* got 'backprop'"):
         tpext.nn.RNN(I, H, rule="backprop")
     with pytest.raises(TypeError, match="rule must be"):
         tpext.nn.RNN(I, H, rule=RegularizedInverse)

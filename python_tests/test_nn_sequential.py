@@ -998,14 +998,14 @@ def test_a_trainer_through_the_rule_names_them_too() -> None:
             (nn.Linear(3, 3),),
             {"rule": "difference"},
             TypeError,
-            "TargetSequential: rule must be a tpext.rules.NetworkRule, such as tpext.DifferenceTargets(), or "
-            "tpext.Backprop(), got 'difference'",
+            "TargetSequential: rule must be for networks of blocks (tpext.rules.NetworkRule), such as "
+            "tpext.DifferenceTargets(), or tpext.Backprop(), got 'difference'",
         ),
         (
             (nn.Linear(3, 3),),
             {"rule": tpext.RegularizedInverse()},
             TypeError,
-            "TargetSequential: rule must be a tpext.rules.NetworkRule",
+            "TargetSequential: rule must be for networks of blocks (tpext.rules.NetworkRule)",
         ),
         (
             (nn.Linear(3, 3),),

@@ -29,11 +29,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tpext import reference
-from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 from tpext.reference import RNNGradients
+from tpext.rules import LearnedInverse, RecurrentCall, RecurrentRule, RegularizedInverse
 
 rnn_target_scan = torch.ops.tpext.rnn_target_scan
 rnn_learned_target_scan = torch.ops.tpext.rnn_learned_target_scan
+
+
+def target_rnn(*, checkpoint_every: int | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
+    """A layer under the regularised inverse, by the names of its arguments and of the rule's."""
+    return run(RegularizedInverse, arguments, (), checkpoint_every)
+
+
+def learned_target_rnn(
+    *, reverse_weight: Tensor, reverse_bias: Tensor, checkpoint_every: int | None = None, **arguments: Any
+) -> tuple[Tensor, Tensor]:
+    return run(LearnedInverse, arguments, (reverse_weight, reverse_bias), checkpoint_every)
+
+
+def run(
+    kind: type[RecurrentRule], arguments: dict[str, Any], owned: tuple[Tensor, ...], checkpoint_every: int | None
+) -> tuple[Tensor, Tensor]:
+    of_layer = {name: value for name, value in arguments.items() if name in RecurrentCall._fields}
+    rule = kind(**{name: value for name, value in arguments.items() if name not in of_layer})
+    return rule.run_recurrent(RecurrentCall(**of_layer, owned=owned, checkpoint_every=checkpoint_every))
+
 
 CORRECTIONS = ["linearized", "difference", "none"]
 CREDITS = ["local", "through_time"]
@@ -852,7 +872,7 @@ def test_function_transforms_of_a_layer_raise() -> None:
     case = layer()
     arguments = {key: value for key, value in case.items() if key not in (*GRADIENTS, "input")}
     with pytest.raises(RuntimeError, match=r"tpext\.Backprop\(\)"):
-        torch.func.grad(lambda input: target_rnn(input, **arguments, **OPTIONS)[0].sum())(case["input"])
+        torch.func.grad(lambda input: target_rnn(input=input, **arguments, **OPTIONS)[0].sum())(case["input"])
 
 
 # Fakes, checkpointing, autocast.

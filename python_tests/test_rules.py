@@ -16,6 +16,7 @@ from tpext.rules import (
     Kaczmarz,
     LayerRule,
     LearnedInverse,
+    RecurrentRule,
     RegularizedInverse,
     RegularizedLeastSquares,
     Rule,
@@ -72,7 +73,8 @@ def test_defaults():
 
 @pytest.mark.parametrize("rule", dict.fromkeys(RULES + LAYER_RULES), ids=repr)
 def test_is_an_immutable_value(rule):
-    assert isinstance(rule, Rule) is (rule in RULES)
+    assert isinstance(rule, Rule)
+    assert isinstance(rule, RecurrentRule) is (rule in RULES)
     assert isinstance(rule, LayerRule) is (rule in LAYER_RULES)
     assert pickle.loads(pickle.dumps(rule)) == rule == copy.deepcopy(rule) == type(rule)()
     assert hash(rule) == hash(type(rule)())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -77,16 +78,17 @@ PUBLISHED = [
 def test_published_settings(rule: Any, task: str, length: int | None, expected: tuple[Any, ...]) -> None:
     config = make_config(task, rule=rule, preset="published", length=length)
     present = (config.lr, config.head_lr, config.momentum)
-    present += tuple(getattr(config.rule, name, None) for name in ("target_step", "reg"))
-    present += (config.reverse_lr if rule == "learned" else None, getattr(config.rule, "noise", None))
+    fields = dataclasses.asdict(config.rule)
+    present += (fields.get("target_step"), fields.get("reg"))
+    present += (config.reverse_lr if rule == "learned" else None, fields.get("noise"))
     assert (*present, config.iterations, config.batch_size) == expected
     assert isinstance(config.rule, RULES[rule])
     assert config.nesterov == (config.momentum > 0)
     assert (config.hidden_size, config.layers, config.nonlinearity) == (100, 1, "tanh")
     assert (config.init, config.optimizer, config.clip_grad_norm) == ("orthogonal", "sgd", None)
-    assert getattr(config.rule, "normalize", False) is False
-    assert getattr(config.rule, "credit", "through_time") == "through_time"
-    assert getattr(config.rule, "correction", "linearized") == "linearized"
+    assert fields.get("normalize", False) is False
+    assert fields.get("credit", "through_time") == "through_time"
+    assert fields.get("correction", "linearized") == "linearized"
 
 
 def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:

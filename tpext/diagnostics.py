@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tpext.feedback.trainer import weight_alignment
 from tpext.nn.mlp import TargetLinear
 from tpext.nn.sequential import TargetSequential
-from tpext.rules import Backprop, Kaczmarz, NetworkRule, RegularizedLeastSquares, exact_number
+from tpext.rules import Backprop, NetworkRule
 
 # A layer's gradient, as one vector, and its (input, output, gradient of the output) at each of its calls.
 _Layers = dict[str, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]]
@@ -132,7 +132,7 @@ def _compare(
     gradient, exact = gradient.double(), exact.double()
     norm, exact_norm = float(gradient.norm()), float(exact.norm())
     angle = _angle(gradient, exact, norm, exact_norm)
-    step = 1.0 if isinstance(layer.rule, (Backprop, Kaczmarz)) else exact_number(layer.rule, "target_step")
+    step = layer.rule.target_step
     missed = wished = 0.0
     for input, output, grad in calls:
         displacement = -step * grad
@@ -140,7 +140,7 @@ def _compare(
         reached = layer.forward(input + layer.input_displacement(input, displacement))
         missed += float((reached - output - displacement).double().square().sum())
         wished += float(displacement.double().square().sum())
-    gamma = exact_number(layer.rule, "gamma") if isinstance(layer.rule, RegularizedLeastSquares) else 0.0
+    gamma = getattr(layer.rule, "gamma", 0.0)
     values = torch.linalg.svdvals(layer.weight.double())
     least = float(values[-1]) ** 2 + gamma
     return LayerDiagnostics(

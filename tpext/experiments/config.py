@@ -55,7 +55,7 @@ LAYER_RULES: dict[RuleName, type[LayerRule]] = {
 }
 """The rules of the feed-forward tasks, the default first."""
 
-RULES: dict[RuleName, type[Rule] | type[LayerRule]] = {**SEQUENCE_RULES, **LAYER_RULES}
+RULES: dict[RuleName, type[Rule]] = {**SEQUENCE_RULES, **LAYER_RULES}
 REVERSE_RULES: tuple[RuleName, ...] = ("learned", "dtp")
 """The rules with reverse layers, which learn at ``reverse_lr``."""
 
@@ -155,7 +155,7 @@ class Config:
     task: str
     length: int | None
     chunk: int | None
-    rule: Rule | LayerRule
+    rule: Rule
     preset: Preset
     hidden_size: int | None
     layers: int | None
@@ -292,7 +292,7 @@ class Config:
             self._check_tied()
 
     def _check_reference_compat(self) -> None:
-        assert not isinstance(self.rule, (RegularizedInverse, LearnedInverse))
+        assert isinstance(self.rule, LayerRule)
         activation = Activation(self.nonlinearity, reference_compat=True)
         try:
             TargetLinear(1, 1, activation=activation, rule=self.rule, device="meta")
@@ -306,7 +306,7 @@ class Config:
         assert self.sizes is not None
         if self.task != "mnist-autoencoder":
             raise ConfigError(f"tied ties the layers of mnist-autoencoder, not of {self.task}")
-        if isinstance(self.rule, DifferenceTargetPropagation):
+        if isinstance(self.rule, LayerRule) and self.rule.ordinary_head:
             raise ConfigError("tied does not belong to rule=dtp, whose head is an ordinary layer")
         if len(self.sizes) % 2 == 0 or self.sizes != self.sizes[::-1]:
             raise ConfigError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tpext.experiments.config import Config
 from tpext.nn import MLP, RNN, TargetLinear
 from tpext.ops import Activation
-from tpext.rules import Backprop, DifferenceTargetPropagation, LearnedInverse, RegularizedInverse
+from tpext.rules import LayerRule, RecurrentRule
 from tpext.tasks import Task
 
 
@@ -22,7 +22,7 @@ class SequenceModel(nn.Module):
 
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__()
-        assert isinstance(config.rule, (Backprop, RegularizedInverse, LearnedInverse))
+        assert isinstance(config.rule, RecurrentRule)
         assert config.hidden_size is not None
         assert config.layers is not None
         self.rnn = RNN(
@@ -61,14 +61,14 @@ class FeedForwardModel(nn.Module):
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__()
         rule = config.rule
-        assert not isinstance(rule, (RegularizedInverse, LearnedInverse))
+        assert isinstance(rule, LayerRule)
         assert config.sizes is not None
         compat = config.reference_compat
         activation = Activation(config.nonlinearity, reference_compat=compat)
         self.layers = MLP([task.input_size, *config.sizes], activation, output=activation, rule=rule)
         width = config.sizes[-1]
         self.head: nn.Module
-        if isinstance(rule, DifferenceTargetPropagation):
+        if rule.ordinary_head:
             self.head = nn.Linear(width, task.output_size)
         else:
             identity = Activation("identity", reference_compat=compat)

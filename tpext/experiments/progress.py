@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,10 +142,11 @@ def describe(config: Config) -> str:
     'spiral, 64-64-64 leaky_relu units, constrained (target step 1), adam 0.003, batch 100, seed 1'
     """
     rule = config.rule_name
+    fields = {field.name for field in dataclasses.fields(config.rule)}
     options = [
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
         for name in ("credit", "correction", "dx", "update", "reg", "gamma", "target_step", "noise")
-        if (value := getattr(config.rule, name, None)) is not None
+        if name in fields and (value := getattr(config.rule, name)) is not None
     ]
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"
     if config.sizes is None:

@@ -8,12 +8,13 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tpext.nn.rnn import RNN, check_replaceable
-from tpext.rules import RegularizedInverse, Rule
+from tpext.rules import RecurrentRule, RegularizedInverse
+from tpext.rules.base import require_rule
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
+def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RNN:
     """Make every recurrent network inside ``model`` train by ``rule``, in place, sharing its parameters.
 
     Each ``torch.nn.RNN`` (that type itself, not its subclasses) among the registered submodules is replaced by a
@@ -42,11 +43,7 @@ def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
     RNN(3, 4, rule=Backprop())
     """
     rule = RegularizedInverse() if rule is None else rule
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            "convert: rule must be one of recurrent layers, tpext.Backprop(), tpext.RegularizedInverse() or "
-            f"tpext.LearnedInverse(), got {rule!r}; feed-forward layers are made anew, with tpext.nn.TargetLinear"
-        )
+    require_rule("convert", rule, "recurrent")
     replacements: dict[nn.Module, RNN] = {}
     kept: list[RNN] = []
     # everything that can fail comes before the first change
@@ -67,7 +64,7 @@ def convert(model: _Module, rule: Rule | None = None) -> _Module | RNN:
     return replacements.get(model, model)
 
 
-def _from_torch(module: nn.RNN, rule: Rule) -> RNN:
+def _from_torch(module: nn.RNN, rule: RecurrentRule) -> RNN:
     # on the meta device there are no random draws and no memory for parameters about to be replaced
     rnn = RNN(
         module.input_size,

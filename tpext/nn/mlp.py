@@ -10,286 +10,19 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from tpext.nn.kaczmarz import StreamResult
-from tpext.ops._library import LOW_PRECISION, autocast_outputs, autocasts, cast, full_precision, refuse_forward_mode
-from tpext.ops.kaczmarz import Output, Units, UnitsName, kaczmarz_step, kaczmarz_train, running_accuracy
-from tpext.ops.layer_inverse import Activation, ActivationName, act_displacement
-from tpext.ops.regularized_inverse import regularized_solve
-from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
-from tpext.rules import (
-    Backprop,
-    ConstrainedLeastSquares,
-    DifferenceTargetPropagation,
-    Kaczmarz,
-    LayerRule,
-    RegularizedLeastSquares,
-    exact_number,
-)
-
-
-def _move_preactivation(
-    displacement: Tensor,
-    preactivation: Tensor | None,
-    output: Tensor | None,
-    activation: Activation,
-    rule: ConstrainedLeastSquares | RegularizedLeastSquares,
-) -> Tensor:
-    """``z``: by how much the pre-activation should move for the output to move by ``displacement``."""
-    gamma = exact_number(rule, "gamma") if isinstance(rule, RegularizedLeastSquares) else 0.0
-    form = rule.form if isinstance(rule, RegularizedLeastSquares) else "proximal"
-    clip = exact_number(rule, "clip")
-    # where there is a way, not by a difference of outputs, next to which a displacement may be small
-    if activation.name == "identity":
-        # the published inverse ignores gamma
-        return displacement if activation.reference_compat else displacement / (1 + gamma)
-    assert preactivation is not None
-    assert output is not None
-    if gamma > 0 and form == "proximal" and not activation.reference_compat:
-        name, slope = activation.name, activation.slope
-        return act_displacement(displacement, preactivation, name, slope, gamma)
-
-    def inverse(target: Tensor) -> Tensor:
-        if gamma > 0:
-            return activation.regularized_inverse(target, preactivation, gamma, form)
-        center = preactivation if form == "proximal" else torch.zeros_like(preactivation)
-        return activation.inverse(target, center, clip)
-
-    moved = inverse(output + displacement)
-    return moved - preactivation if activation.reference_compat else moved.sub_(inverse(output))
-
-
-def _move_input(
-    moved: Tensor,
-    weight: Tensor,
-    has_bias: bool,
-    rule: ConstrainedLeastSquares | RegularizedLeastSquares,
-    scale: float = 1.0,
-) -> Tensor:
-    """``d_x`` times ``scale``: by how much the input should move for the pre-activation to move by ``moved``."""
-    gamma = exact_number(rule, "gamma") if isinstance(rule, RegularizedLeastSquares) else 0.0
-    scale = scale / (1 + gamma) if has_bias else scale
-    input = regularized_solve(weight, moved.reshape(-1, moved.shape[-1]), gamma).mul_(scale)
-    return input.view(*moved.shape[:-1], weight.shape[1])
-
-
-def _local_gradient(grad: Tensor, output: Tensor | None, activation: Activation) -> Tensor:
-    """``g * a'``, one step of the chain rule, from the activation's output, which needs no tanh anew."""
-    if activation.name == "identity":
-        return grad
-    assert output is not None
-    if activation.name == "tanh":
-        return torch.ops.aten.tanh_backward(grad, output)  # type: ignore[no-any-return]
-    if activation.name == "sigmoid":
-        return torch.ops.aten.sigmoid_backward(grad, output)  # type: ignore[no-any-return]
-    # what is left is the sign, which the output has from the pre-activation
-    return activation.derivative(grad, output)
-
-
-def _move_by_reverse_layer(
-    displacement: Tensor,
-    input: Tensor,
-    output: Tensor,
-    reverse_weight: Tensor,
-    reverse_bias: Tensor,
-    reverse_activation: Activation | Units,
-    correction: str,
-) -> Tensor:
-    """``d_x`` by a learned inverse."""
-    current = functional.linear(output, reverse_weight, reverse_bias)
-    target = reverse_activation(current + displacement @ reverse_weight.mT)
-    return target - (reverse_activation(current) if correction == "difference" else input)
-
-
-def _kaczmarz_options(rule: Kaczmarz) -> dict[str, Any]:
-    """What :func:`kaczmarz_step` takes of a rule."""
-    numbers = {name: exact_number(rule, name) for name in ("relaxation", "damping", "dx_reg", "batch_reg")}
-    return {**numbers, "dx": rule.dx, "update": rule.update, "first": rule.first}
-
-
-def _move_units(displacement: Tensor, preactivation: Tensor | None, output: Tensor | None, units: Units) -> Tensor:
-    """By how much the pre-activation should move for the output to move by ``displacement``."""
-    if units.name == "identity":
-        # not by a difference of outputs, next to which a displacement may be small
-        return displacement
-    assert preactivation is not None
-    assert output is not None
-    return units.input_target(output + displacement, preactivation) - preactivation
-
-
-class _TargetFunction(torch.autograd.Function):
-    """What the families below share: the forward pass and the parameters' gradients."""
-
-    @staticmethod
-    def run_forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | Units, *reverse: Tensor
-    ) -> Tensor:
-        preactivation = functional.linear(input, weight, bias)
-        output = activation(preactivation)
-        kept: tuple[Tensor | None, ...] = (output, *(reverse or (preactivation,)))
-        if activation.name == "identity":
-            # The next module may change this output in place, as after torch.nn.Linear; only a learned inverse needs
-            # it again.
-            kept = (output.clone(), *reverse) if reverse else (None, None)
-        ctx.save_for_backward(input, weight, *kept)
-        ctx.activation, ctx.has_bias = activation, bias is not None
-        return output
-
-    @staticmethod
-    def parameter_gradients(ctx: Any, error: Tensor, input: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Those of weight and bias, ``error`` being the gradient of the local loss for each pre-activation."""
-        rows = error.reshape(-1, error.shape[-1])
-        weight = rows.mT @ input.reshape(-1, input.shape[-1]) if ctx.needs_input_grad[1] else None
-        return weight, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-
-
-def _check_target_backward() -> None:
-    # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
-    if torch.is_grad_enabled():
-        raise RuntimeError(NOT_A_DERIVATIVE)
-
-
-class _LeastSquaresFunction(_TargetFunction):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        activation: Activation,
-        rule: ConstrainedLeastSquares | RegularizedLeastSquares,
-    ) -> Tensor:
-        ctx.rule = rule
-        return _TargetFunction.run_forward(ctx, input, weight, bias, activation)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_target_backward()
-        input, weight, output, preactivation = ctx.saved_tensors
-        rule, step = ctx.rule, exact_number(ctx.rule, "target_step")
-        by_output = rule.local_loss == "post"
-        with full_precision(grad.device.type):
-            grad_input = None
-            if ctx.needs_input_grad[0] or not by_output:
-                moved = _move_preactivation(grad * -step, preactivation, output, ctx.activation, rule)
-                if ctx.needs_input_grad[0]:
-                    grad_input = _move_input(moved, weight, ctx.has_bias, rule, -1 / step)
-                if not by_output:
-                    error = moved.mul_(-1 / step if rule.normalize else -1.0)
-            if by_output:
-                error = _local_gradient(grad if rule.normalize else grad * step, output, ctx.activation)
-            return grad_input, *_TargetFunction.parameter_gradients(ctx, error, input), None, None
-
-
-class _LearnedInverseFunction(_TargetFunction):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        reverse_weight: Tensor,
-        reverse_bias: Tensor,
-        activation: Activation,
-        reverse_activation: Activation,
-        rule: DifferenceTargetPropagation,
-    ) -> Tensor:
-        ctx.rule, ctx.reverse_activation = rule, reverse_activation
-        return _TargetFunction.run_forward(ctx, input, weight, bias, activation, reverse_weight, reverse_bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_target_backward()
-        input, _, output, reverse_weight, reverse_bias = ctx.saved_tensors
-        rule, step = ctx.rule, exact_number(ctx.rule, "target_step")
-        with full_precision(grad.device.type):
-            error = _local_gradient(grad if rule.normalize else grad * step, output, ctx.activation)
-            grad_input = None
-            if ctx.needs_input_grad[0]:
-                moved = _move_by_reverse_layer(
-                    grad * -step,
-                    input,
-                    output,
-                    reverse_weight,
-                    reverse_bias,
-                    ctx.reverse_activation,
-                    rule.correction,
-                )
-                grad_input = moved / -step
-            return grad_input, *_TargetFunction.parameter_gradients(ctx, error, input), *[None] * 5
-
-
-class _KaczmarzFunction(_TargetFunction):
-    @staticmethod
-    def forward(
-        ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, units: Units, below: Units, rule: Kaczmarz
-    ) -> Tensor:
-        ctx.rule, ctx.below = rule, below
-        return _TargetFunction.run_forward(ctx, input, weight, bias, units)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _check_target_backward()
-        input, weight, output, preactivation = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        with full_precision(grad.device.type):
-            moved = _move_units(-grad, preactivation, output, ctx.activation)
-            below = ctx.below if needs_input else None
-            step = kaczmarz_step(moved, input, weight, ctx.has_bias, below, **_kaczmarz_options(ctx.rule))
-        return (
-            input - step.input if needs_input else None,
-            -step.weight if needs_weight else None,
-            -step.bias if needs_bias and step.bias is not None else None,
-            *[None] * 3,
-        )
-
-
-def _apply(function: type[_TargetFunction], tensors: tuple[Tensor | None, ...], *settings: Any) -> Tensor:
-    """Apply a layer; under autocast it runs in float32, and its output gets the autocast dtype."""
-    if torch._C._are_functorch_transforms_active():
-        refuse_forward_mode("TargetLinear")
-        raise RuntimeError(NOT_A_DERIVATIVE)
-    first = tensors[0]
-    assert first is not None
-    device = first.device.type
-    if not autocasts(device):
-        return function.apply(*tensors, *settings)  # type: ignore[no-any-return,no-untyped-call]
-    with torch.autocast(device, enabled=False):
-        output = function.apply(*(cast(tensor, torch.float32) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
-    return autocast_outputs(output, device)  # type: ignore[no-any-return]
-
-
-def _check_rule(rule: LayerRule, activation: Activation | Units, reverse_activation: Activation | Units) -> None:
-    """Raise unless ``rule`` is one of feed-forward layers, and one that the activations can serve."""
-    if not isinstance(rule, LayerRule):
-        raise TypeError(
-            "TargetLinear: rule must be tpext.Backprop(), tpext.ConstrainedLeastSquares(), "
-            "tpext.RegularizedLeastSquares(), tpext.DifferenceTargetPropagation() or tpext.Kaczmarz(), got "
-            f"{rule!r}"
-        )
-    for name, value in (("activation", activation), ("reverse_activation", reverse_activation)):
-        if isinstance(rule, Kaczmarz):
-            if _as_units(value) is None:
-                allowed = ", ".join(map(repr, get_args(UnitsName)))
-                raise ValueError(f"TargetLinear: {name} must be one of {allowed} under Kaczmarz, got {value}")
-        elif isinstance(value, Units):
-            raise ValueError(f"TargetLinear: {name}={value} needs rule=tpext.Kaczmarz(), the rule is {rule}")
-    if isinstance(activation, Activation) and activation.reference_compat and isinstance(rule, RegularizedLeastSquares):
-        if rule.form == "ridge":
-            raise ValueError(
-                "TargetLinear: an activation with reference_compat needs form='proximal' of RegularizedLeastSquares, "
-                "the published code has no other, got form='ridge'"
-            )
-        if activation.name == "leaky_relu" and rule.gamma > 0:
-            raise ValueError(
-                "TargetLinear: RegularizedLeastSquares needs reference_compat=False for leaky_relu, of which the "
-                "published code has no regularised inverse"
-            )
+from tpext.ops._library import LOW_PRECISION, autocasts, full_precision
+from tpext.ops.kaczmarz import Output, Units, UnitsName, kaczmarz_train, running_accuracy
+from tpext.ops.layer_inverse import Activation, ActivationName
+from tpext.rules import Kaczmarz, LayerCall, LayerRule, RegularizedLeastSquares
+from tpext.rules.base import require_rule
+from tpext.rules.kaczmarz import as_units
 
 
 def _as_activation(activation: ActivationName | UnitsName | Activation | Units) -> Activation | Units:
@@ -298,15 +31,6 @@ def _as_activation(activation: ActivationName | UnitsName | Activation | Units) 
     if activation == "doubled_relu" or activation == "n_hot" or activation == "binary":
         return Units(activation)
     return Activation(activation)
-
-
-def _as_units(activation: Activation | Units) -> Units | None:
-    """The units that are this activation, None if there are none."""
-    if isinstance(activation, Units):
-        return activation
-    if activation.name in ("relu", "identity") and not activation.reference_compat:
-        return Units(activation.name)
-    return None
 
 
 class TargetLinear(nn.Module):
@@ -386,34 +110,33 @@ class TargetLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.activation = _as_activation(activation)
         self.reverse_activation = self.activation if reverse_activation is None else _as_activation(reverse_activation)
-        _check_rule(rule, self.activation, self.reverse_activation)
+        self._check_rule(rule)
         self._rule: LayerRule = rule
         self.transposed = False
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
-        if isinstance(rule, DifferenceTargetPropagation):
-            self.reverse_weight = nn.Parameter(torch.empty(in_features, out_features, **options))
-            self.reverse_bias = nn.Parameter(torch.empty(in_features, **options))
+        for name, shape in self._owned_shapes(rule).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: uniform in ``+-1/sqrt(N)``; reverse weights orthogonal, reverse biases zero.
+        """Draw all parameters anew: uniform in ``+-1/sqrt(N)``, or normal with the rule's ``std``.
 
-        Under ``Kaczmarz`` weights and biases are normal with its ``std``.
+        Those that the rule owns are drawn as the rule does.
         """
-        if isinstance(self._rule, Kaczmarz):
-            for parameter in self.parameters():
-                nn.init.normal_(parameter, std=self._rule.std)
-            return
-        # torch.nn.Linear's own calls, so that one seed gives both the same parameters
-        nn.init.kaiming_uniform_(self._matrix(), a=math.sqrt(5))
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            nn.init.uniform_(self.bias, -bound, bound)
-        if isinstance(self._rule, DifferenceTargetPropagation):
-            nn.init.orthogonal_(self.reverse_weight)
-            nn.init.zeros_(self.reverse_bias)
+        if self._rule.std is not None:
+            for parameter in (self.weight, self.bias):
+                if parameter is not None:
+                    nn.init.normal_(parameter, std=self._rule.std)
+        else:
+            # torch.nn.Linear's own calls, so that one seed gives both the same parameters
+            nn.init.kaiming_uniform_(self._matrix(), a=math.sqrt(5))
+            if self.bias is not None:
+                bound = 1 / math.sqrt(self.in_features)
+                nn.init.uniform_(self.bias, -bound, bound)
+        for name in self._owned_shapes(self._rule):
+            self._rule.reset_parameter(name, getattr(self, name))
 
     def tie(self, encoder: TargetLinear) -> None:
         """Share the weights of the layer that this one mirrors, ``W = W_encoder^T``, in one parameter.
@@ -469,13 +192,26 @@ class TargetLinear(nn.Module):
         self._check_change(rule)
         self._rule = rule
 
+    def _check_rule(self, rule: LayerRule) -> None:
+        require_rule("TargetLinear", rule, "layer")
+        if not rule.takes_units:
+            for name in ("activation", "reverse_activation"):
+                value = getattr(self, name)
+                if isinstance(value, Units):
+                    raise ValueError(f"TargetLinear: {name}={value} needs rule=tpext.Kaczmarz(), the rule is {rule}")
+        rule.check(self)
+
     def _check_change(self, rule: LayerRule) -> None:
-        _check_rule(rule, self.activation, self.reverse_activation)
-        if isinstance(rule, DifferenceTargetPropagation) is not isinstance(self._rule, DifferenceTargetPropagation):
+        self._check_rule(rule)
+        if self._owned_shapes(rule) != self._owned_shapes(self._rule):
             raise ValueError(
                 f"TargetLinear: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; make "
                 "a layer with the rule and load this one's state_dict with strict=False"
             )
+
+    def _owned_shapes(self, rule: LayerRule) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the parameters that a rule owns."""
+        return rule.parameter_shapes(self.in_features, self.out_features)
 
     def _load_from_state_dict(
         self,
@@ -489,10 +225,10 @@ class TargetLinear(nn.Module):
     ) -> None:
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        reverse = {prefix + "reverse_weight", prefix + "reverse_bias"}
-        # both: a checkpoint of torch.nn.Linear or of another rule; one of them: a damaged one
-        if reverse.issubset(missing):
-            missing = [key for key in missing if key not in reverse]
+        owned = {prefix + name for name in self._owned_shapes(self._rule)}
+        # all: a checkpoint of torch.nn.Linear or of another rule; some of them: a damaged one
+        if owned.issubset(missing):
+            missing = [key for key in missing if key not in owned]
         missing_keys.extend(missing)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -509,16 +245,11 @@ class TargetLinear(nn.Module):
             without an inverse, RuntimeError for ``create_graph=True`` under a target rule.
         """
         self._check_input(input)
-        rule = self._rule
-        if isinstance(rule, Backprop):
-            return self.activation(functional.linear(input, self._matrix(), self.bias))
-        if isinstance(rule, DifferenceTargetPropagation):
-            tensors = (input, self._matrix(), self.bias, self.reverse_weight, self.reverse_bias)
-            return _apply(_LearnedInverseFunction, tensors, self.activation, self.reverse_activation, rule)
-        if isinstance(rule, Kaczmarz):
-            units, below = _as_units(self.activation), _as_units(self.reverse_activation)
-            return _apply(_KaczmarzFunction, (input, self._matrix(), self.bias), units, below, rule)
-        return _apply(_LeastSquaresFunction, (input, self._matrix(), self.bias), self.activation, rule)
+        return self._rule.run_layer(self._call(input))
+
+    def _call(self, input: Tensor) -> LayerCall:
+        owned = tuple(getattr(self, name) for name in self._owned_shapes(self._rule))
+        return LayerCall(input, self._matrix(), self.bias, self.activation, self.reverse_activation, owned)
 
     def _check_input(self, input: Tensor) -> None:
         weight = self.weight
@@ -526,7 +257,7 @@ class TargetLinear(nn.Module):
             raise ValueError(f"TargetLinear: input must be [..., N={self.in_features}], got {list(input.shape)}")
         if input.device != weight.device:
             raise ValueError(f"TargetLinear: input must be on {weight.device} as weight is, got {input.device}")
-        if not isinstance(self._rule, Backprop) and weight.dtype in LOW_PRECISION:
+        if not self._rule.exact and weight.dtype in LOW_PRECISION:
             raise ValueError(
                 f"TargetLinear: parameters must be float32 or float64 under {type(self._rule).__name__}, got "
                 f"{weight.dtype}; keep them in float32 and run under torch.autocast"
@@ -558,7 +289,7 @@ class TargetLinear(nn.Module):
         tensor(0.)
         """
         self._check_input(input)
-        rule, weight = self._rule, self._matrix()
+        weight = self._matrix()
         with full_precision(input.device.type):
             input, displacement = input.to(weight.dtype), displacement.to(weight.dtype)
             preactivation = functional.linear(input, weight, self.bias)
@@ -567,27 +298,8 @@ class TargetLinear(nn.Module):
                 raise ValueError(
                     f"TargetLinear: displacement must be {list(output.shape)}, got {list(displacement.shape)}"
                 )
-            if isinstance(rule, Kaczmarz):
-                units, below = _as_units(self.activation), _as_units(self.reverse_activation)
-                assert units is not None
-                moved = _move_units(displacement, preactivation, output, units)
-                options = _kaczmarz_options(rule)
-                return kaczmarz_step(moved, input, weight, self.bias is not None, below, **options).input - input
-            assert isinstance(self.activation, Activation)
-            if isinstance(rule, Backprop):
-                return _local_gradient(displacement, output, self.activation) @ weight
-            if isinstance(rule, DifferenceTargetPropagation):
-                return _move_by_reverse_layer(
-                    displacement,
-                    input,
-                    output,
-                    self.reverse_weight,
-                    self.reverse_bias,
-                    self.reverse_activation,
-                    rule.correction,
-                )
-            moved = _move_preactivation(displacement, preactivation, output, self.activation, rule)
-            return _move_input(moved, weight, self.bias is not None, rule)
+            call = self._call(input)._replace(preactivation=preactivation, output=output)
+            return self._rule.propagate(call, displacement)
 
     def reconstruction_loss(self, input: Tensor, *, noise: float | None = None) -> Tensor:
         """Loss that trains the reverse layer of ``DifferenceTargetPropagation``.
@@ -616,21 +328,9 @@ class TargetLinear(nn.Module):
         >>> layer.reverse_weight.grad.shape, layer.weight.grad
         (torch.Size([4, 3]), None)
         """
-        rule = self._rule
-        if not isinstance(rule, DifferenceTargetPropagation):
-            raise RuntimeError(
-                f"TargetLinear.reconstruction_loss needs rule=tpext.DifferenceTargetPropagation(), the rule is {rule}"
-            )
-        std = rule.noise if noise is None else DifferenceTargetPropagation(noise=noise).noise
         self._check_input(input)
         with full_precision(input.device.type):
-            with torch.no_grad():
-                target = input.to(self.weight.dtype)
-                if std > 0:
-                    target = target + std * torch.randn_like(target)
-                reached = self.activation(functional.linear(target, self._matrix(), self.bias))
-            rebuilt = self.reverse_activation(functional.linear(reached, self.reverse_weight, self.reverse_bias))
-            return (rebuilt - target).square().sum() / max(1, math.prod(input.shape[:-1]))
+            return self._rule.layer_loss(self._call(input.to(self.weight.dtype)), noise)
 
     def extra_repr(self) -> str:
         """Sizes, activation, rule."""
@@ -817,7 +517,7 @@ class MLP(nn.Sequential):
             if layer.transposed:
                 raise ValueError("MLP.stream: layers must have weights of their own, got tied ones")
             which, units = ("output", Units("identity")) if layer is last else ("activation", Units("relu"))
-            if _as_units(layer.activation) != units:
+            if as_units(layer.activation) != units:
                 raise ValueError(f"MLP.stream: {which} must be {units.name!r}, got {layer.activation}")
         predictions = kaczmarz_train(
             input,

@@ -6,6 +6,7 @@ stack axis S of the ops.
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 import warnings
@@ -17,9 +18,8 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from tpext.ops._library import are_plain, autocasts, check_lengths, full_precision
-from tpext.ops.rnn_scan import backprop_rnn, input_projection
-from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
-from tpext.rules import LearnedInverse, RegularizedInverse, Rule, exact_number
+from tpext.rules import RecurrentCall, RecurrentRule, RegularizedInverse
+from tpext.rules.base import require_rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,24 +37,11 @@ _HOOKS = (
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "identity": "RNN_IDENTITY"}
 
 
-def check_rule(rule: Rule, nonlinearity: str) -> None:
-    """Raise unless ``rule`` is a rule, and one that fits the nonlinearity."""
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            f"RNN: rule must be tpext.Backprop(), tpext.RegularizedInverse() or tpext.LearnedInverse(), got {rule!r}"
-        )
-    if isinstance(rule, LearnedInverse) and nonlinearity != "tanh":
-        raise ValueError(
-            f"RNN: rule=LearnedInverse needs nonlinearity='tanh', got '{nonlinearity}'; "
-            "use rule=tpext.RegularizedInverse() or rule=tpext.Backprop() with this nonlinearity"
-        )
-
-
 def check_replaceable(module: nn.RNN | RNN, where: str) -> None:
     """Raise if a replacement, which takes over the parameters alone, would silently lose a part of ``module``."""
     own = {name for row in module._all_weights for name in row}
-    if isinstance(module, RNN) and isinstance(module.rule, LearnedInverse):
-        own.update(name for pair in module._reverse_names() for name in pair)
+    if isinstance(module, RNN):
+        own.update(*module._owned_names)
     members = {*module._parameters, *module._buffers, *module._modules}
     # parametrizing or pruning a weight puts other members in its place
     lost = [hook for hook in _HOOKS if getattr(module, hook)]
@@ -139,7 +126,7 @@ class RNN(nn.Module):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         *,
-        rule: Rule | None = None,
+        rule: RecurrentRule | None = None,
         return_sequence: bool = True,
         checkpoint_every: int | None = None,
         **unsupported: object,
@@ -151,7 +138,7 @@ class RNN(nn.Module):
         if nonlinearity not in _MODES:
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu' or 'identity'.")
         rule = RegularizedInverse() if rule is None else rule
-        check_rule(rule, nonlinearity)
+        require_rule("RNN", rule, "recurrent")
         super().__init__()
         self.mode = _MODES[nonlinearity]
         self.nonlinearity = nonlinearity
@@ -167,7 +154,8 @@ class RNN(nn.Module):
         self.checkpoint_every = checkpoint_every
         self._check_sizes(dropout)
         self._check_checkpointing()
-        self._rule: Rule = rule
+        rule.check(self)
+        self._rule: RecurrentRule = rule
         self._reverse = [False, True] if bidirectional else [False]
         self._all_weights: list[list[str]] = []
 
@@ -183,8 +171,7 @@ class RNN(nn.Module):
                 for name, shape in zip(names, shapes, strict=True):
                     self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
                 self._all_weights.append(names)
-        if isinstance(rule, LearnedInverse):
-            self._register_reverse_parameters()
+        self._register_owned_parameters()
         self.reset_parameters()
 
     def _check_sizes(self, dropout: object) -> None:
@@ -230,93 +217,94 @@ class RNN(nn.Module):
 
     # Parameters
 
-    def _reverse_names(self) -> list[tuple[str, str]]:
-        """Names of the reverse weight and bias of each layer and direction, in the order of ``all_weights``."""
-        suffixes = [names[0].removeprefix("weight_ih") for names in self._all_weights]
-        return [("reverse_weight_hh" + suffix, "reverse_bias" + suffix) for suffix in suffixes]
+    def _owned_shapes(self, rule: RecurrentRule) -> list[dict[str, tuple[int, ...]]]:
+        """Names and shapes of the parameters that a rule owns, of each layer and direction."""
+        shapes = []
+        for names in self._all_weights:
+            suffix, input_size = names[0].removeprefix("weight_ih"), getattr(self, names[0]).shape[1]
+            owned = rule.parameter_shapes(input_size, self.hidden_size)
+            shapes.append({name + suffix: shape for name, shape in owned.items()})
+        return shapes
 
-    def _register_reverse_parameters(self) -> None:
-        for names, (weight_name, bias_name) in zip(self._all_weights, self._reverse_names(), strict=True):
+    def _register_owned_parameters(self) -> None:
+        shapes = self._owned_shapes(self._rule)
+        self._owned_names = [list(of_member) for of_member in shapes]
+        for names, of_member in zip(self._all_weights, shapes, strict=True):
             weight_hh = getattr(self, names[1])
-            self.register_parameter(weight_name, nn.Parameter(torch.empty_like(weight_hh)))
-            self.register_parameter(bias_name, nn.Parameter(torch.empty_like(weight_hh[0])))
+            for name, shape in of_member.items():
+                self.register_parameter(name, nn.Parameter(weight_hh.new_empty(shape)))
 
-    def _reset_reverse_parameters(self) -> None:
-        for weight_name, bias_name in self._reverse_names():
-            weight = getattr(self, weight_name)
-            with torch.no_grad():
-                # torch has no QR in half precision
-                dtype = torch.promote_types(weight.dtype, torch.float32)
-                weight.copy_(nn.init.orthogonal_(torch.empty_like(weight, dtype=dtype)))
-            nn.init.zeros_(getattr(self, bias_name))
+    def _reset_owned_parameters(self) -> None:
+        for name in itertools.chain(*self._owned_names):
+            self._rule.reset_parameter(name.rsplit("_l", 1)[0], getattr(self, name))
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: uniform in ``+-1/sqrt(H)``; reverse weights orthogonal, reverse biases zero."""
+        """Draw all parameters anew: uniform in ``+-1/sqrt(H)``; those that the rule owns as the rule does."""
         bound = 1.0 / math.sqrt(self.hidden_size)
         for names in self._all_weights:
             for name in names:
                 nn.init.uniform_(getattr(self, name), -bound, bound)
-        if isinstance(self._rule, LearnedInverse):
-            self._reset_reverse_parameters()
+        self._reset_owned_parameters()
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
-        """The parameters of ``torch.nn.RNN``, one list a layer and direction (no reverse parameters)."""
+        """The parameters of ``torch.nn.RNN``, one list a layer and direction (none of the rule's own)."""
         return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     def flatten_parameters(self) -> None:
         """Do nothing: there is no layout to restore. Kept for code written for ``torch.nn.RNN``."""
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> RecurrentRule:
         """The rule of the backward pass; assignable, unless that changes the set of parameters (see ``convert``)."""
         return self._rule
 
     @rule.setter
-    def rule(self, rule: Rule) -> None:
-        check_rule(rule, self.nonlinearity)
-        if isinstance(rule, LearnedInverse) is not isinstance(self._rule, LearnedInverse):
+    def rule(self, rule: RecurrentRule) -> None:
+        require_rule("RNN", rule, "recurrent")
+        rule.check(self)
+        if self._owned_shapes(rule) != self._owned_shapes(self._rule):
             raise ValueError(
                 f"RNN: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; "
                 "use tpext.nn.convert(module, rule), then make the optimizer anew"
             )
         self._rule = rule
 
-    def _check_replace_rule(self, rule: Rule) -> None:
+    def _check_replace_rule(self, rule: RecurrentRule) -> None:
         """Raise if ``_replace_rule`` would fail half-way."""
-        check_rule(rule, self.nonlinearity)
-        had, needs = isinstance(self._rule, LearnedInverse), isinstance(rule, LearnedInverse)
-        names = [name for pair in self._reverse_names() for name in pair]
-        if had and not needs:
-            changed = [name for name in names if name not in self._parameters]
-            if changed:
-                raise ValueError(
-                    f"RNN: {', '.join(changed)} cannot be removed, being no plain parameters (parametrized or pruned); "
-                    f"undo that before changing rule from {self._rule} to {rule}"
-                )
-        if needs and not had:
-            taken = [name for name in names if hasattr(self, name)]
-            if taken:
-                raise ValueError(
-                    f"RNN: {', '.join(taken)} cannot be added, the module has other attributes of these names; "
-                    f"delete them before changing rule from {self._rule} to {rule}"
-                )
+        require_rule("RNN", rule, "recurrent")
+        rule.check(self)
+        shapes = self._owned_shapes(rule)
+        if shapes == self._owned_shapes(self._rule):
+            return
+        had = list(itertools.chain(*self._owned_names))
+        changed = [name for name in had if name not in self._parameters]
+        if changed:
+            raise ValueError(
+                f"RNN: {', '.join(changed)} cannot be removed, being no plain parameters (parametrized or pruned); "
+                f"undo that before changing rule from {self._rule} to {rule}"
+            )
+        taken = [name for name in itertools.chain(*shapes) if name not in had and hasattr(self, name)]
+        if taken:
+            raise ValueError(
+                f"RNN: {', '.join(taken)} cannot be added, the module has other attributes of these names; "
+                f"delete them before changing rule from {self._rule} to {rule}"
+            )
 
-    def _replace_rule(self, rule: Rule) -> None:
-        """Change the rule, adding freshly initialised reverse parameters or removing them where it takes that.
+    def _replace_rule(self, rule: RecurrentRule) -> None:
+        """Change the rule; where its parameters are others, remove the old ones and add freshly initialised ones.
 
         An optimizer made before does not know of added parameters.
         """
         self._check_replace_rule(rule)
-        had, needs = isinstance(self._rule, LearnedInverse), isinstance(rule, LearnedInverse)
+        same = self._owned_shapes(rule) == self._owned_shapes(self._rule)
         self._rule = rule
-        if needs and not had:
-            self._register_reverse_parameters()
-            self._reset_reverse_parameters()
-        elif had and not needs:
-            for names in self._reverse_names():
-                for name in names:
-                    delattr(self, name)
+        if same:
+            return
+        for name in itertools.chain(*self._owned_names):
+            delattr(self, name)
+        self._register_owned_parameters()
+        self._reset_owned_parameters()
 
     def _load_from_state_dict(
         self,
@@ -330,11 +318,10 @@ class RNN(nn.Module):
     ) -> None:
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        if isinstance(self._rule, LearnedInverse):
-            reverse = {prefix + name for names in self._reverse_names() for name in names}
-            # none of them: a checkpoint of torch.nn.RNN or of another rule; some of them: a damaged one
-            if reverse.issubset(missing):
-                missing = [key for key in missing if key not in reverse]
+        owned = {prefix + name for name in itertools.chain(*self._owned_names)}
+        # none of them: a checkpoint of torch.nn.RNN or of another rule; some of them: a damaged one
+        if owned.issubset(missing):
+            missing = [key for key in missing if key not in owned]
         missing_keys.extend(missing)
 
     def to_torch(self) -> nn.RNN:
@@ -519,14 +506,24 @@ class RNN(nn.Module):
                 columns[2].append(parameters[2] + parameters[3])
         return _stack(columns[0]), _stack(columns[1]), _stack(columns[2]) if self.bias else None
 
-    def _reverse_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Stacked reverse weights [S, H, H] and biases [S, H] of one layer."""
+    def _owned_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, ...]:
+        """The rule's own parameters of one layer, stacked ``[S, ...]``."""
         directions = len(self._reverse)
-        names = self._reverse_names()[layer * directions : (layer + 1) * directions]
-        weights, biases = ([getattr(self, pair[i]) for pair in names] for i in (0, 1))
-        for parameter in weights + biases:
-            self._check_device("parameter", parameter, input)
-        return _stack(weights), _stack(biases)
+        members = self._owned_names[layer * directions : (layer + 1) * directions]
+        owned = []
+        for names in zip(*members, strict=True):
+            parameters = [getattr(self, name) for name in names]
+            for parameter in parameters:
+                self._check_device("parameter", parameter, input)
+            owned.append(_stack(parameters))
+        return tuple(owned)
+
+    def _call(self, layer: int, input: Tensor, h0: Tensor, lengths: Tensor | None) -> RecurrentCall:
+        weights = self._layer_parameters(layer, input)
+        owned = self._owned_parameters(layer, input)
+        return RecurrentCall(
+            input, h0, *weights, lengths, self._reverse, self.nonlinearity, owned, self.checkpoint_every
+        )
 
     def _initial_states(self, hx: Tensor | None, input: Tensor) -> Sequence[Tensor]:
         """The initial states ``[S, B, H]`` of each layer."""
@@ -536,61 +533,11 @@ class RNN(nn.Module):
         return [hx] if self.num_layers == 1 else torch.split(hx, directions)
 
     def _run(self, input: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-        rule, nonlinearity, reverse = self._rule, self.nonlinearity, self._reverse
         output, finals = input, []
         for layer, h0 in enumerate(self._initial_states(hx, input)):
             if layer > 0:
                 output = self._between_layers(output)
-            weight_ih, weight_hh, bias = self._layer_parameters(layer, input)
-            if isinstance(rule, RegularizedInverse):
-                states, h_n = target_rnn(
-                    output,
-                    h0,
-                    weight_ih,
-                    weight_hh,
-                    bias,
-                    lengths,
-                    reverse,
-                    nonlinearity,
-                    reg=exact_number(rule, "reg"),
-                    target_step=exact_number(rule, "target_step"),
-                    correction=rule.correction,
-                    credit=rule.credit,
-                    clip=exact_number(rule, "clip"),
-                    normalize=rule.normalize,
-                    input_rule=rule.input_rule,
-                    checkpoint_every=self.checkpoint_every,
-                )
-            elif isinstance(rule, LearnedInverse):
-                reverse_weight, reverse_bias = self._reverse_parameters(layer, input)
-                states, h_n = learned_target_rnn(
-                    output,
-                    h0,
-                    weight_ih,
-                    weight_hh,
-                    bias,
-                    reverse_weight,
-                    reverse_bias,
-                    lengths,
-                    reverse,
-                    nonlinearity,
-                    target_step=exact_number(rule, "target_step"),
-                    credit=rule.credit,
-                    normalize=rule.normalize,
-                    checkpoint_every=self.checkpoint_every,
-                )
-            else:
-                states, h_n = backprop_rnn(
-                    output,
-                    h0,
-                    weight_ih,
-                    weight_hh,
-                    bias,
-                    lengths,
-                    reverse,
-                    nonlinearity,
-                    checkpoint_every=self.checkpoint_every,
-                )
+            states, h_n = self._rule.run_recurrent(self._call(layer, output, h0, lengths))
             output = states if self.checkpoint_every is not None else _join_directions(states)
             finals.append(h_n)
         return output, finals[0] if len(finals) == 1 else torch.cat(finals)
@@ -636,35 +583,18 @@ class RNN(nn.Module):
         >>> rnn.reverse_weight_hh_l0.grad.shape, rnn.weight_hh_l0.grad
         (torch.Size([4, 4]), None)
         """
-        rule = self._rule
-        if not isinstance(rule, LearnedInverse):
-            raise RuntimeError(f"RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), the rule is {rule}")
-        std = rule.noise if noise is None else LearnedInverse(noise=noise).noise
         rows, hx, lengths = self._time_major(input, hx, lengths)
         with full_precision(rows.device.type):
             output = rows.to(self.weight_ih_l0.dtype)
             hx = None if hx is None else hx.to(output.dtype)
             loss = output.new_zeros(())
             for layer, h0 in enumerate(self._initial_states(hx, output)):
-                reverse_weight, reverse_bias = self._reverse_parameters(layer, rows)
                 with torch.no_grad():
-                    if layer > 0:
-                        output = self._between_layers(output)
-                    weight_ih, weight_hh, bias = self._layer_parameters(layer, rows)
-                    shared = input_projection(output, weight_ih, None)
-                    x_proj = shared if bias is None else shared + bias[:, None, None]
-                    states = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, self._reverse, self.nonlinearity)
-                    target = _previous_states(states, h0, lengths, self._reverse)
-                    if std > 0:
-                        target = target + std * torch.randn_like(target)
-                    reached = torch.tanh(x_proj + _rows_times(target, weight_hh))
-                    output = _join_directions(states)
-                rebuilt = torch.tanh(_rows_times(reached, reverse_weight) + (shared + reverse_bias[:, None, None]))
-                residual = rebuilt - target
-                if lengths is not None:
-                    residual = residual * _valid(lengths, residual.size(1))
-                loss = loss + residual.square().sum()
-        return loss / (2 * max(rows.size(1), 1))
+                    output = self._between_layers(output) if layer > 0 else output
+                of_layer, states = self._rule.recurrent_loss(self._call(layer, output, h0, lengths), noise)
+                loss = loss + of_layer
+                output = _join_directions(states)
+        return loss / max(rows.size(1), 1)
 
     def extra_repr(self) -> str:
         """Sizes and every option that differs from its default."""
@@ -697,32 +627,6 @@ def _packed_lengths(packed: PackedSequence) -> Tensor:
     return (rows < packed.batch_sizes).sum(1)
 
 
-def _rows_times(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows W^T`` for ``[S, T, B, H]`` and ``[S, H, H]`` as one product a member (matmul would make T of them)."""
-    return torch.bmm(rows.flatten(1, 2), weight.mT).view_as(rows)
-
-
-def _valid(lengths: Tensor, steps: int) -> Tensor:
-    """``[T, B, 1]``, True at the valid steps."""
-    return (torch.arange(steps, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(2)
-
-
 def _join_directions(states: Tensor) -> Tensor:
     """``[S, T, B, H] -> [T, B, S*H]``."""
     return states.squeeze(0) if states.size(0) == 1 else states.permute(1, 2, 0, 3).flatten(2)
-
-
-def _previous_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: list[bool]) -> Tensor:
-    """The state that each step started from, ``[S, T, B, H]``; unspecified beyond ``lengths``."""
-    members = []
-    for member, start, runs_back in zip(states, h0, reverse, strict=True):
-        first = start.unsqueeze(0)
-        if not runs_back:
-            members.append(torch.cat((first, member[:-1])))
-            continue
-        previous = torch.cat((member[1:], first))
-        if lengths is not None:
-            starts = torch.arange(member.size(0), device=lengths.device).unsqueeze(1) == lengths - 1
-            previous = torch.where(starts.unsqueeze(2), first, previous)
-        members.append(previous)
-    return _stack(members)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors
-from tpext.ops._library import LOW_PRECISION, check_choice, is_integer, refuse_forward_mode
-from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
+from tpext.ops._library import LOW_PRECISION, NOT_A_DERIVATIVE, check_choice, is_integer, refuse_forward_mode
 from tpext.rules import Backprop, DifferenceTargets, NetworkRule
+from tpext.rules.base import require_rule
 
 FeedbackInit = Literal["random", "symmetric", "tied"]
 
@@ -105,11 +105,7 @@ class TargetSequential(nn.Module):
     ) -> None:
         super().__init__()
         rule = DifferenceTargets() if rule is None else rule
-        if not isinstance(rule, (NetworkRule, Backprop)):
-            raise TypeError(
-                "TargetSequential: rule must be a tpext.rules.NetworkRule, such as tpext.DifferenceTargets(), or "
-                f"tpext.Backprop(), got {rule!r}"
-            )
+        require_rule("TargetSequential", rule, "network")
         check_choice("TargetSequential", "feedback_init", feedback_init, get_args(FeedbackInit))
         self.blocks = _sequential(blocks)
         if not rule.exact:
@@ -125,7 +121,7 @@ class TargetSequential(nn.Module):
             self._add_feedback(self._make_feedback(rule, input_shape) if feedback is None else feedback)
 
     def _make_feedback(self, rule: NetworkRule, input_shape: Sequence[int] | None) -> Sequence[Feedback | None]:
-        rule.check(list(self.blocks))
+        rule.check(self)
         shapes = None
         if rule.needs_shapes:
             if input_shape is None:
@@ -211,7 +207,7 @@ class TargetSequential(nn.Module):
         """
         if isinstance(self.rule, NetworkRule):
             self._check_precision()
-            self.rule.check(list(self.blocks))
+            self.rule.check(self)
         if torch._C._are_functorch_transforms_active():
             refuse_forward_mode("TargetSequential")
             raise RuntimeError(NOT_A_DERIVATIVE)

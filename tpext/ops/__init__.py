@@ -4,6 +4,7 @@ One module an op family. Each op has a schema, a CPU implementation, a fake one 
 tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
+from tpext.ops import rnn_target_scan as _rnn_target_scan  # noqa: F401 - registers its ops
 from tpext.ops.counter_normal import counter_normal
 from tpext.ops.kaczmarz import (
     KaczmarzStep,
@@ -26,7 +27,6 @@ from tpext.ops.layer_inverse import (
 from tpext.ops.pooled_difference import code_difference, max_unpool, probe_difference
 from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
 from tpext.ops.rnn_scan import input_projection
-from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 
 __all__ = [
     "Activation",
@@ -44,7 +44,6 @@ __all__ = [
     "kaczmarz_train",
     "layer_displacement",
     "layer_inverse",
-    "learned_target_rnn",
     "linear_inverse",
     "max_unpool",
     "n_hot",
@@ -52,5 +51,4 @@ __all__ = [
     "regularized_inverse",
     "regularized_solve",
     "running_accuracy",
-    "target_rnn",
 ]

@@ -26,6 +26,11 @@ Execution: TypeAlias = int | tuple[int, str, object | None] | tuple[int, str, No
 CREDITS = ("local", "through_time")
 PLAIN_RNN = "use torch.autograd.grad, or torch.nn.RNN, which tpext.nn.RNN.to_torch() gives"
 
+NOT_A_DERIVATIVE = (
+    "target propagation's backward pass is not a derivative, so it cannot be differentiated (create_graph=True, double "
+    "backward) or transformed (torch.func); for second derivatives use rule=tpext.Backprop()"
+)
+
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 _PLAIN = (Tensor, torch.nn.Parameter)

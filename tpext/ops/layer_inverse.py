@@ -61,6 +61,7 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     LOW_PRECISION,
+    NOT_A_DERIVATIVE,
     autocasts,
     cast,
     check_choice,
@@ -77,7 +78,6 @@ from tpext.ops._library import (
     refuse_forward_mode,
 )
 from tpext.ops.regularized_inverse import regularized_inverse
-from tpext.ops.rnn_target_scan import NOT_A_DERIVATIVE
 
 ActivationName = Literal["tanh", "sigmoid", "relu", "leaky_relu", "identity"]
 Form = Literal["proximal", "ridge"]

@@ -22,8 +22,8 @@ On the CPU the projection of the input is computed inside the scan, and the thre
 ``[h_{t-1}, x_t, 1]``; neither it nor the projection ever stands in memory. On CUDA they are torch's products, and the
 projection ``[S, T, B, H]`` stands in memory during the scan. ``h_n [S, B, H]`` is the state after each row's last valid
 step, ``h0`` without one; ``delta`` must be zero beyond ``lengths``. These two have no derivative of their own:
-``backprop_rnn``, which is made of them, has, of every order. Where ``grad_states`` is None and the gradient has faded
-to nothing, the sweep may end, and does on the CPU; it then does not read the states further back.
+``tpext.nn.RNN(rule=Backprop())``, which is made of them, has, of every order. Where ``grad_states`` is None and the
+gradient has faded to nothing, the sweep may end, and does on the CPU; it then does not read the states further back.
 
 ``S`` members with weights of their own run side by side (directions, ensembles); where ``reverse[s]`` is set, a
 member runs from its last valid step to its first, and ``states[s, t]`` belongs to input step ``t`` all the same.
@@ -48,8 +48,8 @@ Raises:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,10 +59,6 @@ from tpext.ops._library import (
     LIBRARY,
     LOW_PRECISION,
     Execution,
-    are_plain,
-    autocast_outputs,
-    autocasts,
-    cast,
     check_lengths,
     check_scan,
     compute_dtype,
@@ -70,7 +66,6 @@ from tpext.ops._library import (
     dense,
     dense_rows,
     execution,
-    full_precision,
     on_cuda,
     refuse_derivative,
     run_scan,
@@ -303,7 +298,7 @@ def _weight_gradients_on_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if lengths is not None:
         # The padding may hold NaN, which times the zeros of delta is no zero.
-        input = torch.where(_valid_steps(lengths, input.shape[0]), input, 0)
+        input = torch.where(valid_steps(lengths, input.shape[0]), input, 0)
     rows = input.flatten(0, 1).expand(delta.shape[0], -1, -1)
     grads = (
         _sum_over_rows(delta.flatten(1, 2), rows),
@@ -406,7 +401,7 @@ def _directions(reverse: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
         begin = end
 
 
-def _valid_steps(lengths: Tensor, time: int) -> Tensor:
+def valid_steps(lengths: Tensor, time: int) -> Tensor:
     """``[T, B, 1]``: whether the step is one of the row's."""
     return (torch.arange(time, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(2)
 
@@ -540,275 +535,3 @@ def final_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Se
             last = _at_last_valid(states[member : member + 1], lengths)[0]
         members.append(last if lengths is None else torch.where((lengths > 0).unsqueeze(1), last, h0[member]))
     return torch.stack(members)
-
-
-def _composite_layer(
-    input: Tensor,
-    h0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    nonlinearity: str,
-) -> tuple[Tensor, Tensor]:
-    """``rnn_layer`` by operations that have derivatives of every order."""
-    x_proj = input_projection(input, weight_ih, bias)
-    states = torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)
-    return states, final_states(states, h0, lengths, reverse)
-
-
-# A stretch of a layer's steps: its input [t, B, I], the states before it [S, B, H], its states [S, t, B, H], and how
-# many of its steps are valid in each row.
-Piece: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor | None]
-Gradients: TypeAlias = list[Tensor | None]
-Sweep: TypeAlias = Callable[
-    [Piece, Tensor | None, Tensor | None, Tensor | None], tuple[Gradients, Tensor, Tensor | None]
-]
-
-
-class Layer(torch.autograd.Function):
-    """What the layers of all rules share: the forward pass, and the backward pass piece by piece.
-
-    A rule's class defines ``forward``, which calls ``run_forward``, and ``backward``, which calls ``run_backward`` with
-    a function that does one piece. ``backward`` reads ``ctx.saved_tensors`` once: under activation checkpointing a
-    second time is an error. Without ``checkpoint_every`` the whole sequence is one piece. With it, ``forward``
-    keeps only the state before each piece and the backward pass computes a piece's states anew: with ``delta`` some
-    ``T / K + 2 K`` states in memory in place of ``2 T``, for one more forward pass.
-
-    Contexts are filled in ``forward``, not in a ``setup_context``: with one, torch looks up and binds the signature at
-    every call, which takes as long as a small kernel. ``forward`` takes what only ``backward`` needs by name: torch's
-    compiler counts the signature's parameters.
-    """
-
-    @staticmethod
-    def run_forward(
-        ctx: Any,
-        input: Tensor,
-        h0: Tensor,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor | None,
-        lengths: Tensor | None,
-        reverse: Sequence[bool],
-        nonlinearity: str,
-        checkpoint_every: int | None,
-        *others: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """States (empty with ``checkpoint_every``) and ``h_n``; saves what ``run_backward`` needs, and ``others``."""
-        ctx.reverse, ctx.nonlinearity, ctx.checkpoint_every = reverse, nonlinearity, checkpoint_every
-        ctx.set_materialize_grads(False)
-        if checkpoint_every is None:
-            states, h_n = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
-            kept = states
-        else:
-            if checkpoint_every < 1 or any(reverse):
-                raise ValueError(
-                    "checkpoint_every must be at least 1 and its members must run forward, got "
-                    f"checkpoint_every={checkpoint_every}, reverse={list(reverse)}"
-                )
-            # Each piece's lengths are cut to its size, which would hide those out of range.
-            if are_plain((lengths,)):
-                check_lengths("rnn_layer", lengths, input.shape[0])
-            pieces = max(1, -(-input.shape[0] // checkpoint_every))
-            kept = h0.new_empty(pieces, *h0.shape)
-            h_n = h0.clone()
-            for index in range(pieces):
-                piece, valid = _cut(input, lengths, index * checkpoint_every, checkpoint_every)
-                kept[index].copy_(h_n)
-                h_n.copy_(rnn_layer(piece, kept[index], weight_ih, weight_hh, bias, valid, reverse, nonlinearity)[1])
-            states = h_n.new_empty(0)
-            ctx.mark_non_differentiable(states)
-        ctx.save_for_backward(input, h0, weight_ih, weight_hh, bias, lengths, kept, *others)
-        return states, h_n
-
-    @staticmethod
-    def run_backward(
-        ctx: Any,
-        saved: Sequence[Tensor],
-        sweep: Sweep,
-        grad_states: Tensor | None,
-        arriving: Tensor | None,
-        zero_stays_zero: bool,
-    ) -> Gradients:
-        """Gradients of input, h0, weight_ih, weight_hh and bias, of h0 as ``sweep`` leaves it.
-
-        Args:
-            ctx: the layer's context.
-            saved: its saved tensors, the first 7 as ``run_forward`` saves them.
-            sweep: takes a piece, the gradients of its states (or None: zero) and the two things that come back from
-                beyond its end (``[S, B, H]`` or None), returns gradients in the order above and the same two things at
-                its beginning.
-            grad_states: gradients of the states; with ``checkpoint_every`` there are none.
-            arriving: the first of those two at the end of the sequence.
-            zero_stays_zero: nothing comes of a piece at whose end nothing arrives.
-        """
-        input, h0, weight_ih, weight_hh, bias, lengths, kept = saved[:7]
-        if ctx.checkpoint_every is None:
-            grads, first, _ = sweep((input, h0, kept, lengths), grad_states, arriving, None)
-            grads[1] = first if ctx.needs_input_grad[1] else None
-            return grads
-        every = ctx.checkpoint_every
-        sums: Gradients = [None] * 5
-        inputs = input.new_zeros(input.shape) if ctx.needs_input_grad[0] else None
-        # What goes from piece to piece stands in memory of its own. A small tensor that outlives its piece would lie in
-        # the hole that the large ones leave, which then do not fit there again, and the heap would grow piece by piece.
-        arrived, credited = torch.zeros_like(h0), torch.zeros_like(h0)
-        credit: Tensor | None = None
-        for index in range(kept.shape[0] - 1, -1, -1):
-            part, valid = _cut(input, lengths, index * every, every)
-            states = rnn_layer(part, kept[index], weight_ih, weight_hh, bias, valid, ctx.reverse, ctx.nonlinearity)[0]
-            grads, first, first_credit = sweep((part, kept[index], states, valid), None, arriving, credit)
-            arriving = arrived.copy_(first)
-            credit = None if first_credit is None else credited.copy_(first_credit)
-            if inputs is not None:
-                inputs[index * every : index * every + part.shape[0]].copy_(grads[0])  # type: ignore[arg-type]
-            for place in (2, 3, 4):
-                new, old = grads[place], sums[place]
-                sums[place] = new if old is None or new is None else old.add_(new)
-            del states, grads, first, first_credit, new
-            # What has faded leaves nothing to do further back. A compiler or a fake tensor cannot look, and on CUDA
-            # looking would wait for the device.
-            looks = zero_stays_zero and not on_cuda(arrived) and are_plain((arrived, credited))
-            if looks and not arrived.any() and not credited.any():
-                break
-        sums[0], sums[1] = inputs, arriving if ctx.needs_input_grad[1] else None
-        return sums
-
-    @staticmethod
-    def gradients(
-        ctx: Any, piece: Piece, delta: Tensor, weight_ih: Tensor, parameter_scale: float, input_scale: float
-    ) -> Gradients:
-        """Gradients of input, h0 (left None), weight_ih, weight_hh and bias, from those of the pre-activations."""
-        input, h0, states, lengths = piece
-        grads: Gradients = [None] * 5
-        if ctx.needs_input_grad[0]:
-            weight = weight_ih if input_scale == 1 else weight_ih * input_scale
-            grads[0] = sum_members(torch.bmm(delta.flatten(1, 2), weight)).view(input.shape)
-        if any(ctx.needs_input_grad[2:5]):
-            of_parameters = rnn_weight_gradients(delta, states, h0, input, lengths, ctx.reverse, parameter_scale)
-            for place, grad in enumerate(of_parameters, start=2):
-                grads[place] = grad if ctx.needs_input_grad[place] else None
-        return grads
-
-
-def _cut(input: Tensor, lengths: Tensor | None, begin: int, size: int) -> tuple[Tensor, Tensor | None]:
-    """The steps from ``begin`` on, at most ``size``, and how many of them are valid in each row."""
-    part = input[begin : begin + size]
-    return part, None if lengths is None else (lengths - begin).clamp(0, part.shape[0])
-
-
-def sum_members(stacked: Tensor) -> Tensor:
-    """Sum over the stack axis, without a copy where there is one member."""
-    return stacked.squeeze(0) if stacked.shape[0] == 1 else stacked.sum(0)
-
-
-class _BackpropLayer(Layer):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        h0: Tensor,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias: Tensor | None,
-        lengths: Tensor | None,
-        reverse: Sequence[bool],
-        nonlinearity: str,
-        checkpoint_every: int | None,
-    ) -> tuple[Tensor, Tensor]:
-        return Layer.run_forward(
-            ctx, input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity, checkpoint_every
-        )
-
-    @staticmethod
-    def backward(ctx: Any, grad_states: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return *_BackpropLayer.differentiable(ctx, saved, grad_states, grad_h_n), *[None] * 4
-        weight_ih, weight_hh = saved[2:4]
-
-        def sweep(
-            piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
-        ) -> tuple[Gradients, Tensor, Tensor | None]:
-            _, _, states, lengths = piece
-            delta, first = rnn_scan_backward(
-                grad_states, states, weight_hh, lengths, ctx.reverse, ctx.nonlinearity, arriving
-            )
-            return Layer.gradients(ctx, piece, delta, weight_ih, 1.0, 1.0), first, None
-
-        with full_precision(weight_hh.device.type):
-            return *Layer.run_backward(ctx, saved, sweep, grad_states, grad_h_n, True), *[None] * 4
-
-    @staticmethod
-    def differentiable(
-        ctx: Any, saved: Sequence[Tensor], grad_states: Tensor | None, grad_h_n: Tensor | None
-    ) -> Gradients:
-        """The same gradients through operations that have derivatives themselves (with all states in memory)."""
-        # Views: where one of the tensors was computed from another, its gradient must not reach the other here too.
-        tensors = [None if tensor is None else tensor.view_as(tensor) for tensor in saved[:5]]
-        input, h0, weight_ih, weight_hh, bias = tensors
-        outputs = _composite_layer(input, h0, weight_ih, weight_hh, bias, saved[5], ctx.reverse, ctx.nonlinearity)
-        given = [(o, g) for o, g in zip(outputs, (grad_states, grad_h_n), strict=True) if g is not None]
-        needed = ctx.needs_input_grad[:5]
-        wanted = [tensor for tensor, needs in zip(tensors, needed, strict=True) if needs]
-        found = iter(
-            torch.autograd.grad(
-                [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
-            )
-        )
-        return [next(found) if needs else None for needs in needed]
-
-
-def run_layer(layer: type[Layer], tensors: tuple[Tensor | None, ...], *settings: Any) -> tuple[Tensor, Tensor]:
-    """Apply a layer; under autocast it runs in float32, on CUDA in the autocast dtype, which its outputs get."""
-    first = tensors[0]
-    assert first is not None
-    device = first.device.type
-    if not autocasts(device):
-        return layer.apply(*tensors, *settings)  # type: ignore[no-any-return,no-untyped-call]
-    dtype = torch.get_autocast_dtype(device) if on_cuda(first) else torch.float32
-    with torch.autocast(device, enabled=False):
-        outputs = layer.apply(*(cast(tensor, dtype) for tensor in tensors), *settings)  # type: ignore[no-untyped-call]
-    return autocast_outputs(outputs, device)  # type: ignore[no-any-return]
-
-
-def backprop_rnn(
-    input: Tensor,
-    h0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    nonlinearity: str,
-    *,
-    checkpoint_every: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A stack of simple recurrent layers with exact gradients of every order.
-
-    ``h_t = a(x_t U' + b + h_{t-1} W')``
-
-    Args:
-        input: ``[T, B, I]``, float32 or float64, on CUDA also bfloat16 or float16; on the CPU batch-first memory is
-            read in place.
-        h0: ``[S, B, H]``.
-        weight_ih: U, ``[S, H, I]``.
-        weight_hh: W, ``[S, H, H]``.
-        bias: b, ``[S, H]`` or None.
-        lengths: ``[B]`` int64 valid steps of each row, or None for all T.
-        reverse: S flags: the member runs from the last valid step to the first.
-        nonlinearity: "tanh", "relu" or "identity".
-        checkpoint_every: K >= 1 steps a piece, see ``Layer``; for members that run forward. None: no pieces.
-
-    Returns:
-        States ``[S, T, B, H]``, zero beyond ``lengths`` (an empty tensor with ``checkpoint_every``), and the states
-        after the last valid steps ``[S, B, H]``.
-
-    Raises:
-        ValueError: arguments that do not fit each other.
-    """
-    tensors = (input, h0, weight_ih, weight_hh, bias, lengths)
-    if torch._C._are_functorch_transforms_active():
-        return _composite_layer(*tensors, reverse, nonlinearity)
-    return run_layer(_BackpropLayer, tensors, list(reverse), nonlinearity, checkpoint_every)

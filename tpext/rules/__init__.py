@@ -58,22 +58,18 @@ loss must be a sum over the batch whose gradient is such a difference (:class:`t
 
 from __future__ import annotations
 
-from tpext.rules.base import Backprop, exact_number
-from tpext.rules.layer import (
-    ConstrainedLeastSquares,
-    DifferenceTargetPropagation,
-    First,
-    Form,
-    Kaczmarz,
-    LayerRule,
-    LocalLoss,
-    Move,
-    RegularizedLeastSquares,
-    ReverseCorrection,
-    Update,
-)
+from tpext.ops.layer_inverse import Form
+from tpext.rules.backprop import Backprop
+from tpext.rules.base import Rule, number
+from tpext.rules.difference import DifferenceTargetPropagation, ReverseCorrection
+from tpext.rules.kaczmarz import First, Kaczmarz, Move, Update
+from tpext.rules.layer import LayerCall, LayerRule
+from tpext.rules.learned_inverse import LearnedInverse
+from tpext.rules.least_squares import ConstrainedLeastSquares, LocalLoss, RegularizedLeastSquares
 from tpext.rules.network import DifferenceTargets, DirectTargets, GaussNewtonTargets, NetworkRule, Reduction, Targets
-from tpext.rules.recurrent import Correction, Credit, InputRule, LearnedInverse, RegularizedInverse, Rule
+from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule
+from tpext.rules.recurrent_pass import LayerWeights, Piece, RecurrentCall, Sweep
+from tpext.rules.regularized_inverse import RegularizedInverse
 
 __all__ = [
     "Backprop",
@@ -88,17 +84,23 @@ __all__ = [
     "GaussNewtonTargets",
     "InputRule",
     "Kaczmarz",
+    "LayerCall",
     "LayerRule",
+    "LayerWeights",
     "LearnedInverse",
     "LocalLoss",
     "Move",
     "NetworkRule",
+    "Piece",
+    "RecurrentCall",
+    "RecurrentRule",
     "Reduction",
     "RegularizedInverse",
     "RegularizedLeastSquares",
     "ReverseCorrection",
     "Rule",
+    "Sweep",
     "Targets",
     "Update",
-    "exact_number",
+    "number",
 ]

@@ -1,33 +1,116 @@
-"""What every rule shares: how its values are checked and kept, and back-propagation, the rule of every layer."""
+"""What all rules share: a small immutable object that a layer asks for its backward pass, and never for its name."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import numbers
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+Kind = Literal["recurrent", "layer", "network"]
+"""What a rule is for: recurrent layers, feed-forward layers, or a :class:`tpext.nn.TargetSequential`."""
+
+_LAYERS: dict[Kind, str] = {
+    "recurrent": "recurrent layers (tpext.rules.RecurrentRule), such as tpext.RegularizedInverse()",
+    "layer": "feed-forward layers (tpext.rules.LayerRule), such as tpext.RegularizedLeastSquares()",
+    "network": "networks of blocks (tpext.rules.NetworkRule), such as tpext.DifferenceTargets()",
+}
 
 
-def set_number(rule: object, name: str, *, low: float, low_allowed: bool = False, high: float = math.inf) -> None:
-    """Check one number of a frozen rule and store it as a float, and as text for ``exact_number``."""
-    value = getattr(rule, name)
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
-        if low < number < high or (low_allowed and number == low):
-            object.__setattr__(rule, name, number)
-            object.__setattr__(rule, f"_{name}", repr(number))
-            return
-    bounds = f"{'>=' if low_allowed else '>'} {low:g}" + (f" and < {high:g}" if math.isfinite(high) else "")
-    raise ValueError(f"{type(rule).__name__}: {name} must be a finite number {bounds}, got {value!r}")
+def number(default: float, *, low: float = -math.inf, low_allowed: bool = False, high: float = math.inf) -> Any:
+    """Declare a number of a rule with its range, to use as a dataclass field's default.
+
+    Args:
+        default: its value unless given.
+        low: the value must be greater, or equal where ``low_allowed``.
+        low_allowed: whether ``low`` itself is allowed.
+        high: the value must be smaller.
+    """
+    return dataclasses.field(default=default, metadata={"low": low, "low_allowed": low_allowed, "high": high})
 
 
-def exact_number(rule: object, name: str) -> float:
-    """Return a number of a rule, as a constant to ``torch.compile``.
+class _Number:
+    """A float field of a rule: checked when it is set, kept as text, read as a float.
 
     The compiler may turn a float attribute into a symbol, which it then fails to hand to the second layer's
-    ``autograd.Function``; a text attribute stays a (guarded) constant.
+    ``autograd.Function``. A text attribute stays a constant, and a guarded one.
     """
-    return float(getattr(rule, f"_{name}"))
+
+    def __init__(self, field: dataclasses.Field[Any]) -> None:
+        self.name, self.key, self.default = field.name, f"_{field.name}", field.default
+        self.low, self.high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
+        self.low_allowed = field.metadata.get("low_allowed", False)
+
+    def __get__(self, rule: Rule | None, owner: type[Rule] | None = None) -> Any:
+        # the class's own attribute is the default, as dataclasses have it
+        return self.default if rule is None else float(getattr(rule, self.key))
+
+    def __set__(self, rule: Rule, value: object) -> None:
+        if isinstance(value, numbers.Real) and not isinstance(value, bool):
+            exact = float(value)
+            if (self.low < exact < self.high or (self.low_allowed and exact == self.low)) and math.isfinite(exact):
+                object.__setattr__(rule, self.key, repr(exact))
+                return
+        above = f" {'>=' if self.low_allowed else '>'} {self.low:g}" if math.isfinite(self.low) else ""
+        below = f"{' and' if above else ''} < {self.high:g}" if math.isfinite(self.high) else ""
+        raise ValueError(f"{type(rule).__name__}: {self.name} must be a finite number{above}{below}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which quantity a layer sends backwards in place of the chain rule: the base class of all rules.
+
+    A rule of your own is a frozen dataclass that subclasses one of the three protocols, by what it is for:
+    :class:`RecurrentRule`, :class:`LayerRule` or :class:`NetworkRule`. Its fields are its numbers and choices. Fields
+    annotated ``float`` accept finite numbers, of the range that :func:`number` declares, and are constants to
+    ``torch.compile``.
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset()
+    """What it is for."""
+    kin: ClassVar[Mapping[Kind, str]] = {}
+    """The rules of the same idea for other kinds of layers, for error texts."""
+    exact: ClassVar[bool] = False
+    """Whether the backward pass is the chain rule."""
+
+    def __post_init__(self) -> None:
+        """Check what a field's own declaration cannot."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Any:
+        """Prepare the class before its first instance, so that a rule's author needs no decorator but dataclass's."""
+        if "_is_prepared" not in cls.__dict__:
+            own = inspect.get_annotations(cls)
+            fields = [name for name, kind in own.items() if "ClassVar" not in str(kind)]
+            if fields and "__dataclass_fields__" not in cls.__dict__:
+                raise TypeError(
+                    f"{cls.__name__}: a rule with fields must be decorated with @dataclasses.dataclass(frozen=True), "
+                    f"got a plain class with {', '.join(fields)}"
+                )
+            for field in dataclasses.fields(cls):
+                if field.type in (float, "float"):
+                    setattr(cls, field.name, _Number(field))
+            cls._is_prepared = True
+        return super().__new__(cls)
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise ValueError if the rule cannot serve this layer of its kind, as it is."""
+
+
+def require_rule(where: str, rule: object, kind: Kind) -> None:
+    """Raise TypeError unless ``rule`` is one for this kind of layer."""
+    if isinstance(rule, Rule) and kind in rule.kinds:
+        return
+    hint = ""
+    if isinstance(rule, Rule) and kind in rule.kin:
+        hint = f"; {type(rule).__name__} is for other layers, its kin here is tpext.{rule.kin[kind]}()"
+    elif isinstance(rule, type) and issubclass(rule, Rule):
+        hint = "; a rule is an instance, not a class"
+    raise TypeError(f"{where}: rule must be for {_LAYERS[kind]}, or tpext.Backprop(), got {rule!r}{hint}")
 
 
 def check_flag(rule: object, name: str) -> None:
@@ -36,18 +119,12 @@ def check_flag(rule: object, name: str) -> None:
         raise ValueError(f"{type(rule).__name__}: {name} must be True or False, got {value!r}")
 
 
-@dataclass(frozen=True)
-class Backprop:
-    """Exact gradients (back-propagation through time) on the same fused kernels.
-
-    ``e_t = (g_t + e_{t+1} W) * a'(h_t)``
-
-    Equals ``torch.nn.RNN`` to rounding, supports double backward, works with every nonlinearity. A feed-forward layer
-    under this rule is torch's own operations.
-
-    >>> Backprop()
-    Backprop()
-    """
-
-    exact: ClassVar[bool] = True
-    """Whether the backward pass is the chain rule."""
+def require_result(rule: object, method: str, result: object, like: Tensor) -> None:
+    """Raise unless what a rule's method returned is a tensor of the shape, dtype and device of ``like``."""
+    where = f"{type(rule).__name__}.{method}"
+    if not isinstance(result, Tensor):
+        raise TypeError(f"{where} must return a tensor, got {type(result).__name__}")
+    if result.shape != like.shape:
+        raise ValueError(f"{where} must return {list(like.shape)}, got {list(result.shape)}")
+    if result.dtype != like.dtype or result.device != like.device:
+        raise ValueError(f"{where} must return {like.dtype} on {like.device}, got {result.dtype} on {result.device}")

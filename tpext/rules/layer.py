@@ -1,223 +1,233 @@
-"""The rules of feed-forward layers. :mod:`tpext.rules` has the scheme that they share."""
+"""The protocol of the rules of feed-forward layers, and the autograd node in which they run.
+
+:mod:`tpext.rules` has the scheme that they share. A rule of your own subclasses :class:`LayerRule` and gives
+:meth:`LayerRule.propagate`; the four steps of a backward pass stand in :meth:`LayerRule.gradients`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
 
-from tpext.ops._library import check_choice
-from tpext.rules.base import Backprop, check_flag, set_number
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-LocalLoss = Literal["pre", "post"]
-Form = Literal["proximal", "ridge"]
-ReverseCorrection = Literal["difference", "none"]
-Move = Literal["mean", "wnorm", "regularized"]
-Update = Literal["average", "exact"]
-First = Literal["input", "weights"]
-
-
-@dataclass(frozen=True)
-class ConstrainedLeastSquares:
-    """Target propagation through the exact inverses of a feed-forward layer's maps, the last one first.
-
-    With ``t2(v) = a^-1(v)``, the constrained least squares inverse of the activation at the pre-activation
-    (:meth:`tpext.ops.Activation.inverse`), and the pseudo-inverse ``W^+``::
-
-        z = t2(h + d) - t2(h),    d_x = z (W^+)^T
-
-    The published code has the pre-activation itself for ``t2(h)``. They differ for units of tanh and sigmoid within
-    ``clip`` of the edges of their range, which there move without a displacement; here no displacement hands down
-    exactly zero. ``Activation(name, reference_compat=True)`` gives the published numbers.
-
-    Args:
-        target_step: size of the displacement, ``d = -target_step * g``, > 0.
-        clip: distance kept from the edges of the range of tanh and sigmoid before inverting them, 0 < clip < 0.5.
-        normalize: True divides the parameter gradients by ``target_step``.
-        local_loss: "post", or "pre" as published (see the module's head).
-
-    Raises:
-        ValueError: an argument out of its range, named.
-
-    Weights must have full rank, or the backward pass raises ``tpext.SingularError`` (on CUDA: gives NaN).
-
-    Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``, error algorithm 1.
-
-    >>> ConstrainedLeastSquares(target_step=0.5)
-    ConstrainedLeastSquares(target_step=0.5, clip=0.01, normalize=True, local_loss='post')
-    """
-
-    target_step: float = 1.0
-    clip: float = 1e-2
-    normalize: bool = True
-    local_loss: LocalLoss = "post"
-
-    def __post_init__(self) -> None:
-        set_number(self, "target_step", low=0.0)
-        set_number(self, "clip", low=0.0, high=0.5)
-        check_flag(self, "normalize")
-        check_choice(type(self).__name__, "local_loss", self.local_loss, get_args(LocalLoss))
-
-
-@dataclass(frozen=True)
-class RegularizedLeastSquares:
-    """Target propagation through the regularised inverses of a feed-forward layer's maps, the last one first.
-
-    With ``t2(v) = argmin_u ||a(u) - v||^2 + gamma ||u - c||^2`` at the pre-activation
-    (:meth:`tpext.ops.Activation.regularized_inverse`)::
-
-        z = t2(h + d) - t2(h),    d_x = z W (W^T W + gamma I)^-1 / (1 + gamma)       (without a bias not / (1 + gamma))
-
-    ``c`` is the pre-activation ("proximal") or zero ("ridge"); the linear maps' inverses differ by that in an offset
-    only, which the difference removes. For "proximal" ``t2(h)`` is ``c``, and ``z`` is solved for itself, not taken as
-    a difference, so that its digits do not depend on its size. The published code has ``c`` for ``t2(h)`` too, but does
-    not solve the problem for tanh, sigmoid and the identity (:mod:`tpext.ops.layer_inverse`); ``Activation(name,
-    reference_compat=True)`` gives the published numbers.
-
-    Args:
-        gamma: weight of the second term, >= 0. As it grows ``d_x`` shrinks and turns into back-propagation's direction,
-            to ``(d * a') W / (gamma^2 (1 + gamma))`` ("proximal"; without a bias ``/ gamma^2``); with
-            ``local_loss="post"`` the layer's own gradients stay as they are. Published are 1e-2 (the operation) and
-            1e-3 (the training), which do not settle at the published rates. 0 is
-            ``ConstrainedLeastSquares(clip=clip)``, in form "ridge" about zero.
-        form: "proximal" or "ridge".
-        target_step: size of the displacement, ``d = -target_step * g``, > 0.
-        clip: for ``gamma = 0`` alone: as in ``ConstrainedLeastSquares``.
-        normalize: True divides the parameter gradients by ``target_step``.
-        local_loss: "post", or "pre" as published (see the module's head).
-
-    Raises:
-        ValueError: an argument out of its range, named.
-
-    Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``, error algorithm 2.
-
-    >>> RegularizedLeastSquares(gamma=0.1).form
-    'proximal'
-    """
-
-    gamma: float = 1.0
-    form: Form = "proximal"
-    target_step: float = 1.0
-    clip: float = 1e-2
-    normalize: bool = True
-    local_loss: LocalLoss = "post"
-
-    def __post_init__(self) -> None:
-        set_number(self, "gamma", low=0.0, low_allowed=True)
-        check_choice(type(self).__name__, "form", self.form, get_args(Form))
-        set_number(self, "target_step", low=0.0)
-        set_number(self, "clip", low=0.0, high=0.5)
-        check_flag(self, "normalize")
-        check_choice(type(self).__name__, "local_loss", self.local_loss, get_args(LocalLoss))
-
-
-@dataclass(frozen=True)
-class DifferenceTargetPropagation:
-    """Target propagation through learned inverses of feed-forward layers.
-
-    With the reverse layer ``G(v) = a_r(v V^T + c)`` of a layer::
-
-        "difference"    d_x = G(h + d) - G(h)
-        "none"          d_x = G(h + d) - x        plain target propagation
-
-    The reverse weights ``V [N, M]`` and biases ``c [N]`` are parameters of the module, present only under this rule.
-    The loss's backward pass leaves them without a gradient; they learn from ``reconstruction_loss``, so when to step
-    them (every batch, or an epoch before) is the caller's choice.
-
-    Under ``DistributedDataParallel`` compute the reconstruction loss in the wrapped module's ``forward``, by a flag,
-    and pass ``find_unused_parameters=True``, with no other forward pass between a loss's forward and its backward: then
-    both losses' gradients are averaged.
-
-    Args:
-        target_step: size of the displacement, ``d = -target_step * g``, > 0.
-        noise: standard deviation, >= 0, of the noise that the reconstruction loss adds to the input by default.
-        correction: "difference" or "none".
-        normalize: True divides the parameter gradients by ``target_step``.
-        local_loss: "post" (see the module's head), the only one that needs no inverse of the activation.
-
-    Raises:
-        ValueError: an argument out of its range, named.
-
-    Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015, and its code, ``conti_dtp.py``; J.
-    Seely, "tensorflow-target-prop", error algorithm 3.
-
-    >>> DifferenceTargetPropagation(noise=0.36).correction
-    'difference'
-    """
-
-    target_step: float = 1.0
-    noise: float = 0.0
-    correction: ReverseCorrection = "difference"
-    normalize: bool = True
-    local_loss: Literal["post"] = "post"
-
-    def __post_init__(self) -> None:
-        set_number(self, "target_step", low=0.0)
-        set_number(self, "noise", low=0.0, low_allowed=True)
-        check_choice(type(self).__name__, "correction", self.correction, get_args(ReverseCorrection))
-        check_flag(self, "normalize")
-        check_choice(type(self).__name__, "local_loss", self.local_loss, ("post",))
-
-
-@dataclass(frozen=True)
-class Kaczmarz:
-    """Direct weight solves: a feed-forward layer is set to its target by projections, averaged over the batch.
-
-    The gradient that arrives is ``h - h'``, ``h'`` the target of the output, from which the activation gives ``d``, the
-    displacement of the pre-activation (:class:`tpext.ops.Units`). The input is moved, then each sample takes the least
-    change of the weights that gives the moved input ``x''`` the target::
-
-        x'  = x + dx(d)        "mean"         dx = d W / M
-                               "wnorm"        dx = (1/M) sum_k d_k w_k / ||w_k||^2, w_k the rows of W
-                               "regularized"  dx = d (WW' + dx_reg I)^-1 W
-        x'' = feasible(x')     what the layer below can put out that is like x'; x where the input needs no gradient
-        r   = d - (x'' - x) W'
-        dW  = relaxation (1/B) sum_i r_i' x''_i / (||x''_i||^2 + 1 + damping)           "average"
-        [dW db] = relaxation R' (X X' + batch_reg I)^-1 X,   X = [x'' 1]                "exact"
-
-    The parameters' gradients are ``-dW`` and ``-db``, and ``x - x''`` is handed down. Activations are those of
-    :class:`tpext.ops.Units`: relu and the identity, and three that other rules do not have.
-
-    Args:
-        relaxation: factor of every update, > 0 and < 2, the range in which repeated projections converge; 1 projects.
-        damping: added to the squared norms of "average", >= 0.
-        dx: how the input moves: "mean" (published; diverges where the weights are large: beyond ``s_max(W)^2 > 2 M`` it
-            moves the output away from the target; small weights hardly move it, so that with more than one hidden layer
-            the lower ones learn late), "wnorm" or "regularized".
-        dx_reg: regularisation of "regularized", >= 0.
-        update: "average" or "exact".
-        batch_reg: regularisation of "exact", >= 0; 0 needs linearly independent rows ``[x'' 1]``.
-        first: "input"; or "weights", the published second version: first the weights by the input as it is, then the
-            input is moved by the updated weights for what is left of ``d``.
-        std: standard deviation, >= 0, of the weights and biases that a layer made with this rule draws, normal with
-            mean 0.
-
-    Raises:
-        ValueError: an argument out of its range, named.
-
-    Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2``.
-
-    >>> Kaczmarz(dx="regularized").dx_reg
-    1.0
-    """
-
-    relaxation: float = 1.0
-    damping: float = 0.0
-    dx: Move = "mean"
-    dx_reg: float = 1.0
-    update: Update = "average"
-    batch_reg: float = 0.0
-    first: First = "input"
-    std: float = 1e-3
-
-    def __post_init__(self) -> None:
-        set_number(self, "relaxation", low=0.0, high=2.0)
-        check_choice(type(self).__name__, "dx", self.dx, get_args(Move))
-        check_choice(type(self).__name__, "update", self.update, get_args(Update))
-        check_choice(type(self).__name__, "first", self.first, get_args(First))
-        for name in ("damping", "dx_reg", "batch_reg", "std"):
-            set_number(self, name, low=0.0, low_allowed=True)
-
-
-LayerRule: TypeAlias = (
-    Backprop | ConstrainedLeastSquares | RegularizedLeastSquares | DifferenceTargetPropagation | Kaczmarz
+from tpext.ops._library import (
+    NOT_A_DERIVATIVE,
+    autocast_outputs,
+    autocasts,
+    cast,
+    full_precision,
+    refuse_forward_mode,
 )
+from tpext.ops.kaczmarz import Units
+from tpext.ops.layer_inverse import Activation
+from tpext.rules.base import Kind, Rule, check_flag, require_result
+
+
+class LayerCall(NamedTuple):
+    """What a rule may read of a feed-forward layer ``h = a(x W^T + b)`` and of one pass through it; row vectors.
+
+    Attributes:
+        input: ``x [..., N]``.
+        weight: ``W [M, N]``.
+        bias: ``b [M]`` or None.
+        activation: ``a``.
+        reverse_activation: that of the layer below.
+        owned: the rule's own parameters, in the order of its ``parameter_shapes``.
+        preactivation, output: ``u = x W^T + b`` and ``h``, ``[..., M]``; in the backward pass both are None for a layer
+            without activation under a rule with ``reads_identity=False``.
+        needs: whether the gradient of input, weight and bias is wanted.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    activation: Activation | Units
+    reverse_activation: Activation | Units
+    owned: tuple[Tensor, ...] = ()
+    preactivation: Any = None
+    output: Any = None
+    needs: tuple[bool, bool, bool] = (True, True, True)
+
+
+class LayerRule(Rule, ABC):
+    """A rule of feed-forward layers: the base class of a rule of your own.
+
+    The layer receives ``g = dL/dh``, takes the displacement ``d = -target_step * g``, asks :meth:`propagate` by how
+    much its input should move for that, and hands ``-d_x / target_step`` down. Its parameters get
+    :meth:`local_error`'s gradient. The class attributes are constants; a subclass overrides them, or makes them fields
+    for its users to set.
+
+    >>> from dataclasses import dataclass
+    >>> import torch, tpext
+    >>> @dataclass(frozen=True)
+    ... class PseudoInverseTargets(tpext.rules.LayerRule):
+    ...     def propagate(self, call, displacement):
+    ...         return call.activation.derivative(displacement, call.preactivation) @ torch.linalg.pinv(call.weight).T
+    >>> net = tpext.nn.MLP([8, 6, 4], rule=PseudoInverseTargets())
+    >>> net(torch.randn(5, 8)).square().mean().backward()
+    >>> net[0].weight.grad.shape
+    torch.Size([6, 8])
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"layer"})
+
+    target_step: float = 1.0
+    """Size of a displacement, ``d = -target_step * g``, > 0."""
+    normalize: bool = True
+    """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
+    std: float | None = None
+    """Standard deviation of the weights and biases that a layer made with the rule draws; None: as torch draws them."""
+
+    reads_identity: ClassVar[bool] = True
+    """Whether the backward pass reads pre-activation and output of a layer without activation (which costs a copy)."""
+    ordinary_head: ClassVar[bool] = False
+    """Whether a network's output layer is, as published, an ordinary one that learns by its own gradient."""
+    takes_units: ClassVar[bool] = False
+    """Whether activations are :class:`tpext.ops.Units`."""
+
+    def __post_init__(self) -> None:
+        check_flag(self, "normalize")
+        if not 0 < self.target_step < float("inf"):
+            raise ValueError(
+                f"{type(self).__name__}: target_step must be a finite number > 0, got {self.target_step!r}"
+            )
+
+    @abstractmethod
+    def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:
+        """Return by how much the input should move for the output to move by ``displacement``.
+
+        Args:
+            call: the layer and the pass.
+            displacement: ``d [..., M]``.
+
+        Returns:
+            ``d_x [..., N]``, of the dtype and on the device of ``displacement``.
+        """
+
+    def local_error(self, call: LayerCall, grad: Tensor) -> Tensor:
+        """Return the gradient of the local loss for the pre-activation, ``[..., M]``.
+
+        By default that of ``1/2 ||h - (h + d)||^2`` with the target held constant: one step of the chain rule.
+
+        Args:
+            call: the layer and the pass.
+            grad: ``g [..., M]``.
+        """
+        scaled = grad if self.normalize else grad * self.target_step
+        return through_activation(scaled, call.output, call.activation)
+
+    # What follows is what a rule that is not of this form overrides.
+
+    def parameter_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of each parameter of the rule's own, which the layer registers."""
+        return {}
+
+    def reset_parameter(self, name: str, parameter: Tensor) -> None:
+        """Initialise one of those parameters in place."""
+        raise NotImplementedError(f"{type(self).__name__}: reset_parameter must initialise {name}")
+
+    def run_layer(self, call: LayerCall) -> Tensor:
+        """Run a layer whose backward pass is this rule's; under autocast in float32, its output in the autocast dtype.
+
+        Returns:
+            ``h [..., M]``.
+        """
+        if torch._C._are_functorch_transforms_active():
+            refuse_forward_mode("TargetLinear")
+            raise RuntimeError(NOT_A_DERIVATIVE)
+        # Owned parameters are detached: their own loss trains them.
+        tensors = (call.input, call.weight, call.bias, *(parameter.detach() for parameter in call.owned))
+        settings = (call.activation, call.reverse_activation, self)
+        device = call.input.device.type
+        if not autocasts(device):
+            return _LayerPass.apply(*settings, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+        with torch.autocast(device, enabled=False):
+            output = _LayerPass.apply(*settings, *(cast(tensor, torch.float32) for tensor in tensors))  # type: ignore[no-untyped-call]
+        return autocast_outputs(output, device)  # type: ignore[no-any-return]
+
+    def gradients(self, call: LayerCall, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return what a backward pass gives for input, weight and bias, each of them where it is wanted."""
+        grad_input = None
+        if call.needs[0]:
+            moved = self.propagate(call, grad * -self.target_step)
+            require_result(self, "propagate", moved, call.input)
+            grad_input = moved / -self.target_step
+        if not any(call.needs[1:]):
+            return grad_input, None, None
+        error = self.local_error(call, grad)
+        require_result(self, "local_error", error, grad)
+        return grad_input, *parameter_gradients(call, error)
+
+    def layer_loss(self, call: LayerCall, noise: float | None) -> Tensor:
+        """Return the loss that trains the rule's own parameters, a mean over the batch.
+
+        Raises:
+            RuntimeError: the rule has no such loss.
+        """
+        raise RuntimeError(
+            f"TargetLinear.reconstruction_loss needs rule=tpext.DifferenceTargetPropagation(), the rule is {self}"
+        )
+
+
+class _LayerPass(torch.autograd.Function):
+    """The node of one layer.
+
+    Without names for its arguments: torch's compiler takes a ``forward`` with as many parameters as arguments for one
+    without a context.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        activation, reverse_activation, rule, input, weight, bias, *owned = arguments
+        preactivation = functional.linear(input, weight, bias)
+        output: Tensor = activation(preactivation)
+        kept: tuple[Tensor | None, ...] = (preactivation, output)
+        if activation.name == "identity":
+            # The next module may change this output in place, as after torch.nn.Linear.
+            kept = (output.clone(), None) if rule.reads_identity else (None, None)
+        ctx.save_for_backward(input, weight, bias, *kept, *owned)
+        ctx.activation, ctx.reverse_activation, ctx.rule = activation, reverse_activation, rule
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
+        if torch.is_grad_enabled():
+            raise RuntimeError(NOT_A_DERIVATIVE)
+        input, weight, bias, preactivation, output, *owned = ctx.saved_tensors
+        call = LayerCall(
+            input,
+            weight,
+            bias,
+            ctx.activation,
+            ctx.reverse_activation,
+            tuple(owned),
+            preactivation,
+            preactivation if ctx.activation.name == "identity" else output,
+            ctx.needs_input_grad[3:6],
+        )
+        with full_precision(grad.device.type):
+            return None, None, None, *ctx.rule.gradients(call, grad), *[None] * len(owned)
+
+
+def parameter_gradients(call: LayerCall, error: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Those of weight and bias, ``error`` being the gradient of the local loss for each pre-activation."""
+    rows = error.reshape(-1, error.shape[-1])
+    weight = rows.mT @ call.input.reshape(-1, call.input.shape[-1]) if call.needs[1] else None
+    return weight, rows.sum(0) if call.bias is not None and call.needs[2] else None
+
+
+def through_activation(grad: Tensor, output: Tensor, activation: Activation | Units) -> Tensor:
+    """``g * a'``, one step of the chain rule, from the activation's output, which needs no tanh anew."""
+    if activation.name == "identity":
+        return grad
+    if activation.name == "tanh":
+        return torch.ops.aten.tanh_backward(grad, output)  # type: ignore[no-any-return]
+    if activation.name == "sigmoid":
+        return torch.ops.aten.sigmoid_backward(grad, output)  # type: ignore[no-any-return]
+    # what is left is the sign, which the output has from the pre-activation
+    assert isinstance(activation, Activation)
+    return activation.derivative(grad, output)

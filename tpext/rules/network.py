@@ -36,14 +36,14 @@ from tpext.feedback.base import BlockCall, Feedback, in_full_precision, make_fee
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
 from tpext.ops._library import LOW_PRECISION, check_choice, full_precision
 from tpext.ops.regularized_inverse import regularized_inverse
-from tpext.rules.base import check_flag, exact_number, set_number
+from tpext.rules.base import Kind, Rule, check_flag, number
 
 Reduction = Literal["mean", "sum"]
 Direct = Literal["linear", "hidden"]
 
 
 @dataclass(frozen=True)
-class NetworkRule(ABC):
+class NetworkRule(Rule, ABC):
     """A target recursion through a network of blocks; the base class of a rule of your own.
 
     Subclasses give :meth:`propagate`, one block at a time, or :meth:`displacements`, all blocks at once. The size of
@@ -56,22 +56,17 @@ class NetworkRule(ABC):
         reduction: what the loss does with the batch, "mean" or "sum".
     """
 
-    target_step: float = 1.0
+    target_step: float = number(1.0, low=0.0)
     normalize: bool = True
     reduction: Reduction = "mean"
 
-    exact: ClassVar[bool] = False
-    """Whether the backward pass is the chain rule."""
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"network"})
     needs_shapes: ClassVar[bool] = False
     """Whether :meth:`make_feedback` has to know the shapes of the states."""
 
     def __post_init__(self) -> None:
-        set_number(self, "target_step", low=0.0)
         check_flag(self, "normalize")
         check_choice(type(self).__name__, "reduction", self.reduction, get_args(Reduction))
-
-    def check(self, blocks: Sequence[nn.Module]) -> None:  # noqa: B027 - most rules serve all blocks
-        """Raise ValueError if the rule cannot serve these blocks, as they are when the network runs."""
 
     def make_feedback(
         self, blocks: Sequence[nn.Module], shapes: Sequence[torch.Size] | None
@@ -129,7 +124,7 @@ class NetworkRule(ABC):
             ValueError: a displacement that does not fit its state, or another number of them than of blocks; names the
                 rule and the block.
         """
-        step = exact_number(self, "target_step")
+        step = self.target_step
         count = grad.shape[0] if self.reduction == "mean" else 1
         # blocks under autocast, of which some may have put out float32
         low = any(call.output.dtype in LOW_PRECISION for call in calls)
@@ -266,14 +261,10 @@ class GaussNewtonTargets(NetworkRule):
     0.1
     """
 
-    damping: float = 0.0
+    damping: float = number(0.0, low=0.0, low_allowed=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        set_number(self, "damping", low=0.0, low_allowed=True)
-
-    def check(self, blocks: Sequence[nn.Module]) -> None:
-        for block in blocks:
+    def check(self, layer: nn.Module) -> None:
+        for block in layer.blocks.children():  # type: ignore[union-attr]
             for module in block.modules():
                 if module.training and isinstance(module, (_BatchNorm, _DropoutNd)):
                     raise ValueError(
@@ -301,7 +292,7 @@ class GaussNewtonTargets(NetworkRule):
             pull_back: Any = torch.func.vjp(call.block, call.input)[1]
             rows = torch.func.vmap(pull_back)(rows)[0]
             jacobian = rows.flatten(2).transpose(0, 1)
-            damping = exact_number(self, "damping")
+            damping = self.damping
             inverse = regularized_inverse(jacobian, damping) if damping else torch.linalg.pinv(jacobian)
             moves.append((inverse @ wanted).reshape(call.input.shape))
         return moves[::-1]

@@ -1,124 +1,194 @@
-"""The rules of recurrent layers. :mod:`tpext.rules` has the scheme that they share."""
+"""The protocol of the rules of recurrent layers: a feedback matrix, a slope and a credit, on the fused sweep.
+
+:mod:`tpext.rules` has the scheme that they share. A rule of your own subclasses :class:`RecurrentRule` and gives
+:meth:`RecurrentRule.feedback`. Directions, packed sequences, checkpoints and the layer's gradients are the pass's
+business (:mod:`tpext.rules.recurrent_pass`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, get_args
 
-from tpext.ops._library import check_choice
-from tpext.rules.base import Backprop, check_flag, set_number
+import torch
+from torch import Tensor
+
+from tpext.ops._library import (
+    NOT_A_DERIVATIVE,
+    PLAIN_RNN,
+    are_plain,
+    cast,
+    check_choice,
+    refuse_forward_mode,
+)
+from tpext.ops.rnn_scan import input_projection
+from tpext.ops.rnn_target_scan import rnn_target_scan
+from tpext.rules.base import Kind, Rule, check_flag, require_result
+from tpext.rules.recurrent_pass import (
+    Gradients,
+    LayerWeights,
+    Piece,
+    RecurrentCall,
+    Sweep,
+    layer_gradients,
+    run_pass,
+    sum_members,
+)
 
 Correction = Literal["linearized", "difference", "none"]
 Credit = Literal["through_time", "local"]
 InputRule = Literal["gradient", "target"]
 
 
-@dataclass(frozen=True)
-class RegularizedInverse:
-    """Target propagation through the regularised inverse of the recurrent layer.
+class RecurrentRule(Rule, ABC):
+    """A rule of recurrent layers: the base class of a rule of your own.
 
-    With ``P = W (W^T W + reg I)^-1`` (once a call), the displacement of the state before is, by ``correction``,
+    With the feedback matrix ``P = feedback(W)`` (once a call) the displacement of the state before is, as
+    :class:`RegularizedInverse` explains,
 
-    ====================  ============================================================================================
-    ``"linearized"``      ``d_{t-1} = (d_t * D(h_t)) P - target_step g_{t-1}``; ``D(h)`` is ``1 / (1 - clip(h)^2)`` for
-                          tanh, ``1[h > 0]`` for relu, 1 for identity
-    ``"difference"``      ``d_{t-1} = (a^-1(h_t + d_t) - a^-1(h_t)) P - target_step g_{t-1}``
-    ``"none"``            ``d_{t-1} = (a^-1(h_t + d_t) - x_t U^T - b) P - h_{t-1} - target_step g_{t-1}``
-    ====================  ============================================================================================
+    ``d_{t-1} = z_t P - target_step g_{t-1}``, where ``z_t`` is ``d_t`` taken back through the activation
 
-    where ``a^-1`` is ``atanh(clip(.))``, ``max(., 0)`` or the identity. For tanh the corrections agree to first order
-    in the displacement; for relu "difference" lets an inactive unit move up, "linearized" does not. The module's head
-    explains ``credit`` and which corrections are linear in the gradient.
+    Subclasses give :meth:`feedback`. What they do not say otherwise is as the class attributes below have it; a
+    subclass overrides them by constants of its own, or makes them fields for its users to set.
 
-    Args:
-        reg: regularisation of the inverse, >= 0. It penalises the size of the inverse's result; as it grows the
-            targets reach fewer steps back, and with ``credit="through_time"`` the weight gradients tend to
-            back-propagation's. 0 asks for the plain inverse, and singular weights raise ``tpext.SingularError``.
-        target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0. With the linearised correction
-            and ``normalize=True`` it cancels.
-        correction: "linearized", "difference" or "none".
-        credit: "through_time" or "local".
-        clip: distance kept from the edges of the activation's range before inverting it (tanh: ``|h| <= 1 - clip``),
-            0 < clip < 1. The slope ``a'`` of the weight gradients is not clipped.
-        normalize: True divides the parameter gradients by ``target_step``, which gives them back-propagation's scale,
-            so that a learning rate carries over; False gives the published scaling.
-        input_rule: what the layer below receives, always in gradient units: "gradient" gives ``e_t U / target_step``,
-            "target" the displacement that the regularised inverse of ``U`` asks of the input,
-            ``-(z_t P_U) / target_step`` with ``P_U = U (U^T U + reg I)^-1`` and ``z_t`` the factor before ``P`` above
-            ("none" uses the ``z_t`` of "difference").
-
-    Raises:
-        ValueError: an argument out of its range, named.
-
-    Cost: a forward and backward pass as ``Backprop``'s, one more ``[B, H] x [H, H]`` product a step
-    ("local" with ``input_rule="gradient"``: none more) and one ``H x H`` factorisation a call.
-
-    Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion for Recurrent Neural Networks", 2023.
-
-    >>> RegularizedInverse(reg=10.0, target_step=0.01).credit
-    'through_time'
+    >>> from dataclasses import dataclass
+    >>> import torch, tpext
+    >>> @dataclass(frozen=True)
+    ... class TransposedTargets(tpext.rules.RecurrentRule):
+    ...     scale: float = 0.9
+    ...
+    ...     def feedback(self, weight_hh):
+    ...         return weight_hh * self.scale
+    >>> rnn = tpext.nn.RNN(3, 4, rule=TransposedTargets(scale=0.8))
+    >>> rnn(torch.randn(7, 2, 3))[0].square().mean().backward()
+    >>> rnn.weight_hh_l0.grad.shape
+    torch.Size([4, 4])
     """
 
-    reg: float = 1.0
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent"})
+
     target_step: float = 1.0
+    """Size of the first displacement, ``d_T = -target_step * g_T``, > 0."""
     correction: Correction = "linearized"
-    credit: Credit = "through_time"
+    """How a displacement is taken back through the activation: see :class:`RegularizedInverse`."""
+    credit: Credit = "local"
+    """Whether a step's parameters learn from its own target alone, or from all later ones through the layer too."""
     clip: float = 1e-3
+    """Distance kept from the edges of the activation's range before inverting it, 0 < clip < 1."""
     normalize: bool = True
+    """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
     input_rule: InputRule = "gradient"
+    """What the layer below receives: see :class:`RegularizedInverse`; "target" needs :meth:`input_feedback`."""
 
     def __post_init__(self) -> None:
-        set_number(self, "reg", low=0.0, low_allowed=True)
-        set_number(self, "target_step", low=0.0)
-        check_choice(type(self).__name__, "correction", self.correction, get_args(Correction))
-        check_choice(type(self).__name__, "credit", self.credit, get_args(Credit))
-        set_number(self, "clip", low=0.0, high=1.0)
+        name = type(self).__name__
+        check_choice(name, "correction", self.correction, get_args(Correction))
+        check_choice(name, "credit", self.credit, get_args(Credit))
         check_flag(self, "normalize")
-        check_choice(type(self).__name__, "input_rule", self.input_rule, get_args(InputRule))
+        check_choice(name, "input_rule", self.input_rule, get_args(InputRule))
+        for number, high in (("target_step", math.inf), ("clip", 1.0)):
+            if not 0 < getattr(self, number) < high:
+                bound = "" if high == math.inf else f" and < {high:g}"
+                raise ValueError(f"{name}: {number} must be a finite number > 0{bound}, got {getattr(self, number)!r}")
 
+    @abstractmethod
+    def feedback(self, weight_hh: Tensor) -> Tensor:
+        """Return the matrix ``P`` that brings displacements from a step to the one before.
 
-@dataclass(frozen=True)
-class LearnedInverse:
-    """Target propagation through a learned reverse layer (an auto-encoder of each step).
+        Args:
+            weight_hh: W, ``[S, H, H]``: ``h_t`` depends on ``h_{t-1} W^T``. Not to be differentiated.
 
-    With ``G(x_t, h) = tanh(h V^T + c + x_t U^T)``, which shares ``U`` with the layer,
+        Returns:
+            ``[S, H, H]``, of the dtype and on the device of ``weight_hh``: row vectors go ``z P``, so that ``P = W``
+            is the transpose of the forward map.
+        """
 
-    ``d_{t-1} = G(x_t, h_t + d_t) - G(x_t, h_t) - target_step g_{t-1}``
+    def input_feedback(self, weight_ih: Tensor) -> Tensor:
+        """Return the matrix ``P_U [S, H, I]`` that brings displacements to the input, for ``input_rule="target"``."""
+        raise NotImplementedError(f"{type(self).__name__}: input_rule='target' needs a method input_feedback")
 
-    The reverse weights ``V`` and biases ``c`` are parameters of the module, present only under this rule. The loss's
-    backward pass leaves them without a gradient; they learn from :meth:`tpext.nn.RNN.reconstruction_loss`, stepped
-    before the target pass. Needs the tanh nonlinearity. Not linear in the gradient (see the module's head).
+    # What follows is what a rule that is not of this form overrides.
 
-    Under ``DistributedDataParallel`` compute the reconstruction loss in the wrapped module's ``forward``, by a flag,
-    and pass ``find_unused_parameters=True``, with no other forward pass between a loss's forward and its backward: then
-    both losses' gradients are averaged.
+    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        """Return name and shape of each parameter of the rule's own, of one layer and direction.
 
-    Args:
-        target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0.
-        credit: "through_time" or "local" (see the module's head).
-        normalize: True divides the parameter gradients by ``target_step``.
-        noise: standard deviation, >= 0, of the noise that the reconstruction loss adds to the states by default.
+        The layer registers them, their names followed by ``_l0``, ``_l0_reverse`` and so on.
+        """
+        return {}
 
-    Raises:
-        ValueError: an argument out of its range, named.
+    def reset_parameter(self, name: str, parameter: Tensor) -> None:
+        """Initialise one of those parameters in place."""
+        raise NotImplementedError(f"{type(self).__name__}: reset_parameter must initialise {name}")
 
-    Source: Lee et al., "Difference Target Propagation", 2015; Manchev and Spratling, "Target Propagation in Recurrent
-    Neural Networks", JMLR 21(7), 2020.
+    def run_recurrent(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
+        """Run a layer whose backward pass is this rule's.
 
-    >>> LearnedInverse(noise=0.1)
-    LearnedInverse(target_step=1.0, credit='through_time', normalize=True, noise=0.1)
-    """
+        Returns:
+            States ``[S, T, B, H]`` and the states after the last valid steps ``[S, B, H]``.
+        """
+        return run_pass(self, call)
 
-    target_step: float = 1.0
-    credit: Credit = "through_time"
-    normalize: bool = True
-    noise: float = 0.0
+    def start_sweep(self, layer: LayerWeights) -> Sweep:
+        """Return how this rule goes from the last step of a layer to the first; called once a backward pass."""
+        # In float32 also where the weights came in a 16-bit dtype: an inverse's Gram matrix squares the condition.
+        inverse = self._matrix("feedback", layer.weight_hh).mT
+        inverse_ih = None
+        if self.input_rule == "target" and layer.needs[0]:
+            inverse_ih = self._matrix("input_feedback", layer.weight_ih) / -self.target_step
+        step, scale = self.target_step, 1 / self.target_step
 
-    def __post_init__(self) -> None:
-        set_number(self, "target_step", low=0.0)
-        check_choice(type(self).__name__, "credit", self.credit, get_args(Credit))
-        check_flag(self, "normalize")
-        set_number(self, "noise", low=0.0, low_allowed=True)
+        def run(
+            piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
+        ) -> tuple[Gradients, Tensor, Tensor | None]:
+            # Recomputing the projection is one product; keeping it would cost as much memory as the states.
+            x_proj = None
+            if self.correction == "none":
+                x_proj = input_projection(piece.input, layer.weight_ih, layer.bias)
+            delta, first, _, displacement, first_credit = rnn_target_scan(
+                grad_states,
+                piece.states,
+                piece.h0,
+                layer.weight_hh,
+                inverse,
+                x_proj,
+                piece.lengths,
+                layer.reverse,
+                layer.nonlinearity,
+                self.correction,
+                self.credit,
+                step,
+                self.clip,
+                False,
+                inverse_ih is not None,
+                arriving,
+                credit,
+            )
+            grads = layer_gradients(layer, piece, delta, scale if self.normalize else 1.0, scale)
+            if inverse_ih is not None:
+                grads[0] = sum_members(torch.bmm(displacement.flatten(1, 2), inverse_ih)).view(piece.input.shape)
+            return grads, first, first_credit if self.credit == "through_time" else None
 
+        return Sweep(run, -step, self.correction != "none")
 
-Rule: TypeAlias = Backprop | RegularizedInverse | LearnedInverse
+    def _matrix(self, method: str, weight: Tensor) -> Tensor:
+        """What ``feedback`` or ``input_feedback`` makes of a weight, checked, in the weight's dtype."""
+        given = cast(weight, torch.float32)
+        matrix = getattr(self, method)(given)
+        require_result(self, method, matrix, given)
+        if weight.is_cpu and are_plain((matrix,)) and not math.isfinite(float(matrix.sum())):
+            raise ValueError(f"{type(self).__name__}.{method} must return finite numbers, got NaN or infinity")
+        return matrix.to(weight.dtype)  # type: ignore[no-any-return]
+
+    def composite(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
+        """Run a layer by operations with derivatives of every order, for rules whose backward pass is a derivative."""
+        refuse_forward_mode("rnn_layer", PLAIN_RNN)
+        raise RuntimeError(NOT_A_DERIVATIVE)
+
+    def recurrent_loss(self, call: RecurrentCall, noise: float | None) -> tuple[Tensor, Tensor]:
+        """Return the loss that trains the rule's own parameters, summed over the batch, and the layer's states.
+
+        Raises:
+            RuntimeError: the rule has no such loss.
+        """
+        raise RuntimeError(f"RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), the rule is {self}")

@@ -1,0 +1,61 @@
+"""Back-propagation, the rule of every kind of layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tpext.ops.rnn_scan import final_states, input_projection, rnn_scan_backward
+from tpext.rules.base import Kind
+from tpext.rules.layer import LayerCall, LayerRule, through_activation
+from tpext.rules.recurrent import RecurrentRule
+from tpext.rules.recurrent_pass import Gradients, LayerWeights, Piece, RecurrentCall, Sweep, layer_gradients
+
+
+@dataclass(frozen=True)
+class Backprop(RecurrentRule, LayerRule):
+    """Exact gradients (back-propagation through time) on the same fused kernels.
+
+    ``e_t = (g_t + e_{t+1} W) * a'(h_t)``
+
+    Equals ``torch.nn.RNN`` to rounding, supports double backward, works with every nonlinearity. A feed-forward layer
+    under this rule is torch's own operations.
+
+    >>> Backprop()
+    Backprop()
+    """
+
+    kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent", "layer", "network"})
+    exact: ClassVar[bool] = True
+
+    def feedback(self, weight_hh: Tensor) -> Tensor:
+        return weight_hh
+
+    def start_sweep(self, layer: LayerWeights) -> Sweep:
+        def run(
+            piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
+        ) -> tuple[Gradients, Tensor, Tensor | None]:
+            delta, first = rnn_scan_backward(
+                grad_states, piece.states, layer.weight_hh, piece.lengths, layer.reverse, layer.nonlinearity, arriving
+            )
+            return layer_gradients(layer, piece, delta, 1.0, 1.0), first, None
+
+        return Sweep(run, unit=1.0, fades=True)
+
+    def composite(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
+        x_proj = input_projection(call.input, call.weight_ih, call.bias)
+        states = torch.ops.tpext.rnn_scan(
+            x_proj, call.h0, call.weight_hh, call.lengths, call.reverse, call.nonlinearity
+        )
+        return states, final_states(states, call.h0, call.lengths, call.reverse)
+
+    def run_layer(self, call: LayerCall) -> Tensor:
+        output: Tensor = call.activation(functional.linear(call.input, call.weight, call.bias))
+        return output
+
+    def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:
+        return through_activation(displacement, call.output, call.activation) @ call.weight

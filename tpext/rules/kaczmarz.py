@@ -1,0 +1,127 @@
+"""The rule of feed-forward layers that solves for the weights: Kaczmarz projections, without a step or a rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+from torch import Tensor, nn
+
+from tpext.ops._library import check_choice
+from tpext.ops.kaczmarz import KaczmarzStep, Units, UnitsName, kaczmarz_step
+from tpext.ops.layer_inverse import Activation
+from tpext.rules.base import number
+from tpext.rules.layer import LayerCall, LayerRule
+
+Move = Literal["mean", "wnorm", "regularized"]
+Update = Literal["average", "exact"]
+First = Literal["input", "weights"]
+
+
+@dataclass(frozen=True)
+class Kaczmarz(LayerRule):
+    """Direct weight solves: a feed-forward layer is set to its target by projections, averaged over the batch.
+
+    The gradient that arrives is ``h - h'``, ``h'`` the target of the output, from which the activation gives ``d``, the
+    displacement of the pre-activation (:class:`tpext.ops.Units`). The input is moved, then each sample takes the least
+    change of the weights that gives the moved input ``x''`` the target::
+
+        x'  = x + dx(d)        "mean"         dx = d W / M
+                               "wnorm"        dx = (1/M) sum_k d_k w_k / ||w_k||^2, w_k the rows of W
+                               "regularized"  dx = d (WW' + dx_reg I)^-1 W
+        x'' = feasible(x')     what the layer below can put out that is like x'; x where the input needs no gradient
+        r   = d - (x'' - x) W'
+        dW  = relaxation (1/B) sum_i r_i' x''_i / (||x''_i||^2 + 1 + damping)           "average"
+        [dW db] = relaxation R' (X X' + batch_reg I)^-1 X,   X = [x'' 1]                "exact"
+
+    The parameters' gradients are ``-dW`` and ``-db``, and ``x - x''`` is handed down. Activations are those of
+    :class:`tpext.ops.Units`: relu and the identity, and three that other rules do not have.
+
+    Args:
+        relaxation: factor of every update, > 0 and < 2, the range in which repeated projections converge; 1 projects.
+        damping: added to the squared norms of "average", >= 0.
+        dx: how the input moves: "mean" (published; diverges where the weights are large: beyond ``s_max(W)^2 > 2 M`` it
+            moves the output away from the target; small weights hardly move it, so that with more than one hidden layer
+            the lower ones learn late), "wnorm" or "regularized".
+        dx_reg: regularisation of "regularized", >= 0.
+        update: "average" or "exact".
+        batch_reg: regularisation of "exact", >= 0; 0 needs linearly independent rows ``[x'' 1]``.
+        first: "input"; or "weights", the published second version: first the weights by the input as it is, then the
+            input is moved by the updated weights for what is left of ``d``.
+        std: standard deviation, >= 0, of the weights and biases that a layer made with this rule draws, normal with
+            mean 0.
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2``.
+
+    >>> Kaczmarz(dx="regularized").dx_reg
+    1.0
+    """
+
+    reads_identity: ClassVar[bool] = False
+    takes_units: ClassVar[bool] = True
+
+    relaxation: float = number(1.0, low=0.0, high=2.0)
+    damping: float = number(0.0, low=0.0, low_allowed=True)
+    dx: Move = "mean"
+    dx_reg: float = number(1.0, low=0.0, low_allowed=True)
+    update: Update = "average"
+    batch_reg: float = number(0.0, low=0.0, low_allowed=True)
+    first: First = "input"
+    std: float = number(1e-3, low=0.0, low_allowed=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(type(self).__name__, "dx", self.dx, get_args(Move))
+        check_choice(type(self).__name__, "update", self.update, get_args(Update))
+        check_choice(type(self).__name__, "first", self.first, get_args(First))
+
+    def check(self, layer: nn.Module) -> None:
+        for name in ("activation", "reverse_activation"):
+            value = getattr(layer, name)
+            if as_units(value) is None:
+                allowed = ", ".join(map(repr, get_args(UnitsName)))
+                raise ValueError(f"TargetLinear: {name} must be one of {allowed} under Kaczmarz, got {value}")
+
+    def run_layer(self, call: LayerCall) -> Tensor:
+        units, below = as_units(call.activation), as_units(call.reverse_activation)
+        assert units is not None
+        assert below is not None
+        return super().run_layer(call._replace(activation=units, reverse_activation=below))
+
+    def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:
+        return self._step(call, displacement).input - call.input
+
+    def gradients(self, call: LayerCall, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        step = self._step(call, -grad)
+        needs_input, needs_weight, needs_bias = call.needs
+        return (
+            call.input - step.input if needs_input else None,
+            -step.weight if needs_weight else None,
+            -step.bias if needs_bias and step.bias is not None else None,
+        )
+
+    def _step(self, call: LayerCall, displacement: Tensor) -> KaczmarzStep:
+        units = as_units(call.activation)
+        assert units is not None
+        moved = displacement
+        # of the identity not by a difference of outputs, next to which a displacement may be small
+        if units.name != "identity":
+            moved = units.input_target(call.output + displacement, call.preactivation) - call.preactivation
+        below = as_units(call.reverse_activation) if call.needs[0] else None
+        options: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in ("relaxation", "damping", "dx_reg", "batch_reg", "dx", "update", "first")
+        }
+        return kaczmarz_step(moved, call.input, call.weight, call.bias is not None, below, **options)
+
+
+def as_units(activation: Activation | Units) -> Units | None:
+    """The units that are this activation, None if there are none."""
+    if isinstance(activation, Units):
+        return activation
+    if activation.name in ("relu", "identity") and not activation.reference_compat:
+        return Units(activation.name)
+    return None

@@ -1,0 +1,295 @@
+"""One recurrent layer as one autograd node: forward the scan, backward what the rule's sweep makes of each piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tpext.ops._library import are_plain, autocast_outputs, autocasts, cast, check_lengths, full_precision, on_cuda
+from tpext.ops.rnn_scan import rnn_layer, rnn_weight_gradients
+
+if TYPE_CHECKING:
+    from tpext.rules.recurrent import RecurrentRule
+
+
+class RecurrentCall(NamedTuple):
+    """A recurrent layer and what it is to run on; S directions run side by side, each with weights of its own.
+
+    Attributes:
+        input: ``[T, B, I]``, float32 or float64, on CUDA also bfloat16 or float16; on the CPU batch-first memory is
+            read in place.
+        h0: ``[S, B, H]``.
+        weight_ih: U, ``[S, H, I]``.
+        weight_hh: W, ``[S, H, H]``.
+        bias: b, ``[S, H]`` or None.
+        lengths: ``[B]`` int64 valid steps of each row, or None for all T.
+        reverse: S flags: the member runs from the last valid step to the first.
+        nonlinearity: "tanh", "relu" or "identity".
+        owned: the rule's own parameters, ``[S, ...]`` each, in the order of its ``parameter_shapes``.
+        checkpoint_every: K >= 1 steps a piece, for members that run forward; None: the whole sequence is one piece.
+    """
+
+    input: Tensor
+    h0: Tensor
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    lengths: Tensor | None
+    reverse: Sequence[bool]
+    nonlinearity: str
+    owned: tuple[Tensor, ...] = ()
+    checkpoint_every: int | None = None
+
+
+class Piece(NamedTuple):
+    """A stretch of a layer's steps.
+
+    Attributes:
+        input: ``[t, B, I]``.
+        h0: the states before it, ``[S, B, H]``.
+        states: ``[S, t, B, H]``.
+        lengths: how many of its steps are valid in each row, ``[B]``, or None for all.
+    """
+
+    input: Tensor
+    h0: Tensor
+    states: Tensor
+    lengths: Tensor | None
+
+
+class LayerWeights(NamedTuple):
+    """What a rule may read of a layer in its backward pass.
+
+    Attributes:
+        weight_ih, weight_hh, bias, owned, reverse, nonlinearity: as in :class:`RecurrentCall`.
+        needs: whether the gradient of input, h0, weight_ih, weight_hh and bias is wanted.
+    """
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    owned: tuple[Tensor, ...]
+    reverse: Sequence[bool]
+    nonlinearity: str
+    needs: Sequence[bool]
+
+
+Gradients: TypeAlias = list[Tensor | None]
+"""Of input, h0, weight_ih, weight_hh and bias."""
+
+
+class Sweep(NamedTuple):
+    """How a rule goes from the last step of a layer to the first.
+
+    Attributes:
+        run: takes a piece, the gradients of its states (None: zero) and the two things that come back from beyond its
+            end, displacement and credit (``[S, B, H]`` or None), and returns gradients and the same two things at the
+            piece's beginning. It leaves the gradient of ``h0`` to the caller.
+        unit: a displacement is this times a gradient.
+        fades: nothing comes of a piece at whose end nothing arrives.
+    """
+
+    run: Callable[[Piece, Tensor | None, Tensor | None, Tensor | None], tuple[Gradients, Tensor, Tensor | None]]
+    unit: float
+    fades: bool
+
+
+def run_pass(rule: RecurrentRule, call: RecurrentCall) -> tuple[Tensor, Tensor]:
+    """Run a layer; its backward pass is the rule's.
+
+    Under autocast it runs in float32, on CUDA in the autocast dtype, which its outputs get.
+
+    Returns:
+        States ``[S, T, B, H]``, zero beyond ``lengths`` (an empty tensor with ``checkpoint_every``), and the states
+        after the last valid steps ``[S, B, H]``.
+
+    Raises:
+        ValueError: arguments that do not fit each other.
+        RuntimeError: a transform of ``torch.func``, unless the rule is exact; in the backward pass, ``create_graph``.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return rule.composite(call)
+    # Owned parameters are detached: a layer of which only they are trainable has no backward pass to run.
+    tensors = (*call[:6], *(parameter.detach() for parameter in call.owned))
+    settings = (list(call.reverse), call.nonlinearity, call.checkpoint_every, rule)
+    device = call.input.device.type
+    if not autocasts(device):
+        return _RecurrentPass.apply(*settings, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+    dtype = torch.get_autocast_dtype(device) if on_cuda(call.input) else torch.float32
+    with torch.autocast(device, enabled=False):
+        outputs = _RecurrentPass.apply(*settings, *(cast(tensor, dtype) for tensor in tensors))  # type: ignore[no-untyped-call]
+    return autocast_outputs(outputs, device)  # type: ignore[no-any-return]
+
+
+class _RecurrentPass(torch.autograd.Function):
+    """The node. Without ``checkpoint_every`` the whole sequence is one piece.
+
+    With it, ``forward`` keeps only the state before each piece and the backward pass computes a piece's states anew:
+    with ``delta`` some ``T / K + 2 K`` states in memory in place of ``2 T``, for one more forward pass.
+
+    Contexts are filled in ``forward``, not in a ``setup_context``: with one, torch looks up and binds the signature at
+    every call, which takes as long as a small kernel. And without names for the arguments: torch's compiler takes a
+    ``forward`` with as many parameters as arguments for one without a context.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        reverse, nonlinearity, checkpoint_every, rule = arguments[:4]
+        input, h0, weight_ih, weight_hh, bias, lengths, *owned = arguments[4:]
+        ctx.reverse, ctx.nonlinearity, ctx.checkpoint_every, ctx.rule = reverse, nonlinearity, checkpoint_every, rule
+        ctx.set_materialize_grads(False)
+        if checkpoint_every is None:
+            states, h_n = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
+            kept = states
+        else:
+            kept, h_n = _run_in_pieces(
+                input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity, checkpoint_every
+            )
+            states = h_n.new_empty(0)
+            ctx.mark_non_differentiable(states)
+        ctx.save_for_backward(input, h0, weight_ih, weight_hh, bias, lengths, kept, *owned)
+        return states, h_n
+
+    @staticmethod
+    def backward(ctx: Any, grad_states: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
+        # read once: under activation checkpointing a second time is an error
+        saved = ctx.saved_tensors
+        input, h0, weight_ih, weight_hh, bias, lengths, kept = saved[:7]
+        needs = ctx.needs_input_grad[4:9]
+        rest = [None] * (1 + len(saved) - 7)
+        # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
+        if torch.is_grad_enabled():
+            call = RecurrentCall(input, h0, weight_ih, weight_hh, bias, lengths, ctx.reverse, ctx.nonlinearity)
+            grads = _differentiable(ctx.rule, call, needs, grad_states, grad_h_n)
+            return *[None] * 4, *grads, *rest
+        with full_precision(weight_hh.device.type):
+            layer = LayerWeights(weight_ih, weight_hh, bias, saved[7:], ctx.reverse, ctx.nonlinearity, needs)
+            sweep = ctx.rule.start_sweep(layer)
+            arriving = None if grad_h_n is None else grad_h_n if sweep.unit == 1 else grad_h_n * sweep.unit
+            if ctx.checkpoint_every is None:
+                grads, first, _ = sweep.run(Piece(input, h0, kept, lengths), grad_states, arriving, None)
+            else:
+                grads, first = _sweep_pieces(layer, sweep, input, lengths, kept, arriving, ctx.checkpoint_every)
+            if needs[1] and first is not None:
+                grads[1] = first if sweep.unit == 1 else first / sweep.unit
+            return *[None] * 4, *grads, *rest
+
+
+def _run_in_pieces(
+    input: Tensor,
+    h0: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    lengths: Tensor | None,
+    reverse: Sequence[bool],
+    nonlinearity: str,
+    every: int,
+) -> tuple[Tensor, Tensor]:
+    """The state before each piece of ``every`` steps, ``[pieces, S, B, H]``, and the final ones."""
+    if every < 1 or any(reverse):
+        raise ValueError(
+            "checkpoint_every must be at least 1 and its members must run forward, got "
+            f"checkpoint_every={every}, reverse={list(reverse)}"
+        )
+    # Each piece's lengths are cut to its size, which would hide those out of range.
+    if are_plain((lengths,)):
+        check_lengths("rnn_layer", lengths, input.shape[0])
+    pieces = max(1, -(-input.shape[0] // every))
+    kept = h0.new_empty(pieces, *h0.shape)
+    h_n = h0.clone()
+    for index in range(pieces):
+        part, valid = _cut(input, lengths, index * every, every)
+        kept[index].copy_(h_n)
+        h_n.copy_(rnn_layer(part, kept[index], weight_ih, weight_hh, bias, valid, reverse, nonlinearity)[1])
+    return kept, h_n
+
+
+def _sweep_pieces(
+    layer: LayerWeights,
+    sweep: Sweep,
+    input: Tensor,
+    lengths: Tensor | None,
+    kept: Tensor,
+    arriving: Tensor | None,
+    every: int,
+) -> tuple[Gradients, Tensor | None]:
+    """The sum of the pieces' gradients, the last piece first, and what arrives at the beginning."""
+    sums: Gradients = [None] * 5
+    inputs = input.new_zeros(input.shape) if layer.needs[0] else None
+    # What goes from piece to piece stands in memory of its own. A small tensor that outlives its piece would lie in
+    # the hole that the large ones leave, which then do not fit there again, and the heap would grow piece by piece.
+    arrived, credited = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])
+    credit: Tensor | None = None
+    for index in range(kept.shape[0] - 1, -1, -1):
+        part, valid = _cut(input, lengths, index * every, every)
+        states = rnn_layer(
+            part, kept[index], layer.weight_ih, layer.weight_hh, layer.bias, valid, layer.reverse, layer.nonlinearity
+        )[0]
+        grads, first, first_credit = sweep.run(Piece(part, kept[index], states, valid), None, arriving, credit)
+        arriving = arrived.copy_(first)
+        credit = None if first_credit is None else credited.copy_(first_credit)
+        if inputs is not None:
+            inputs[index * every : index * every + part.shape[0]].copy_(grads[0])  # type: ignore[arg-type]
+        for place in (2, 3, 4):
+            new, old = grads[place], sums[place]
+            sums[place] = new if old is None or new is None else old.add_(new)
+        del states, grads, first, first_credit, new
+        # What has faded leaves nothing to do further back. A compiler or a fake tensor cannot look, and on CUDA
+        # looking would wait for the device.
+        looks = sweep.fades and not on_cuda(arrived) and are_plain((arrived, credited))
+        if looks and not arrived.any() and not credited.any():
+            break
+    sums[0] = inputs
+    return sums, arriving
+
+
+def _cut(input: Tensor, lengths: Tensor | None, begin: int, size: int) -> tuple[Tensor, Tensor | None]:
+    """The steps from ``begin`` on, at most ``size``, and how many of them are valid in each row."""
+    part = input[begin : begin + size]
+    return part, None if lengths is None else (lengths - begin).clamp(0, part.shape[0])
+
+
+def layer_gradients(
+    layer: LayerWeights, piece: Piece, delta: Tensor, parameter_scale: float, input_scale: float
+) -> Gradients:
+    """Gradients of input, h0 (left None), weight_ih, weight_hh and bias, from those of the pre-activations."""
+    grads: Gradients = [None] * 5
+    if layer.needs[0]:
+        weight = layer.weight_ih if input_scale == 1 else layer.weight_ih * input_scale
+        grads[0] = sum_members(torch.bmm(delta.flatten(1, 2), weight)).view(piece.input.shape)
+    if any(layer.needs[2:5]):
+        of_parameters = rnn_weight_gradients(
+            delta, piece.states, piece.h0, piece.input, piece.lengths, layer.reverse, parameter_scale
+        )
+        for place, grad in enumerate(of_parameters, start=2):
+            grads[place] = grad if layer.needs[place] else None
+    return grads
+
+
+def sum_members(stacked: Tensor) -> Tensor:
+    """Sum over the stack axis, without a copy where there is one member."""
+    return stacked.squeeze(0) if stacked.shape[0] == 1 else stacked.sum(0)
+
+
+def _differentiable(
+    rule: RecurrentRule,
+    call: RecurrentCall,
+    needs: Sequence[bool],
+    grad_states: Tensor | None,
+    grad_h_n: Tensor | None,
+) -> Gradients:
+    """An exact rule's gradients by operations that have derivatives themselves (with all states in memory)."""
+    # Views: where one of the tensors was computed from another, its gradient must not reach the other here too.
+    tensors: list[Any] = [None if tensor is None else tensor.view_as(tensor) for tensor in call[:5]]
+    rest: tuple[Any, ...] = call[5:]
+    outputs = rule.composite(RecurrentCall(*tensors, *rest))
+    given = [(o, g) for o, g in zip(outputs, (grad_states, grad_h_n), strict=True) if g is not None]
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    found = iter(
+        torch.autograd.grad([o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True)
+    )
+    return [next(found) if need else None for need in needs]

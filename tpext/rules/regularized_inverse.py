@@ -1,0 +1,76 @@
+"""The rule of recurrent layers that takes their regularised inverse, computed from the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tpext.ops.regularized_inverse import regularized_inverse
+from tpext.rules.base import Kind, number
+from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule
+
+
+@dataclass(frozen=True)
+class RegularizedInverse(RecurrentRule):
+    """Target propagation through the regularised inverse of the recurrent layer.
+
+    With ``P = W (W^T W + reg I)^-1`` (once a call), the displacement of the state before is, by ``correction``,
+
+    ====================  ============================================================================================
+    ``"linearized"``      ``d_{t-1} = (d_t * D(h_t)) P - target_step g_{t-1}``; ``D(h)`` is ``1 / (1 - clip(h)^2)`` for
+                          tanh, ``1[h > 0]`` for relu, 1 for identity
+    ``"difference"``      ``d_{t-1} = (a^-1(h_t + d_t) - a^-1(h_t)) P - target_step g_{t-1}``
+    ``"none"``            ``d_{t-1} = (a^-1(h_t + d_t) - x_t U^T - b) P - h_{t-1} - target_step g_{t-1}``
+    ====================  ============================================================================================
+
+    where ``a^-1`` is ``atanh(clip(.))``, ``max(., 0)`` or the identity. For tanh the corrections agree to first order
+    in the displacement; for relu "difference" lets an inactive unit move up, "linearized" does not. The module's head
+    explains ``credit`` and which corrections are linear in the gradient.
+
+    Args:
+        reg: regularisation of the inverse, >= 0. It penalises the size of the inverse's result; as it grows the
+            targets reach fewer steps back, and with ``credit="through_time"`` the weight gradients tend to
+            back-propagation's. 0 asks for the plain inverse, and singular weights raise ``tpext.SingularError``.
+        target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0. With the linearised correction
+            and ``normalize=True`` it cancels.
+        correction: "linearized", "difference" or "none".
+        credit: "through_time" or "local".
+        clip: distance kept from the edges of the activation's range before inverting it (tanh: ``|h| <= 1 - clip``),
+            0 < clip < 1. The slope ``a'`` of the weight gradients is not clipped.
+        normalize: True divides the parameter gradients by ``target_step``, which gives them back-propagation's scale,
+            so that a learning rate carries over; False gives the published scaling.
+        input_rule: what the layer below receives, always in gradient units: "gradient" gives ``e_t U / target_step``,
+            "target" the displacement that the regularised inverse of ``U`` asks of the input,
+            ``-(z_t P_U) / target_step`` with ``P_U = U (U^T U + reg I)^-1`` and ``z_t`` the factor before ``P`` above
+            ("none" uses the ``z_t`` of "difference").
+
+    Raises:
+        ValueError: an argument out of its range, named.
+
+    Cost: a forward and backward pass as ``Backprop``'s, one more ``[B, H] x [H, H]`` product a step
+    ("local" with ``input_rule="gradient"``: none more) and one ``H x H`` factorisation a call.
+
+    Source: Roulet and Harchaoui, "Target Propagation via Regularized Inversion for Recurrent Neural Networks", 2023.
+
+    >>> RegularizedInverse(reg=10.0, target_step=0.01).credit
+    'through_time'
+    """
+
+    kin: ClassVar[Mapping[Kind, str]] = {"layer": "RegularizedLeastSquares"}
+
+    reg: float = number(1.0, low=0.0, low_allowed=True)
+    target_step: float = number(1.0, low=0.0)
+    correction: Correction = "linearized"
+    credit: Credit = "through_time"
+    clip: float = number(1e-3, low=0.0, high=1.0)
+    normalize: bool = True
+    input_rule: InputRule = "gradient"
+
+    def feedback(self, weight_hh: Tensor) -> Tensor:
+        return regularized_inverse(weight_hh, self.reg).mT
+
+    def input_feedback(self, weight_ih: Tensor) -> Tensor:
+        return regularized_inverse(weight_ih, self.reg).mT
