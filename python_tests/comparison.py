@@ -519,6 +519,8 @@ class Composite:
         return_displacement: bool,
         disp_n: Tensor | None,
         credit_n: Tensor | None,
+        slope: str,
+        slope_reg: float,
     ) -> list[Tensor]:
         def invert(v: Tensor) -> Tensor:
             if nonlinearity == "tanh":
@@ -527,9 +529,12 @@ class Composite:
 
         def pull(s: int, t: int, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
             if correction == "linearized":
-                kept = h.clamp(clip - 1, 1 - clip) if nonlinearity == "tanh" else h
-                slope = cls.slope(kept, nonlinearity)
-                z = torch.where(slope == 0, 0, d / slope)
+                kept = h.clamp(clip - 1, 1 - clip) if nonlinearity == "tanh" and slope == "inverse" else h
+                derivative = cls.slope(kept, nonlinearity)
+                by = {"derivative": derivative, "one": torch.ones_like(h)}.get(slope)
+                if by is None:
+                    by = torch.where(derivative == 0, 0, derivative / (derivative.square() + slope_reg))
+                z = d * by
             else:
                 z = invert(h + d) - invert(h)
             if correction != "none":

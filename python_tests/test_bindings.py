@@ -53,6 +53,8 @@ def op_arguments(op: str, **sizes: int) -> Arguments:
             "target_step": 0.5,
             "clip": 0.01,
             **beyond,
+            "slope": "inverse",
+            "slope_reg": 0.0,
         },
         "rnn_learned_target_scan": {
             **backward,
@@ -647,6 +649,8 @@ WRONG_OPTIONS = {
     "nonlinearity": ["sigmoid", "", None, 3],
     "correction": ["quadratic", None],
     "credit": ["global", None],
+    "slope": ["steep", None],
+    "slope_reg": ["small", None],
     "reverse": [[True], [True] * 3, "ab", None],
     "execution": [0, -1, 2**40, 2**80, 1.0, "two", None, (0, "auto", None)],
     "target_step": ["large", None],
@@ -799,6 +803,8 @@ def test_op_refuses_options_out_of_range(op: str) -> None:
         "reverse": [[True], [True] * 3],
         "target_step": [0.0, -1.0, float("nan"), float("inf")],
         "clip": [0.0, 1.0, -0.5, float("nan")],
+        "slope": ["steep", ""],
+        "slope_reg": [-1.0, float("nan"), float("inf")],
     }
     for argument in wrong.keys() & arguments.keys():
         values = {repr(value): value for value in wrong[argument]}

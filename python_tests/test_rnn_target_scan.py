@@ -58,6 +58,8 @@ def run(
 CORRECTIONS = ["linearized", "difference", "none"]
 CREDITS = ["local", "through_time"]
 RULES = list(itertools.product(CORRECTIONS, CREDITS))
+# The linearised correction by another slope than 1 / a', as a name of its own: slope and slope_reg.
+SLOPES = {"derivative": ("derivative", 0.0), "one": ("one", 0.0), "regularized": ("inverse", 0.125)}
 ENTERS = ["states", "end", "both"]
 # What the plain differences in the oracle can lose next to states of order one, in longdouble.
 ORACLE_ERROR = 64 * float(np.finfo(np.longdouble).eps)
@@ -89,7 +91,7 @@ def target_arguments(
         inputs.lengths,
         inputs.reverse,
         inputs.nonlinearity,
-        correction,
+        "linearized" if correction in SLOPES else correction,
         credit,
         target_step,
         clip,
@@ -97,6 +99,7 @@ def target_arguments(
         return_displacement,
         inputs.at_end,
         inputs.credit_at_end,
+        *SLOPES.get(correction, ("inverse", 0.0)),
     )
 
 
@@ -120,7 +123,7 @@ def learned_arguments(inputs: Scan, credit: str, return_norms: bool = True) -> t
 
 
 # Every target pass there is: its name, correction and credit for `target_pass`.
-PASSES = [*RULES, *(("learned", credit) for credit in CREDITS)]
+PASSES = list(itertools.product([*CORRECTIONS, *SLOPES, "learned"], CREDITS))
 each_pass = pytest.mark.parametrize(("correction", "credit"), PASSES)
 
 
@@ -341,7 +344,7 @@ def check_learned(arguments: tuple[Any, ...]) -> None:
     pairwise(
         **SIZES,
         **LAYOUTS,
-        correction=CORRECTIONS,
+        correction=[*CORRECTIONS, *SLOPES],
         credit=CREDITS,
         enters=ENTERS,
         last_step_only=[False, True],
@@ -358,7 +361,7 @@ def test_equals_the_oracle(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
-@pytest.mark.parametrize(("correction", "credit"), RULES)
+@pytest.mark.parametrize(("correction", "credit"), [rule for rule in PASSES if rule[0] != "learned"])
 def test_every_combination_of_options(dtype: torch.dtype, nonlinearity: str, correction: str, credit: str) -> None:
     for enters, norms, displacement in itertools.product(ENTERS, [False, True], [False, True]):
         inputs = scan(5, 7, 19, 2, dtype, nonlinearity, ragged=True, direction="mixed", enters=enters)
@@ -377,7 +380,7 @@ def test_every_combination_of_options(dtype: torch.dtype, nonlinearity: str, cor
     ragged=st.booleans(),
     direction=st.sampled_from(LAYOUTS["direction"]),
     enters=st.sampled_from(ENTERS),
-    rule=st.sampled_from(RULES),
+    rule=st.sampled_from([rule for rule in PASSES if rule[0] != "learned"]),
     target_step=st.sampled_from([2.0**-7, 0.5, 2.0]),
     clip=st.sampled_from([2.0**-10, 2.0**-4, 0.5]),
     seed=st.integers(0, 2**16),
@@ -644,6 +647,20 @@ def test_layer_without_a_bias() -> None:
 
 
 # What theory says.
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+def test_the_transpose_and_the_derivative_are_back_propagation(nonlinearity: str) -> None:
+    inputs = scan(9, 5, 17, 2, torch.float64, nonlinearity, ragged=True, direction="mixed", enters="both")
+    rest = (inputs.lengths, inputs.reverse, nonlinearity)
+    delta, disp_h0, *_ = rnn_target_scan(
+        inputs.grad_states, inputs.states, inputs.h0, inputs.weight_hh, inputs.weight_hh.mT.contiguous(), None, *rest,
+        "linearized", "local", 1.0, CLIP, False, False, -inputs.at_end, None, "derivative",
+    )  # fmt: skip
+    expected = torch.ops.tpext.rnn_scan_backward(
+        inputs.grad_states, inputs.states, inputs.weight_hh, *rest, inputs.at_end
+    )
+    torch.testing.assert_close((delta, -disp_h0), expected, rtol=1e-13, atol=1e-14)
 
 
 def local_losses(

@@ -41,6 +41,8 @@ def test_defaults():
         "clip": 1e-3,
         "normalize": True,
         "input_rule": "gradient",
+        "slope": "inverse",
+        "slope_reg": 0.0,
     }
     assert dataclasses.asdict(LearnedInverse()) == {
         "target_step": 1.0,
@@ -107,6 +109,8 @@ NUMBERS = [
     (RegularizedInverse, "credit", "one of 'through_time', 'local'", ["global", ["local"]]),
     (LearnedInverse, "credit", "one of 'through_time', 'local'", [None]),
     (RegularizedInverse, "input_rule", "one of 'gradient', 'target'", ["both"]),
+    (RegularizedInverse, "slope", "one of 'inverse', 'derivative', 'one'", ["exact", None]),
+    (RegularizedInverse, "slope_reg", "a finite number >= 0", [-1.0, math.nan]),
     (ConstrainedLeastSquares, "target_step", "a finite number > 0", [0, math.nan, None]),
     (ConstrainedLeastSquares, "clip", "a finite number > 0 and < 0.5", [0, 0.5, -0.1, math.inf]),
     (ConstrainedLeastSquares, "normalize", "True or False", [1]),

@@ -202,6 +202,8 @@ def rnn_target_scan(
     credit: str,
     target_step: float,
     clip: float,
+    slope: str,
+    slope_reg: float,
     delta: object,
     disp_h0: object,
     credit_h0: object | None,

@@ -24,6 +24,7 @@ constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 
 const std::vector<const char*> kNonlinearities = {"tanh", "relu", "identity"};
 const std::vector<const char*> kCorrections = {"linearized", "difference", "none"};
+const std::vector<const char*> kSlopes = {"inverse", "derivative", "one"};
 const std::vector<const char*> kCredits = {"local", "through_time"};
 const std::vector<const char*> kStorageNames = {"float32", "float64", "bfloat16", "float16"};
 constexpr dlpack::DataType kStorageTypes[] = {dlpack::kFloat32, dlpack::kFloat64, dlpack::kBfloat16, dlpack::kFloat16};
@@ -216,10 +217,10 @@ void rnn_target_scan(const py::object& grad_states_, const py::object& disp_n_, 
                      const py::object& states_, const py::object& h0_, const py::object& weight_hh_,
                      const py::object& inverse_, const py::object& x_proj_, const py::object& lengths_,
                      const std::vector<bool>& reverse, const std::string& nonlinearity, const std::string& correction,
-                     const std::string& credit, double target_step, double clip, const py::object& delta_,
-                     const py::object& disp_h0_, const py::object& credit_h0_, const py::object& norms_,
-                     const py::object& displacement_, const py::object& displacement_of_state_,
-                     const py::object& execution) {
+                     const std::string& credit, double target_step, double clip, const std::string& slope,
+                     double slope_reg, const py::object& delta_, const py::object& disp_h0_,
+                     const py::object& credit_h0_, const py::object& norms_, const py::object& displacement_,
+                     const py::object& displacement_of_state_, const py::object& execution) {
   constexpr const char* op = "rnn_target_scan";
   const Argument grad_states(op, "grad_states", grad_states_), disp_n(op, "disp_n", disp_n_),
       credit_n(op, "credit_n", credit_n_), states(op, "states", states_), h0(op, "h0", h0_),
@@ -231,6 +232,7 @@ void rnn_target_scan(const py::object& grad_states_, const py::object& disp_n_, 
   const Call call(op, states, lengths, reverse, execution);
   const Nonlinearity a = nonlinearity_of(op, nonlinearity);
   const auto c = static_cast<Correction>(choose(op, "correction", correction, kCorrections));
+  const auto by = static_cast<Slope>(choose(op, "slope", slope, kSlopes));
   const bool through_time = choose(op, "credit", credit, kCredits) == 1;
   call.optional_sequence(grad_states);
   call.optional_initial(disp_n);
@@ -253,8 +255,10 @@ void rnn_target_scan(const py::object& grad_states_, const py::object& disp_n_, 
                             .nonlinearity = a,
                             .correction = c,
                             .through_time = through_time,
+                            .slope = by,
                             .target_step = static_cast<Compute<T>>(target_step),
                             .clip = static_cast<Compute<T>>(clip),
+                            .slope_reg = static_cast<Compute<T>>(slope_reg),
                             .grad_states = grad_states.data<const T>(),
                             .disp_n = disp_n.data<const T>(),
                             .credit_n = credit_n.data<const T>(),
@@ -308,8 +312,10 @@ void rnn_learned_target_scan(const py::object& grad_states_, const py::object& d
                             .nonlinearity = a,
                             .correction = Correction::learned,
                             .through_time = through_time,
+                            .slope = Slope::inverse,
                             .target_step = static_cast<Compute<T>>(target_step),
                             .clip = 0,
+                            .slope_reg = 0,
                             .grad_states = grad_states.data<const T>(),
                             .disp_n = disp_n.data<const T>(),
                             .credit_n = credit_n.data<const T>(),
@@ -397,8 +403,8 @@ void define_rnn(py::module_& m) {
   m.def("rnn_target_scan", &rnn_target_scan, py::arg("grad_states"), py::arg("disp_n"), py::arg("credit_n"),
         py::arg("states"), py::arg("h0"), py::arg("weight_hh"), py::arg("inverse"), py::arg("x_proj"),
         py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"), py::arg("correction"), py::arg("credit"),
-        py::arg("target_step"), py::arg("clip"), py::arg("delta"), py::arg("disp_h0"), py::arg("credit_h0"),
-        py::arg("norms"), py::arg("displacement"), py::arg("displacement_of_state"), py::arg("execution"));
+        py::arg("target_step"), py::arg("clip"), py::arg("slope"), py::arg("slope_reg"), py::arg("delta"),
+        py::arg("disp_h0"), py::arg("credit_h0"), py::arg("norms"), py::arg("displacement"), py::arg("displacement_of_state"), py::arg("execution"));
   m.def("rnn_learned_target_scan", &rnn_learned_target_scan, py::arg("grad_states"), py::arg("disp_n"),
         py::arg("credit_n"), py::arg("states"), py::arg("weight_hh"), py::arg("reverse_weight"), py::arg("reverse_pre"),
         py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"), py::arg("credit"), py::arg("target_step"),

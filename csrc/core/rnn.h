@@ -16,6 +16,10 @@ enum class Nonlinearity { tanh, relu, identity };
 // How the displacement of one step becomes that of the step before it.
 enum class Correction { linearized, difference, none, learned };
 
+// What a displacement is multiplied by on its way back through the activation, correction linearized: a'/(a'^2 + r) of
+// the clipped state, with r = slope_reg, a' of the state, or one.
+enum class Slope { inverse, derivative, one };
+
 struct RnnSizes {
   int64_t stack;
   int64_t time;
@@ -68,8 +72,10 @@ struct RnnTargetScan {
   Nonlinearity nonlinearity;
   Correction correction;
   bool through_time;  // credit: the sum of local losses through the whole unrolled network, else each step alone
+  Slope slope;  // correction linearized only, as is slope_reg
   Compute<T> target_step;
   Compute<T> clip;
+  Compute<T> slope_reg;
   const T* grad_states;  // [S, T, B, H], or null: zero
   const T* disp_n;       // [S, B, H] displacement that comes from beyond the last valid step, or null: zero
   const T* credit_n;     // [S, B, H] e W from there, through_time only; or null: zero

@@ -40,6 +40,18 @@ inline Vec<T> over_derivative(Vec<T> d, Vec<T> h, T bound) {
   if constexpr (A == Nonlinearity::identity) return d;
 }
 
+// d * a'(u) / (a'(u)^2 + reg) for h = a(u), with tanh's h kept inside +-bound.
+template <Nonlinearity A, class T>
+inline Vec<T> over_derivative(Vec<T> d, Vec<T> h, T bound, T reg) {
+  if constexpr (A == Nonlinearity::tanh) {
+    const Vec<T> kept = clamp<T>(h, bound);
+    const Vec<T> slope = T(1) - kept * kept;
+    return d * slope / (slope * slope + reg);
+  }
+  if constexpr (A == Nonlinearity::relu) return h > 0 ? d / (T(1) + reg) : Vec<T>{};
+  if constexpr (A == Nonlinearity::identity) return d / (T(1) + reg);
+}
+
 // a^-1(v), with tanh's v kept inside +-bound and relu's above zero.
 template <Nonlinearity A, class T>
 inline Vec<T> inverse_activate(Vec<T> v, T bound) {

@@ -1,6 +1,6 @@
 // The recurrent target pass, one sweep from the last step to the first (s = target_step, P = R', R the regularised
 // inverse of W; equations of each correction with their sources in tpext/ops/rnn_target_scan.py):
-//     d_{t-1} = -s g_{t-1} + z_t P,   z_t = d_t * D(h_t)                          linearized
+//     d_{t-1} = -s g_{t-1} + z_t P,   z_t = d_t * slope(h_t)                      linearized
 //                                     z_t = a^-1(h_t + d_t) - a^-1(h_t)           difference
 //     d_{t-1} = -s g_{t-1} + z_t P - h_{t-1},  z_t = a^-1(h_t + d_t) - x_proj_t   none
 //     d_{t-1} = -s g_{t-1} + tanh(q_t + d_t V') - tanh(q_t)                       learned (P holds V')
@@ -22,6 +22,14 @@ struct TargetStep {
   static constexpr bool displaces = true, zero_stays_zero = C != Correction::none;
   const RnnTargetScan<T>& args;
 
+  Vec<T> times_slope(Vec<T> d, Vec<T> h) const {
+    if (args.slope == Slope::one) return d;
+    if (args.slope == Slope::derivative) return times_derivative<A, T>(d, h);
+    // the published choice, in as few operations as it takes
+    if (args.slope_reg == 0) return over_derivative<A, T>(d, h, T(1) - args.clip);
+    return over_derivative<A, T>(d, h, T(1) - args.clip, args.slope_reg);
+  }
+
   // What the inverse of step t + 1 adds to the displacement at t.
   Vec<T> propagated(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced) const {
     if constexpr (C == Correction::learned)
@@ -41,7 +49,7 @@ struct TargetStep {
       if constexpr (C == Correction::none) d -= h;
     }
     Vec<T> carried = d;
-    if constexpr (C == Correction::linearized) carried = over_derivative<A, T>(d, h, T(1) - args.clip);
+    if constexpr (C == Correction::linearized) carried = times_slope(d, h);
     if constexpr (C == Correction::difference) carried = inverse_difference<A, T>(h, d, T(1) - args.clip);
     if constexpr (C == Correction::none)
       carried = inverse_activate<A, T>(h + d, T(1) - args.clip) - load_part(args.x_proj + at.current + column, count);

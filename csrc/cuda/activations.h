@@ -43,6 +43,18 @@ __device__ inline T over_derivative(Nonlinearity a, T d, T h, T bound) {
   return d;
 }
 
+// d * a'(u) / (a'(u)^2 + reg) for h = a(u), with tanh's h kept inside +-bound.
+template <class T>
+__device__ inline T over_derivative(Nonlinearity a, T d, T h, T bound, T reg) {
+  if (a == Nonlinearity::tanh) {
+    const T kept = clamp(h, bound);
+    const T slope = T(1) - kept * kept;
+    return d * slope / (slope * slope + reg);
+  }
+  if (a == Nonlinearity::relu) return h > T(0) ? d / (T(1) + reg) : T(0);
+  return d / (T(1) + reg);
+}
+
 // 1/2 log(p / q) for positive p, q, given p - q to its own full precision. The larger divides, so that log1p's argument
 // stays above -1/2 ... 0 or goes up from 0, where it is exact to rounding.
 template <class T>

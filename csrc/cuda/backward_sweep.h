@@ -15,7 +15,8 @@ template <class T>
 struct BackwardArrays {
   Nonlinearity nonlinearity;
   Correction correction;
-  Compute<T> target_step, clip;
+  Slope slope;
+  Compute<T> target_step, clip, slope_reg;
   const T* weight_hh;        // product e W: back-propagation and credit through time
   const T* inverse;          // product z P, P = inverse': target passes
   const T* grad_states;      // [S, T, B, H]

@@ -1,6 +1,6 @@
 // The recurrent target pass, and back-propagation through time as the same sweep (s = target_step, P = R', R the
 // regularised inverse of W; equations of each correction with their sources in tpext/ops/rnn_target_scan.py):
-//     d_{t-1} = -s g_{t-1} + z_t P,   z_t = d_t * D(h_t)                          linearized
+//     d_{t-1} = -s g_{t-1} + z_t P,   z_t = d_t * slope(h_t)                      linearized
 //                                     z_t = a^-1(h_t + d_t) - a^-1(h_t)           difference
 //     d_{t-1} = -s g_{t-1} + z_t P - h_{t-1},  z_t = a^-1(h_t + d_t) - x_proj_t   none
 //     d_{t-1} = -s g_{t-1} + tanh(q_t + d_t V') - tanh(q_t)                       learned (P holds V')
@@ -100,7 +100,7 @@ struct BackwardStep {
       if (at.first) displaced = start.displacement;
       const C d = displaced - arrays.target_step * g;
       C z = d;
-      if (arrays.correction == Correction::linearized) z = over_derivative(a, d, h, bound);
+      if (arrays.correction == Correction::linearized) z = times_slope(d, h, bound);
       if (arrays.correction == Correction::difference) z = inverse_difference(a, h, d, bound);
       result.handed_down = z;
       if (arrays.correction == Correction::none) {
@@ -113,6 +113,15 @@ struct BackwardStep {
       if constexpr (kProducts == 2) result.carried[1] = result.delta;
     }
     return result;
+  }
+
+  __device__ C times_slope(C d, C h, C bound) const {
+    const Nonlinearity a = arrays.nonlinearity;
+    if (arrays.slope == Slope::one) return d;
+    if (arrays.slope == Slope::derivative) return times_derivative(a, d, h);
+    // the published choice, in as few operations as it takes
+    if (arrays.slope_reg == C(0)) return over_derivative(a, d, h, bound);
+    return over_derivative(a, d, h, bound, arrays.slope_reg);
   }
 
   __device__ void store(const Result& result, const Position& at) const {
@@ -171,8 +180,10 @@ void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, con
   const bool learned = args.correction == Correction::learned;
   const BackwardArrays<T> arrays{.nonlinearity = args.nonlinearity,
                                  .correction = args.correction,
+                                 .slope = args.slope,
                                  .target_step = args.target_step,
                                  .clip = args.clip,
+                                 .slope_reg = args.slope_reg,
                                  .weight_hh = args.through_time ? args.weight_hh : nullptr,
                                  .inverse = args.inverse,
                                  .grad_states = args.grad_states,

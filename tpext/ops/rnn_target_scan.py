@@ -1,17 +1,20 @@
-"""``rnn_target_scan``, ``rnn_learned_target_scan``: target propagation through a simple RNN, and the layers made of it.
+"""``rnn_target_scan``, ``rnn_learned_target_scan``: target propagation through a simple RNN.
 
 ``torch.ops.tpext.rnn_target_scan(grad_states, states, h0, weight_hh, inverse, x_proj, lengths, reverse, nonlinearity,
-correction, credit, target_step, clip, return_norms, return_displacement, disp_n=None, credit_n=None) -> (delta,
-disp_h0, norms, displacement, credit_h0)`` goes once from the last step to the first. With ``g`` the gradient of the
-loss with respect to each state, ``s = target_step``, ``R = inverse = regularized_inverse(W, reg) [S, H, H]``, ``P =
-R'`` and ``clip(v)`` = ``v`` kept within ``+-(1 - clip)``::
+correction, credit, target_step, clip, return_norms, return_displacement, disp_n=None, credit_n=None, slope="inverse",
+slope_reg=0.0) -> (delta, disp_h0, norms, displacement, credit_h0)`` goes once from the last step to the first. With
+``g`` the gradient of the loss with respect to each state, ``s = target_step``, ``R = inverse = regularized_inverse(W,
+reg) [S, H, H]``, ``P = R'`` and ``clip(v)`` = ``v`` kept within ``+-(1 - clip)``::
 
-    "linearized"  d_{t-1} = -s g_{t-1} + z_t P             z_t = d_t / a'(u_t), a' of clip(h_t) for tanh
+    "linearized"  d_{t-1} = -s g_{t-1} + z_t P             z_t = d_t * slope(h_t)
     "difference"  d_{t-1} = -s g_{t-1} + z_t P             z_t = a^-1(h_t + d_t) - a^-1(h_t)
     "none"        d_{t-1} = -s g_{t-1} + z_t P - h_{t-1}   z_t = a^-1(h_t + d_t) - x_proj_t
 
 from ``d_T = -s g_T``; the target of step ``t`` is ``h_t + d_t``. ``a^-1(v)`` is ``atanh(clip(v))``, ``max(v, 0)`` or
-``v`` for tanh, relu and identity; an inactive relu unit passes nothing in "linearized".
+``v`` for tanh, relu and identity. ``slope`` is "inverse", ``a' / (a'^2 + slope_reg)`` with ``a'`` of ``clip(h_t)`` for
+tanh, by default ``1 / a'``; "derivative", ``a'``; or "one". An inactive relu unit passes nothing under the first two.
+With any matrix ``P`` in place of the inverse's this is every rule that is linear in what it carries; ``P = W``, slope
+"derivative", credit "local" and ``s = 1`` is back-propagation through time, with minus its gradients for ``d``.
 
 ``torch.ops.tpext.rnn_learned_target_scan(grad_states, states, weight_hh, reverse_weight, reverse_pre, lengths,
 reverse, nonlinearity, credit, target_step, return_norms, disp_n=None, credit_n=None) -> (delta, disp_h0, norms,
@@ -70,6 +73,7 @@ from tpext.ops._library import (
 )
 
 CORRECTIONS = ("linearized", "difference", "none")
+SLOPES = ("inverse", "derivative", "one")
 
 
 def _outputs(states: Tensor, return_norms: bool, credit: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,6 +110,8 @@ def _prepare_target(
     return_displacement: bool,
     disp_n: Tensor | None = None,
     credit_n: Tensor | None = None,
+    slope: str = "inverse",
+    slope_reg: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Check the arguments and return empty outputs: all that the fake implementation does."""
     op = "rnn_target_scan"
@@ -122,6 +128,14 @@ def _prepare_target(
     check_scan(op, "states", tensors, lengths, reverse, nonlinearity)
     check_choice(op, "correction", correction, CORRECTIONS)
     check_choice(op, "credit", credit, CREDITS)
+    check_choice(op, "slope", slope, SLOPES)
+    if not 0 <= slope_reg < math.inf:
+        raise ValueError(f"{op}: slope_reg must be a finite number >= 0, got {slope_reg}")
+    if correction != "linearized" and (slope != "inverse" or slope_reg != 0):
+        raise ValueError(
+            f"{op}: slope and slope_reg belong to correction 'linearized', got {correction!r} with {slope!r} and "
+            f"{slope_reg}"
+        )
     if correction == "none" and x_proj is None:
         raise ValueError(f"{op}: x_proj must be given for correction 'none', got None")
     computed_in = compute_dtype(states)
@@ -153,6 +167,8 @@ def _rnn_target_scan(
     return_displacement: bool,
     disp_n: Tensor | None = None,
     credit_n: Tensor | None = None,
+    slope: str = "inverse",
+    slope_reg: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _prepare_target(
         grad_states,
@@ -172,6 +188,8 @@ def _rnn_target_scan(
         return_displacement,
         disp_n,
         credit_n,
+        slope,
+        slope_reg,
     )
     check_lengths("rnn_target_scan", lengths, states.shape[1])
     delta, disp_h0, norms, displacement, credit_h0 = outputs
@@ -194,6 +212,8 @@ def _rnn_target_scan(
             credit,
             target_step,
             clip,
+            slope,
+            slope_reg,
             dense(delta),
             dense(disp_h0),
             dense(credit_h0) if credit == "through_time" else None,
@@ -313,8 +333,8 @@ def _rnn_learned_target_scan(
 rnn_target_scan = define(
     "rnn_target_scan(Tensor? grad_states, Tensor states, Tensor h0, Tensor weight_hh, Tensor inverse, Tensor? x_proj, "
     "Tensor? lengths, bool[] reverse, str nonlinearity, str correction, str credit, float target_step, float clip, "
-    "bool return_norms, bool return_displacement, Tensor? disp_n=None, Tensor? credit_n=None) -> "
-    "(Tensor delta, Tensor disp_h0, Tensor norms, Tensor displacement, Tensor credit_h0)",
+    "bool return_norms, bool return_displacement, Tensor? disp_n=None, Tensor? credit_n=None, str slope='inverse', "
+    "float slope_reg=0.0) -> (Tensor delta, Tensor disp_h0, Tensor norms, Tensor displacement, Tensor credit_h0)",
     _rnn_target_scan,
     _prepare_target,
     cast_outputs=False,

@@ -37,20 +37,38 @@ def activation_inverse(h: Array, nonlinearity: str, clip: float) -> Array:
     raise ValueError(f"nonlinearity must be 'tanh', 'relu' or 'identity', got {nonlinearity!r}")
 
 
-def activation_inverse_slope(h: Array, nonlinearity: str, clip: float) -> Array:
-    """Derivative of ``a^-1`` at the clipped ``h``; 0 where relu is flat."""
-    if nonlinearity == "tanh":
-        return 1 / (1 - np.clip(h, clip - 1, 1 - clip) ** 2)
-    return slope(h, nonlinearity)
+def backward_slope(h: Array, nonlinearity: str, clip: float, kind: str, slope_reg: float) -> Array:
+    """What a displacement is multiplied by on its way back through the activation.
+
+    inverse: ``a' / (a'^2 + slope_reg)`` at the clipped ``h``, for ``slope_reg = 0`` the derivative of ``a^-1``, and 0
+    where relu is flat; derivative: ``a'`` at ``h``; one: 1.
+    """
+    if kind == "one":
+        return np.ones_like(h)
+    if kind == "derivative":
+        return slope(h, nonlinearity)
+    if kind != "inverse":
+        raise ValueError(f"slope must be 'inverse', 'derivative' or 'one', got {kind!r}")
+    derivative = slope(np.clip(h, clip - 1, 1 - clip) if nonlinearity == "tanh" else h, nonlinearity)
+    flat = derivative == 0
+    return np.where(flat, 0, derivative / np.where(flat, 1, derivative**2 + slope_reg))
 
 
-def displacement_before_activation(h: Array, d: Array, nonlinearity: str, correction: str, clip: float) -> Array:
+def displacement_before_activation(
+    h: Array,
+    d: Array,
+    nonlinearity: str,
+    correction: str,
+    clip: float,
+    kind: str = "inverse",
+    slope_reg: float = 0.0,
+) -> Array:
     """``z_t``: the displacement ``d_t`` of the state taken back through the activation.
 
-    linearized: ``z = d * (a^-1)'(h)``; difference: ``z = a^-1(h + d) - a^-1(h)``.
+    linearized: ``z = d * slope(h)``; difference: ``z = a^-1(h + d) - a^-1(h)``.
     """
     if correction == "linearized":
-        return d * activation_inverse_slope(h, nonlinearity, clip)
+        return d * backward_slope(h, nonlinearity, clip, kind, slope_reg)
     if correction == "difference":
         return activation_inverse(h + d, nonlinearity, clip) - activation_inverse(h, nonlinearity, clip)
     raise ValueError(f"correction must be 'linearized' or 'difference' here, got {correction!r}")
@@ -87,6 +105,8 @@ def rnn_target_scan(
     return_displacement: bool,
     disp_n: ArrayLike | None = None,
     credit_n: ArrayLike | None = None,
+    slope: str = "inverse",
+    slope_reg: float = 0.0,
 ) -> tuple[Array, Array, Array | None, Array | None, Array | None]:
     """Target pass with the regularised inverse, from the last step of the run to the first.
 
@@ -113,6 +133,7 @@ def rnn_target_scan(
         return_displacement: whether to return ``z_t``.
         disp_n: displacement that reaches the last valid step of the run from beyond, ``[S, B, H]``; None: zero.
         credit_n: ``e_{t+1} W`` there, ``[S, B, H]``, which "local" ignores; None: zero.
+        slope, slope_reg: of "linearized": see :func:`backward_slope`.
 
     Returns:
         ``delta = e``, ``[S, T, B, H]``; ``disp_h0 = d_0``, ``[S, B, H]``; ``||d_t||``, ``[S, T, B]``, or None; ``z_t``,
@@ -142,7 +163,7 @@ def rnn_target_scan(
                 from_next_state = preimage @ inverse[s].T - before
                 displacement[s, t, b] = displacement_before_activation(h, d, nonlinearity, "difference", clip)
             else:
-                z = displacement_before_activation(h, d, nonlinearity, correction, clip)
+                z = displacement_before_activation(h, d, nonlinearity, correction, clip, slope, slope_reg)
                 from_next_state = z @ inverse[s].T
                 displacement[s, t, b] = z
             e = local_residual(d, from_next_residual, h, nonlinearity, credit)

@@ -67,7 +67,7 @@ from tpext.rules.layer import LayerCall, LayerRule
 from tpext.rules.learned_inverse import LearnedInverse
 from tpext.rules.least_squares import ConstrainedLeastSquares, LocalLoss, RegularizedLeastSquares
 from tpext.rules.network import DifferenceTargets, DirectTargets, GaussNewtonTargets, NetworkRule, Reduction, Targets
-from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule
+from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule, Slope
 from tpext.rules.recurrent_pass import LayerWeights, Piece, RecurrentCall, Sweep
 from tpext.rules.regularized_inverse import RegularizedInverse
 
@@ -99,6 +99,7 @@ __all__ = [
     "RegularizedLeastSquares",
     "ReverseCorrection",
     "Rule",
+    "Slope",
     "Sweep",
     "Targets",
     "Update",

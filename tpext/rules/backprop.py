@@ -32,7 +32,7 @@ class Backprop(RecurrentRule, LayerRule):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent", "layer", "network"})
     exact: ClassVar[bool] = True
 
-    def feedback(self, weight_hh: Tensor) -> Tensor:
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return weight_hh
 
     def start_sweep(self, layer: LayerWeights) -> Sweep:

@@ -55,7 +55,7 @@ class LearnedInverse(RecurrentRule):
     normalize: bool = True
     noise: float = number(0.0, low=0.0, low_allowed=True)
 
-    def feedback(self, weight_hh: Tensor) -> Tensor:
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         raise RuntimeError("LearnedInverse: displacements go through the reverse layer, not through a matrix")
 
     def check(self, layer: nn.Module) -> None:

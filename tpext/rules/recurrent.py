@@ -39,6 +39,7 @@ from tpext.rules.recurrent_pass import (
 Correction = Literal["linearized", "difference", "none"]
 Credit = Literal["through_time", "local"]
 InputRule = Literal["gradient", "target"]
+Slope = Literal["inverse", "derivative", "one"]
 
 
 class RecurrentRule(Rule, ABC):
@@ -74,6 +75,10 @@ class RecurrentRule(Rule, ABC):
     """How a displacement is taken back through the activation: see :class:`RegularizedInverse`."""
     credit: Credit = "local"
     """Whether a step's parameters learn from its own target alone, or from all later ones through the layer too."""
+    slope: Slope = "inverse"
+    """By what the linearised correction multiplies: see :class:`RegularizedInverse`."""
+    slope_reg: float = 0.0
+    """Regularisation of slope "inverse", >= 0."""
     clip: float = 1e-3
     """Distance kept from the edges of the activation's range before inverting it, 0 < clip < 1."""
     normalize: bool = True
@@ -85,19 +90,28 @@ class RecurrentRule(Rule, ABC):
         name = type(self).__name__
         check_choice(name, "correction", self.correction, get_args(Correction))
         check_choice(name, "credit", self.credit, get_args(Credit))
+        check_choice(name, "slope", self.slope, get_args(Slope))
         check_flag(self, "normalize")
         check_choice(name, "input_rule", self.input_rule, get_args(InputRule))
+        if not 0 <= self.slope_reg < math.inf:
+            raise ValueError(f"{name}: slope_reg must be a finite number >= 0, got {self.slope_reg!r}")
+        if self.correction != "linearized" and (self.slope != "inverse" or self.slope_reg != 0):
+            raise ValueError(
+                f"{name}: slope and slope_reg belong to correction='linearized', got correction={self.correction!r} "
+                f"with slope={self.slope!r}, slope_reg={self.slope_reg:g}"
+            )
         for number, high in (("target_step", math.inf), ("clip", 1.0)):
             if not 0 < getattr(self, number) < high:
                 bound = "" if high == math.inf else f" and < {high:g}"
                 raise ValueError(f"{name}: {number} must be a finite number > 0{bound}, got {getattr(self, number)!r}")
 
     @abstractmethod
-    def feedback(self, weight_hh: Tensor) -> Tensor:
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         """Return the matrix ``P`` that brings displacements from a step to the one before.
 
         Args:
             weight_hh: W, ``[S, H, H]``: ``h_t`` depends on ``h_{t-1} W^T``. Not to be differentiated.
+            owned: the rule's own parameters, ``[S, ...]`` each, in the order of :meth:`parameter_shapes`.
 
         Returns:
             ``[S, H, H]``, of the dtype and on the device of ``weight_hh``: row vectors go ``z P``, so that ``P = W``
@@ -132,11 +146,11 @@ class RecurrentRule(Rule, ABC):
     def start_sweep(self, layer: LayerWeights) -> Sweep:
         """Return how this rule goes from the last step of a layer to the first; called once a backward pass."""
         # In float32 also where the weights came in a 16-bit dtype: an inverse's Gram matrix squares the condition.
-        inverse = self._matrix("feedback", layer.weight_hh).mT
+        inverse = self._matrix("feedback", layer.weight_hh, *layer.owned).mT
         inverse_ih = None
         if self.input_rule == "target" and layer.needs[0]:
             inverse_ih = self._matrix("input_feedback", layer.weight_ih) / -self.target_step
-        step, scale = self.target_step, 1 / self.target_step
+        step, scale, slope_reg = self.target_step, 1 / self.target_step, self.slope_reg
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
@@ -163,6 +177,8 @@ class RecurrentRule(Rule, ABC):
                 inverse_ih is not None,
                 arriving,
                 credit,
+                self.slope,
+                slope_reg,
             )
             grads = layer_gradients(layer, piece, delta, scale if self.normalize else 1.0, scale)
             if inverse_ih is not None:
@@ -171,10 +187,10 @@ class RecurrentRule(Rule, ABC):
 
         return Sweep(run, -step, self.correction != "none")
 
-    def _matrix(self, method: str, weight: Tensor) -> Tensor:
+    def _matrix(self, method: str, weight: Tensor, *owned: Tensor) -> Tensor:
         """What ``feedback`` or ``input_feedback`` makes of a weight, checked, in the weight's dtype."""
         given = cast(weight, torch.float32)
-        matrix = getattr(self, method)(given)
+        matrix = getattr(self, method)(given, *(cast(one, torch.float32) for one in owned))
         require_result(self, method, matrix, given)
         if weight.is_cpu and are_plain((matrix,)) and not math.isfinite(float(matrix.sum())):
             raise ValueError(f"{type(self).__name__}.{method} must return finite numbers, got NaN or infinity")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.rules.base import Kind, number
-from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule
+from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule, Slope
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class RegularizedInverse(RecurrentRule):
     With ``P = W (W^T W + reg I)^-1`` (once a call), the displacement of the state before is, by ``correction``,
 
     ====================  ============================================================================================
-    ``"linearized"``      ``d_{t-1} = (d_t * D(h_t)) P - target_step g_{t-1}``; ``D(h)`` is ``1 / (1 - clip(h)^2)`` for
-                          tanh, ``1[h > 0]`` for relu, 1 for identity
+    ``"linearized"``      ``d_{t-1} = (d_t * D(h_t)) P - target_step g_{t-1}``; ``D(h)`` is by ``slope``
     ``"difference"``      ``d_{t-1} = (a^-1(h_t + d_t) - a^-1(h_t)) P - target_step g_{t-1}``
     ``"none"``            ``d_{t-1} = (a^-1(h_t + d_t) - x_t U^T - b) P - h_{t-1} - target_step g_{t-1}``
     ====================  ============================================================================================
@@ -46,6 +45,11 @@ class RegularizedInverse(RecurrentRule):
             "target" the displacement that the regularised inverse of ``U`` asks of the input,
             ``-(z_t P_U) / target_step`` with ``P_U = U (U^T U + reg I)^-1`` and ``z_t`` the factor before ``P`` above
             ("none" uses the ``z_t`` of "difference").
+        slope: ``D`` of the linearised correction: "inverse" is ``a' / (a'^2 + slope_reg)``, as published ``1 / a'``,
+            with ``a' = 1 - clip(h)^2`` for tanh, ``1[h > 0]`` for relu (where it is 0, ``D`` is 0), 1 for identity;
+            "derivative" is ``a'`` of the state itself, as in back-propagation; "one" is 1.
+        slope_reg: regularisation of the activation's inverse as ``reg`` is the matrix's, >= 0: units near the edges of
+            the range, whose exact inverse explodes, pass little.
 
     Raises:
         ValueError: an argument out of its range, named.
@@ -68,8 +72,10 @@ class RegularizedInverse(RecurrentRule):
     clip: float = number(1e-3, low=0.0, high=1.0)
     normalize: bool = True
     input_rule: InputRule = "gradient"
+    slope: Slope = "inverse"
+    slope_reg: float = number(0.0, low=0.0, low_allowed=True)
 
-    def feedback(self, weight_hh: Tensor) -> Tensor:
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return regularized_inverse(weight_hh, self.reg).mT
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
