@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from own_rules import FeedbackAlignment
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -386,9 +387,9 @@ def leave_with(found: dict[str, Tensor], rank: int, folder: str) -> None:
     os._exit(0)
 
 
-def ddp_worker(rank: int, folder: str, backend: str) -> None:
+def ddp_worker(rank: int, folder: str, backend: str, rule: tpext.rules.RecurrentRule) -> None:
     device = join_processes(rank, folder, backend)
-    model = Classifier(num_layers=2).double()
+    model = Classifier(num_layers=2, rule=rule).double()
     model.load_state_dict(torch.load(f"{folder}/model.pt"))
     parallel = DistributedDataParallel(model.to(device))
     x, label = (tensor.to(device) for tensor in task())
@@ -402,10 +403,11 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
 @pytest.mark.parametrize("backend", ["gloo", pytest.param("nccl", marks=[pytest.mark.gpu, two_gpus])])
-def test_distributed_data_parallel_equals_one_process(tmp_path, backend):
-    model = Classifier(num_layers=2).double()
+@pytest.mark.parametrize("rule", [tpext.RegularizedInverse(), FeedbackAlignment()], ids=repr)
+def test_distributed_data_parallel_equals_one_process(tmp_path, rule, backend):
+    model = Classifier(num_layers=2, rule=rule).double()
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path), backend), nprocs=2)
+    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path), backend, rule), nprocs=2)
     x, label = task()
     nn.functional.cross_entropy(model(x.double()), label).backward()
     expected = gradients(model)

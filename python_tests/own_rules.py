@@ -1,0 +1,82 @@
+"""Rules as users write them, in a module of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tpext.rules import LayerCall, LayerRule, RecurrentRule
+
+
+@dataclass(frozen=True)
+class FeedbackAlignment(RecurrentRule):
+    slope = "derivative"
+
+    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        return {"feedback_weight": (hidden_size, hidden_size)}
+
+    def reset_parameter(self, name: str, parameter: Tensor) -> None:
+        nn.init.orthogonal_(parameter)
+        parameter.requires_grad_(False)
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return owned[0]
+
+
+@dataclass(frozen=True)
+class SignSymmetry(RecurrentRule):
+    slope = "derivative"
+    credit: str = "through_time"
+    scale: float = 0.5
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return self.scale * weight_hh.sign()
+
+
+@dataclass(frozen=True)
+class TruncatedInverse(RecurrentRule):
+    rtol: float = 0.1
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return torch.linalg.pinv(weight_hh, rtol=self.rtol).mT
+
+
+@dataclass(frozen=True)
+class PseudoInverseTargets(LayerRule):
+    target_step: float = 0.5
+
+    def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:
+        return call.activation.derivative(displacement, call.preactivation) @ torch.linalg.pinv(call.weight).mT
+
+
+@dataclass(frozen=True)
+class Wrong(RecurrentRule):
+    """Makes of the weights what ``kind`` says."""
+
+    kind: str = "shape"
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return {
+            "shape": weight_hh[0],
+            "dtype": weight_hh.half(),
+            "device": weight_hh.to("meta"),
+            "value": weight_hh / 0,
+            "type": None,
+        }[self.kind]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class WrongLayer(LayerRule):
+    kind: str = "shape"
+
+    def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:
+        right = displacement @ call.weight
+        return {
+            "shape": right[..., :-1],
+            "dtype": right.half(),
+            "device": right.to("meta"),
+            "value": right / 0,
+            "type": None,
+        }[self.kind]  # type: ignore[return-value]

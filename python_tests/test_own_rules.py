@@ -1,0 +1,188 @@
+"""The house is open: rules from outside run wherever ours do, and tpext.testing tells good ones from bad ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from own_rules import FeedbackAlignment, PseudoInverseTargets, SignSymmetry, TruncatedInverse, Wrong, WrongLayer
+from torch import Tensor, nn
+
+import tpext
+from tpext.rules import LayerRule, RecurrentRule, number
+from tpext.tasks import Adding, make_task
+from tpext.tasks.base import Batch
+from tpext.testing import check_rule, check_task
+
+OWN = [FeedbackAlignment(), SignSymmetry(), TruncatedInverse(), PseudoInverseTargets()]
+OURS = [
+    tpext.Backprop(),
+    tpext.RegularizedInverse(),
+    tpext.RegularizedInverse(correction="none", credit="local", input_rule="target"),
+    tpext.RegularizedInverse(slope="derivative"),
+    tpext.LearnedInverse(),
+    tpext.ConstrainedLeastSquares(),
+    tpext.RegularizedLeastSquares(local_loss="pre"),
+    tpext.DifferenceTargetPropagation(),
+    tpext.Kaczmarz(),
+    tpext.DifferenceTargets(),
+    tpext.Targets(),
+    tpext.DirectTargets(),
+    tpext.GaussNewtonTargets(damping=0.1),
+]
+
+
+@pytest.mark.parametrize("rule", [*OWN, *OURS], ids=repr)
+def test_rules_pass_their_check(rule: tpext.rules.Rule) -> None:
+    check_rule(rule)
+
+
+# What is to be found wrong, and what the error must say of it.
+WRONG = {
+    "shape": "must return [",
+    "dtype": "must return torch.float",
+    "device": "on cpu, got torch.float",
+    "type": "must return a tensor, got NoneType",
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize(("rule", "method"), [(Wrong, "feedback"), (WrongLayer, "propagate")])
+def test_what_a_method_returns_is_checked_where_it_is_used(rule: Any, method: str, kind: str) -> None:
+    net = tpext.nn.RNN(3, 4, rule=Wrong(kind)) if rule is Wrong else tpext.nn.MLP([3, 4, 2], rule=WrongLayer(kind))
+    output = net(torch.randn(5, 2, 3))
+    loss = (output[0] if rule is Wrong else output).sum()
+    with pytest.raises((TypeError, ValueError), match=re.escape(WRONG[kind])) as error:
+        loss.backward()
+    assert str(error.value).startswith(f"{rule.__name__}.{method} must return ")
+
+
+def test_a_feedback_matrix_that_is_not_finite_is_named() -> None:
+    output, _ = tpext.nn.RNN(3, 4, rule=Wrong("value"))(torch.randn(5, 2, 3))
+    with pytest.raises(ValueError, match=r"^Wrong.feedback must return finite numbers, got NaN or infinity$"):
+        output.sum().backward()
+
+
+def test_a_propagated_displacement_that_is_not_finite_fails_the_check() -> None:
+    with pytest.raises(AssertionError, match=r"the gradient of .* must be finite"):
+        check_rule(WrongLayer("value"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Forgets(RecurrentRule):
+    """Differs from call to call, so nothing compiled, copied or padded can equal it."""
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return torch.randn_like(weight_hh)
+
+
+def test_rules_that_are_no_values_fail_the_check() -> None:
+    with pytest.raises(AssertionError, match=r"Forgets.* of the network: the gradient of"):
+        check_rule(Forgets())
+
+    @dataclasses.dataclass(frozen=True)
+    class Local(RecurrentRule):
+        def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+            return weight_hh
+
+    with pytest.raises(AssertionError, match="its class must stand in a module"):
+        check_rule(Local())
+    with pytest.raises(TypeError, match=r"check_rule: rule must be a tpext.rules.Rule, got 'dtp'"):
+        check_rule("dtp")  # type: ignore[arg-type]
+
+
+def test_a_class_with_fields_needs_the_decorator() -> None:
+    class Plain(LayerRule):
+        scale: float = 1.0
+
+        def propagate(self, call: tpext.rules.LayerCall, displacement: Tensor) -> Tensor:
+            return displacement @ call.weight
+
+    with pytest.raises(TypeError, match=r"Plain: .* decorated with @dataclasses.dataclass\(frozen=True\).* scale"):
+        Plain()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranged(RecurrentRule):
+    scale: float = number(0.5, low=0.0, high=1.0)
+    target_step: float = 2.0
+    clip: float = 0.5
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return weight_hh * self.scale
+
+
+def test_numbers_of_a_rule_are_checked_by_their_declaration() -> None:
+    assert Ranged() == Ranged(0.5)
+    assert Ranged.scale == 0.5
+    assert repr(Ranged(scale=1 / 3)) == f"Ranged(scale={1 / 3!r}, target_step=2.0, clip=0.5)"
+    for wrong in (0, 1, -1.0, math.nan, math.inf, True, "0.5", None):
+        with pytest.raises(ValueError, match=r"^Ranged: scale must be a finite number > 0 and < 1, got "):
+            Ranged(scale=wrong)
+    for name, wrong in (("target_step", 0), ("target_step", math.inf), ("clip", 1), ("clip", 0)):
+        with pytest.raises(ValueError, match=rf"^Ranged: {name} must be a finite number"):
+            Ranged(**{name: wrong})
+
+
+def test_a_rule_from_outside_equals_ours_where_it_should() -> None:
+    """Back-propagation as a feedback matrix and a slope, the regularised inverse as a user's inverse."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Transposed(RecurrentRule):
+        slope = "derivative"
+
+        def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+            return weight_hh
+
+    @dataclasses.dataclass(frozen=True)
+    class Inverse(RecurrentRule):
+        credit = "through_time"
+
+        def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+            eye = torch.eye(weight_hh.shape[-1], dtype=weight_hh.dtype)
+            return weight_hh @ torch.linalg.inv(weight_hh.mT @ weight_hh + eye)
+
+    for own, ours in ((Transposed(), tpext.Backprop()), (Inverse(), tpext.RegularizedInverse())):
+        found = []
+        for rule in (own, ours):
+            torch.manual_seed(1)
+            rnn = tpext.nn.RNN(3, 6, num_layers=2, bidirectional=True, rule=rule, dtype=torch.float64)
+            x = torch.randn(9, 4, 3, dtype=torch.float64, requires_grad=True)
+            output, h_n = rnn(x)
+            (output.sin().sum() + h_n.cos().sum()).backward()
+            found.append([x.grad, *(parameter.grad for parameter in rnn.parameters())])
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+
+
+def test_own_parameters_follow_the_rule() -> None:
+    rnn = tpext.nn.RNN(3, 4, bidirectional=True, rule=FeedbackAlignment())
+    assert {"feedback_weight_l0", "feedback_weight_l0_reverse"} <= rnn.state_dict().keys()
+    plain = nn.RNN(3, 4, bidirectional=True)
+    before = rnn.feedback_weight_l0.clone()
+    rnn.load_state_dict(plain.state_dict())
+    assert torch.equal(rnn.feedback_weight_l0, before)
+    with pytest.raises(ValueError, match="adds or removes the reverse parameters"):
+        rnn.rule = tpext.Backprop()
+    tpext.nn.convert(rnn, tpext.LearnedInverse())
+    assert not hasattr(rnn, "feedback_weight_l0")
+    assert rnn.reverse_weight_hh_l0_reverse.shape == (4, 4)
+
+
+class Twice(Adding):
+    """Returns the same batch at every iteration."""
+
+    def batch(self, seed: int, iteration: int, batch_size: int) -> Batch:
+        return super().batch(seed, 0, batch_size)
+
+
+def test_tasks_pass_their_check_and_bad_ones_do_not() -> None:
+    for name in ("temporal-order", "adding", "random-permutation", "spiral"):
+        check_task(make_task(name))
+    with pytest.raises(AssertionError, match="batch must return other samples for another iteration"):
+        check_task(Twice())
+    with pytest.raises(TypeError, match=r"check_task: task must be a tpext.tasks.Task, got 'adding'"):
+        check_task("adding")  # type: ignore[arg-type]
