@@ -288,6 +288,28 @@ def test_export(rule):
     torch.testing.assert_close(exported(x), rnn(x))
 
 
+TORCHSCRIPT_MODULES = {
+    "RNN": tpext.nn.RNN(I, H),
+    "MLP": tpext.nn.MLP([I, H, 2]),
+    "TargetLinear": tpext.nn.TargetLinear(I, H),
+    "TargetSequential": tpext.nn.TargetSequential(nn.Sequential(nn.Linear(I, H), nn.Tanh()), nn.Linear(H, 2)),
+    "HotTargetLoss": tpext.nn.HotTargetLoss(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", TORCHSCRIPT_MODULES)
+def test_torchscript_names_the_way_out(name):
+    module = TORCHSCRIPT_MODULES[name]
+    calls = [(torch.jit.script, module), (torch.jit.script, nn.Sequential(module))]
+    if name in ("RNN", "TargetSequential"):  # a trace of the others works
+        calls += [(lambda inner: torch.jit.trace(inner, torch.randn(T, B, I)), one) for _, one in calls]
+    for jit, given in calls:
+        with pytest.raises(RuntimeError, match=rf"{name}: torch.jit.\w+ is not supported; use torch.export") as caught:
+            jit(given)
+        assert ("to_torch()" in str(caught.value)) == hasattr(module, "to_torch")
+
+
 # Autocast
 
 

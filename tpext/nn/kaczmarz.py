@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import are_plain, dtype_name, on_cuda
 from tpext.ops.kaczmarz import Output, hot_target
 
@@ -32,6 +33,8 @@ class HotTargetLoss(torch.nn.Module):
         super().__init__()
         self.output: Output = output
         hot_target(torch.ones(1), torch.ones(1), output)
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss, a scalar.

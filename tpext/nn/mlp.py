@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tpext.nn.kaczmarz import StreamResult
+from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import LOW_PRECISION, autocasts, full_precision
 from tpext.ops.kaczmarz import Output, Units, UnitsName, kaczmarz_train, running_accuracy
 from tpext.ops.layer_inverse import Activation, ActivationName
@@ -231,6 +232,8 @@ class TargetLinear(nn.Module):
             missing = [key for key in missing if key not in owned]
         missing_keys.extend(missing)
 
+    __prepare_scriptable__ = refuse_script
+
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer.
 
@@ -416,6 +419,8 @@ class MLP(nn.Sequential):
             half = len(layers) // 2
             for encoder, decoder in zip(layers[:half], reversed(layers[half:]), strict=True):
                 decoder.tie(encoder)
+
+    __prepare_scriptable__ = refuse_script
 
     def __getitem__(self, index: slice | int) -> Any:
         """A layer, or a plain ``torch.nn.Sequential`` of some."""

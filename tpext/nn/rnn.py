@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from tpext.nn.torchscript import refuse_script, refuse_trace
 from tpext.ops._library import are_plain, autocasts, check_lengths, full_precision
 from tpext.rules import RecurrentCall, RecurrentRule, RegularizedInverse
 from tpext.rules.base import require_rule
@@ -363,6 +364,8 @@ class RNN(nn.Module):
 
     # Forward
 
+    __prepare_scriptable__ = refuse_script
+
     @overload
     def forward(
         self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None
@@ -401,6 +404,7 @@ class RNN(nn.Module):
             ValueError, RuntimeError: as ``torch.nn.RNN`` for the same input. ``backward()`` raises ``RuntimeError``
                 ("modified by an inplace operation") where ``output`` was changed in place.
         """
+        refuse_trace(self)
         self._check_checkpointing()
         rows, hx, steps = self._time_major(input, hx, lengths)
         output, h_n = self._run(rows, hx, steps)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors
+from tpext.nn.torchscript import refuse_script, refuse_trace
 from tpext.ops._library import LOW_PRECISION, NOT_A_DERIVATIVE, check_choice, is_integer, refuse_forward_mode
 from tpext.rules import Backprop, DifferenceTargets, NetworkRule
 from tpext.rules.base import require_rule
@@ -246,7 +247,10 @@ class TargetSequential(nn.Module):
         """Return ``s_{L-1}`` of inputs ``[B, ...]``."""
         if self.rule.exact or not torch.is_grad_enabled():
             return self.blocks(input)  # type: ignore[no-any-return]
+        refuse_trace(self)
         return self.trace(input).output
+
+    __prepare_scriptable__ = refuse_script
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}"
