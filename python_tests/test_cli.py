@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import resource
 import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from runs import checkpoint
 from test_tasks import write_mnist
 
 import tpext
+from tpext.experiments import image_train
 from tpext.experiments import train as train_module
 from tpext.experiments.cli import main
 from tpext.experiments.commands import Train, default_labels
@@ -23,6 +27,7 @@ from tpext.experiments.config import RULE_OPTIONS, Config, make_config
 from tpext.tasks import TASKS
 
 SMALL = "--length 10 --hidden-size 8 --batch-size 5 --test-size 40 --iterations 20 --eval-interval 10 --threads 1"
+MODULE_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tpext.__file__).parents[1])}
 
 
 def call(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -191,20 +196,72 @@ def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "smaller rates (--lr, --head-lr), or a larger --gamma." in err
 
 
-def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    step = train_module._Run._step
+SEQUENCE, IMAGE = f"train adding {SMALL}", "train images --dataset digits --network mlp --rule backprop --channels 4"
 
-    def interrupted(run: train_module._Run, iteration: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        step(run, iteration)
 
-    monkeypatch.setattr(train_module._Run, "_step", interrupted)
-    status, _, err = call(f"train adding {SMALL} --out {tmp_path}", capsys)
-    assert status == 130
+@pytest.mark.parametrize("line", [SEQUENCE, IMAGE])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_a_checkpoint(
+    number: signal.Signals,
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = (train_module if line == SEQUENCE else image_train)._Run
+    step = run._step
+
+    def interrupted(self: Any, iteration: int) -> None:
+        for _ in range(1 if number == signal.SIGINT else 2):  # a terminal that closes sends two
+            os.kill(os.getpid(), number)
+        step(self, iteration)
+
+    monkeypatch.setattr(run, "_step", interrupted)
+    default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, default)
+    try:
+        status, _, err = call(f"{line} --out {tmp_path}", capsys)
+    finally:
+        after = signal.signal(number, before)
+    assert status == 128 + number
+    by = "" if number == signal.SIGINT else f" by {number.name}"
     assert err == (
-        "tpext: interrupted; a checkpoint is saved at iteration 1; "
+        f"tpext: interrupted{by}; a checkpoint is saved at iteration 1; "
         "the same command with --resume continues from the last checkpoint\n"
     )
+    assert checkpoint(tmp_path)["iteration"] == 1
+    assert after == default
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under nohup."""
+    step = train_module._Run._step
+
+    def hung_up(self: Any, iteration: int) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+        step(self, iteration)
+
+    monkeypatch.setattr(train_module._Run, "_step", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main([*SEQUENCE.split(), "--out", str(tmp_path)]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_terminal_closes(tmp_path: Path) -> None:
+    process, terminal = pty.fork()
+    if process == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        options = "--iterations 1000000000 --eval-interval 1000000 --checkpoint-interval 1000000"
+        line = [*SEQUENCE.split(), *options.split(), "--out", str(tmp_path)]
+        os.execve(sys.executable, [sys.executable, "-m", "tpext", *line], MODULE_ENVIRONMENT)
+    seen = b""
+    while b"it/s" not in seen:
+        seen += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    assert checkpoint(tmp_path)["iteration"] > 0
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,10 +389,9 @@ def test_a_missing_extra_is_one_line(
 
 
 def test_python_m_tpext(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(tpext.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-m", "tpext", "train", "adding", "--length", "3"],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=MODULE_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == "tpext: Adding: length must be >= 10, got 3\n"

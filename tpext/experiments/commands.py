@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +40,7 @@ from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.figures import draw_comparison
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_folder import open_folder
-from tpext.experiments.loop import DivergedError
+from tpext.experiments.loop import DivergedError, Interrupted
 from tpext.experiments.options import DataFolder, Integer, Integers, Number, Switch, option, report_divergence
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError, RunFolder
@@ -364,7 +365,11 @@ Command = (
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line; return 0, 1 for an error, 3 for a run that diverged, 130 for an interrupted one."""
+    """Carry out a command line and return its exit status.
+
+    That is 0, 1 for an error, 2 for wrong arguments, 3 for a run that diverged, and for an interrupted one 130 for
+    Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
+    """
     command: Train | TrainImages | Compare | FigureCommand | Tasks | Info
     try:
         if list(arguments[:2]) == ["train", "images"]:
@@ -393,5 +398,13 @@ def run(arguments: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt as interrupt:
         more = "; the same command with --resume continues from the last checkpoint"
-        print(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, (Train, TrainImages))}", file=sys.stderr)
-        return 130
+        _last_words(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, (Train, TrainImages))}")
+        return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
+
+
+def _last_words(text: str) -> None:
+    """Print to stderr, unless the terminal is gone; then the interpreter's own flush has nothing to say either."""
+    try:
+        print(text, file=sys.stderr)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())

@@ -58,27 +58,48 @@ def torch_state(seed: int, threads: int) -> Iterator[None]:
             torch.set_num_threads(before)
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run, after the iteration that it came in and a checkpoint."""
+
+    def __init__(self, number: int, iteration: int) -> None:
+        by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+        super().__init__(f"interrupted{by}; a checkpoint is saved at iteration {iteration}")
+        self.number = number
+
+
+_HANDLERS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+"""What ends a run, with the handlers that say that nobody else takes care of it, as nohup does."""
+
+
 @contextlib.contextmanager
 def catch_interrupts() -> Iterator[list[int]]:
-    """Collect a first Ctrl-C in a list, for the loop to stop between two iterations; let a second one stop it at once.
+    """Collect Ctrl-C, SIGTERM and SIGHUP in a list, for the loop to stop between two iterations.
 
-    Only the main thread can, and only where nobody else handles Ctrl-C.
+    A Ctrl-C that is not the first of them stops it at once; the other two come twice where a terminal closes. Only the
+    main thread can catch signals, and only where nobody else handles them.
     """
     caught: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before is not signal.default_int_handler:
+    if threading.current_thread() is not threading.main_thread():
         yield caught
         return
+    taken = {number: handler for number, handler in _HANDLERS.items() if signal.getsignal(number) == handler}
 
     def handle(number: int, frame: FrameType | None) -> None:
         caught.append(number)
-        signal.signal(signal.SIGINT, before)
+        if signal.SIGINT in taken:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, handle)
+    for number in taken:
+        signal.signal(number, handle)
     try:
         yield caught
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 def versions() -> dict[str, str]:
@@ -167,6 +188,8 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
                     self._checkpoint()
                 for iteration in range(self.iteration + 1, self.iterations + 1):
                     self._step(iteration)
+                    if signal.SIGHUP in interrupts:
+                        self.console.quiet = True  # the terminal is gone, and writing to it an error
                     last = iteration == self.iterations
                     if last or self._evaluates(iteration):
                         self._add_row(progress)
@@ -174,7 +197,7 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
                     if iteration % self.config.checkpoint_interval == 0 or last or interrupts:
                         self._checkpoint()
                     if interrupts and not last:
-                        raise KeyboardInterrupt(f"interrupted; a checkpoint is saved at iteration {iteration}")
+                        raise Interrupted(interrupts[0], iteration)
                     progress.advance(iteration, self.losses[-1] if self.losses else self.rows[-1].train_loss)
         except DivergedError:
             if self.rows:

@@ -52,7 +52,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
             broken or of another configuration: names the field.
         DivergedError: a non-finite loss, gradient or parameter; the last good checkpoint and the metrics stay.
         MissingDataError: the task's data is not there.
-        KeyboardInterrupt: Ctrl-C. The first lets the iteration end and saves a checkpoint, the second stops at once.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. The first lets the iteration end and saves a checkpoint, another
+            Ctrl-C stops at once.
     """
     threads = config.threads or default_threads(config)
     return carry_out(_Run, config, RunFolder(out), threads=threads, resume=resume, console=console)
