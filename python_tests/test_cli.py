@@ -395,3 +395,36 @@ def test_python_m_tpext(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr == "tpext: Adding: length must be >= 10, got 3\n"
+
+
+@pytest.mark.parametrize("loading", ["torch", "tyro"])
+@pytest.mark.parametrize("started_as", ["script", "module"])
+def test_ctrl_c_while_loading_is_one_line(started_as: str, loading: str, tmp_path: Path) -> None:
+    """Another module by the name of one that the command line imports gets a Ctrl-C then."""
+    (tmp_path / f"{loading}.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    script = tmp_path / "tpext"
+    script.write_text("from tpext.experiments.cli import main\nraise SystemExit(main())\n")
+    path = f"{tmp_path}:{MODULE_ENVIRONMENT['PYTHONPATH']}"
+    done = subprocess.run(
+        [sys.executable, *([str(script)] if started_as == "script" else ["-m", "tpext"]), "tasks"],
+        env={**MODULE_ENVIRONMENT, "PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "tpext: interrupted\n")
+
+
+def test_ctrl_c_in_other_programs_is_theirs() -> None:
+    """Importing the package changes no handler, and the command line gives the interrupt back."""
+    code = (
+        "import signal, sys; import tpext; from tpext.experiments.cli import main\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+        "tpext._loading.arm()\n"
+        "assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler\n"
+        "main(['tasks'])\n"
+        "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=MODULE_ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

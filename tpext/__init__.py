@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import importlib.util as _importlib_util
 
+from tpext import _loading
+
+if _loading.is_command_line():
+    _loading.arm()
+
 # torch first: the kernels use the OpenMP runtime that it has loaded.
 import torch as _torch  # noqa: F401
 

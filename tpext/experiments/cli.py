@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from tpext import _loading
+
 EXTRA_MODULES = ("tyro", "rich", "matplotlib", "pandas", "pooch", "tensorboard")
 """What the command line needs besides the core; ``pip install "tpext[experiments]"`` brings it."""
 
@@ -15,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         from tpext.experiments import commands
 
+        _loading.disarm()
         return commands.run(sys.argv[1:] if arguments is None else arguments)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
