@@ -334,6 +334,7 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("train adding --rule backprop --reg 1", 1, "tpext: reg does not belong to rule=backprop"),
         ("train adding --length 4000000000", 1, "length must be at most"),
         ("train adding --out /proc/nowhere/run", 1, "No such file"),
+        ("train adding --out=", 1, "tpext: --out must not be empty\n"),
         ("train adding --length 3", 1, "length must be >= 10"),
         ("train mnist --chunk 5", 1, "chunk must divide 784"),
         ("train mnist --data-dir nowhere", 1, "--data-dir DIR"),
@@ -371,6 +372,43 @@ def test_bad_options(
     assert message in out + err
     assert "Traceback" not in out + err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["train", "adding", "--out", ""], "--out"),
+        (["train", "images", "--data-dir", ""], "--data-dir"),
+        (["figure", "pool-indices", "--out", ""], "--out"),
+        (["compare", ""], "an argument"),
+        (["compare", "--title", "", "--out", ""], "--out"),
+    ],
+)
+def test_no_argument_is_empty(
+    arguments: list[str],
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 1
+    assert capsys.readouterr().err == f"tpext: {name} must not be empty\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", b"???"), ("utf-8", "\u8fd0\U0001f600?".encode())])
+def test_neither_environment_nor_terminal_stops_a_run(encoding: str, shown: bytes, tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode("\u8fd0\U0001f600".encode() + b"\xff")
+    environment = {"MPLBACKEND": "module://a_notebook.backend", "COLUMNS": "0", "LINES": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tpext", *SEQUENCE.split(), "--iterations", "2", "--out", str(out)],
+        env={**MODULE_ENVIRONMENT, **environment, "PYTHONIOENCODING": encoding},
+        cwd=tmp_path, capture_output=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"/%s\n" % shown in done.stdout
+    assert (out / "curve.png").exists()
 
 
 @pytest.mark.parametrize("module", ["tyro", "rich", "matplotlib", "pandas"])

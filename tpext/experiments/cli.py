@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ EXTRA_MODULES = ("tyro", "rich", "matplotlib", "pandas", "pooch", "tensorboard")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``tpext`` with the given arguments (those of the process by default) and return its exit status."""
+    _prepare_output()
     try:
         from tpext.experiments import commands
 
@@ -35,3 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader went away (`tpext tasks | head`). Nothing is left to say, the interpreter's own flush included.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _prepare_output() -> None:
+    """Let neither environment nor terminal keep the commands from drawing and printing."""
+    # They draw files only. A notebook names a backend for all its children, some of which lack that module.
+    os.environ["MPLBACKEND"] = "agg"
+    for name in ("COLUMNS", "LINES"):
+        # rich takes zero at its word
+        if not os.environ.get(name, "0").strip("0"):
+            os.environ.pop(name, None)
+    for stream in (sys.stdout, sys.stderr):
+        # names of folders may hold what the encoding lacks
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")

@@ -384,6 +384,7 @@ def run(arguments: Sequence[str]) -> int:
     except SystemExit as stop:  # tyro has shown its help or the error
         return stop.code if isinstance(stop.code, int) else 2
     try:
+        _check_not_empty(arguments)
         return command.carry_out(Console())
     except BrokenPipeError:
         raise  # for the caller, who knows that nothing is left to say
@@ -400,6 +401,17 @@ def run(arguments: Sequence[str]) -> int:
         more = "; the same command with --resume continues from the last checkpoint"
         _last_words(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, (Train, TrainImages))}")
         return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
+
+
+def _check_not_empty(arguments: Sequence[str]) -> None:
+    """Refuse an empty argument, which is no name of a folder; as a path it would be the current one."""
+    for index, argument in enumerate(arguments):
+        before = arguments[index - 1] if index else ""
+        name = before if before.startswith("--") else "an argument"
+        if argument.startswith("--") and argument.endswith("="):
+            name, argument = argument[:-1], ""
+        if not argument and name != "--title":
+            raise ConfigError(f"{name} must not be empty")
 
 
 def _last_words(text: str) -> None:
