@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import torch
 
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import Run
+from tpext.experiments.run_folder import RunError
+
+DELETED = object()
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
@@ -61,3 +65,30 @@ def kill_after(iteration: int, run: type[Run[Any, Any, Any]], patch: pytest.Monk
             raise Killed
 
     patch.setattr(run, "_step", stopping)
+
+
+def assert_edits_are_named(
+    folder: Path, edits: list[tuple[str, Any, str]], resume: Callable[[], object], name: str = "checkpoint.pt"
+) -> None:
+    """Edits of a saved file, each by itself: resuming is one line that names the file and the field.
+
+    Args:
+        folder: of the run.
+        edits: a place in the state, such as ``["iteration"]``; its value, or DELETED; what the line says.
+        resume: continues the run.
+        name: of the file.
+    """
+    path = folder / name
+    whole = path.read_bytes()
+    for place, value, message in edits:
+        state = torch.load(path, weights_only=True)
+        scope = {"state": state, "value": value}
+        exec(f"del state{place}" if value is DELETED else f"state{place} = value", scope)
+        torch.save(state, path)
+        with pytest.raises(RunError) as caught:
+            resume()
+        text = str(caught.value)
+        assert text.startswith(f"{path}: not a checkpoint of this run: ")
+        assert message in text
+        assert "\n" not in text
+        path.write_bytes(whole)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from runs import Killed, assert_same_run, checkpoint, kill_after, metrics
+from runs import DELETED, Killed, assert_edits_are_named, assert_same_run, checkpoint, kill_after, metrics
 from test_tasks import write_cifar10, write_mnist
 
 import tpext
@@ -1183,6 +1183,63 @@ def test_a_lost_or_cut_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"checkpoint\.pt is missing, and metrics\.csv goes to iteration 20"):
         train(small(), tmp_path, resume=True)
     assert len(metrics(tmp_path)) == 5, "the metrics stay"
+
+
+EDITS = [
+    ('["iteration"]', -3, "iteration must be an integer >= 0, got -3"),
+    ('["iteration"]', "x", "iteration must be of type int, got 'x'"),
+    ('["iteration"]', True, "iteration must be of type int, got True"),
+    ('["iteration"]', 21, "iteration must be at most 20, got 21"),
+    ('["iteration"]', DELETED, "iteration is missing"),
+    ('["losses"]', 3, "losses must be of type list[float], got 3"),
+    ('["losses"]', ["x"], "losses must be of type list[float], got ['x']"),
+    ('["rows"]', [], "rows must be a list of at least one evaluation, got []"),
+    ('["rows"]', DELETED, "rows is missing"),
+    ('["rows"][1]', "x", "rows[1] must be a list of iteration, train_loss, test_loss, accuracy, seconds"),
+    ('["rows"][1][3]', "x", "rows[1].accuracy must be of type float, got 'x'"),
+    ('["rows"][1][0]', 0, "rows[1].iteration must be an integer >= 1, got 0"),
+    ('["rows"][4:]', [], "iteration of the last of rows must be an integer >= 20, got 18"),
+    ('["seconds"]', "x", "seconds must be a number >= 0, got 'x'"),
+    ('["seconds"]', DELETED, "seconds is missing"),
+    ('["random_state"]', 3, "random_state must be a state of torch's generator, got 3"),
+    ('["random_state"]', torch.zeros(3), "random_state must be a state of torch's generator, got a tensor [3]"),
+    ('["model"]', DELETED, "model is missing"),
+    ('["model"]', "x", "model must be the state of this run's SequenceModel, got another"),
+    ('["model"]["head.bias"]', DELETED, 'Missing key(s) in state_dict: "head.bias"'),
+    ('["model"]["head.bias"]', torch.zeros(7), "size mismatch for head.bias"),
+    ('["model"]["head.bias"]', 3, "head.bias"),
+    ('["optimizer"]', None, "optimizer must be the state of this run's Adam, got another"),
+    ('["optimizer"]["param_groups"]', [], "optimizer must be the state of this run's Adam, got another"),
+    ('["optimizer"]["param_groups"][0]["lr"]', "x", "optimizer.param_groups[0].lr must be a number >= 0, got 'x'"),
+    ('["optimizer"]["param_groups"][0]["lr"]', DELETED, "optimizer.param_groups[0].lr is missing"),
+    ('["optimizer"]["param_groups"][1]["betas"]', 3, "optimizer.param_groups[1].betas must be of type tuple"),
+    ('["optimizer"]["state"][1]', 3, "optimizer must be the state of this run's Adam, got another"),
+    ('["optimizer"]["state"][1]["exp_avg"]', DELETED, "optimizer.state[1] must have the keys step, exp_avg"),
+    ('["optimizer"]["state"][1]["exp_avg"]', torch.zeros(2, 9), "optimizer.state[1].exp_avg must be a tensor [8, 8]"),
+    ('["optimizer"]["state"][1]["exp_avg"]', 3.5, "optimizer.state[1].exp_avg must be a tensor [8, 8], got 3.5"),
+    ('["reverse_optimizer"]', DELETED, "reverse_optimizer is missing"),
+]  # fmt: skip
+
+
+def test_an_edited_field_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    config = small(rule="learned", optimizer="adam")
+    train(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    assert_edits_are_named(tmp_path, EDITS, lambda: train(config, tmp_path, resume=True))
+
+
+def test_an_edited_running_accuracy_is_named(data: Path, tmp_path: Path) -> None:
+    config = tiny(data, rule="kaczmarz")
+    train(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    edits = [('["running_accuracy"]', None, "running_accuracy must be of type float, got None")]
+    assert_edits_are_named(tmp_path, edits, lambda: train(config, tmp_path, resume=True))
+
+
+def test_an_edited_checkpoint_is_named_where_its_task_is_drawn(tmp_path: Path) -> None:
+    train(small("spiral", length=None, hidden_size=None, sizes=(4,)), tmp_path)
+    edits = [('["model"]', DELETED, "model is missing"), ('["iteration"]', DELETED, "iteration is missing")]
+    assert_edits_are_named(tmp_path, edits, lambda: draw_task(tmp_path))
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Killed, assert_same_run, checkpoint, kill_after, metrics, same
+from runs import DELETED, Killed, assert_edits_are_named, assert_same_run, checkpoint, kill_after, metrics, same
 
 import tpext
 from tpext.diagnostics import feedback_angles, gradient_angles
@@ -396,6 +396,49 @@ def test_an_interrupted_run_resumes_to_the_bit(rule: str, tmp_path: Path, monkey
         train_images(config, parts)
     with pytest.raises(RunError, match="batch_size is 20 there, 10 was asked for"):
         train_images(small(rule, config.network, eval_interval=2, batch_size=10), parts, resume=True)
+
+
+def test_an_edited_field_of_a_checkpoint_is_named(tmp_path: Path) -> None:
+    config = small(feedback_optimizer="adam")
+    train_images(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    ours = '["trainer"]["optimizers"][0]'
+    edits = [
+        ('["iteration"]', -3, "iteration must be an integer >= 0, got -3"),
+        ('["iteration"]', "x", "iteration must be of type int, got 'x'"),
+        ('["rows"]', [], "rows must be a list of at least one evaluation, got []"),
+        ('["rows"][1]', [1], "rows[1] must be a list of iteration, epoch, train_loss, loss, accuracy, top5"),
+        ('["rows"][1][5]', "x", "rows[1].top5 must be of type float | None, got 'x'"),
+        ('["rows"][1][8]', (None,), "rows[1].feedback_angles must be 4 angles, got (None,)"),
+        ('["rows"][1][9]', 3.0, "rows[1].gradient_angles must be of type tuple"),
+        ('["network"]', DELETED, "network is missing"),
+        ('["network"]["blocks.conv_1.conv.bias"]', torch.zeros(1), "size mismatch for blocks.conv_1.conv.bias"),
+        ('["optimizer"]["param_groups"][0]["momentum"]', "x", "optimizer.param_groups[0].momentum must be a number"),
+        ('["optimizer"]["state"][1]', [3], "optimizer.state[1] must be a dict, got [3]"),
+        ('["trainer"]', DELETED, "trainer is missing"),
+        ('["trainer"]', 3, "trainer must be the state of this run's LDRL, got another"),
+        ('["trainer"]["steps"]', "x", "LDRL: steps must be an integer >= 0, got 'x'"),
+        ('["trainer"]["optimizers"]', DELETED, "trainer must be the state of this run's LDRL"),
+        (f'{ours}["param_groups"][0]["lr"]', "x", "trainer.optimizers[0].param_groups[0].lr must be a number"),
+        (f'{ours}["state"][0]["exp_avg"]', "x", "trainer.optimizers[0].state[0].exp_avg must be a tensor"),
+    ]
+    assert_edits_are_named(tmp_path, edits, lambda: train_images(config, tmp_path, resume=True))
+    best = [
+        ('["network"]', DELETED, "network is missing"),
+        ('["network"]["blocks.conv_1.conv.bias"]', torch.zeros(1), "size mismatch for blocks.conv_1.conv.bias"),
+    ]
+    assert_edits_are_named(tmp_path, best, lambda: train_images(config, tmp_path, resume=True), "best.pt")
+
+
+def test_edited_running_means_are_named(tmp_path: Path) -> None:
+    config = small("running-ldrl", epochs=1)
+    train_images(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    edits = [
+        ('["trainer"]["sums"]', [], "state must have sums of 3 layers, got 0"),
+        ('["trainer"]["sums"][0]', 3, "sums must be two tensors or None for each layer, got 3"),
+    ]
+    assert_edits_are_named(tmp_path, edits, lambda: train_images(config, tmp_path, resume=True))
 
 
 def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

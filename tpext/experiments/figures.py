@@ -20,6 +20,7 @@ from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import Model, make_model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
+from tpext.experiments.saved_state import field, load
 from tpext.tasks import ImageTask, MnistAutoencoder, Task, ToySet
 
 # Colours that stay apart in print and for colour-blind readers (Okabe and Ito).
@@ -88,12 +89,13 @@ def draw_task(folder: str | Path) -> Path | None:
     with torch.random.fork_rng(devices=[]):
         model = make_model(config, task)
     try:
-        model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError) as error:
-        raise RunError(f"{run.checkpoint}: not a checkpoint of this run ({type(error).__name__})") from error
+        load(state, "model", model)
+        iteration = field(state, "iteration")
+    except ValueError as error:
+        raise RunError(f"{run.checkpoint}: not a checkpoint of this run: {error}") from error
     title, _, settings = describe(config).partition(", ")
     figure = Figure(figsize=(6, 5.6) if autoencoder is None else (10, 2.1), layout="constrained")
-    figure.suptitle(f"{title}, iteration {state['iteration']}", fontsize=13, color=INK)
+    figure.suptitle(f"{title}, iteration {iteration}", fontsize=13, color=INK)
     if autoencoder is None:
         _draw_plane(figure, model, task, config)
     else:

@@ -134,12 +134,11 @@ class ImageFolder(AnyRunFolder[ImageConfig, ImageRow, ImageResult]):
             RunError: it is not there, or cannot be read.
         """
         try:
-            state: dict[str, Any] = torch.load(self.best, map_location="cpu", weights_only=True)
+            return dict(torch.load(self.best, map_location="cpu", weights_only=True))
         except MemoryError:
             raise
         except Exception as error:  # a broken archive can raise anything
             raise RunError(f"{self.best}: not a readable checkpoint ({type(error).__name__})") from error
-        return state
 
 
 def _row(cells: Sequence[str], columns: int) -> ImageRow:

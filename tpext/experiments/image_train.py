@@ -17,7 +17,8 @@ from tpext.experiments.figures import draw_image_run
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
 from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
 from tpext.experiments.loop import DivergedError, Run, carry_out, versions
-from tpext.experiments.run_folder import AnyRunFolder
+from tpext.experiments.run_folder import AnyRunFolder, RunError
+from tpext.experiments.saved_state import load
 from tpext.nn import TargetSequential
 from tpext.tasks import Batch, ImageClasses
 
@@ -265,6 +266,14 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
             )
         return row
 
+    def _take_over(self, state: dict[str, Any]) -> None:
+        super()._take_over(state)
+        count = len(self.config.block_names)
+        for index, row in enumerate(self.rows):
+            for name in ("feedback_angles", "gradient_angles"):
+                if len(getattr(row, name)) != count:
+                    raise ValueError(f"rows[{index}].{name} must be {count} angles, got {getattr(row, name)}")
+
     def _draw(self) -> None:
         draw_image_run(self.folder.path)
 
@@ -273,7 +282,10 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
         test = self._evaluate("test")
         best = max(self.rows[1:], key=lambda row: row.accuracy)
         # The network's last use: it becomes the best one.
-        self.model.load_state_dict(self.best.load_best()["network"])
+        try:
+            load(self.best.load_best(), "network", self.model)
+        except ValueError as error:
+            raise RunError(f"{self.best.best}: not a checkpoint of this run: {error}") from error
         best_test = self._evaluate("test")
         return ImageResult(
             dataset=config.dataset,

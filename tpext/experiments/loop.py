@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from types import FrameType
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType, MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -19,11 +19,12 @@ from rich.console import Console
 from torch import nn
 
 import tpext
-from tpext.experiments.config import Config, ConfigError, check_device_name
+from tpext.experiments.config import Config, ConfigError, check_device_name, check_integer, check_number
 from tpext.experiments.image_folder import ImageResult, ImageRow
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunError
+from tpext.experiments.saved_state import check_type, field, load, read_rows, shown
 from tpext.tasks import Batch
 
 
@@ -122,7 +123,7 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
 
     Attributes:
         row_class: of an evaluation.
-        saved: names of the plain attributes that a checkpoint holds.
+        saved: the plain attributes that a checkpoint holds, and their types.
         parts: what else it holds, by name: the model, its optimizer, and what each kind of run adds.
         iterations: their number.
         losses: those since the last evaluation; iterations that train feedback alone have none.
@@ -130,7 +131,7 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
     """
 
     row_class: type[RowT]
-    saved: tuple[str, ...] = ("iteration", "losses")
+    saved: Mapping[str, Any] = MappingProxyType({"iteration": int, "losses": list[float]})
     parts: dict[str, Any]
     model: nn.Module
     iterations: int
@@ -245,17 +246,28 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
 
     def _restore(self, state: dict[str, Any]) -> None:
         try:
-            for name in self.saved:
-                setattr(self, name, state[name])
-            for name, part in self.parts.items():
-                if part is not None:
-                    part.load_state_dict(state[name])
-            torch.set_rng_state(state["random_state"])
-            self.rows = [self.row_class(*row) for row in state["rows"]]
-            self.seconds_before = state["seconds"]
-        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise RunError(
-                f"{self.folder.checkpoint}: not a checkpoint of this run ({type(error).__name__})"
+            self._take_over(state)
+        except ValueError as error:
+            raise RunError(f"{self.folder.checkpoint}: not a checkpoint of this run: {error}") from error
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        for name, kind in self.saved.items():
+            check_type(name, field(state, name), kind)
+            setattr(self, name, state[name])
+        check_integer("iteration", self.iteration, 0, self.iterations)
+        for name, part in self.parts.items():
+            if part is not None:
+                load(state, name, part)
+        self.rows = read_rows(field(state, "rows"), self.row_class, self.iteration)
+        if self.iteration == self.iterations:
+            check_integer("iteration of the last of rows", self.rows[-1].iteration, self.iteration)
+        check_number("seconds", field(state, "seconds"))
+        self.seconds_before = state["seconds"]
+        try:
+            torch.set_rng_state(field(state, "random_state"))
+        except (AttributeError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"random_state must be a state of torch's generator, got {shown(state['random_state'])}"
             ) from error
 
 

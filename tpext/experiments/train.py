@@ -132,7 +132,7 @@ class _Run(Run[Config, Row, Result]):
         )
         self.running_accuracy = 0.0 if by_targets else None
         if by_targets:
-            self.saved = (*self.saved, "running_accuracy")
+            self.saved = {**self.saved, "running_accuracy": float}
         # Whatever is not finite in a backward pass reaches these: they sum it over time and batch.
         self.biases = [
             parameter for name, parameter in self.model.named_parameters() if "bias_ih" in name or ".bias" in name

@@ -91,6 +91,11 @@ class RunningLDRL(FeedbackTrainer):
         sums = state["sums"]
         if len(sums) != len(self.layers):
             raise ValueError(f"RunningLDRL: state must have sums of {len(self.layers)} layers, got {len(sums)}")
+        for pair in sums:
+            if pair is not None and not (
+                isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(one, Tensor) for one in pair)
+            ):
+                raise ValueError(f"RunningLDRL: sums must be two tensors or None for each layer, got {pair!r}")
         super().load_state_dict(state)
         places = [next(feedback.parameters()) for _, feedback in self.layers]
         self._sums = [

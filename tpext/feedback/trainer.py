@@ -192,7 +192,10 @@ class FeedbackTrainer(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        self.steps = state["steps"]
+        steps = state["steps"]
+        if not is_integer(steps) or steps < 0:
+            raise ValueError(f"{type(self).__name__}: steps must be an integer >= 0, got {steps!r}")
+        self.steps = steps
 
     def _per_layer(self, name: str, value: object, check: Callable[[Any], bool], expected: str) -> list[Any]:
         """One value for each layer with feedback, of one for all or one for each."""
