@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,26 +23,49 @@ def commit() -> str:
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
+def configure(command: list[str]) -> None:
+    """Run CMake's configuration; where it fails, end with a line that says what is needed."""
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    sys.stderr.write(done.stderr)
+    if done.returncode == 0:
+        return
+    own = re.search(r"^  tpext: (.*?)\n\n", done.stderr, re.DOTALL | re.MULTILINE)
+    if own:
+        raise SystemExit("tpext: " + " ".join(own[1].split()))
+    if re.search(r"CMAKE_CXX_COMPILER|C\+\+ compiler|environment variable CXX", done.stderr):
+        given = f"CXX={os.environ['CXX']} does not work" if os.environ.get("CXX") else "none was found"
+        raise SystemExit(f"tpext: the build needs a C++20 compiler, such as GCC 12, which CXX may name; {given}")
+    raise SystemExit("tpext: CMake could not configure the build; its error stands above")
+
+
+def find(program: str) -> str:
+    """The path of a program that the build needs."""
+    path = shutil.which(program)
+    if path is None:
+        raise SystemExit(f"tpext: no {program} in PATH, which the build needs")
+    return path
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        ninja = shutil.which("ninja")
-        if ninja is None:
-            raise SystemExit("tpext: no ninja in PATH, which the build needs")
-        configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+        cmake = find("cmake")
+        options = [
+            "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
             # Given each time: pip's isolated environment is gone by the next build, CMake's cache of it is not.
-            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DCMAKE_MAKE_PROGRAM={find('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DTPEXT_VERSION={self.distribution.get_version()}",
             f"-DTPEXT_COMMIT={commit()}",
             f"-DTPEXT_CUDA={os.environ.get('TPEXT_CUDA') or 'auto'}",
         ]  # fmt: skip
-        subprocess.run(configure, check=True)
+        configure([cmake, *options])
         jobs = os.environ.get("MAX_JOBS")
-        subprocess.run(["cmake", "--build", str(build), *(["--parallel", jobs] if jobs else [])], check=True)
+        if subprocess.run([cmake, "--build", str(build), *(["--parallel", jobs] if jobs else [])]).returncode:
+            raise SystemExit("tpext: the build failed; the first error above says where")
 
 
-setup(ext_modules=[Extension("tpext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("tpext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
