@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -357,6 +358,49 @@ def test_a_run_is_the_published_algorithm(rule: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(trained[name], value.detach(), rtol=1e-10, atol=1e-10 * moved.item())
 
 
+@pytest.mark.parametrize("bound", [0.5, 2.0])
+def test_gradients_are_clipped_by_their_common_norm(bound: float, tmp_path: Path) -> None:
+    """A step of gradient descent, the gradients of all layers shortened by one factor where their norm is too large."""
+    options = {"rule": "backprop", "optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "head_lr": 0.3, "precision": "64"}
+    config = small(**options, iterations=1)
+    torch.manual_seed(config.seed)
+    task = config.make_task()
+    model = make_model(config, task).double()
+    input, target = task.batch(config.seed, 0, config.batch_size)
+    torch.nn.functional.cross_entropy(model(input.double()), target).backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    norm = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients.values()))
+    train(replace(config, clip_grad_norm=bound * norm), tmp_path)
+    trained = checkpoint(tmp_path)["model"]
+    for name, value in model.named_parameters():
+        if name in gradients:
+            rate = config.head_lr if name.startswith("head") else config.lr
+            moved = rate * min(1.0, bound) * gradients[name]
+            # torch adds 1e-6 to the norm that it divides by
+            torch.testing.assert_close(value.detach() - trained[name], moved, rtol=2e-6 / norm, atol=1e-15)
+
+
+@pytest.mark.parametrize("task", ["temporal-order", "adding", "xor"])
+def test_an_evaluation_in_parts_is_that_of_the_whole(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of three samples, of one the last."""
+    vectors = task in TOYS
+    network = {"length": None, "hidden_size": None, "sizes": (9, 7)} if vectors else {}
+    config = small(task, precision="64", **network)
+    monkeypatch.setattr(train_module, "EVALUATION_NUMBERS", 3 * (16 if vectors else 80))
+    result = train(config, tmp_path)
+    made = config.make_task()
+    model = make_model(config, made).double()
+    model.load_state_dict(checkpoint(tmp_path)["model"])
+    input, target = made.test_set(config.seed, config.test_size)
+    assert config.test_size % 3 == 1
+    with torch.no_grad():
+        output = model(input.double())
+    assert result.test_loss == pytest.approx(made.loss(output, target).item(), rel=1e-12)
+    assert result.accuracy == pytest.approx(made.correct(output, target).double().mean().item(), rel=1e-12)
+
+
 def test_orthogonal_initialization(tmp_path: Path) -> None:
     config = small(rule="learned", layers=2)
     model = SequenceModel(config, config.make_task())
@@ -662,6 +706,30 @@ def test_a_run_takes_the_means_of_seely(rule: Any, data: Path, tmp_path: Path) -
         gradient = value.grad / (5 * value.size(0))
         moved = config.lr * gradient / (0.9 + 0.1 * gradient**2 + 1e-10).sqrt()
         torch.testing.assert_close(trained[name], value.detach() - moved, rtol=0, atol=1e-12)
+
+
+def test_inverses_learn_by_the_means_of_seely(data: Path, tmp_path: Path) -> None:
+    """A step of gradient descent on half the mean of the squared errors over batch and units, a layer a loss."""
+    options = {"rule": "dtp", "reduction": "element", "optimizer": "sgd", "noise": 0.0, "reverse_lr": 0.3}
+    config = tiny(data, **options, precision="64", epochs=None, iterations=1)
+    torch.manual_seed(config.seed)
+    task = config.make_task()
+    model = make_model(config, task).double()
+    assert isinstance(model, FeedForwardModel)
+    h = task.batch(config.seed, 0, 5).input.double()
+    train(config, tmp_path)
+    trained = checkpoint(tmp_path)["model"]
+    for index, layer in enumerate(model.layers):
+        below, h = h, torch.tanh(h @ layer.weight.T + layer.bias).detach()
+        if index == 0:
+            continue
+        reverse = (layer.reverse_weight, layer.reverse_bias)
+        error = torch.tanh(h @ reverse[0].T + reverse[1]) - below
+        for name, value, gradient in zip(
+            ("weight", "bias"), reverse, torch.autograd.grad(error.square().mean() / 2, reverse), strict=True
+        ):
+            expected = value.detach() - 0.3 * gradient
+            torch.testing.assert_close(trained[f"layers.{index}.reverse_{name}"], expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("size", "dx"), [(5, "mean"), (5, "regularized"), (1, "wnorm")])

@@ -368,6 +368,26 @@ def test_fixed_random_feedback_learns_with_batch_normalisation(network: str, tmp
     assert train_images(config, tmp_path).accuracy > 0.6
 
 
+def test_an_evaluation_in_parts_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of 100 images, the last of fewer."""
+    monkeypatch.setattr(module, "EVALUATION_BATCH", 100)
+    config = small("backprop", "mlp", precision="64")
+    result = train_images(config, tmp_path)
+    net, task = config.make_network().eval(), config.make_task()
+    net.load_state_dict(checkpoint(tmp_path)["network"])
+    count = task.split_size("test")
+    assert count > 100
+    assert count % 100 != 0
+    ((input, target),) = task.evaluation_batches("test", count)
+    with torch.no_grad():
+        output = net(input.double())
+    places = (output > output.gather(1, target[:, None])).sum(1)
+    loss = torch.nn.functional.cross_entropy(output, target)
+    assert result.test_loss == pytest.approx(loss.item(), rel=1e-12)
+    assert result.accuracy == pytest.approx((places == 0).double().mean().item(), rel=1e-12)
+    assert result.top5 == pytest.approx((places < 5).double().mean().item(), rel=1e-12)
+
+
 def test_feedback_turns_towards_the_blocks(tmp_path: Path) -> None:
     config = make_image_config(
         "digits", "simple-vgg", indices="clean", noise=0.1, feedback_lr=0.1, iterations=5, epochs=1
