@@ -209,6 +209,54 @@ def test_a_matrix_of_low_rank_is_refused_without_a_ridge_and_inverted_with_one(n
     check(weight, 1e-2)
 
 
+def with_equal_rows(count: int, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """Matrices two of whose rows (columns where they are fewer) are equal: singular whatever the rounding."""
+    weight = torch.randn(count, m, n, dtype=dtype)
+    for matrix in weight:
+        lines = matrix if m <= n else matrix.mT
+        i, j = torch.randperm(min(m, n))[:2]
+        lines[i] = lines[j]
+    return weight
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 2), (3, 5), (9, 4), (32, 32), (40, 70), (100, 100), (130, 130)], ids=str)
+def test_equal_rows_are_refused_without_a_ridge(shape: tuple[int, int], dtype: torch.dtype, scale: float) -> None:
+    weight = with_equal_rows(20, *shape, dtype) * scale
+    rhs = torch.ones(20, 1, shape[0], dtype=dtype)
+    calls = (lambda w, y: regularized_inverse(w, 0.0)), (lambda w, y: regularized_solve(w, y, 0.0))
+    for call in calls:
+        for i in range(20):
+            with pytest.raises(tpext.SingularError, match=r"reg=0\.0 is singular"):
+                call(weight[i], rhs[i])
+        # In the lanes of vectors beside others, each is named.
+        among = torch.randn(20, *shape, dtype=dtype)
+        among[7] = weight[7]
+        with pytest.raises(tpext.SingularError, match=r"weight\[7\]"):
+            call(among, rhs)
+
+
+def test_equal_rows_of_sevenths_are_refused() -> None:
+    with pytest.raises(tpext.SingularError, match=r"reg=0\.0 is singular"):
+        regularized_inverse(torch.tensor([[1 / 7, 3 / 7]] * 2), 0.0)
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (9, 4), (32, 32), (40, 70), (130, 130)], ids=str)
+def test_no_scale_of_rows_or_condition_that_can_be_borne_is_refused(shape: tuple[int, int]) -> None:
+    size = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(5, n, size, dtype=torch.float64)).Q for n in shape)
+    # Float64 of a Gram matrix bears conditions up to some 1e7.
+    ill = (u * torch.logspace(0, -6, size, dtype=torch.float64)) @ v.mT
+    lines = torch.logspace(0, -12, size, dtype=torch.float64)
+    scaled = u @ v.mT
+    scaled = scaled * lines if shape[1] == size else lines[:, None] * scaled
+    for weight in (u @ v.mT, ill, scaled):
+        product = regularized_inverse(weight, 0.0) @ weight
+        assert torch.allclose(product.diagonal(dim1=-2, dim2=-1).sum(-1), torch.tensor(size).double(), atol=1e-2)
+        regularized_solve(weight, torch.ones(5, 1, shape[0], dtype=torch.float64), 0.0)
+
+
 def test_overflow_is_refused() -> None:
     with pytest.raises(tpext.SingularError, match="overflows"):
         regularized_inverse(torch.full((3, 3), 1e30), 1.0)
@@ -713,6 +761,18 @@ def test_cuda_low_rank_fails_without_a_ridge_and_is_inverted_with_one(device: to
     weight = torch.randn(n, n - 1, dtype=torch.float64) @ torch.randn(n - 1, n, dtype=torch.float64)
     assert regularized_inverse(weight.to(device), 0.0).isnan().all()
     check(weight, 1e-2, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 2), (9, 4), (32, 32), (40, 70), (100, 100), (130, 130)], ids=str)
+def test_cuda_equal_rows_fail_without_a_ridge(device: torch.device, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = with_equal_rows(20, *shape, dtype)
+    weight[7] = torch.randn(shape, dtype=dtype)
+    solutions = regularized_solve(weight.to(device), torch.ones(20, 1, shape[0], dtype=dtype).to(device), 0.0)
+    for result in (regularized_inverse(weight.to(device), 0.0), solutions):
+        failed = result.isnan().all(-1).all(-1).cpu()
+        assert not failed[7]
+        assert failed.sum() == 19
 
 
 def test_cuda_float32_without_a_ridge_is_inverted_in_float64(device: torch.device) -> None:

@@ -132,7 +132,8 @@ def regularized_inverse(weight: object, reg: float, inverse: object, status: obj
     CPU ``status`` may be None, where only their number matters. Batch is the product of the leading sizes.
 
     On CUDA, where M and N are at most 128, the kernel is only enqueued: the return value is 0 whatever comes of it
-    (read ``status`` yourself), and an inverse that fails is filled with NaN.
+    (read ``status`` yourself), an inverse that fails is filled with NaN, and whether a matrix has full rank where there
+    is no regularisation is left to the caller (csrc/core/regularized_inverse.h).
     """
 
 def regularized_solve(

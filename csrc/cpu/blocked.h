@@ -11,6 +11,7 @@
 //   project     B' Y, what is substituted for to solve with a tall W; the other threads do it during the first square,
 //               with the part of the Gram matrix that the square does not need
 //   expand      B X, what a wide W makes of the solution
+//   retained    without a ridge, how much of each row of B the factor gives back: refuses singular matrices
 // Every matrix is kept in panels one vector wide (L lanes), panel p holding the columns p*L .. p*L + L - 1 of all rows
 // one after another. All heavy work is one block: kRows rows times up to kGroup panels accumulate in registers
 //     c[r][p] = sum_k a(r, k) * x[k][p]
@@ -21,7 +22,7 @@
 // The triangular solves substitute within blocks rather than multiply by inverted ones: the vector lanes are different
 // columns, so that a substitution is as parallel as a product and nothing is lost in accuracy.
 //
-// Memory: m k + k^2 numbers for a matrix in work, to solve for K rows with a tall matrix K k more; 3 L k a thread.
+// Memory: m k + k^2 + m numbers for a matrix in work, to solve for K rows with a tall matrix K k more; 3 L k a thread.
 // Deterministic: which rows and panels are computed together, and by which thread, changes no operation of an element.
 #pragma once
 
@@ -179,14 +180,15 @@ class Blocked {
   // Numbers of the memory for a matrix, of which `count` are solved for, and for a thread; multiples of a vector.
   int64_t shared_size(int64_t count = 0) const {
     const int64_t projected = tall_ ? ceil_div(count, L) * L * padded_ : 0;
-    return panels_ * L * (terms_ + padded_) + 2 * ceil_div(padded_, L) * L + projected;
+    const int64_t retained = reg_ == T(0) ? ceil_div(terms_, L) * L : 0;
+    return panels_ * L * (terms_ + padded_) + 2 * ceil_div(padded_, L) * L + retained + projected;
   }
   int64_t private_size() const { return kGroup * (padded_ < kDepth ? kDepth : padded_) * L; }
 
   // Inverts one matrix, by one thread or by all of a team, and returns its status.
   int64_t invert(const T* weight, T* inverse, T* shared, T* own, bool alone) const {
     const Work work(*this, shared, alone);
-    if (!factor(weight, work, 0, [](int64_t) {})) return failure(weight, rows_ * columns_);
+    if (!factor(weight, work, own, 0, [](int64_t) {})) return failure(weight, rows_ * columns_);
     const Groups groups(0, ceil_div(terms_, L), work.threads);
     share(alone, groups.count, [&](int64_t i) {
       invert_panels(weight, inverse, work, {own, padded_}, groups.begin(i), groups.begin(i + 1));
@@ -198,7 +200,7 @@ class Blocked {
   int64_t solve(const T* weight, const T* rhs, int64_t count, T* solution, T* shared, T* own, bool alone) const {
     const Work work(*this, shared, alone);
     const Groups groups(0, ceil_div(count, L), work.threads);
-    const bool regular = factor(weight, work, tall_ ? groups.count : 0, [&](int64_t i) {
+    const bool regular = factor(weight, work, own, tall_ ? groups.count : 0, [&](int64_t i) {
       project(rhs, count, work, own, groups.begin(i), groups.begin(i + 1));
     });
     if (!regular) return failure(weight, rows_ * columns_);
@@ -216,6 +218,7 @@ class Blocked {
   struct Work {
     Panels<T> b, u;
     T *reciprocal, *squared;  // of the diagonal of U
+    T* retained;              // of each row of B, without a ridge
     Panels<T> z;              // B' Y of a tall matrix
     bool alone;
     int64_t threads;
@@ -225,7 +228,8 @@ class Blocked {
           u{b.data + matrix.panels_ * b.stride(), matrix.padded_},
           reciprocal(u.data + matrix.panels_ * u.stride()),
           squared(reciprocal + ceil_div(matrix.padded_, L) * L),
-          z{squared + ceil_div(matrix.padded_, L) * L, matrix.padded_},
+          retained(squared + ceil_div(matrix.padded_, L) * L),
+          z{retained + (matrix.reg_ == T(0) ? ceil_div(matrix.terms_, L) * L : 0), matrix.padded_},
           alone(alone_),
           threads(alone_ ? 1 : thread_count()) {}
   };
@@ -349,7 +353,7 @@ class Blocked {
   // U over the upper triangle of A, from packing on; returns whether there is one. While one thread factors the first
   // square, the others compute the Gram matrix beside it and the `extra` tasks, which need B alone.
   template <class Task>
-  bool factor(const T* weight, const Work& work, int64_t extra, const Task& task) const {
+  bool factor(const T* weight, const Work& work, T* own, int64_t extra, const Task& task) const {
     share(work.alone, panels_, [&](int64_t panel) { pack(weight, panel, work.b); });
     const int64_t first = panels_ < kPivots / L ? panels_ : kPivots / L;
     // Long panels first.
@@ -368,7 +372,7 @@ class Blocked {
       });
       eliminate(work, from, to);
     }
-    return regular(work.squared);
+    return positive(work.squared) && (reg_ != T(0) || full_rank(weight, work, own));
   }
 
   // The square of the rows [from, to) on the diagonal.
@@ -404,25 +408,52 @@ class Blocked {
     });
   }
 
-  // Whether the factorisation came to its end. Without regularisation rounding can turn the zero pivot of a singular
-  // matrix into a tiny positive one. Comparisons are written to fail for NaN.
-  bool regular(const T* squared) const {
-    T greatest = 0;
-    for (int64_t i = 0; i < order_; ++i) greatest = squared[i] > greatest ? squared[i] : greatest;
-    const T least = reg_ == T(0) ? kEpsilon<T> * static_cast<T>(order_) * greatest : T(0);
+  // Whether the factorisation came to its end. Comparisons are written to fail for NaN.
+  bool positive(const T* squared) const {
     bool all = true;
-    for (int64_t i = 0; i < order_; ++i) all = all && squared[i] > least && squared[i] <= Constants<T>::largest;
+    for (int64_t i = 0; i < order_; ++i) all = all && squared[i] > T(0) && squared[i] <= Constants<T>::largest;
     return all;
   }
 
-  // X of A X = x, over x.
+  // Whether the trace of R W, which is that of (B U^-1)' (B U^-1), is the order (core/regularized_inverse.h): the sum
+  // over B's rows of what is retained of each, the square of its length after the forward substitution. Summed in one
+  // order however the rows are shared.
+  bool full_rank(const T* weight, const Work& work, T* own) const {
+    const Groups groups(0, ceil_div(terms_, L), work.threads);
+    share(work.alone, groups.count, [&](int64_t i) {
+      const int64_t begin = groups.begin(i), end = groups.begin(i + 1);
+      const Panels<T> x{own, padded_};
+      pack_rows(weight, x, begin, end);
+      with_count(end - begin, [&]<int Count>() { reduce<Count>(work, x); });
+      for (int64_t panel = begin; panel < end; ++panel) {
+        Vec<T> sum = {};
+        for (int64_t row = 0; row < padded_; ++row) {
+          const Vec<T> v = load(x.at(panel - begin, row));
+          sum += v * v;
+        }
+        store(work.retained + panel * L, sum);
+      }
+    });
+    T trace = 0;
+    for (int64_t i = 0; i < terms_; ++i) trace += work.retained[i];
+    const T loss = static_cast<T>(order_) - trace;
+    return loss <= static_cast<T>(kGreatestLoss) && -loss <= static_cast<T>(kGreatestLoss);
+  }
+
+  // Y of U' Y = x, over x.
   template <int Count>
-  void substitute(const Work& work, Panels<T> x) const {
+  void reduce(const Work& work, Panels<T> x) const {
     for (int64_t from = 0; from < padded_; from += kDepth) {
       const int64_t to = padded_ - from < kDepth ? padded_ : from + kDepth;
       for (int64_t row = from; row < padded_; row += R)
         forward<Count>(work.u, work.reciprocal, x, 0, row, from, row < to ? row : to, row < to);
     }
+  }
+
+  // X of A X = x, over x.
+  template <int Count>
+  void substitute(const Work& work, Panels<T> x) const {
+    reduce<Count>(work, x);
     for (int64_t from = (padded_ - 1) / kDepth * kDepth; from >= 0; from -= kDepth) {
       const int64_t to = padded_ - from < kDepth ? padded_ : from + kDepth;
       for (int64_t row = to - R; row >= 0; row -= R)
@@ -435,8 +466,8 @@ class Blocked {
     std::memset(panel + order_ * L, 0, static_cast<size_t>((padded_ - order_) * L) * sizeof(T));
   }
 
-  // Panels [begin, end) of the inverse (of its transposed where M < N).
-  void invert_panels(const T* weight, T* inverse, const Work& work, Panels<T> x, int64_t begin, int64_t end) const {
+  // Panels [begin, end) of B', a row of B a lane.
+  void pack_rows(const T* weight, Panels<T> x, int64_t begin, int64_t end) const {
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * L, columns = lanes(panel, terms_);
       T* const to = x.at(panel - begin, 0);
@@ -446,6 +477,11 @@ class Blocked {
         pack_straight(weight + first, columns_, columns, order_, to);
       clear_padding(to);
     }
+  }
+
+  // Panels [begin, end) of the inverse (of its transposed where M < N).
+  void invert_panels(const T* weight, T* inverse, const Work& work, Panels<T> x, int64_t begin, int64_t end) const {
+    pack_rows(weight, x, begin, end);
     with_count(end - begin, [&]<int Count>() { substitute<Count>(work, x); });
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * L, columns = lanes(panel, terms_);

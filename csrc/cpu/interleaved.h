@@ -36,9 +36,6 @@ constexpr int kRows = TPEXT_VECTOR_BYTES == 64 ? 8
 // Depth of a slice: 3 panels of 128 vectors are half a first-level cache. Sums of more terms are added up by slices.
 constexpr int64_t kDepth = 128;
 
-template <class T>
-constexpr T kEpsilon = T(1) / static_cast<T>(int64_t{1} << Constants<T>::mantissa);
-
 // The status of a matrix whose factorisation failed: NaN or infinity stands on the Gram matrix's diagonal, so it shows
 // in a pivot.
 template <class T>
@@ -95,7 +92,9 @@ class Interleaved {
   int64_t stride() const { return stride_; }
   // Sizes in vectors.
   int64_t matrix_size() const { return strips() * stride_; }
-  int64_t factor_size() const { return ceil_div(padded_, R) * R * padded_ + 2 * padded_; }
+  int64_t factor_size() const {
+    return ceil_div(padded_, R) * R * padded_ + 2 * padded_ + (reg_ == T(0) ? padded_ * C : 0);
+  }
 
   // Where the elements of W [M, N] stand among the strips, and those of R [N, M] among the strips of X.
   void place(int32_t* of_weight, int32_t* of_inverse) const {
@@ -159,7 +158,7 @@ class Interleaved {
     }
     for (int64_t row = 0; row < padded_; row += R)
       with_rows(row, [&]<int Rows>() { eliminate<Rows>(u, reciprocal, squared, row); });
-    report(squared, weight, count, status);
+    report(squared, reg_ == T(0) ? trace(b, u) : V{}, weight, count, status);
   }
 
   // X of A X = x over `strips` strips, `stride` vectors apart.
@@ -357,14 +356,29 @@ class Interleaved {
     return load(lanes);
   }
 
-  // As for a single matrix (blocked.h). Comparisons are written to fail for NaN.
-  void report(const V* squared, const T* weight, int64_t count, int64_t* status) const {
-    V greatest = {};
-    for (int64_t i = 0; i < order_; ++i) greatest = squared[i] > greatest ? squared[i] : greatest;
-    const V least = reg_ == T(0) ? greatest * (kEpsilon<T> * static_cast<T>(order_)) : V{};
-    Bits<T> regular = least <= least;
+  // That of R W, as for a single matrix (blocked.h).
+  V trace(const V* b, V* u) const {
+    V* const x = reciprocals(u) + 2 * padded_;
+    V sum = {};
+    for (int64_t strip = 0; strip < strips(); ++strip) {
+      for (int64_t i = 0; i < padded_ * C; ++i) x[i] = b[strip * stride_ + i];
+      for (int64_t row = 0; row < padded_; row += R)
+        with_rows(row, [&]<int Rows>() { forward<Rows, C>(u, reciprocals(u), x, row); });
+      for (int64_t i = 0; i < padded_ * C; ++i) sum += x[i] * x[i];
+    }
+    return sum;
+  }
+
+  // Whether each lane's factorisation came to its end. Comparisons are written to fail for NaN.
+  void report(const V* squared, V trace, const T* weight, int64_t count, int64_t* status) const {
+    Bits<T> regular = (Bits<T>)(V{} == V{});
     for (int64_t i = 0; i < order_; ++i)
-      regular &= (Bits<T>)(squared[i] > least) & (Bits<T>)(squared[i] <= Constants<T>::largest);
+      regular &= (Bits<T>)(squared[i] > T(0)) & (Bits<T>)(squared[i] <= Constants<T>::largest);
+    if (reg_ == T(0)) {
+      const V loss = static_cast<T>(order_) - trace;
+      constexpr T most = static_cast<T>(kGreatestLoss);
+      regular &= (Bits<T>)(loss <= most) & (Bits<T>)(-loss <= most);
+    }
     for (int64_t l = 0; l < count; ++l)
       status[l] =
           regular[l] != 0 ? RegularizedInverse<T>::ok : failure(weight + l * rows_ * columns_, rows_ * columns_);

@@ -47,8 +47,6 @@ namespace {
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 template <class T>
-constexpr T kEpsilon = std::numeric_limits<T>::epsilon();
-template <class T>
 constexpr T kLargest = std::numeric_limits<T>::max();
 template <class T>
 constexpr T kNaN = std::numeric_limits<T>::quiet_NaN();
@@ -102,22 +100,12 @@ struct Sizes {
   TPEXT_HOST_DEVICE int in_inverse(int i, int t) const { return i * of_row + t * of_term; }
 };
 
-// What the pivots tell, in any order.
+// Whether an elimination can go on: comparisons fail for NaN. A singular matrix without regularisation may pass, with a
+// tiny pivot that rounding left: the caller asks of its inverse whether it lost a dimension.
 template <class T>
-struct Pivots {
-  T least = kLargest<T>, greatest = T(0);
-  bool usable = true;  // all positive and finite: comparisons fail for NaN
-
-  __device__ void see(T pivot) {
-    usable = usable && pivot > T(0) && pivot <= kLargest<T>;
-    least = pivot < least ? pivot : least;
-    greatest = pivot > greatest ? pivot : greatest;
-  }
-  // Without regularisation rounding can turn the zero pivot of a singular matrix into a tiny positive one.
-  __device__ bool regular(T reg, int order) const {
-    return usable && (reg != T(0) || least > kEpsilon<T> * static_cast<T>(order) * greatest);
-  }
-};
+__device__ bool usable(T pivot) {
+  return pivot > T(0) && pivot <= kLargest<T>;
+}
 
 // ---- a group of lanes a matrix ----
 
@@ -174,7 +162,7 @@ __global__ void __launch_bounds__(kSmallThreads) invert_small(const __grid_const
   for (int i = 0; i < N; ++i)
     if (i == lane) a[i] += args.reg;
 
-  Pivots<T> pivots;
+  bool regular = true;
 #pragma unroll 1
   for (int j = 0; j < sizes.order; ++j) {
     T* const column = columns + j % 2 * N;
@@ -182,7 +170,7 @@ __global__ void __launch_bounds__(kSmallThreads) invert_small(const __grid_const
     warp_barrier();
     T factor[N];
     load_packs<N>(column, factor);
-    pivots.see(factor[0]);
+    regular = regular && usable(factor[0]);
     const T reciprocal = T(1) / factor[0], pivot_a = a[0] * reciprocal, pivot_x = x[0] * reciprocal;
 #pragma unroll
     for (int i = 1; i < N; ++i) {
@@ -196,7 +184,6 @@ __global__ void __launch_bounds__(kSmallThreads) invert_small(const __grid_const
 #pragma unroll
   for (int mask = N / 2; mask > 0; mask /= 2) check += shuffle_xor(check, mask);
   if (!present) return;
-  const bool regular = pivots.regular(args.reg, sizes.order);
   T* const inverse = args.inverse + matrix * sizes.size();
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -391,17 +378,12 @@ struct Team {
   }
 
   // Whether the elimination came to its end. All threads of all parts come to the same answer.
-  __device__ bool regular(T reg, int order) const {
-    Pivots<T> seen;
-    for (int i = lane; i < order; i += kWarp) seen.see(pivots[i]);
+  __device__ bool regular(int order) const {
+    bool all = true;
+    for (int i = lane; i < order; i += kWarp) all = all && usable(pivots[i]);
 #pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      const T least = shuffle_xor(seen.least, mask), greatest = shuffle_xor(seen.greatest, mask);
-      seen.usable = shuffle_xor(static_cast<int>(seen.usable), mask) != 0 && seen.usable;
-      seen.least = least < seen.least ? least : seen.least;
-      seen.greatest = greatest > seen.greatest ? greatest : seen.greatest;
-    }
-    return seen.regular(reg, order);
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) all = shuffle_xor(static_cast<int>(all), mask) != 0 && all;
+    return all;
   }
 
   // By one warp; asked of failures only.
@@ -469,7 +451,7 @@ __global__ void __launch_bounds__(W* kWarp)
   block_barrier();
   team.template eliminate<0>(sizes.order, a);
 
-  const bool regular = team.regular(args.reg, sizes.order);
+  const bool regular = team.regular(sizes.order);
   T* const inverse = args.inverse + matrix * sizes.size();
 #pragma unroll
   for (int h = 0; h < G; ++h)

@@ -8,7 +8,10 @@ bitwise the same on any number of threads.
 
 The Gram matrix squares the condition number: the relative error is some ``eps (s_max^2 + reg) / (s_min^2 + reg)`` with
 the extreme singular values of ``W``, so a small ``reg`` and nearly singular weights ask for float64. Without
-regularisation (``reg = 0``) float32 weights are inverted in float64.
+regularisation (``reg = 0``) float32 weights are inverted in float64, and a matrix counts as singular if the trace of
+``R W`` (or ``W R``), which is ``k``, comes out different by more than 0.1: that of a singular matrix falls short by 1,
+however its pivots were rounded, and that of another by about the relative error of ``R``. It costs ``k^2 m`` operations
+more.
 
 On CUDA a kernel inverts all matrices with ``max(M, N) <= 128`` in one launch, each with the same bits in any batch; for
 larger ones it is torch's factorisation and triangular solves, in whatever precision torch's products are set to
@@ -62,6 +65,9 @@ from tpext.ops._library import (
 _NOT_FINITE = 1
 _SINGULAR = 2
 
+# By how much the trace of the product of a matrix and its inverse without a ridge may differ from its rank (likewise).
+_GREATEST_LOSS = 0.1
+
 # The greatest M and N of the CUDA kernel (csrc/cuda/kernels.h).
 _LARGEST_ON_CUDA = 128
 
@@ -111,6 +117,8 @@ def _regularized_inverse(weight: Tensor, reg: float, op: str = "regularized_inve
     else:
         status = weight.new_empty(batch, dtype=torch.int64)
         _C.regularized_inverse(dense(weight), reg, dense(inverse), dense(status.view(-1)), execution(weight))
+    if reg == 0:
+        status = _refuse_low_rank(weight, inverse, status)
     # Only the device knows of failures.
     if torch.is_anomaly_enabled() and bool(status.any()):
         _raise_error(status, weight.dtype, reg, op)
@@ -123,13 +131,19 @@ def _invert_by_torch(weight: Tensor, reg: float, inverse: Tensor) -> Tensor:
     wide = weight.shape[-2] < weight.shape[-1]
     solution = _solve(factor, weight if wide else weight.mT)
     pivots = factor.diagonal(dim1=-2, dim2=-1).square()
-    dtype = torch.finfo(weight.dtype)
-    least = dtype.eps * pivots.shape[-1] * pivots.amax(-1, keepdim=True) if reg == 0 else 0
     # Comparisons are written to fail for NaN.
-    regular = (info == 0) & ((pivots > least) & (pivots <= dtype.max)).all(-1)
+    regular = (info == 0) & ((pivots > 0) & (pivots <= torch.finfo(weight.dtype).max)).all(-1)
     inverse.copy_(torch.where(regular[..., None, None], solution.mT if wide else solution, math.nan))
     status = torch.where(weight.isfinite().all(-1).all(-1), _SINGULAR, _NOT_FINITE)
     return torch.where(regular, 0, status)
+
+
+def _refuse_low_rank(weight: Tensor, inverse: Tensor, status: Tensor) -> Tensor:
+    """Fill the inverses without a ridge that lost a dimension with NaN. Returns the status of each matrix."""
+    loss = min(weight.shape[-2:]) - (inverse * weight.mT).sum((-2, -1))
+    low_rank = loss.abs() > _GREATEST_LOSS
+    inverse.masked_fill_(low_rank[..., None, None], math.nan)
+    return torch.where((status == 0) & low_rank, _SINGULAR, status)
 
 
 def _gram(weight: Tensor, reg: float) -> Tensor:
