@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +534,48 @@ def test_a_displacement_that_fades_leaves_what_zeros_would(place: str, correctio
         if correction != "none":
             assert not expected[0][0, T // 2].any(), "the displacement must die out on the way"
         assert_same_bits(target_pass(inputs, correction, credit), expected)
+
+
+def bits(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What tells zeros of different signs apart."""
+    return [part for tensor in tensors for part in (tensor, tensor.signbit().to(tensor.dtype))]
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@each_pass
+def test_states_beyond_the_range_give_the_same_bits_on_any_threads(
+    nonlinearity: str, correction: str, credit: str
+) -> None:
+    """Rows stop being computed with those of their tile, so a row's company must not show in its zeros."""
+    for dtype in DTYPES:
+        # Large enough for four threads.
+        inputs = scan(200, 16, 32, 1, dtype, nonlinearity, direction="forward", enters="end")
+        states = 3 * torch.randn_like(inputs.states)
+        # Relu's come to zero at steps whose states are in range, and would leave it again at others.
+        states[:, ::2].abs_()
+        scale = 1e-3 if dtype == torch.float32 else 1e-9
+        inputs = inputs._replace(states=states, weight_hh=inputs.weight_hh * scale)
+        # Rows of some threads die out at once, while their company, on one thread, stays alive.
+        inputs.at_end[:, 8:] *= 1e-30 if dtype == torch.float32 else 1e-300
+        zeros = torch.zeros_like(inputs.states)
+        backward = (inputs.states, inputs.weight_hh, None, inputs.reverse, nonlinearity, inputs.at_end)
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            found = target_pass(inputs, correction, credit)
+            back = torch.ops.tpext.rnn_scan_backward(None, *backward)
+            if threads == 1:
+                expected, expected_back = bits(found), bits(back)
+                with_zeros = target_pass(inputs._replace(grad_states=zeros), correction, credit)
+                assert_same_bits(with_zeros, found)
+                assert_same_bits(torch.ops.tpext.rnn_scan_backward(zeros, *backward), back)
+            assert_same_bits(bits(found), expected)
+            assert_same_bits(bits(back), expected_back)
+
+
+def test_relu_states_below_zero_count_as_zero() -> None:
+    inputs = scan(6, 5, 9, 1, torch.float64, "relu", enters="both")
+    inputs = inputs._replace(states=inputs.states - 0.3)
+    check(target_arguments(inputs, "difference", "local"))
 
 
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)

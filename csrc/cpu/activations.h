@@ -15,10 +15,11 @@ inline Vec<T> activate(Vec<T> u) {
   if constexpr (A == Nonlinearity::identity) return u;
 }
 
-// m * a'(u) for h = a(u).
+// m * a'(u) for h = a(u). Zero comes out as +0 for any h, beyond tanh's range too, as rows that are no more computed
+// get it.
 template <Nonlinearity A, class T>
 inline Vec<T> times_derivative(Vec<T> m, Vec<T> h) {
-  if constexpr (A == Nonlinearity::tanh) return m * (T(1) - h * h);
+  if constexpr (A == Nonlinearity::tanh) return m * (T(1) - h * h) + T(0);
   if constexpr (A == Nonlinearity::relu) return h > 0 ? m : Vec<T>{};
   if constexpr (A == Nonlinearity::identity) return m;
 }
@@ -70,7 +71,7 @@ inline Vec<T> inverse_difference(Vec<T> h, Vec<T> d, T bound) {
     const Bits<T> untouched = (kept_v == v) & (kept_h == h);
     return atanh_difference<T>(kept_v, kept_h, untouched ? d : kept_v - kept_h);
   }
-  if constexpr (A == Nonlinearity::relu) return v < 0 ? -h : d;
+  if constexpr (A == Nonlinearity::relu) return h < 0 ? (v < 0 ? Vec<T>{} : v) : v < 0 ? T(0) - h : d;
   if constexpr (A == Nonlinearity::identity) return d;
 }
 

@@ -86,7 +86,7 @@ __device__ inline T inverse_difference(Nonlinearity a, T h, T d, T bound) {
     return half_log_ratio((T(1) + kept_v) * (T(1) - kept_h), (T(1) - kept_v) * (T(1) + kept_h),
                           difference + difference);
   }
-  if (a == Nonlinearity::relu) return v < T(0) ? -h : d;
+  if (a == Nonlinearity::relu) return h < T(0) ? (v < T(0) ? T(0) : v) : v < T(0) ? T(0) - h : d;
   return d;
 }
 
