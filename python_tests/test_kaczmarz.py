@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -742,6 +744,29 @@ def test_the_op_refuses_wrong_arguments(change: dict[str, Any], message: str) ->
         op(**ARGUMENTS | change)
 
 
+def test_labels_that_change_during_a_pass_do_not_matter() -> None:
+    """The kernel runs without the interpreter's lock, after the labels were checked."""
+    torch.manual_seed(0)
+    x, labels, weight = torch.rand(20000, 8), torch.zeros(20000).long(), torch.zeros(2, 8)
+    done = threading.Event()
+
+    def disturb() -> None:
+        while not done.is_set():
+            labels.fill_(10**9)
+            labels.zero_()
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        for _ in range(20):
+            with contextlib.suppress(ValueError):  # where the check saw the others
+                assert kaczmarz_train(x, labels, [weight]).max() <= 1
+    finally:
+        done.set()
+        other.join()
+    assert weight.isfinite().all()
+
+
 STEP: dict[str, Any] = {
     "displacement": torch.zeros(2, 4),
     "input": torch.zeros(2, 5),
@@ -775,7 +800,8 @@ STEP: dict[str, Any] = {
         ({"dx": "regularized"}, "dx must be one of 'mean', 'wnorm', got 'regularized'"),
         ({"relaxation": 2.0}, "relaxation must be a finite number > 0 and < 2, got 2"),
         ({"damping": float("inf")}, "damping must be a finite number >= 0, got inf"),
-        ({"threads": 0}, "threads must be >= 1, got 0"),
+        ({"threads": 0}, r"threads must lie in 1\.\.1024 threads on the CPU, got 0"),
+        ({"threads": 1025}, r"threads must lie in 1\.\.1024 threads on the CPU, got 1025"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -29,16 +29,17 @@ py::object part(const py::object& value, size_t index) {
   return right && index < py::len(value) ? py::object(value[py::int_(index)]) : py::none();
 }
 
-int threads_of(const char* op, const py::object& value) {
+}  // namespace
+
+int threads_of(const char* op, const char* name, const py::object& value) {
   int overflow = 0;
   const long long threads = PyLong_AsLongLongAndOverflow(value.ptr(), &overflow);
+  if (overflow == 0 && PyErr_Occurred() != nullptr) throw py::error_already_set();
   if (overflow != 0 || threads < 1 || threads > kMaxThreads)
-    throw py::value_error(std::string(op) + ": execution must lie in 1.." + std::to_string(kMaxThreads) +
+    throw py::value_error(std::string(op) + ": " + name + " must lie in 1.." + std::to_string(kMaxThreads) +
                           " threads on the CPU, got " + std::string(py::str(value)));
   return static_cast<int>(threads);
 }
-
-}  // namespace
 
 void require_cuda() {
   if (!kWithCuda)
@@ -60,7 +61,7 @@ Execution::Execution(const char* op, const Argument& leading, const py::object& 
     if (!py::isinstance<py::int_>(value))
       throw py::type_error(std::string(op) + ": execution must be a number of threads where " + place + ", got " +
                            type_name(value));
-    threads_ = threads_of(op, value);
+    threads_ = threads_of(op, "execution", value);
     return;
   }
   require_cuda();

@@ -18,6 +18,9 @@ constexpr bool kWithCuda = false;
 // By the numbers of cuda::Regime.
 inline const std::vector<const char*> kRegimes = {"auto", "block", "cluster", "grid", "step"};
 
+// `value`, an integer, as a number of CPU threads from 1 to 1024.
+int threads_of(const char* op, const char* name, const py::object& value);
+
 // Throws in a build without CUDA.
 void require_cuda();
 

@@ -10,6 +10,7 @@
 
 #include "bindings/arguments.h"
 #include "bindings/entries.h"
+#include "bindings/execution.h"
 #include "cpu/kernels.h"
 
 namespace tpext::bindings {
@@ -32,7 +33,7 @@ void require_numbers(const char* op, double relaxation, double damping) {
 void kaczmarz_step(const py::object& displacement_, const py::object& input_, const py::object& weight_,
                    const std::string& dx, bool rectify, double relaxation, double damping,
                    const py::object& weight_change_, const py::object& bias_change_, const py::object& moved_,
-                   int threads) {
+                   const py::int_& threads_) {
   constexpr const char* op = "kaczmarz_step";
   const Argument displacement(op, "displacement", displacement_), input(op, "input", input_),
       weight(op, "weight", weight_), weight_change(op, "weight_change", weight_change_),
@@ -60,7 +61,7 @@ void kaczmarz_step(const py::object& displacement_, const py::object& input_, co
   }
   const auto move = static_cast<KaczmarzMove>(choose(op, "dx", dx, {"mean", "wnorm"}));
   require_numbers(op, relaxation, damping);
-  if (threads < 1) throw py::value_error(std::string(op) + ": threads must be >= 1, got " + std::to_string(threads));
+  const int threads = threads_of(op, "threads", threads_);
   const auto run = [&]<class T>(T) {
     const KaczmarzStep<T> args{B.size,
                                N.size,
@@ -130,12 +131,12 @@ void kaczmarz_train(const py::object& input_, const py::object& labels_, const p
   require_number(kOp, "dx_reg", dx_reg, dx_reg >= 0 && std::isfinite(dx_reg), ">= 0");
   const auto move = static_cast<KaczmarzMove>(choose(kOp, "dx", dx, {"mean", "wnorm", "regularized"}));
   const auto kind = static_cast<KaczmarzOutput>(choose(kOp, "output", output, {"clamp", "swap", "direct"}));
-  for (int64_t i = 0; i < K.size; ++i) {
-    const int64_t label = labels.data<const int64_t>()[i];
-    if (label < 0 || label >= below)
+  // A copy: once the interpreter's lock is released others may write to what was checked.
+  const std::vector<int64_t> checked(labels.data<const int64_t>(), labels.data<const int64_t>() + K.size);
+  for (size_t i = 0; i < checked.size(); ++i)
+    if (checked[i] < 0 || checked[i] >= below)
       throw py::value_error(labels.label() + " must lie in 0.." + std::to_string(below - 1) + ", got " +
-                            std::to_string(label) + " at " + std::to_string(i));
-  }
+                            std::to_string(checked[i]) + " at " + std::to_string(i));
   const auto run = [&]<class T>(T) {
     std::vector<KaczmarzLayer<T>> layers;
     for (size_t l = 0; l < weights.size(); ++l)
@@ -145,7 +146,7 @@ void kaczmarz_train(const py::object& input_, const py::object& labels_, const p
                                 static_cast<int64_t>(layers.size()),
                                 layers.data(),
                                 input.data<const T>(),
-                                labels.data<const int64_t>(),
+                                checked.data(),
                                 static_cast<T>(relaxation),
                                 static_cast<T>(damping),
                                 static_cast<T>(dx_reg),
