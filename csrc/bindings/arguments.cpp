@@ -5,6 +5,8 @@
 #endif
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 namespace tpext::bindings {
 
@@ -132,6 +134,11 @@ int64_t Argument::stride(int64_t axis) const {
 
 void Argument::prefer_huge_pages() const {
 #ifdef MADV_HUGEPAGE
+  static const bool wanted = [] {
+    const char* const value = std::getenv("TPEXT_HUGE_PAGES");
+    return value == nullptr || std::string_view(value) != "0";
+  }();
+  if (!wanted) return;
   constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
   uintptr_t bytes = tensor().dtype.bits / 8;
   for (int64_t i = 0; i < rank(); ++i) bytes *= static_cast<uintptr_t>(size(i));
