@@ -17,6 +17,35 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux")
 
 
+@needs_compiler
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("nm")), reason="no cmake or nm on PATH")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("namespace { template <class T> T twice(T x) { return x + x; } } float f(float x) { return twice(x); }", None),
+        (
+            "template <class T> [[gnu::noinline]] T twice(T x) { return x + x; } float f(float x) { return twice(x); }",
+            "weak",
+        ),
+        ("namespace tpext { void g(); } void f() { tpext::g(); }", "uses what no source defines"),
+    ],
+    ids=["fine", "weak", "missing"],
+)
+def test_objects_with_shared_or_missing_functions_fail_the_build(
+    source: str, message: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "source.cpp").write_text(source)
+    object_, module = str(tmp_path / "source.o"), str(tmp_path / "module.so")
+    subprocess.run([str(COMPILER), "-fPIC", "-c", str(tmp_path / "source.cpp"), "-o", object_], check=True, timeout=60)
+    subprocess.run([str(COMPILER), "-shared", object_, "-o", module], check=True, timeout=60)
+    script = str(ROOT / "csrc" / "check_symbols.cmake")
+    command = ["cmake", "-DNM=nm", f"-DOBJECTS={object_}", f"-DMODULE={module}", "-P", script]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (finished.returncode == 0) == (message is None), finished.stderr
+    if message is not None:
+        assert message in finished.stderr
+
+
 @needs_linux
 @pytest.mark.parametrize("wanted", ["0", "1"])
 def test_huge_pages_are_left_alone_on_demand(wanted: str) -> None:

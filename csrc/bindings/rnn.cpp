@@ -382,10 +382,11 @@ py::tuple rnn_plan(int products, const std::string& dtype, int64_t stack, int64_
                           " * " + std::to_string(hidden));
   if (device < 0) throw py::value_error(std::string(op) + ": device must be >= 0, got " + std::to_string(device));
   const auto wanted = static_cast<cuda::Regime>(choose(op, "regime", regime, kRegimes));
-  cuda::RnnPlan plan{};
-  if constexpr (kWithCuda)
-    plan = with_storage_type(
-        type, [&]<class T>(T) { return cuda::plan_rnn<T>(products, stack, batch, hidden, device, wanted); });
+  const auto plan = with_storage_type(type, [&]<class T>(T) {
+    // Within the template: outside, an unoptimised build would keep what is discarded and ask for its symbols.
+    if constexpr (kWithCuda) return cuda::plan_rnn<T>(products, stack, batch, hidden, device, wanted);
+    return cuda::RnnPlan{};
+  });
   return py::make_tuple(kRegimes[static_cast<size_t>(plan.regime)], plan.workspace_bytes, plan.cycles);
 }
 
