@@ -17,6 +17,23 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no g++ on PATH")
 needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="Linux")
 
 
+@pytest.fixture(scope="session")
+def checks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of native_checks.cpp."""
+    program = tmp_path_factory.mktemp("native") / "checks"
+    flags = ["-std=c++20", "-O1", "-ffp-contract=fast", "-fsanitize=undefined", "-fno-sanitize-recover=all", "-pthread"]
+    source = [f"-I{ROOT / 'csrc'}", str(ROOT / "python_tests" / "native_checks.cpp")]
+    subprocess.run([str(COMPILER), *flags, *source, "-o", str(program)], check=True, timeout=300)
+    return program
+
+
+@needs_compiler
+@pytest.mark.parametrize("check", ["lanes_without_numbers"])
+def test_tools(checks: Path, check: str) -> None:
+    finished = subprocess.run([str(checks), check], capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
 @needs_compiler
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("nm")), reason="no cmake or nm on PATH")
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ inline void tanh_and_slope(Vec<T> x, Vec<T>& t, Vec<T>& s) {
   const Vec<T> n = shifted - C::round;
   const Vec<T> r = (-y - n * C::ln2_high) - n * C::ln2_low;
   const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
-  const Vec<T> scale = (Vec<T>)(((Bits<T>)shifted << C::mantissa) + C::one);
+  const Vec<T> scale = power_of_two<T>((Unsigned<T>)shifted);
   const Vec<T> e = p * scale + scale;
   const Vec<T> share = T(1) / (e + T(1));
   t = (Vec<T>)((Bits<T>)(-(p * scale + (scale - T(1))) * share) | sign);

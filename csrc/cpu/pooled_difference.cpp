@@ -65,7 +65,7 @@ inline Vec<T> activate(Vec<T> v, T alpha) {
     const Vec<T> n = shifted - C::round;
     const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
     const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
-    const Vec<T> scale = (Vec<T>)(((Bits<T>)shifted << C::mantissa) + C::one);
+    const Vec<T> scale = power_of_two<T>((Unsigned<T>)shifted);
     return v < 0 ? (p * scale + (scale - T(1))) * alpha : v;
   }
   if constexpr (A == Activation::relu) return v < 0 ? Vec<T>{} : v;

@@ -22,12 +22,14 @@ template <>
 struct Lanes<float> {
   typedef float Vec __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
   typedef int32_t Bits __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
+  typedef uint32_t Unsigned __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
 };
 
 template <>
 struct Lanes<double> {
   typedef double Vec __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
   typedef int64_t Bits __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
+  typedef uint64_t Unsigned __attribute__((vector_size(TPEXT_VECTOR_BYTES)));
 };
 
 template <class T>
@@ -35,6 +37,10 @@ using Vec = typename Lanes<T>::Vec;
 
 template <class T>
 using Bits = typename Lanes<T>::Bits;
+
+// Bits to calculate with: in lanes that hold NaN, or nothing of use, sums overflow.
+template <class T>
+using Unsigned = typename Lanes<T>::Unsigned;
 
 template <class T>
 constexpr int kLanes = TPEXT_VECTOR_BYTES / static_cast<int>(sizeof(T));
@@ -132,8 +138,8 @@ template <>
 struct Constants<float> {
   static constexpr float round = 12582912.0f;
   static constexpr int mantissa = 23;
-  static constexpr int32_t one = 0x3f800000;
-  static constexpr int32_t half_sqrt = 0x3f3504f3;  // sqrt(1/2)
+  static constexpr uint32_t one = 0x3f800000;
+  static constexpr uint32_t half_sqrt = 0x3f3504f3;  // sqrt(1/2)
   static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.428606765330187e-06f;
   static constexpr float largest = 3.40282347e+38f;
   static constexpr float tanh_is_one = 10.0f;
@@ -146,8 +152,8 @@ template <>
 struct Constants<double> {
   static constexpr double round = 6755399441055744.0;
   static constexpr int mantissa = 52;
-  static constexpr int64_t one = 0x3ff0000000000000;
-  static constexpr int64_t half_sqrt = 0x3fe6a09e667f3bcd;
+  static constexpr uint64_t one = 0x3ff0000000000000;
+  static constexpr uint64_t half_sqrt = 0x3fe6a09e667f3bcd;
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
   static constexpr double largest = 1.7976931348623157e308;
   static constexpr double tanh_is_one = 20.0;
@@ -159,6 +165,12 @@ struct Constants<double> {
                                      0.11111111325472163135, 0.09090887666127991362, 0.076935526945762098976,
                                      0.06624893425171774322, 0.066271769668793569937};
 };
+
+// 2^n of the integer n in the low bits of each lane.
+template <class T>
+inline Vec<T> power_of_two(Unsigned<T> n) {
+  return (Vec<T>)((n << Constants<T>::mantissa) + Constants<T>::one);
+}
 
 template <class T, int N>
 inline Vec<T> horner(Vec<T> x, const T (&coefficients)[N]) {
@@ -181,7 +193,7 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> n = shifted - C::round;
   const Vec<T> r = (y - n * C::ln2_high) - n * C::ln2_low;
   const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
-  const Vec<T> scale = (Vec<T>)(((Bits<T>)shifted << C::mantissa) + C::one);
+  const Vec<T> scale = power_of_two<T>((Unsigned<T>)shifted);
   const Vec<T> m = p * scale + (scale - T(1));
   const Vec<T> q = m + T(2);
   const Vec<T> t = m / q;
@@ -199,9 +211,9 @@ inline Vec<T> tanh(Vec<T> x) {
 template <class T>
 inline Vec<T> half_log_ratio(Vec<T> p, Vec<T> q, Vec<T> p_minus_q) {
   using C = Constants<T>;
-  const Bits<T> n = ((Bits<T>)(p / q) - C::half_sqrt) >> C::mantissa;
-  const Vec<T> scale = (Vec<T>)((n << C::mantissa) + C::one);
-  const Vec<T> exponent = (Vec<T>)(n + (Bits<T>)(Vec<T>{} + C::round)) - C::round;
+  const Bits<T> n = (Bits<T>)((Unsigned<T>)(p / q) - C::half_sqrt) >> C::mantissa;
+  const Vec<T> scale = power_of_two<T>((Unsigned<T>)n);
+  const Vec<T> exponent = (Vec<T>)((Unsigned<T>)n + (Unsigned<T>)(Vec<T>{} + C::round)) - C::round;
   const Vec<T> numerator = n == 0 ? p_minus_q : p - scale * q;
   const Vec<T> s = numerator / (scale * q + p);
   const Vec<T> w = s * s;
