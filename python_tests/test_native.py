@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from tpext import _C
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("g++")
@@ -28,7 +31,7 @@ def checks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
-@pytest.mark.parametrize("check", ["lanes_without_numbers"])
+@pytest.mark.parametrize("check", ["lanes_without_numbers", "columns_of_a_team", "barrier"])
 def test_tools(checks: Path, check: str) -> None:
     finished = subprocess.run([str(checks), check], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -61,6 +64,74 @@ def test_objects_with_shared_or_missing_functions_fail_the_build(
     assert (finished.returncode == 0) == (message is None), finished.stderr
     if message is not None:
         assert message in finished.stderr
+
+
+def write(folder: Path, **files: str) -> None:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_the_least_quota_of_a_process_s_groups_counts(tmp_path: Path) -> None:
+    membership = tmp_path / "membership"
+    membership.write_text("5:memory:/job\n0::/job/worker\n")
+    mount = tmp_path / "two"
+    write(mount / "job" / "worker", cpu__max="max 100000")
+    assert _C.quota_processors(str(membership), str(mount), 64) == 64
+    (mount / "job" / "cpu.max").write_text("350000 100000\n")
+    assert _C.quota_processors(str(membership), str(mount), 64) == 3
+    (mount / "job" / "worker" / "cpu.max").write_text("20000 100000\n")
+    assert _C.quota_processors(str(membership), str(mount), 64) == 1
+    assert _C.quota_processors(str(tmp_path / "none"), str(mount), 64) == 64
+
+
+def test_quotas_of_control_groups_of_version_1(tmp_path: Path) -> None:
+    membership = tmp_path / "membership"
+    # As within a container: the path is the host's, and the group is mounted as the root.
+    membership.write_text("3:cpuacct,cpu:/docker/0123\n2:cpuset:/docker/0123\n")
+    write(tmp_path / "cpu", cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    assert _C.quota_processors(str(membership), str(tmp_path), 64) == 64
+    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("200000\n")
+    assert _C.quota_processors(str(membership), str(tmp_path), 64) == 2
+
+
+@needs_linux
+def test_processors_are_those_of_the_affinity_mask() -> None:
+    everything = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(everything)})
+        assert _C.usable_processors() == 1
+    finally:
+        os.sched_setaffinity(0, everything)
+    assert 1 <= _C.usable_processors() <= len(everything)
+
+
+@needs_linux
+def test_a_team_gives_the_same_bits_on_a_busy_machine() -> None:
+    """Members that wait for a processor dissolve their team in the middle of a scan."""
+    hidden, time = 256, 300
+    weight = torch.randn(1, hidden, hidden) / hidden**0.5
+    x_proj, h0, grad = torch.randn(1, time, 1, hidden), torch.randn(1, 1, hidden), torch.randn(1, time, 1, hidden)
+
+    def run() -> list[torch.Tensor]:
+        states = torch.ops.tpext.rnn_scan(x_proj, h0, weight, None, [False], "tanh")
+        back = torch.ops.tpext.rnn_scan_backward(grad, states, weight, None, [False], "tanh")
+        return [states, *back]
+
+    threads = torch.get_num_threads()
+    spin = [sys.executable, "-c", "while True: pass"]
+    busy = [subprocess.Popen(spin) for _ in range(2 * len(os.sched_getaffinity(0)))]
+    try:
+        torch.set_num_threads(1)
+        expected = run()
+        torch.set_num_threads(4)
+        for _ in range(20):
+            assert all(map(torch.equal, run(), expected))
+    finally:
+        torch.set_num_threads(threads)
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 @needs_linux

@@ -28,6 +28,12 @@ def build_info() -> BuildInfo: ...
 def cpu_capability() -> str:
     """The instruction set in use; the environment variable TPEXT_CPU_CAPABILITY overrides the choice at import."""
 
+def usable_processors() -> int:
+    """How many threads of this one's affinity mask and the process's quota can run at the same time."""
+
+def quota_processors(membership: str, mount: str, otherwise: int) -> int:
+    """What a Linux control group leaves of the processors (csrc/cpu/processors.h)."""
+
 def act_inverse(
     target: object, input: object, activation: str, gamma: float, output: object, execution: Execution
 ) -> None:

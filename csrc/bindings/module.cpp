@@ -6,6 +6,7 @@
 
 #include "bindings/entries.h"
 #include "cpu/kernels.h"
+#include "cpu/processors.h"
 
 #ifndef TPEXT_VERSION
 #error "TPEXT_VERSION comes from CMakeLists.txt"
@@ -50,6 +51,9 @@ PYBIND11_MODULE(TPEXT_MODULE, m) {
   tpext::cpu::kernels();
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return tpext::cpu::kernels().capability; });
+  m.def("usable_processors", &tpext::cpu::usable_processors);
+  m.def("quota_processors", &tpext::cpu::quota_processors, py::arg("membership"), py::arg("mount"),
+        py::arg("otherwise"));
   tpext::bindings::define_act_inverse(m);
   tpext::bindings::define_counter_normal(m);
   tpext::bindings::define_kaczmarz(m);

@@ -74,7 +74,8 @@ class BackwardSweep {
       : sizes_(sizes),
         arrays_(arrays),
         products_((inverse != nullptr) + (weight != nullptr)),
-        threads_(useful_threads<T>(sizes, products_, threads)),
+        processors_(team_processors(sizes, threads)),
+        threads_(useful_threads<T>(sizes, products_, threads, processors_)),
         tile_size_(kTileRows * panel_count<T>(sizes.hidden) * kLanes<T>),
         inverse_(inverse, true, sizes),
         weight_(weight, false, sizes),
@@ -90,7 +91,7 @@ class BackwardSweep {
       const FlushSubnormals flush;
       inverse_.pack();
       weight_.pack();
-      for_each_tile<T>(sizes_, products_, barriers_.get(), [&](const Tile& tile, int64_t team) {
+      for_each_tile<T>(sizes_, products_, processors_, barriers_.get(), [&](const Tile& tile, int64_t team) {
         visit([&](const auto& step) { sweep(tile, team, step); });
       });
     }
@@ -103,10 +104,10 @@ class BackwardSweep {
   };
 
   template <class Step>
-  void sweep(const Tile& tile, int64_t team, const Step& step) const {
+  void sweep(Tile tile, int64_t team, const Step& step) const {
     const int64_t H = sizes_.hidden, stride = panel_count<T>(H) * kLanes<T>;
     const bool reverse = sizes_.reverse[tile.member] != 0;
-    const PanelGroups groups(panel_count<T>(H), tile);
+    PanelGroups<T> groups(H, tile);
     const int64_t next = (reverse ? 1 : -1) * sizes_.batch * H;
     const T* const gradient = arrays_.grad_states == nullptr ? arrays_.states : arrays_.grad_states;
     const bool dense_inverse = Step::displaces && !inverse_.finite(tile.member);
@@ -199,7 +200,8 @@ class BackwardSweep {
         now[tile.part].z[block] = any_nonzero<T>(z_bits[block]);
         now[tile.part].e[block] = any_nonzero<T>(e_bits[block]);
       }
-      tile.barrier->wait(tile.parts);
+      const bool together = tile.meet();
+      if (!together && tile.part != 0) return;
       bool any_alive = false;
       for (int64_t block = 0; block < tile.blocks; ++block) {
         alive.z[block] = alive.e[block] = false;
@@ -217,9 +219,13 @@ class BackwardSweep {
         if (tile.part == 0) write_zeros(tile, j + 1);
         break;
       }
+      if (!together) {
+        tile = tile.alone();
+        groups = PanelGroups<T>(H, tile);
+      }
     }
     // The next tile of this team uses the same scratch memory.
-    tile.barrier->wait(tile.parts);
+    tile.meet();
   }
 
   static void multiply(bool alive, const PackedStack<T>& matrix, int64_t member, const T* const* from, int rows,
@@ -259,7 +265,7 @@ class BackwardSweep {
 
   const RnnSizes& sizes_;
   const BackwardArrays<T> arrays_;
-  const int products_, threads_;
+  const int products_, processors_, threads_;
   const int64_t tile_size_;
   PackedStack<T> inverse_, weight_;
   Buffer<Barrier> barriers_;

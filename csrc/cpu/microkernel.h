@@ -2,8 +2,8 @@
 //
 // A matrix M [depth, H] is packed once a call into panels one vector wide, panel p holding L neighbouring columns (L
 // lanes) of all rows one after another. The last panel is moved back to end with the last column: it overlaps the one
-// before and computes some columns twice, to the same bits (in a team two threads may store them), so that every load
-// and store in an epilogue is a whole vector; only where H < L a panel is padded with zeros. A product of `rows` row
+// before and computes some columns twice, to the same bits, so that every load and store in an epilogue is a whole
+// vector; only where H < L a panel is padded with zeros. A product of `rows` row
 // vectors a_r with `panels` neighbouring panels keeps its rows x panels accumulators in registers through the whole
 // depth:
 //     c[r][p] = sum_k a_r[k] * M[k][p]        (k ascending, one accumulator an element)

@@ -13,11 +13,11 @@ namespace tpext::cpu::TPEXT_CAPABILITY {
 namespace {
 
 template <class T, Nonlinearity A>
-void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, const Tile& tile) {
+void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, Tile tile) {
   const RnnSizes& sizes = args.sizes;
   const int64_t H = sizes.hidden;
   const bool reverse = sizes.reverse[tile.member] != 0;
-  const PanelGroups groups(panel_count<T>(H), tile);
+  PanelGroups<T> groups(H, tile);
   const T one = 1;
   int64_t steps[kTileRows];
   const T *h0[kTileRows], *previous[kTileRows], *inputs[kTileRows], *ones[kTileRows];
@@ -73,7 +73,11 @@ void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, const Tile&
         }
       }
     }
-    tile.barrier->wait(tile.parts);
+    if (!tile.meet()) {
+      if (tile.part != 0) return;
+      tile = tile.alone();
+      groups = PanelGroups<T>(H, tile);
+    }
   }
   if (args.h_n == nullptr || tile.part != 0) return;
   for (int64_t r = 0; r < tile.rows; ++r) {
@@ -85,7 +89,8 @@ void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, const Tile&
 
 template <class T>
 void scan(const RnnScan<T>& args, int max_threads) {
-  const int threads = useful_threads<T>(args.sizes, 1, max_threads);
+  const int processors = team_processors(args.sizes, max_threads);
+  const int threads = useful_threads<T>(args.sizes, 1, max_threads, processors);
   const bool project = args.x_proj == nullptr;
   PackedStack<T> weight(args.weight_hh, true, args.sizes, project ? args.weight_ih : nullptr, args.input.size,
                         project ? args.bias : nullptr);
@@ -94,7 +99,7 @@ void scan(const RnnScan<T>& args, int max_threads) {
   {
     const FlushSubnormals flush;
     weight.pack();
-    for_each_tile<T>(args.sizes, 1, barriers.get(), [&](const Tile& tile, int64_t) {
+    for_each_tile<T>(args.sizes, 1, processors, barriers.get(), [&](const Tile& tile, int64_t) {
       switch (args.nonlinearity) {
         case Nonlinearity::tanh: return scan_tile<T, Nonlinearity::tanh>(args, weight, tile);
         case Nonlinearity::relu: return scan_tile<T, Nonlinearity::relu>(args, weight, tile);
