@@ -863,8 +863,7 @@ def test_plain_calls_are_seen_by_tracers() -> None:
     torch.testing.assert_close(graph(weight), tpext.ops.regularized_inverse(weight, 1.0))
 
 
-@pytest.mark.parametrize("weight", [torch.eye(3).to_sparse(), [[1.0]]], ids=["sparse", "list"])
-def test_plain_calls_refuse_what_the_op_refuses(weight: Any) -> None:
+def test_plain_calls_refuse_what_the_op_refuses() -> None:
     with pytest.raises((RuntimeError, NotImplementedError)) as error:
-        tpext.ops.regularized_inverse(weight, 1.0)
+        tpext.ops.regularized_inverse(torch.eye(3).to_sparse(), 1.0)
     assert "tpext::regularized_inverse" in str(error.value)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tpext.feedback.trainer import weight_alignment
 from tpext.nn.mlp import TargetLinear
 from tpext.nn.sequential import TargetSequential
+from tpext.ops._library import check_tensor
 from tpext.rules import Backprop, NetworkRule
 
 # A layer's gradient, as one vector, and its (input, output, gradient of the output) at each of its calls.
@@ -66,6 +67,8 @@ def layer_diagnostics(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
     >>> [round(layer.norm_ratio, 3) for layer in layer_diagnostics(net, lambda model: model(x).square().mean())]
     [1.0, 1.0]
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"layer_diagnostics: model must be a torch.nn.Module, got {type(model).__name__}")
     by_rule = copy.deepcopy(model)
     layers = {name: module for name, module in by_rule.named_modules() if isinstance(module, TargetLinear)}
     if not layers:
@@ -110,6 +113,7 @@ def _gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> _Layers
         module.requires_grad_(True)
     with torch.enable_grad():
         value = loss(model)
+    check_tensor("layer_diagnostics", "the value of loss", value)
     found: _Layers = {}
     for name, module in layers.items():
         if name not in calls:
@@ -200,6 +204,7 @@ def gradient_angles(
     >>> {name: round(one.angle, 6) for name, one in angles.items()}
     {'0': 0.0, '1': 0.0}
     """
+    _check_network("gradient_angles", net, input)
     by_rule = _double(net)
     if isinstance(net.rule, NetworkRule):
         step = net.rule.target_step if target_step is None else target_step
@@ -230,6 +235,7 @@ def feedback_angles(net: TargetSequential, input: Tensor) -> dict[str, float]:
     >>> {name: round(angle, 4) for name, angle in feedback_angles(net, torch.zeros(1, 4)).items()}
     {'1': 0.0}
     """
+    _check_network("feedback_angles", net, input)
     with torch.random.fork_rng(), torch.no_grad():
         calls = _double(net).eval().trace(input.double()).calls
     angles = {}
@@ -238,6 +244,12 @@ def feedback_angles(net: TargetSequential, input: Tensor) -> dict[str, float]:
         if angle is not None:
             angles[name] = float(angle)
     return angles
+
+
+def _check_network(op: str, net: object, input: object) -> None:
+    if not isinstance(net, TargetSequential):
+        raise TypeError(f"{op}: net must be a TargetSequential, got {type(net).__name__}")
+    check_tensor(op, "input", input, "[B, ...]")
 
 
 def _double(net: TargetSequential) -> TargetSequential:
@@ -252,6 +264,7 @@ def _block_gradients(
         for name, block in net.blocks.named_children()
     }
     value = loss(net(input), target)
+    check_tensor("gradient_angles", "the value of loss", value)
     wanted = [weight for block in weights.values() for weight in block]
     gradients = iter(torch.autograd.grad(value, wanted))
     return {name: torch.cat([next(gradients).flatten() for _ in block]) for name, block in weights.items() if block}

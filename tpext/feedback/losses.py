@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpext.feedback.base import BlockCall, Code, Feedback, Indices, require_fit
-from tpext.ops._library import check_choice
+from tpext.ops._library import check_choice, check_tensor
 
 
 class Recursion(Protocol):
@@ -23,16 +23,18 @@ class Recursion(Protocol):
         """See :class:`tpext.rules.NetworkRule`."""
 
 
-def _feedback(call: BlockCall) -> Feedback:
+def _feedback(op: str, call: BlockCall, name: str = "call") -> Feedback:
+    if not isinstance(call, BlockCall):
+        raise TypeError(f"{op}: {name} must be a BlockCall of TargetSequential.trace, got {type(call).__name__}")
     if call.feedback is None:
-        raise ValueError("call must be one of a block with feedback, got one without")
+        raise ValueError(f"{op}: {name} must be one of a block with feedback, got one without")
     return call.feedback
 
 
 @torch.no_grad()
 def _noisy(op: str, call: BlockCall, input: Tensor, indices: Indices) -> tuple[Tensor, Code]:
     check_choice(op, "indices", indices, get_args(Indices))
-    output, code = _feedback(call).encode(call.block, input, call.code)
+    output, code = _feedback(op, call).encode(call.block, input, call.code)
     return output, code if indices == "noisy" else call.code
 
 
@@ -60,7 +62,9 @@ def ldrl_loss(call: BlockCall, input_noise: Tensor, output_noise: Tensor, indice
 
     Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022.
     """
-    feedback = _feedback(call)
+    feedback = _feedback("ldrl_loss", call)
+    check_tensor("ldrl_loss", "input_noise", input_noise)
+    check_tensor("ldrl_loss", "output_noise", output_noise)
     noisy, code = _noisy("ldrl_loss", call, call.input + input_noise, indices)
     clean: Tensor = feedback(call.output, call.code)
     first = (input_noise * (feedback(noisy, code) - clean)).sum()
@@ -76,9 +80,11 @@ def reconstruction_loss(call: BlockCall, input_noise: Tensor, indices: Indices =
 
     Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015.
     """
+    feedback = _feedback("reconstruction_loss", call)
+    check_tensor("reconstruction_loss", "input_noise", input_noise)
     noisy_input = call.input + input_noise
     output, code = _noisy("reconstruction_loss", call, noisy_input, indices)
-    rebuilt: Tensor = _feedback(call)(output, code)
+    rebuilt: Tensor = feedback(output, code)
     return (noisy_input - rebuilt).square().sum() / len(call.input)
 
 
@@ -104,13 +110,16 @@ def difference_reconstruction_loss(
 
     Source: Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020.
     """
+    op = "difference_reconstruction_loss"
+    check_tensor(op, "input_noise", input_noise)
     call = calls[index]
+    feedback = _feedback(op, call, f"calls[{index}]")
     noisy_input = state = call.input + input_noise
     with torch.no_grad():
         for above in calls[index:]:
-            state, _ = _feedback(above).encode(above.block, state, above.code)
+            state, _ = _feedback(op, above, f"calls[{above.name}]").encode(above.block, state, above.code)
     if not difference:
-        rebuilt: Tensor = _feedback(call)(state, call.code)
+        rebuilt: Tensor = feedback(state, call.code)
         return (rebuilt - noisy_input).square().mean()
     move = rule.first_displacement(calls[index - 1 :], state - calls[-1].output)
     require_fit(rule, calls[index - 1], move)

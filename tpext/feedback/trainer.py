@@ -13,7 +13,7 @@ from tpext.feedback.base import BlockCall, Feedback, Indices, Trace, in_full_pre
 from tpext.feedback.linear_block import LinearBlock, Pixels, Probe, linear_steps, probes
 from tpext.feedback.linear_map import LinearMap
 from tpext.feedback.modules import LayeredFeedback
-from tpext.ops._library import check_choice, full_precision, is_integer, is_number
+from tpext.ops._library import check_choice, check_tensor, full_precision, is_integer, is_number
 from tpext.ops.counter_normal import counter_normal
 
 
@@ -158,6 +158,8 @@ class FeedbackTrainer(ABC):
                 f"{type(self).__name__}: feedback cannot be trained under torch.inference_mode(), nor on a trace made "
                 "under it; use torch.no_grad()"
             )
+        if not isinstance(input, Trace):
+            check_tensor(type(self).__name__, "input", input, "[B, ...], or a Trace")
         if len(input.output if isinstance(input, Trace) else input) == 0:
             raise ValueError(f"{type(self).__name__}: input must have at least one sample, got a batch of none")
         records: list[Record] | None = [] if record else None

@@ -42,6 +42,8 @@ def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RNN:
     >>> tpext.nn.convert(model, tpext.Backprop())["rnn"]
     RNN(3, 4, rule=Backprop())
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     rule = RegularizedInverse() if rule is None else rule
     require_rule("convert", rule, "recurrent")
     replacements: dict[nn.Module, RNN] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tpext.nn.torchscript import refuse_script
-from tpext.ops._library import are_plain, dtype_name, on_cuda
+from tpext.ops._library import are_plain, check_tensor, dtype_name, on_cuda
 from tpext.ops.kaczmarz import Output, hot_target
 
 
@@ -47,6 +47,8 @@ class HotTargetLoss(torch.nn.Module):
         Raises:
             ValueError: a wrong shape or dtype, or a target of other values (not on CUDA, where looking would wait).
         """
+        check_tensor("HotTargetLoss", "input", input, "[..., M]")
+        check_tensor("HotTargetLoss", "target", target)
         looks = are_plain((target,)) and not on_cuda(target)
         if target.dim() < input.dim():
             if target.shape != input.shape[:-1] or target.dtype != torch.int64:

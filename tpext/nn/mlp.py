@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from tpext.nn.kaczmarz import StreamResult
 from tpext.nn.torchscript import refuse_script
-from tpext.ops._library import LOW_PRECISION, autocasts, full_precision
+from tpext.ops._library import LOW_PRECISION, autocasts, check_tensor, full_precision
 from tpext.ops.kaczmarz import Output, Units, UnitsName, kaczmarz_train, running_accuracy
 from tpext.ops.layer_inverse import Activation, ActivationName
 from tpext.rules import Kaczmarz, LayerCall, LayerRule, RegularizedLeastSquares
@@ -255,6 +255,7 @@ class TargetLinear(nn.Module):
         return LayerCall(input, self._matrix(), self.bias, self.activation, self.reverse_activation, owned)
 
     def _check_input(self, input: Tensor) -> None:
+        check_tensor("TargetLinear", "input", input, "[..., N]")
         weight = self.weight
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"TargetLinear: input must be [..., N={self.in_features}], got {list(input.shape)}")
@@ -291,6 +292,7 @@ class TargetLinear(nn.Module):
         >>> layer.input_displacement(torch.randn(2, 4), torch.zeros(2, 3)).abs().max()
         tensor(0.)
         """
+        check_tensor("TargetLinear", "displacement", displacement, "[..., M]")
         self._check_input(input)
         weight = self._matrix()
         with full_precision(input.device.type):
@@ -468,6 +470,7 @@ class MLP(nn.Sequential):
         >>> net[1].reverse_weight.grad.shape, net[0].reverse_weight.grad
         (torch.Size([6, 4]), None)
         """
+        check_tensor("MLP", "input", input, "[..., N]")
         losses = []
         with full_precision(input.device.type):
             output = input.to(next(self._layers()).weight.dtype)
@@ -505,6 +508,8 @@ class MLP(nn.Sequential):
         >>> net.stream(torch.rand(100, 4), torch.arange(100) % 3).predictions.shape
         torch.Size([100])
         """
+        check_tensor("MLP.stream", "input", input, "[K, N]")
+        check_tensor("MLP.stream", "labels", labels, "[K]")
         layers = list(self._layers())
         rule, last = layers[0].rule, layers[-1]
         if not isinstance(rule, Kaczmarz) or any(layer.rule != rule for layer in layers):

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.base import Code, Feedback, make_feedback, register_feedback
-from tpext.ops._library import check_choice, is_integer
+from tpext.ops._library import check_choice, check_tensor, is_integer
 
 NetworkActivation = Literal["elu", "relu", "tanh"]
 """Activations that the builders know. The published networks with learned inverses take "elu" (or "tanh")."""
@@ -192,6 +192,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the output ``[B, channels, ceil(H / stride), ceil(W / stride)]`` for ``[B, in_channels, H, W]``."""
+        check_tensor("BasicBlock", "input", input, "[B, in_channels, H, W]")
         hidden = torch.relu(self.bn1(self.conv1(input)))
         return torch.relu(self.bn2(self.conv2(hidden)) + self.shortcut(input))
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from tpext.nn.torchscript import refuse_script, refuse_trace
-from tpext.ops._library import are_plain, autocasts, check_lengths, full_precision
+from tpext.ops._library import are_plain, autocasts, check_lengths, check_tensor, full_precision
 from tpext.rules import RecurrentCall, RecurrentRule, RegularizedInverse
 from tpext.rules.base import require_rule
 
@@ -423,6 +423,11 @@ class RNN(nn.Module):
         self, input: Tensor | PackedSequence, hx: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Check the arguments of ``forward``; return input ``[T, B, I]``, hx ``[L*D, B, H]`` and lengths ``[B]``."""
+        if not isinstance(input, PackedSequence):
+            check_tensor("RNN", "input", input, "[T, B, I] or [T, I], or a PackedSequence")
+        for name, value, shape in (("hx", hx, "[num_layers * D, B, H]"), ("lengths", lengths, "[B]")):
+            if value is not None:
+                check_tensor("RNN", name, value, shape)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("RNN: lengths must be None with a PackedSequence, which has its own")

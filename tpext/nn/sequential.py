@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors
 from tpext.nn.torchscript import refuse_script, refuse_trace
-from tpext.ops._library import LOW_PRECISION, NOT_A_DERIVATIVE, check_choice, is_integer, refuse_forward_mode
+from tpext.ops._library import (
+    LOW_PRECISION,
+    NOT_A_DERIVATIVE,
+    check_choice,
+    check_tensor,
+    is_integer,
+    refuse_forward_mode,
+)
 from tpext.rules import Backprop, DifferenceTargets, NetworkRule
 from tpext.rules.base import require_rule
 
@@ -206,6 +213,7 @@ class TargetSequential(nn.Module):
         >>> [tuple(call.output.shape) for call in trace.calls]
         [(5, 3), (5, 2)]
         """
+        check_tensor("TargetSequential", "input", input, "[B, ...]")
         if isinstance(self.rule, NetworkRule):
             self._check_precision()
             self.rule.check(self)
@@ -245,6 +253,7 @@ class TargetSequential(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``s_{L-1}`` of inputs ``[B, ...]``."""
+        check_tensor("TargetSequential", "input", input, "[B, ...]")
         if self.rule.exact or not torch.is_grad_enabled():
             return self.blocks(input)  # type: ignore[no-any-return]
         refuse_trace(self)

@@ -232,6 +232,15 @@ def _capsule(tensor: Tensor) -> object:
     return torch.utils.dlpack.to_dlpack(tensor)  # type: ignore[attr-defined]
 
 
+def check_tensor(op: str, name: str, value: object, shape: str = "") -> None:
+    """Raise TypeError unless ``value`` is a tensor, or stands for one as a tracer's does; ``shape`` is what it has."""
+    # every call comes through here: the answer first
+    if isinstance(value, Tensor) or hasattr(type(value), "__torch_function__"):
+        return
+    expected = f"a tensor {shape}" if shape else "a tensor"
+    raise TypeError(f"{op}: {name} must be {expected}, got {type(value).__name__}")
+
+
 def is_integer(value: object) -> bool:
     """Whether ``value`` is an int, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -34,7 +34,7 @@ Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetpr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -46,6 +46,7 @@ from tpext.ops._library import (
     are_plain,
     check_choice,
     check_like,
+    check_tensor,
     define,
     dense,
     dtype_name,
@@ -78,6 +79,7 @@ def n_hot(input: Tensor, count: int = 1) -> Tensor:
     >>> n_hot(torch.tensor([[3.0, 1.0, 2.0]]), 2)
     tensor([[1., 0., 1.]])
     """
+    check_tensor("n_hot", "input", input, "[..., M]")
     if not is_integer(count) or not 1 <= count <= input.shape[-1]:
         raise ValueError(f"n_hot: count must be an integer in 1..M={input.shape[-1]}, got {count!r}")
     chosen = input.sort(dim=-1, descending=True, stable=True).indices[..., :count]
@@ -100,6 +102,8 @@ def hot_target(target: Tensor, input: Tensor, output: Output = "clamp") -> Tenso
     >>> hot_target(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.5, 0.25, -2.0]))
     tensor([ 0.,  1., -2.])
     """
+    check_tensor("hot_target", "target", target, "[..., M]")
+    check_tensor("hot_target", "input", input, "[..., M]")
     check_choice("hot_target", "output", output, get_args(Output))
     if target.shape != input.shape:
         raise ValueError(f"hot_target: target must be {list(input.shape)}, got {list(target.shape)}")
@@ -152,6 +156,7 @@ class Units:
 
     def __call__(self, input: Tensor) -> Tensor:
         """The output for ``z [..., M]``."""
+        check_tensor("Units", "input", input, "[..., M]")
         if self.name == "relu":
             return torch.relu(input)
         if self.name == "doubled_relu":
@@ -164,6 +169,7 @@ class Units:
 
     def feasible(self, target: Tensor) -> Tensor:
         """An output that the units can have, for the one asked for, ``[..., M]``."""
+        check_tensor("Units.feasible", "target", target, "[..., M]")
         return target if self.name == "doubled_relu" else self(target)
 
     def input_target(self, target: Tensor, input: Tensor) -> Tensor:
@@ -173,6 +179,8 @@ class Units:
             target: ``y'``, ``[..., M]``.
             input: ``z``, of the same shape.
         """
+        check_tensor("Units.input_target", "target", target, "[..., M]")
+        check_tensor("Units.input_target", "input", input, "[..., M]")
         if self.name == "relu":
             if self.version == "v0":
                 return torch.where((input <= 0) & (target == 0), input, target)
@@ -236,6 +244,9 @@ def kaczmarz_step(
     >>> kaczmarz_step(d, x, weight).weight
     tensor([[0.5000, 1.0000]])
     """
+    check_tensor("kaczmarz_step", "displacement", displacement, "[..., M]")
+    check_tensor("kaczmarz_step", "input", input, "[..., N]")
+    check_tensor("kaczmarz_step", "weight", weight, "[M, N]")
     _check_step(displacement, input, weight)
     for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg), ("batch_reg", batch_reg)):
         _check_number("kaczmarz_step", name, value)
@@ -370,6 +381,16 @@ def _check_step(displacement: Tensor, input: Tensor, weight: Tensor) -> None:
     check_like(op, "displacement", displacement, input, (*input.shape[:-1], outputs))
 
 
+def _detached(name: str, tensors: Sequence[Tensor], shape: str) -> list[Tensor]:
+    op = "kaczmarz_train"
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(f"{op}: {name} must be a sequence of tensors {shape}, got {type(tensors).__name__}")
+    tensors = list(tensors)
+    for i, tensor in enumerate(tensors):
+        check_tensor(op, f"{name}[{i}]", tensor, shape)
+    return [tensor.detach() for tensor in tensors]
+
+
 def kaczmarz_train(
     input: Tensor,
     labels: Tensor,
@@ -403,12 +424,15 @@ def kaczmarz_train(
     Cost: ``4 M N`` operations a sample for the first layer, ``8 M N`` for the others, of one thread, with each weight
     of the first layer read and written once; with "regularized" ``M^2 (N + M / 3)`` more for each layer but the first.
     """
+    op = "kaczmarz_train"
+    check_tensor(op, "input", input, "[K, N]")
+    check_tensor(op, "labels", labels, "[K]")
     with torch.no_grad():
         predictions: Tensor = torch.ops.tpext.kaczmarz_train(
             input.detach(),
             labels,
-            [weight.detach() for weight in weights],
-            [bias.detach() for bias in biases],
+            _detached("weights", weights, "[M, N]"),
+            _detached("biases", biases, "[M]"),
             relaxation,
             damping,
             dx,
@@ -557,6 +581,7 @@ def running_accuracy(correct: Tensor, decay: float = 0.999, start: float = 0.0) 
     >>> running_accuracy(torch.tensor([True, False]), decay=0.5)
     0.25
     """
+    check_tensor("running_accuracy", "correct", correct, "[K]")
     if correct.dim() != 1:
         raise ValueError(f"running_accuracy: correct must be [K], got {list(correct.shape)}")
     if not 0 <= decay < 1:

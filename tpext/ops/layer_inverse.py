@@ -66,6 +66,7 @@ from tpext.ops._library import (
     cast,
     check_choice,
     check_like,
+    check_tensor,
     define,
     dense,
     dtype_name,
@@ -352,6 +353,8 @@ def act_inverse(
     >>> act_inverse(torch.tensor([3.0]), torch.tensor([1.0]), "relu", 0.0, gamma=1.0, clip=0.0)
     tensor([2.])
     """
+    check_tensor("act_inverse", "target", target)
+    check_tensor("act_inverse", "input", input)
     return _inverse(target, input, activation, slope, gamma, clip)  # type: ignore[no-any-return]
 
 
@@ -378,6 +381,8 @@ def act_displacement(
     >>> act_displacement(torch.tensor([2.0]), torch.tensor([1.0]), "relu", 0.0, gamma=1.0)
     tensor([1.])
     """
+    check_tensor("act_displacement", "displacement", displacement)
+    check_tensor("act_displacement", "input", input)
     return _moved_input(displacement, input, activation, slope, gamma)  # type: ignore[no-any-return]
 
 
@@ -431,6 +436,7 @@ class Activation:
 
     def __call__(self, input: Tensor) -> Tensor:
         """``a(x)``, an ordinary differentiable function of a tensor of any shape and floating-point dtype."""
+        check_tensor("Activation", "input", input)
         if self.name == "tanh":
             return torch.tanh(input)
         if self.name == "sigmoid":
@@ -448,6 +454,8 @@ class Activation:
             grad: ``g``, of the shape of ``input``.
             input: ``x``; at 0 the slopes of relu and leaky relu are those from below, as torch's are.
         """
+        check_tensor("Activation.derivative", "grad", grad)
+        check_tensor("Activation.derivative", "input", input)
         if self.name == "tanh":
             return grad * (1 - torch.tanh(input) ** 2)
         if self.name == "sigmoid":
@@ -498,6 +506,8 @@ class Activation:
             ValueError: a wrong shape, dtype, device, ``gamma`` or ``form``, named; ``reference_compat`` with leaky
             relu, of which the published code has no regularised inverse. RuntimeError: when differentiated.
         """
+        check_tensor("regularized_inverse", "target", target)
+        check_tensor("regularized_inverse", "input", input)
         check_choice("regularized_inverse", "form", form, get_args(Form))
         center = _center(input, form)
         if self.reference_compat:
@@ -537,6 +547,9 @@ def bias_inverse(target: Tensor, input: Tensor, bias: Tensor, gamma: float = 0.0
     Raises:
         ValueError: a wrong shape, ``gamma`` or ``form`` out of range; the message names the argument.
     """
+    check_tensor("bias_inverse", "target", target, "[..., M]")
+    check_tensor("bias_inverse", "input", input, "[..., M]")
+    check_tensor("bias_inverse", "bias", bias, "[M]")
     check_choice("bias_inverse", "form", form, get_args(Form))
     _check_gamma("bias_inverse", gamma)
     if input.dim() == 0:
@@ -585,6 +598,11 @@ def linear_inverse(
     ``4 M N`` ("ridge": ``2 M N``).
     """
     op = "linear_inverse"
+    check_tensor(op, "target", target, "[..., M]")
+    check_tensor(op, "input", input, "[..., N]")
+    check_tensor(op, "weight", weight, "[M, N]")
+    if inverse is not None:
+        check_tensor(op, "inverse", inverse, "[N, M]")
     check_choice(op, "form", form, get_args(Form))
     _check_gamma(op, gamma)
     _check_product(op, input, weight)
@@ -670,10 +688,22 @@ class _Layer:
         return moved if self.bias is None else moved / (1 + self.gamma)
 
 
-def _cast_under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+def _check_layer(
+    op: str, moved: tuple[str, object], input: object, weight: object, bias: object, inverse: object
+) -> None:
+    """Raise TypeError unless a layer's arguments are tensors."""
+    check_tensor(op, *moved, "[..., M]")
+    check_tensor(op, "input", input, "[..., N]")
+    check_tensor(op, "weight", weight, "[M, N]")
+    if bias is not None:
+        check_tensor(op, "bias", bias, "[M]")
+    if inverse is not None:
+        check_tensor(op, "inverse", inverse, "[N, M]")
+
+
+def _cast_under_autocast(target: Tensor, input: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The arguments of a layer's inverse: under autocast in float32, as those of the ops."""
-    input = tensors[1]
-    assert input is not None
+    tensors = (target, input, *others)
     return tuple(cast(tensor, torch.float32) for tensor in tensors) if autocasts(input.device.type) else tensors
 
 
@@ -729,9 +759,10 @@ def layer_inverse(
     >>> torch.allclose(layer_inverse(target, x, weight, bias, "tanh"), x)
     True
     """
+    op = "layer_inverse"
+    _check_layer(op, ("target", target), input, weight, bias, inverse)
     target, input, weight, bias, inverse = _cast_under_autocast(target, input, weight, bias, inverse)
     with full_precision(input.device.type):
-        op = "layer_inverse"
         layer = _Layer.of(op, ("target", target), input, weight, bias, activation, method, gamma, form, clip, inverse)
         target = layer.product_target(target)
         if form == "ridge":
@@ -771,9 +802,10 @@ def layer_displacement(
 
     Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation" (2015): the difference correction.
     """
+    op = "layer_displacement"
+    _check_layer(op, ("displacement", displacement), input, weight, bias, inverse)
     displacement, input, weight, bias, inverse = _cast_under_autocast(displacement, input, weight, bias, inverse)
     with full_precision(input.device.type):
-        op = "layer_displacement"
         layer = _Layer.of(
             op, ("displacement", displacement), input, weight, bias, activation, method, gamma, form, clip, inverse
         )

@@ -37,6 +37,7 @@ from tpext import _C
 from tpext.ops._library import (
     LOW_PRECISION,
     check_choice,
+    check_tensor,
     define,
     dense,
     dtype_name,
@@ -331,6 +332,11 @@ def code_difference(
     tensor([[ 3., -2.],
             [ 0.,  0.]])
     """
+    check_tensor("code_difference", "preactivation", preactivation, "[B, C, H, W]")
+    check_tensor("code_difference", "change", change, "[K, B, C, H, W]")
+    check_tensor("code_difference", "output", output, "[B, C, h, w]")
+    if indices is not None:
+        check_tensor("code_difference", "indices", indices, "[B, C, h, w]")
     step = kernel if stride is None else stride
     return _code(  # type: ignore[no-any-return]
         preactivation, change, output, indices, activation, alpha, kernel, max(step, 1) if kernel == 0 else step,
@@ -387,6 +393,9 @@ def probe_difference(
     >>> torch.equal(probes[0], tpext.ops.counter_normal([2, 3], **counter))
     True
     """
+    check_tensor("probe_difference", "output", output, "[B, C, h, w]")
+    if indices is not None:
+        check_tensor("probe_difference", "indices", indices, "[B, C, h, w]")
     pool_step = kernel if stride is None else stride
     return _probe(  # type: ignore[no-any-return]
         output, indices, activation, alpha, kernel, max(pool_step, 1) if kernel == 0 else pool_step, padding, height,
@@ -419,6 +428,8 @@ def max_unpool(values: Tensor, indices: Tensor, height: int, width: int, *, over
             [5., 0.]])
     """
     op = "max_unpool"
+    check_tensor(op, "values", values, "[..., h, w]")
+    check_tensor(op, "indices", indices, "[..., h, w]")
     if values.dim() < 2:
         raise ValueError(f"{op}: values must be [..., h, w], got {list(values.shape)}")
     if indices.dtype != torch.int64:

@@ -52,6 +52,7 @@ from torch import Tensor
 from tpext import _C
 from tpext.ops._library import (
     LIBRARY,
+    check_tensor,
     define,
     dense,
     dtype_name,
@@ -305,6 +306,7 @@ def regularized_inverse(weight: Tensor, reg: float) -> Tensor:
     tensor([[0.4000, 0.0000],
             [0.0000, 0.5000]])
     """
+    check_tensor("regularized_inverse", "weight", weight, "[..., M, N]")
     return _inverse(weight, reg)  # type: ignore[no-any-return]
 
 
@@ -334,4 +336,6 @@ def regularized_solve(weight: Tensor, rhs: Tensor, reg: float) -> Tensor:
     >>> tpext.ops.regularized_solve(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.ones(1, 2), 1.0)
     tensor([[0.4000, 0.5000]])
     """
+    check_tensor("regularized_solve", "weight", weight, "[..., M, N]")
+    check_tensor("regularized_solve", "rhs", rhs, "[..., K, M]")
     return _solution(weight, rhs, reg)  # type: ignore[no-any-return]

@@ -61,6 +61,7 @@ from tpext.ops._library import (
     Execution,
     check_lengths,
     check_scan,
+    check_tensor,
     compute_dtype,
     define,
     dense,
@@ -353,6 +354,10 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
     Returns:
         ``x_proj [S, T, B, H]``.
     """
+    check_tensor("input_projection", "input", input, "[T, B, I]")
+    check_tensor("input_projection", "weight_ih", weight_ih, "[S, H, I]")
+    if bias is not None:
+        check_tensor("input_projection", "bias", bias, "[S, H]")
     time, batch, _ = input.shape
     stack, hidden, _ = weight_ih.shape
     rows = input.flatten(0, 1).expand(stack, -1, -1)
