@@ -550,6 +550,15 @@ def test_small_displacements_of_large_outputs(rule: Any) -> None:
 # Learned inverses
 
 
+def test_reconstruction_loss_refuses_another_dtype() -> None:
+    net = MLP([6, 5, 4], "tanh", rule=DifferenceTargetPropagation())
+    for of in (net, net[0]):
+        with pytest.raises(ValueError, match=r"input must be torch\.float32 as weight is, got torch\.float64"):
+            of.reconstruction_loss(torch.randn(7, 6, dtype=DOUBLE))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net.reconstruction_loss(torch.randn(7, 6, dtype=torch.bfloat16)).dtype == torch.float32
+
+
 def test_reconstruction_loss() -> None:
     net = MLP([6, 5, 4], "tanh", rule=DifferenceTargetPropagation(noise=0.3), dtype=DOUBLE)
     x = torch.randn(7, 6, dtype=DOUBLE)

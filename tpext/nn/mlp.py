@@ -472,8 +472,10 @@ class MLP(nn.Sequential):
         """
         check_tensor("MLP", "input", input, "[..., N]")
         losses = []
+        casts = autocasts(input.device.type)
         with full_precision(input.device.type):
-            output = input.to(next(self._layers()).weight.dtype)
+            # Without autocast the layers refuse another dtype, as they do in the forward pass.
+            output = input.to(next(self._layers()).weight.dtype) if casts else input
             for index, layer in enumerate(self):
                 if isinstance(layer, TargetLinear) and (index > 0 or input.requires_grad or len(self) == 1):
                     losses.append(layer.reconstruction_loss(output, noise=noise))
