@@ -39,8 +39,9 @@ class Case:
     others: dict[str, Any] = field(default_factory=dict)
     optional: tuple[str, ...] = ()
 
+
+def ops_cases() -> list[Case]:
     layer = {"input": X, "weight": W, "bias": B, "inverse": torch.rand(4, 3)}
-    step = {"reverse": [False], "nonlinearity": "tanh"}
     activation, units = {"activation": "tanh"}, ops.Units("relu")
     tanh = ops.Activation("tanh")
     return [

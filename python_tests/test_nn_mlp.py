@@ -559,6 +559,18 @@ def test_reconstruction_loss_refuses_another_dtype() -> None:
         assert net.reconstruction_loss(torch.randn(7, 6, dtype=torch.bfloat16)).dtype == torch.float32
 
 
+def test_backward_of_the_loss_leaves_hooks_of_the_reverse_parameters_alone() -> None:
+    net = MLP([6, 5, 4], "tanh", rule=DifferenceTargetPropagation())
+    called: list[str] = []
+    for name, parameter in net.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: called.append(name))
+    net(torch.randn(7, 6)).square().sum().backward()
+    assert sorted(called) == ["0.bias", "0.weight", "1.bias", "1.weight"]
+    called.clear()
+    net.reconstruction_loss(torch.randn(7, 6)).backward()
+    assert sorted(called) == ["1.reverse_bias", "1.reverse_weight"]
+
+
 def test_reconstruction_loss() -> None:
     net = MLP([6, 5, 4], "tanh", rule=DifferenceTargetPropagation(noise=0.3), dtype=DOUBLE)
     x = torch.randn(7, 6, dtype=DOUBLE)
