@@ -744,6 +744,14 @@ def test_the_op_refuses_wrong_arguments(change: dict[str, Any], message: str) ->
         op(**ARGUMENTS | change)
 
 
+@pytest.mark.parametrize("name", ["relaxation", "damping", "dx_reg"])
+def test_truth_values_are_no_numbers(name: str) -> None:
+    with pytest.raises(ValueError, match=f"kaczmarz_train: {name} must be a finite number .*, got True"):
+        kaczmarz_train(torch.zeros(2, 5), torch.zeros(2).long(), [torch.zeros(3, 5)], **{name: True})
+    with pytest.raises(ValueError, match=f"kaczmarz_step: {name} must be a finite number .*, got True"):
+        kaczmarz_step(torch.zeros(2, 3), torch.zeros(2, 5), torch.zeros(3, 5), **{name: True})
+
+
 def test_labels_that_change_during_a_pass_do_not_matter() -> None:
     """The kernel runs without the interpreter's lock, after the labels were checked."""
     torch.manual_seed(0)

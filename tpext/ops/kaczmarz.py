@@ -427,6 +427,9 @@ def kaczmarz_train(
     op = "kaczmarz_train"
     check_tensor(op, "input", input, "[K, N]")
     check_tensor(op, "labels", labels, "[K]")
+    # here too: the op would take True for 1.0
+    for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg)):
+        _check_number(op, name, value)
     with torch.no_grad():
         predictions: Tensor = torch.ops.tpext.kaczmarz_train(
             input.detach(),
