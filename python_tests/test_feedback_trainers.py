@@ -863,7 +863,7 @@ def test_wrong_indices_of_a_loss_are_named() -> None:
     _, trace = one_block(VECTORS["linear"], (4,))
     with pytest.raises(ValueError, match=r"^ldrl_loss: indices must be one of 'noisy', 'clean', got 'old'"):
         ldrl_loss(trace.calls[1], torch.zeros(3, 4), torch.zeros(3, 3), "old")
-    with pytest.raises(ValueError, match=r"^call must be one of a block with feedback"):
+    with pytest.raises(ValueError, match=r"^ldrl_loss: call must be one of a block with feedback"):
         ldrl_loss(trace.calls[0], torch.zeros(3, 4), torch.zeros(3, 4))
 
 
