@@ -23,7 +23,8 @@ from tpext.experiments import image_train
 from tpext.experiments import train as train_module
 from tpext.experiments.cli import main
 from tpext.experiments.commands import Train, default_labels
-from tpext.experiments.config import RULE_OPTIONS, Config, make_config
+from tpext.experiments.config import Config, make_config
+from tpext.experiments.rule_names import RULES, rule_options
 from tpext.tasks import TASKS
 
 SMALL = "--length 10 --hidden-size 8 --batch-size 5 --test-size 40 --iterations 20 --eval-interval 10 --threads 1"
@@ -54,8 +55,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_options_are_those_of_the_configuration() -> None:
-    rule_options = {option for names in RULE_OPTIONS.values() for option in names}
-    expected = {field.name for field in fields(Config)} | rule_options | {"out", "resume"}
+    options_of_rules = {option for name in RULES for option in rule_options(name)}
+    expected = {field.name for field in fields(Config)} | options_of_rules | {"out", "resume", "rule_options"}
     assert {field.name for field in fields(Train)} == expected
 
 
@@ -93,6 +94,7 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert config["rule"] == {
         "name": "regularized", "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local",
         "clip": 1e-3, "normalize": True, "input_rule": "gradient",
+        "slope": "inverse", "slope_reg": 0.0,
     }  # fmt: skip
     assert f"curve: {folder / 'curve.png'}" in out
     assert "20 iterations" in out
@@ -328,7 +330,17 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("", 2, "train"),
         ("train", 2, "required"),
         ("train sorting", 2, "sorting"),
-        ("train adding --rule magic", 2, "magic"),
+        ("train adding --rule magic", 1, "rule must be one of regularized, learned, backprop"),
+        ("train adding --rule nowhere:Rule", 1, "rule nowhere:Rule: nowhere cannot be imported: ModuleNotFoundError"),
+        ("train adding --rule missing.py:Rule", 1, "missing.py cannot be imported: FileNotFoundError"),
+        ("train adding --rule own_rules:torch", 1, "torch must be a class that subclasses tpext.rules.RecurrentRule"),
+        ("train adding --rule own_rules:PseudoInverseTargets", 1, "does not belong to adding"),
+        ("train adding --rule own_rules:SignSymmetry --reg 1", 1, "reg does not belong to rule=own_rules:SignSymmetry"),
+        ("train adding --rule own_rules:SignSymmetry --preset published", 1, "no settings were published"),
+        ("train adding --rule own_rules:SignSymmetry --rule-options size=1", 1, "NAME=VALUE of credit, scale, got"),
+        ("train adding --rule own_rules:SignSymmetry --rule-options scale=big", 1, "scale of rule own_rules:SignSymm"),
+        ("train adding --rule own_rules:SignSymmetry --rule-options credit=all", 1, "credit must be one of"),
+        ("train adding --rule-options reg=1", 1, "rule_options belong to a rule of your own"),
         ("train adding --lr fast", 2, "fast"),
         ("train adding --speed 3", 2, "--speed"),
         ("train adding --rule backprop --reg 1", 1, "tpext: reg does not belong to rule=backprop"),
@@ -466,3 +478,48 @@ def test_ctrl_c_in_other_programs_is_theirs() -> None:
         [sys.executable, "-c", code], env=MODULE_ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+OWN = """
+from dataclasses import dataclass
+import torch
+from tpext.rules import LayerRule, RecurrentRule
+
+@dataclass(frozen=True)
+class Signs(RecurrentRule):
+    slope = "derivative"
+    scale: float = 0.1
+    centred: bool = False
+
+    def feedback(self, weight_hh, *owned):
+        return self.scale * weight_hh.sign()
+
+@dataclass(frozen=True)
+class Pseudo(LayerRule):
+    target_step: float = 1.0
+
+    def propagate(self, call, displacement):
+        return call.activation.derivative(displacement, call.preactivation) @ torch.linalg.pinv(call.weight).T
+"""
+
+
+def test_a_rule_from_a_file_trains_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    line = (
+        "train temporal-order --rule mine.py:Signs --rule-options scale=0.2 centred=true --length 12 --threads 1 "
+        "--eval-interval 20"
+    )
+    status, _, err = call(f"{line} --iterations 20", capsys)
+    assert status == 0, err
+    folder = Path("runs/temporal-order-Signs-1")
+    assert json.loads((folder / "config.json").read_text())["rule"] == {
+        "name": "mine.py:Signs", "scale": 0.2, "centred": True
+    }  # fmt: skip
+    status, out, err = call(f"{line} --iterations 20 --resume", capsys)
+    assert (status, "complete already" in out) == (0, True), err
+    status, out, _ = call("train spiral --rule mine.py:Pseudo --iterations 20 --threads 1 --eval-interval 20", capsys)
+    assert status == 0
+    assert "mine.py:Pseudo (target step 1)" in out

@@ -26,11 +26,12 @@ import tpext
 from tpext.experiments import Config, ConfigError, make_config, published
 from tpext.experiments import run_folder as run_folder_module
 from tpext.experiments import train as train_module
-from tpext.experiments.config import LAYER_RULES, RULES, SEQUENCE_RULES, differences
+from tpext.experiments.config import differences
 from tpext.experiments.feed_forward import KACZMARZ_TASKS, published_presets
 from tpext.experiments.figures import draw_comparison, draw_run, draw_task
 from tpext.experiments.model import FeedForwardModel, Model, SequenceModel, make_model
 from tpext.experiments.plan import Plan
+from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import DivergedError, train
 from tpext.reference import kaczmarz as oracle

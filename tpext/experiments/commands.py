@@ -19,9 +19,6 @@ from rich.console import Console
 import tpext
 from tpext.experiments.config import (
     FREE_FIELDS,
-    LAYER_RULES,
-    REVERSE_RULES,
-    SEQUENCE_RULES,
     ConfigError,
     HasOptions,
     Initialization,
@@ -30,7 +27,6 @@ from tpext.experiments.config import (
     Precision,
     Preset,
     Reduction,
-    RuleName,
     Schedule,
     make_config,
     published,
@@ -43,9 +39,10 @@ from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError, Interrupted
 from tpext.experiments.options import DataFolder, Integer, Integers, Number, Switch, option, report_divergence
 from tpext.experiments.progress import say
+from tpext.experiments.rule_names import LAYER_RULES, REVERSE_RULES, RULES, SEQUENCE_RULES, parse_options
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import train
-from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Update
+from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Slope, Update
 from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, ImageSetName, Order, Task, TaskName, make_task
 
 
@@ -71,15 +68,17 @@ class Train:
     """What to learn; `tpext tasks` describes them."""
 
     rule: Annotated[
-        RuleName | None,
+        str | None,
         option(
-            "{regularized,learned,backprop,constrained,regularized-least-squares,dtp,kaczmarz}",
+            "{regularized,learned,backprop,constrained,regularized-least-squares,dtp,kaczmarz,FILE.py:CLASS}",
             "regularized; feed-forward regularized-least-squares",
         ),
     ] = None
     """Target propagation through regularized inverses or learned ones, or back-propagation. Feed-forward: through least
     squares inverses, constrained or regularized, or learned ones (dtp), or direct weight solves (kaczmarz), or
-    back-propagation."""
+    back-propagation. Or a rule of your own, as module:Class or file.py:Class (docs/own-rules.md)."""
+    rule_options: Annotated[tuple[str, ...] | None, option("NAME=VALUE ...", "the rule's own defaults")] = None
+    """Options of a rule of your own."""
     preset: Annotated[Preset | None, option("{default,published,seely,lee,faust}", "default")] = None
     """default: published rates (those of the nearest task or length where there are none), fewer iterations;
     feed-forward Adam. published: as published, for temporal-order with 60 or 120 steps, adding with 30, images pixel by
@@ -109,6 +108,11 @@ class Train:
     """Divide the local gradients by target_step (all rules but backprop and kaczmarz)."""
     input_rule: Annotated[InputRule | None, _default("input_rule", "{gradient,target}")] = None
     """What the layer below gets, where there are several (rule regularized)."""
+    slope: Annotated[Slope | None, _default("slope", "{inverse,derivative,one}")] = None
+    """How the linearized correction passes the activation: by its inverse slope as published, its derivative, or not at
+    all (rule regularized)."""
+    slope_reg: Annotated[float | None, _default("slope_reg", "FLOAT")] = None
+    """Regularization of slope inverse (rule regularized)."""
     noise: Number = None
     """Standard deviation of the noise in the reconstruction loss (rules learned, dtp)."""
     reverse_lr: Number = None
@@ -209,10 +213,15 @@ class Train:
         out, resume = options.pop("out"), options.pop("resume")
         options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
         options["tensorboard"] = self.tensorboard or None
+        texts = options.pop("rule_options") or ()
         given = {name: value for name, value in options.items() if value is not None}
+        if texts:
+            if self.rule is None or self.rule in RULES:
+                raise ConfigError("rule_options belong to a rule of your own, ours have options of their own names")
+            given |= parse_options(self.rule, tuple(texts))
         if out is None:
             wanted = make_config(**given)
-            out = Path("runs") / f"{wanted.task}-{wanted.rule_name}-{wanted.seed}"
+            out = Path("runs") / f"{wanted.task}-{wanted.rule_name.rpartition(':')[2]}-{wanted.seed}"
         folder = RunFolder(out)
         config = (folder.continued(given) if resume else None) or make_config(**given)
         try:

@@ -14,22 +14,21 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 
 from tpext.experiments.feed_forward import KACZMARZ_TASKS, feed_forward_values, published_presets
+from tpext.experiments.rule_names import (
+    LAYER_RULES,
+    REVERSE_RULES,
+    RULES,
+    SEQUENCE_RULES,
+    find_rule,
+    name_of,
+    rule_options,
+)
+from tpext.experiments.rule_names import ConfigError as ConfigError
 from tpext.nn import TargetLinear
 from tpext.ops import Activation
-from tpext.rules import (
-    Backprop,
-    ConstrainedLeastSquares,
-    DifferenceTargetPropagation,
-    Kaczmarz,
-    LayerRule,
-    LearnedInverse,
-    RegularizedInverse,
-    RegularizedLeastSquares,
-    Rule,
-)
+from tpext.rules import Backprop, Kaczmarz, LayerRule, LearnedInverse, RegularizedInverse, Rule
 from tpext.tasks import FEED_FORWARD, IMAGES, SYNTHETIC, TASKS, VECTORS, Order, Task, TaskName, make_task
 
-RuleName = Literal["regularized", "learned", "backprop", "constrained", "regularized-least-squares", "dtp", "kaczmarz"]
 Preset = Literal["default", "published", "seely", "lee", "faust"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "tf-rmsprop", "centred-rmsprop"]
 Nonlinearity = Literal["tanh", "relu", "identity", "sigmoid", "leaky_relu"]
@@ -38,30 +37,6 @@ Reduction = Literal["sum", "batch", "element"]
 Schedule = Literal["parallel", "alternating"]
 Precision = Literal["32", "64", "bf16"]
 OptionValue: TypeAlias = int | float | str | bool | tuple[int, ...] | None
-
-SEQUENCE_RULES: dict[RuleName, type[Rule]] = {
-    "regularized": RegularizedInverse,
-    "learned": LearnedInverse,
-    "backprop": Backprop,
-}
-"""The rules of the sequence tasks, the default first."""
-
-LAYER_RULES: dict[RuleName, type[LayerRule]] = {
-    "regularized-least-squares": RegularizedLeastSquares,
-    "constrained": ConstrainedLeastSquares,
-    "dtp": DifferenceTargetPropagation,
-    "kaczmarz": Kaczmarz,
-    "backprop": Backprop,
-}
-"""The rules of the feed-forward tasks, the default first."""
-
-RULES: dict[RuleName, type[Rule]] = {**SEQUENCE_RULES, **LAYER_RULES}
-REVERSE_RULES: tuple[RuleName, ...] = ("learned", "dtp")
-"""The rules with reverse layers, which learn at ``reverse_lr``."""
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown, out of its range, or in conflict with another."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +61,7 @@ PUBLISHED_LENGTHS = {"temporal-order": (60, 120), "adding": (30,)}
 
 
 def published(
-    task: str, rule: RuleName, *, length: int | None = None, chunk: int = 1, batch_size: int = 0
+    task: str, rule: str, *, length: int | None = None, chunk: int = 1, batch_size: int = 0
 ) -> Settings | None:
     """Return the published settings of a task for a rule, or None where none were published.
 
@@ -126,7 +101,7 @@ def published(
     return _starting_settings(task, rule, length or 0, chunk, batch_size) if known else None
 
 
-def _starting_settings(task: str, rule: RuleName, length: int, chunk: int, batch_size: int) -> Settings:
+def _starting_settings(task: str, rule: str, length: int, chunk: int, batch_size: int) -> Settings:
     """Published settings, or for what was never published the nearest: those of T = 60 hold below T = 120."""
     if task == "permuted-mnist" and (chunk != 1 or rule == "learned"):
         task = "mnist"
@@ -144,6 +119,8 @@ def _starting_settings(task: str, rule: RuleName, length: int, chunk: int, batch
     if rule == "backprop":
         lr = {"temporal-order": 1e-5, "adding": 1e-3, "mnist": 1e-5, "permuted-mnist": 1e-4}[task]
         return Settings(Backprop(), lr, lr, iterations, batch_size, momentum=0.0 if images else 0.9)
+    if rule != "learned":
+        return Settings(_default(rule), 1e-3, 1e-3, iterations, batch_size)
     learned = LearnedInverse(target_step=1e-7 if images else 1e-1, normalize=False, noise=0.1 if images else 0.0)
     return Settings(learned, 1e-2 / batch_size, 1e-2, iterations, batch_size, reverse_lr=1e-8 if images else 1e-3)
 
@@ -356,9 +333,9 @@ class Config:
         return self.task if self.length is None else f"{self.task}, T={self.length}"
 
     @property
-    def rule_name(self) -> RuleName:
+    def rule_name(self) -> str:
         """The rule's name on the command line."""
-        return next(name for name, kind in RULES.items() if isinstance(self.rule, kind))
+        return name_of(type(self.rule))
 
     def make_task(self) -> Task:
         """Return the task, which reads no data yet."""
@@ -390,7 +367,7 @@ class Config:
         """
         try:
             rule = dict(values["rule"])
-            kind = RULES[rule.pop("name")]
+            kind = find_rule(rule.pop("name"))
             sizes = None if values["sizes"] is None else tuple(values["sizes"])
             return cls(**{**values, "rule": kind(**rule), "sizes": sizes})
         except (KeyError, TypeError, ValueError) as error:
@@ -400,22 +377,15 @@ class Config:
 FREE_FIELDS = ("device", "threads", "data_dir", "tensorboard")
 """Fields that say how a run is carried out, not what it computes: a resumed run may change them."""
 
-RULE_OPTIONS: dict[RuleName, tuple[str, ...]] = {
-    name: tuple(field.name for field in fields(kind)) + (("reverse_lr",) if name in REVERSE_RULES else ())
-    for name, kind in RULES.items()
-}
-"""The options that each rule has."""
 
-
-def make_config(
-    task: str, *, rule: RuleName | None = None, preset: Preset = "default", **options: OptionValue
-) -> Config:
+def make_config(task: str, *, rule: str | None = None, preset: Preset = "default", **options: OptionValue) -> Config:
     """Return the configuration of a run: a preset, and the options that differ from it.
 
     Args:
         task: one of :data:`tpext.tasks.TASKS`.
         rule: for a sequence "regularized" (default), "learned" or "backprop"; for a feed-forward task
-            "regularized-least-squares" (default), "constrained", "dtp", "kaczmarz" or "backprop".
+            "regularized-least-squares" (default), "constrained", "dtp", "kaczmarz" or "backprop"; or the import path
+            of a rule of your own, "module:Class" or "file.py:Class".
         preset: for a sequence "published": the published settings (see :func:`published`), number of iterations
             included, and a ConfigError where none were published; or "default": the same rates and sizes for fewer
             iterations (4,000; MNIST 16,000), and those of the nearest published task or length where none were
@@ -439,17 +409,16 @@ def make_config(
         raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if rule is None:
         rule = next(iter(LAYER_RULES if task in FEED_FORWARD else SEQUENCE_RULES))
-    if rule not in RULES:
-        raise ConfigError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
+    own = rule_options(rule)
     _check_rule(task, rule)
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    rule_fields = {option for names in RULE_OPTIONS.values() for option in names}
+    rule_fields = {option for name in RULES for option in rule_options(name)} | set(own)
     for name in given:
         if name not in rule_fields and name not in {field.name for field in fields(Config)}:
             raise ConfigError(f"unknown option {name}")
-        if name in rule_fields and name not in RULE_OPTIONS[rule]:
-            own = ", ".join(RULE_OPTIONS[rule]) or "none"
-            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own})")
+        if name in rule_fields and name not in own:
+            known = ", ".join(own) or "none"
+            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {known})")
 
     options_of_task = ("length", "chunk", "data_dir", "train_size", "order")
     try:
@@ -469,12 +438,12 @@ def make_config(
         raise ConfigError(
             f"std is that of init=torch, got std={given['std']}, init={given.get('init', values['init'])}"
         )
-    rule_options = {name: given.pop(name) for name in RULE_OPTIONS[rule] if name in given and name != "reverse_lr"}
-    if not values.pop("keeps_normalize") and "normalize" in RULE_OPTIONS[rule]:
-        rule_options.setdefault("normalize", True)
+    of_rule = {name: given.pop(name) for name in own if name in given and name != "reverse_lr"}
+    if not values.pop("keeps_normalize") and "normalize" in own:
+        of_rule.setdefault("normalize", True)
     try:
-        values["rule"] = replace(values["rule"], **rule_options)
-    except ValueError as error:
+        values["rule"] = replace(values["rule"], **of_rule)
+    except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     shared: dict[str, Any] = {
         "test_size": made.default_test_size,
@@ -489,7 +458,7 @@ def make_config(
     return Config(**{**shared, **values, **given, "task": task, "preset": preset, "length": made.length})
 
 
-def _sequence(task: str, made: Task, rule: RuleName, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+def _sequence(task: str, made: Task, rule: str, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     """The fields that the preset of a sequence sets, and whether the rule's ``normalize`` is to stay as it is."""
     if preset not in ("default", "published"):
         raise ConfigError(f"preset must be one of default, published for {task}, got {preset!r}")
@@ -503,7 +472,9 @@ def _sequence(task: str, made: Task, rule: RuleName, preset: Preset, given: dict
             f"no settings were published for task={task}, rule={rule}, "
             + (f"chunk={chunk}" if images else f"length={made.length}")
         )
-    sgd = given.get("optimizer", "sgd") == "sgd"
+    # nothing is known of a user's own rule: Adam at its usual rate
+    optimizer = "sgd" if rule in RULES else "adam"
+    sgd = given.get("optimizer", optimizer) == "sgd" and rule in RULES
     momentum = given.get("momentum", settings.momentum if sgd else 0.0)
     if images:
         given["chunk"] = chunk
@@ -518,7 +489,7 @@ def _sequence(task: str, made: Task, rule: RuleName, preset: Preset, given: dict
         "init": "orthogonal",
         "reference_compat": False,
         "tied": False,
-        "optimizer": "sgd",
+        "optimizer": optimizer,
         "lr": settings.lr if sgd else 1e-3,
         "head_lr": settings.head_lr if sgd else 1e-3,
         "reverse_lr": settings.reverse_lr if sgd or rule != "learned" else 1e-3,
@@ -536,12 +507,16 @@ def _sequence(task: str, made: Task, rule: RuleName, preset: Preset, given: dict
     }
 
 
-def _feed_forward(task: str, rule: RuleName, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
+def _feed_forward(task: str, rule: str, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     """The fields that the preset of a feed-forward task sets, and that the rule's ``normalize`` is to stay as it is."""
-    known = ["default", *published_presets(task, LAYER_RULES[rule])]
+    kind = find_rule(rule)
+    assert issubclass(kind, LayerRule)
+    known = ["default", *published_presets(task, kind)]
     if preset not in known:
         raise ConfigError(f"preset must be one of {', '.join(known)} for task={task}, rule={rule}, got {preset!r}")
-    values = feed_forward_values(task, LAYER_RULES[rule], preset)
+    values = feed_forward_values(task, kind, preset)
+    if rule not in RULES:
+        values["rule"] = _default(rule)
     optimizer = given.get("optimizer", values["optimizer"])
     if optimizer != values["optimizer"]:
         momentum = 0.9 if optimizer == "centred-rmsprop" else 0.0
@@ -556,6 +531,14 @@ def _feed_forward(task: str, rule: RuleName, preset: Preset, given: dict[str, An
         "hidden_size": None,
         "layers": None,
     }
+
+
+def _default(rule: str) -> Any:
+    """A user's own rule with the defaults of its fields."""
+    try:
+        return find_rule(rule)()
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"rule {rule}: every field must have a default: {error}") from error
 
 
 class HasOptions(Protocol):
@@ -576,8 +559,8 @@ def differences(saved: HasOptions, asked: Mapping[str, object]) -> list[str]:
 
 
 def _check_rule(task: str, rule: str) -> None:
-    own = LAYER_RULES if task in FEED_FORWARD else SEQUENCE_RULES
-    if rule not in own:
+    kind, own = ("layer", LAYER_RULES) if task in FEED_FORWARD else ("recurrent", SEQUENCE_RULES)
+    if kind not in find_rule(rule).kinds:
         raise ConfigError(f"rule={rule} does not belong to {task} (rules of that task: {', '.join(own)})")
 
 

@@ -134,7 +134,7 @@ def feed_forward_values(task: str, kind: type[LayerRule], preset: str) -> dict[s
     toy = task in TOYS
     lr = 3e-3 if toy else 3e-4 if kind is ConstrainedLeastSquares else 1e-3
     values: dict[str, Any] = {
-        "rule": DEFAULT_RULES[kind],
+        "rule": DEFAULT_RULES.get(kind),
         "sizes": TOY_SIZES if toy else SIZES[task],
         "nonlinearity": "leaky_relu" if toy else "tanh",
         "init": "orthogonal",

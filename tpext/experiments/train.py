@@ -13,12 +13,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import tpext
-from tpext.experiments.config import REVERSE_RULES, Config, ConfigError
+from tpext.experiments.config import Config, ConfigError
 from tpext.experiments.figures import draw_run, draw_task
 from tpext.experiments.loop import DivergedError, Run, carry_out, versions
 from tpext.experiments.model import Model, local_scales, make_model, split_parameters
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
+from tpext.experiments.rule_names import REVERSE_RULES
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy

@@ -1,0 +1,140 @@
+"""The names that rules have on the command line: our own, and the import path of a user's."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
+
+from tpext.rules import (
+    Backprop,
+    ConstrainedLeastSquares,
+    DifferenceTargetPropagation,
+    Kaczmarz,
+    LayerRule,
+    LearnedInverse,
+    RecurrentRule,
+    RegularizedInverse,
+    RegularizedLeastSquares,
+    Rule,
+)
+
+SEQUENCE_RULES: dict[str, type[RecurrentRule]] = {
+    "regularized": RegularizedInverse,
+    "learned": LearnedInverse,
+    "backprop": Backprop,
+}
+"""The rules of the sequence tasks, the default first."""
+
+LAYER_RULES: dict[str, type[LayerRule]] = {
+    "regularized-least-squares": RegularizedLeastSquares,
+    "constrained": ConstrainedLeastSquares,
+    "dtp": DifferenceTargetPropagation,
+    "kaczmarz": Kaczmarz,
+    "backprop": Backprop,
+}
+"""The rules of the feed-forward tasks, the default first."""
+
+RULES: dict[str, type[Rule]] = {**SEQUENCE_RULES, **LAYER_RULES}
+REVERSE_RULES = ("learned", "dtp")
+"""The rules with reverse layers, which learn at ``reverse_lr``."""
+
+# Rules of users, by the import path they were named by.
+_OWN: dict[str, type[Rule]] = {}
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, out of its range, or in conflict with another."""
+
+
+def find_rule(name: str) -> type[Rule]:
+    """Return the class of a rule.
+
+    Args:
+        name: one of :data:`RULES`, or where a rule of a user's own stands: ``module:Class`` or ``file.py:Class``.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+
+    >>> find_rule("tpext.rules:RegularizedInverse").__name__
+    'RegularizedInverse'
+    """
+    if name in RULES:
+        return RULES[name]
+    if name not in _OWN:
+        place, _, attribute = str(name).rpartition(":")
+        if not place or not attribute:
+            raise ConfigError(
+                f"rule must be one of {', '.join(RULES)}, or module:Class or file.py:Class for one of your own, "
+                f"got {name!r}"
+            )
+        kind = getattr(_import(name, place), attribute, None)
+        if not isinstance(kind, type) or not issubclass(kind, Rule) or not kind.kinds & {"recurrent", "layer"}:
+            raise ConfigError(
+                f"rule {name}: {attribute} must be a class that subclasses tpext.rules.RecurrentRule or LayerRule, "
+                f"got {kind!r}"
+            )
+        _OWN[name] = kind
+    return _OWN[name]
+
+
+def _import(name: str, place: str) -> ModuleType:
+    try:
+        if not place.endswith(".py"):
+            # a console script, other than `python -m`, does not look in the current folder
+            if str(Path.cwd()) not in sys.path:
+                sys.path.insert(0, str(Path.cwd()))
+            return importlib.import_module(place)
+        path = Path(place).resolve()
+        spec = importlib.util.spec_from_file_location(f"_rule_of_{path.stem}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses and pickle look for it
+        spec.loader.exec_module(module)
+        return module
+    # whatever a user's file raises
+    except Exception as error:
+        raise ConfigError(f"rule {name}: {place} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def name_of(kind: type[Rule]) -> str:
+    """Return the name under which a rule is found."""
+    return next(name for names in (RULES, _OWN) for name, one in names.items() if one is kind)
+
+
+def rule_options(name: str) -> tuple[str, ...]:
+    """Return the options that a rule has: its fields, and ``reverse_lr`` if it has reverse layers."""
+    own = tuple(field.name for field in fields(find_rule(name)))
+    return (*own, "reverse_lr") if name in REVERSE_RULES else own
+
+
+def parse_options(name: str, texts: tuple[str, ...]) -> dict[str, object]:
+    """Return the values of options of a user's rule that are given as ``NAME=VALUE``, by the types of its fields.
+
+    Raises:
+        ConfigError: no such option, or a text that is no value of it.
+
+    >>> parse_options("regularized", ("reg=10", "normalize=false"))
+    {'reg': 10.0, 'normalize': False}
+    """
+    kinds = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(find_rule(name))}
+    readers: dict[str, Callable[[str], object]] = {
+        "float": float,
+        "int": int,
+        "bool": lambda value: {"true": True, "false": False}[value.lower()],
+    }
+    values: dict[str, object] = {}
+    for text in texts:
+        option, separator, value = text.partition("=")
+        if not separator or option not in kinds:
+            raise ConfigError(f"rule_options must be NAME=VALUE of {', '.join(kinds) or 'none'}, got {text!r}")
+        try:
+            values[option] = readers.get(kinds[option], str)(value)
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{option} of rule {name} must be a {kinds[option]}, got {value!r}") from error
+    return values
