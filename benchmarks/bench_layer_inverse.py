@@ -21,7 +21,7 @@ from torch import Tensor
 from tpext.ops import Activation, layer_displacement, layer_inverse, linear_inverse
 from tpext.ops.layer_inverse import _minimizer
 
-GAMMA, CLIP = 0.1, 1e-2
+REG, MARGIN = 0.1, 1e-2
 EPS = torch.finfo(torch.float32).eps
 # Targets of each activation, some of them beyond its range.
 BEYOND = {"tanh": (-1.2, 1.2), "sigmoid": (-0.1, 1.1)}
@@ -29,7 +29,7 @@ BEYOND = {"tanh": (-1.2, 1.2), "sigmoid": (-0.1, 1.1)}
 SHAPES = [(100, 240), (1000, 240)]
 # Inputs and outputs of the published networks' layers.
 B, LAYERS = 100, [(784, 240), (240, 240)]
-GAMMAS = {"regularized": GAMMA, "constrained": 0.0}
+REGS = {"regularized": REG, "constrained": 0.0}
 
 
 def newton(y: Tensor, c: Tensor, activation: str) -> Tensor:
@@ -39,12 +39,12 @@ def newton(y: Tensor, c: Tensor, activation: str) -> Tensor:
         output = getattr(torch, activation)(x)
         gap, twice = y - output, 2 * output
         slope, bend = (1 - output * output, twice) if activation == "tanh" else (output - output * output, twice - 1)
-        x = x + (gap * slope - GAMMA * (x - c)) / (slope * (slope + bend * gap) + GAMMA)
+        x = x + (gap * slope - REG * (x - c)) / (slope * (slope + bend * gap) + REG)
     return x
 
 
 def search(y: Tensor, c: Tensor, activation: str) -> Tensor:
-    return _minimizer(y, c, activation, GAMMA)
+    return _minimizer(y, c, activation, REG)
 
 
 @pytest.mark.parametrize("displacement", ["small", "any"])
@@ -66,8 +66,8 @@ def test_act_inverse(
 
     def ours() -> Tensor:
         if moves:
-            return torch.ops.tpext.act_displacement(d, c, activation, 0.0, GAMMA)
-        return torch.ops.tpext.act_inverse(y, c, activation, 0.0, GAMMA, EPS)
+            return torch.ops.tpext.act_displacement(d, c, activation, 0.0, REG)
+        return torch.ops.tpext.act_inverse(y, c, activation, 0.0, REG, EPS)
 
     def peer() -> Tensor:
         return solve(y, c, activation) - c if moves else solve(y, c, activation)
@@ -88,28 +88,28 @@ def test_act_inverse(
     )
 
 
-def published_linear(target: Tensor, x: Tensor, weight: Tensor, gamma: float) -> Tensor:
-    if gamma == 0:
+def published_linear(target: Tensor, x: Tensor, weight: Tensor, reg: float) -> Tensor:
+    if reg == 0:
         inverse = torch.linalg.pinv(weight.T)
         return x - x @ weight.T @ inverse + target @ inverse
-    gram = weight.T @ weight + gamma * torch.eye(weight.shape[1])
-    return (target @ weight + gamma * x) @ torch.linalg.inv(gram)
+    gram = weight.T @ weight + reg * torch.eye(weight.shape[1])
+    return (target @ weight + reg * x) @ torch.linalg.inv(gram)
 
 
-def published_tanh(target: Tensor, z: Tensor, gamma: float, clip: float = CLIP) -> Tensor:
-    moved = torch.atanh(target.clamp(clip - 1, 1 - clip))
-    if gamma > 0:
+def published_tanh(target: Tensor, z: Tensor, reg: float, margin: float = MARGIN) -> Tensor:
+    moved = torch.atanh(target.clamp(margin - 1, 1 - margin))
+    if reg > 0:
         for _ in range(2):
             output = torch.tanh(moved)
-            gradient = (output - target) * (1 - output**2) + gamma * (moved - z)
+            gradient = (output - target) * (1 - output**2) + reg * (moved - z)
             moved = moved - 0.1 * 2 / z.numel() * gradient
     return moved
 
 
-def published_layer(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gamma: float) -> Tensor:
+def published_layer(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor, reg: float) -> Tensor:
     product = x @ weight.T
-    moved = published_tanh(target, product + bias, gamma)
-    return published_linear((moved - bias + gamma * product) / (1 + gamma), x, weight, gamma)
+    moved = published_tanh(target, product + bias, reg)
+    return published_linear((moved - bias + reg * product) / (1 + reg), x, weight, reg)
 
 
 def layer(N: int, M: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,11 +127,11 @@ def peer_name(method: str) -> str:
     return "explicit N x N inverse" if method == "regularized" else "pseudo-inverse"
 
 
-@pytest.mark.parametrize("method", GAMMAS)
+@pytest.mark.parametrize("method", REGS)
 @pytest.mark.parametrize(("N", "M"), LAYERS)
 def test_linear_inverse(against: Any, threads: int, N: int, M: int, method: str) -> None:
     x, weight, _ = layer(N, M)
-    args = (x @ weight.T + 0.01 * torch.randn(B, M), x, weight, GAMMAS[method])
+    args = (x @ weight.T + 0.01 * torch.randn(B, M), x, weight, REGS[method])
     assert torch.allclose(linear_inverse(*args), published_linear(*args), atol=1e-4)
     against(
         lambda: linear_inverse(*args),
@@ -147,20 +147,20 @@ def test_linear_inverse(against: Any, threads: int, N: int, M: int, method: str)
 
 
 @pytest.mark.parametrize("op", [layer_inverse, layer_displacement], ids=lambda op: op.__name__)
-@pytest.mark.parametrize("method", GAMMAS)
+@pytest.mark.parametrize("method", REGS)
 @pytest.mark.parametrize(("N", "M"), LAYERS)
 def test_layer(against: Any, threads: int, N: int, M: int, method: Any, op: Any) -> None:
     """Of a tanh layer, the target of its input, or its displacement."""
     x, weight, bias = layer(N, M)
-    d, gamma = 0.01 * torch.randn(B, M), GAMMAS[method]
+    d, reg = 0.01 * torch.randn(B, M), REGS[method]
     target = torch.tanh(x @ weight.T + bias) + d
     moves = op is layer_displacement
 
     def ours(activation: Activation) -> Tensor:
-        return op(d if moves else target, x, weight, bias, activation, method=method, gamma=gamma, clip=CLIP)
+        return op(d if moves else target, x, weight, bias, activation, method=method, reg=reg, margin=MARGIN)
 
     def peer() -> Tensor:
-        moved = published_layer(target, x, weight, bias, gamma)
+        moved = published_layer(target, x, weight, bias, reg)
         return moved - x if moves else moved
 
     tanh, published = Activation("tanh"), Activation("tanh", reference_compat=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_layer_inverse import CLIP, peer_name, published_linear, published_tanh
+from bench_layer_inverse import MARGIN, peer_name, published_linear, published_tanh
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -26,10 +26,10 @@ from tpext.ops import Activation
 # The published network.
 SIZES, B = (784, 240, 240, 240, 240, 10), 100
 LAYERS = list(itertools.pairwise(SIZES))
-GAMMA = 0.1
+REG = 0.1
 RULES = {
-    "regularized": tpext.RegularizedLeastSquares(gamma=GAMMA),
-    "constrained": tpext.ConstrainedLeastSquares(clip=0.4),
+    "regularized": tpext.RegularizedLeastSquares(reg=REG),
+    "constrained": tpext.ConstrainedLeastSquares(margin=0.4),
     "dtp": tpext.DifferenceTargetPropagation(noise=0.36),
     "backprop": tpext.Backprop(),
 }
@@ -118,7 +118,7 @@ def published_gradients(
     linears: list[nn.Linear], x: Tensor, labels: Tensor, rule: str, first_layer: bool
 ) -> list[tuple[Tensor, Tensor]]:
     """Those of each layer's weight and bias, of its local loss before the activation."""
-    gamma, clip = (GAMMA, CLIP) if rule == "regularized" else (0.0, RULES["constrained"].clip)
+    reg, margin = (REG, MARGIN) if rule == "regularized" else (0.0, RULES["constrained"].margin)
     inputs, products = [x], []
     for linear in linears:
         products.append(inputs[-1] @ linear.weight.T)
@@ -130,11 +130,11 @@ def published_gradients(
     for i in range(len(linears) - 1, -1, -1):
         weight, bias, product = linears[i].weight, linears[i].bias, products[i]
         z = product + bias
-        moved = target if linears[i] is linears[-1] else published_tanh(target, z, gamma, clip)
+        moved = target if linears[i] is linears[-1] else published_tanh(target, z, reg, margin)
         error = z - moved
         gradients.append((error.T @ inputs[i], error.sum(0)))
         if i or first_layer:
-            target = published_linear((moved - bias + gamma * product) / (1 + gamma), inputs[i], weight, gamma)
+            target = published_linear((moved - bias + reg * product) / (1 + reg), inputs[i], weight, reg)
     return gradients[::-1]
 
 

@@ -35,9 +35,9 @@ __attribute__((noinline)) void run_kernel(const Args& args) {
     tpext::cpu::kernels()(args);
 }
 
-// Of tanh with gamma = 0.1: a training step's small displacements of the output, or targets in and beyond the range.
+// Of tanh with reg = 0.1: a training step's small displacements of the output, or targets in and beyond the range.
 void act_inverse(bool small, bool displacement, std::vector<float>& output) {
-  const float gamma = 0.1f;
+  const float reg = 0.1f;
   const std::vector<float> input = numbers(B * H, 2);
   std::vector<float> target = numbers(B * H, small ? 0.01f : 1.2f);
   if (small && !displacement)
@@ -47,10 +47,10 @@ void act_inverse(bool small, bool displacement, std::vector<float>& output) {
   args.count = B * H;
   args.scale = 1;
   args.pull = 1;
-  args.spring = gamma;
-  args.reach = 1 / std::sqrt(gamma);
-  args.half_log = std::log(4 / gamma) / 2;
-  args.inward = 0.75f * std::sqrt(gamma);
+  args.spring = reg;
+  args.reach = 1 / std::sqrt(reg);
+  args.half_log = std::log(4 / reg) / 2;
+  args.inward = 0.75f * std::sqrt(reg);
   args.target = target.data();
   args.input = input.data();
   args.output = output.data();
@@ -272,7 +272,7 @@ int run(const std::string& kernel) {
     args.reverse_pre = x_proj.data();
     args.through_time = kernel == "rnn_target_scan through_time";
     args.target_step = 1;
-    args.clip = 1e-3f;
+    args.margin = 1e-3f;
     args.grad_states = grad_states.data();
     args.states = states.data();
     args.h0 = h0.data();

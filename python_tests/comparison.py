@@ -514,7 +514,7 @@ class Composite:
         correction: str,
         credit: str,
         target_step: float,
-        clip: float,
+        margin: float,
         return_norms: bool,
         return_displacement: bool,
         disp_n: Tensor | None,
@@ -524,12 +524,12 @@ class Composite:
     ) -> list[Tensor]:
         def invert(v: Tensor) -> Tensor:
             if nonlinearity == "tanh":
-                return torch.atanh(v.clamp(clip - 1, 1 - clip))
+                return torch.atanh(v.clamp(margin - 1, 1 - margin))
             return torch.relu(v) if nonlinearity == "relu" else v
 
         def pull(s: int, t: int, h: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
             if correction == "linearized":
-                kept = h.clamp(clip - 1, 1 - clip) if nonlinearity == "tanh" and slope == "inverse" else h
+                kept = h.clamp(margin - 1, 1 - margin) if nonlinearity == "tanh" and slope == "inverse" else h
                 derivative = cls.slope(kept, nonlinearity)
                 by = {"derivative": derivative, "one": torch.ones_like(h)}.get(slope)
                 if by is None:

@@ -216,7 +216,7 @@ def run_feed_forward() -> list[dict[str, Any]]:
     run(inverse.test_small_solutions, 8, 1)
     for op, activation, displacement in (("act_inverse", "tanh", "small"), ("act_displacement", "sigmoid", "any")):
         run(layers.test_act_inverse, 2, op, (4, 5), activation, displacement)
-    for method in layers.GAMMAS:
+    for method in layers.REGS:
         run(layers.test_linear_inverse, 2, 8, 5, method)
         for op in (layers.layer_inverse, layers.layer_displacement):
             run(layers.test_layer, 2, 8, 5, method, op)

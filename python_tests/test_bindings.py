@@ -51,7 +51,7 @@ def op_arguments(op: str, **sizes: int) -> Arguments:
             "correction": "none",
             "credit": "through_time",
             "target_step": 0.5,
-            "clip": 0.01,
+            "margin": 0.01,
             **beyond,
             "slope": "inverse",
             "slope_reg": 0.0,
@@ -654,7 +654,7 @@ WRONG_OPTIONS = {
     "reverse": [[True], [True] * 3, "ab", None],
     "execution": [0, -1, 2**40, 2**80, 1.0, "two", None, (0, "auto", None)],
     "target_step": ["large", None],
-    "clip": ["small", None],
+    "margin": ["small", None],
     "scale": ["large", None],
 }
 
@@ -802,7 +802,7 @@ def test_op_refuses_options_out_of_range(op: str) -> None:
         "credit": ["global"],
         "reverse": [[True], [True] * 3],
         "target_step": [0.0, -1.0, float("nan"), float("inf")],
-        "clip": [0.0, 1.0, -0.5, float("nan")],
+        "margin": [0.0, 1.0, -0.5, float("nan")],
         "slope": ["steep", ""],
         "slope_reg": [-1.0, float("nan"), float("inf")],
     }

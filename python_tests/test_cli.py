@@ -93,7 +93,7 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     config = json.loads((folder / "config.json").read_text())
     assert config["rule"] == {
         "name": "regularized", "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local",
-        "clip": 1e-3, "normalize": True, "input_rule": "gradient",
+        "margin": 1e-3, "normalize": True, "input_rule": "gradient",
         "slope": "inverse", "slope_reg": 0.0,
     }  # fmt: skip
     assert f"curve: {folder / 'curve.png'}" in out
@@ -195,7 +195,7 @@ def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"train xor --iterations 20 --optimizer sgd --lr 1e38 --out {tmp_path / 'xor'}"
     status, _, err = call(line, capsys)
     assert status == 3
-    assert "smaller rates (--lr, --head-lr), or a larger --gamma." in err
+    assert "smaller rates (--lr, --head-lr), or a larger --reg." in err
 
 
 SEQUENCE, IMAGE = f"train adding {SMALL}", "train images --dataset digits --network mlp --rule backprop --channels 4"

@@ -125,9 +125,9 @@ def pass_arguments(inputs: Scan, rule: tuple[str, str], **options: bool) -> tupl
     if correction == "learned":
         arguments = learned_arguments(exact, credit, options.get("return_norms", True))
     else:
-        # The bounds 1 - clip must be numbers of the dtype, or the composite inverts tanh at 1.
-        clip = {"clip": 2.0**-6} if dtype in LOW else {}
-        arguments = target_arguments(exact, correction, credit, **options, **clip)
+        # The bounds 1 - margin must be numbers of the dtype, or the composite inverts tanh at 1.
+        margin = {"margin": 2.0**-6} if dtype in LOW else {}
+        arguments = target_arguments(exact, correction, credit, **options, **margin)
     return tuple(as_dtype(argument, dtype) for argument in arguments)
 
 

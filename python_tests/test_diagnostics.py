@@ -31,7 +31,7 @@ def test_backprop_agrees_with_itself() -> None:
 
 def test_angle_and_norm_ratio() -> None:
     """Those of the gradients that the passes themselves leave."""
-    net = MLP([5, 4, 3], rule=RegularizedLeastSquares(gamma=0.1), dtype=DOUBLE)
+    net = MLP([5, 4, 3], rule=RegularizedLeastSquares(reg=0.1), dtype=DOUBLE)
     loss = square(torch.randn(7, 5, dtype=DOUBLE))
     vectors = []
     for rule in (net.rule, Backprop()):
@@ -51,26 +51,24 @@ def test_inverse_residual() -> None:
     x = torch.randn(7, 4, dtype=DOUBLE)
     exact = MLP([4, 4, 4], rule=ConstrainedLeastSquares(target_step=1e-3), dtype=DOUBLE)
     assert all(layer.inverse_residual < 1e-6 for layer in layer_diagnostics(exact, square(x)))
-    stays = MLP([4, 4], rule=RegularizedLeastSquares(gamma=1e9), dtype=DOUBLE)
+    stays = MLP([4, 4], rule=RegularizedLeastSquares(reg=1e9), dtype=DOUBLE)
     assert layer_diagnostics(stays, square(x))[0].inverse_residual == pytest.approx(1)
-    # Of one linear unit y = w x without a bias, d_x = d w / (w^2 + gamma).
-    one = TargetLinear(1, 1, False, rule=RegularizedLeastSquares(gamma=0.5), dtype=DOUBLE)
+    # Of one linear unit y = w x without a bias, d_x = d w / (w^2 + reg).
+    one = TargetLinear(1, 1, False, rule=RegularizedLeastSquares(reg=0.5), dtype=DOUBLE)
     nn.init.constant_(one.weight, 2.0)
     layer = layer_diagnostics(one, square(x[:, :1]))[0]
-    # gamma also counts in the activation's inverse, here the identity's: d / (1 + gamma)
+    # reg also counts in the activation's inverse, here the identity's: d / (1 + reg)
     assert layer.inverse_residual == pytest.approx(1 - 4 / 4.5 / 1.5)
     assert layer.condition == 1.0
 
 
-@pytest.mark.parametrize(
-    ("rule", "gamma"), [(RegularizedLeastSquares(gamma=0.3), 0.3), (DifferenceTargetPropagation(), 0)]
-)
+@pytest.mark.parametrize(("rule", "reg"), [(RegularizedLeastSquares(reg=0.3), 0.3), (DifferenceTargetPropagation(), 0)])
 @pytest.mark.parametrize("sizes", [[5, 3], [3, 5], [4, 4]])
-def test_condition_number(rule: Any, gamma: float, sizes: list[int]) -> None:
+def test_condition_number(rule: Any, reg: float, sizes: list[int]) -> None:
     net = MLP(sizes, rule=rule, dtype=DOUBLE)
     W = net[0].weight.detach().numpy()
     gram = W.T @ W if sizes[0] <= sizes[1] else W @ W.T
-    expected = np.linalg.cond(gram + gamma * np.eye(len(gram)))
+    expected = np.linalg.cond(gram + reg * np.eye(len(gram)))
     layer = layer_diagnostics(net, square(torch.randn(7, sizes[0], dtype=DOUBLE)))[0]
     assert layer.condition == pytest.approx(expected, rel=1e-9)
 
@@ -118,7 +116,7 @@ def test_needs_a_layer() -> None:
 
 def test_frozen_layers_and_no_grad() -> None:
     """The gradients of a frozen model, asked for where none are recorded, are those of a trainable one."""
-    net = MLP([5, 4, 3], "tanh", rule=RegularizedLeastSquares(gamma=0.1, target_step=5.0), dtype=DOUBLE)
+    net = MLP([5, 4, 3], "tanh", rule=RegularizedLeastSquares(reg=0.1, target_step=5.0), dtype=DOUBLE)
     loss = square(torch.randn(7, 5, dtype=DOUBLE))
     expected = layer_diagnostics(net, loss)
     net.requires_grad_(False)
@@ -129,7 +127,7 @@ def test_frozen_layers_and_no_grad() -> None:
 def test_residual_is_of_the_rules_own_displacement() -> None:
     """``d = -target_step g``, which for a bent activation matters."""
     x = torch.randn(7, 4, dtype=DOUBLE)
-    net = MLP([4, 4], output="tanh", rule=RegularizedLeastSquares(gamma=0.1, target_step=20.0), dtype=DOUBLE)
+    net = MLP([4, 4], output_activation="tanh", rule=RegularizedLeastSquares(reg=0.1, target_step=20.0), dtype=DOUBLE)
     (layer,), h = layer_diagnostics(net, square(x)), net(x).detach()
     d = -20.0 * 2 * h / h.numel()
     missed = net(x + net[0].input_displacement(x, d)) - h - d
@@ -139,7 +137,7 @@ def test_residual_is_of_the_rules_own_displacement() -> None:
 def test_hooks_and_keywords() -> None:
     """Layers called by keyword, and a hook of the model's that changes an output: the layer's own output counts."""
     x = torch.randn(7, 4, dtype=DOUBLE)
-    net = MLP([4, 4, 4], rule=RegularizedLeastSquares(gamma=0.1), dtype=DOUBLE)
+    net = MLP([4, 4, 4], rule=RegularizedLeastSquares(reg=0.1), dtype=DOUBLE)
     plain = layer_diagnostics(net, lambda model: (model[1](input=model[0](input=x)) + 1).square().mean())
     net[1].register_forward_hook(lambda module, args, output: output + 1)
     hooked = layer_diagnostics(net, square(x))

@@ -253,7 +253,7 @@ def test_compiles_without_gradients(rule, mode):
 def test_compiles_stacked_with_changing_sizes_and_rule(rule):
     rnn = tpext.nn.RNN(I, H, 2, bidirectional=True, rule=rule)
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager", dynamic=True)
-    changes = {RegularizedInverse: {"reg": 3.0, "clip": 0.01}, LearnedInverse: {"target_step": 0.5}}
+    changes = {RegularizedInverse: {"reg": 3.0, "margin": 0.01}, LearnedInverse: {"target_step": 0.5}}
     changed = dataclasses.replace(rule, **changes.get(type(rule), {}))
     for rnn.rule in (rule, changed):
         for steps, batch in [(5, 4), (7, 3)]:
@@ -450,7 +450,7 @@ class Learner(nn.Module):
             self.layers = tpext.nn.RNN(I, H, rule=LearnedInverse(target_step=target_step))
         else:
             rule = tpext.DifferenceTargetPropagation(target_step=target_step)
-            self.layers = tpext.nn.MLP([I, H, H], output="tanh", rule=rule)
+            self.layers = tpext.nn.MLP([I, H, H], output_activation="tanh", rule=rule)
         self.head = nn.Linear(H, 2)
 
     def forward(self, x: Tensor, reconstruct: bool = False) -> Tensor:

@@ -28,7 +28,7 @@ NAMES = ["tanh", "sigmoid", "relu", "leaky_relu", "identity"]
 SMOOTH = ["tanh", "sigmoid"]
 METHODS = ["regularized", "constrained"]
 FORMS = ["proximal", "ridge"]
-GAMMAS = [1e-8, 1e-4, 1e-2, 0.1, 0.3, 1.0, 10.0, 1e3]
+REGS = [1e-8, 1e-4, 1e-2, 0.1, 0.3, 1.0, 10.0, 1e3]
 SLOPE = 0.125
 EDGE_TARGETS = [-1e4, -2.0, -1.001, -1.0, -0.999, -0.5, -1e-3, 0.0, 1e-3, 0.3, 0.5, 0.999, 1.0, 1.001, 1.3, 2.0, 1e4]
 EDGE_INPUTS = [-50.0, -18.0, -8.0, -3.0, -1.5, -0.5, -1e-3, 0.0, 1e-3, 0.5, 1.5, 3.0, 8.0, 18.0, 50.0]
@@ -47,10 +47,10 @@ def golden() -> dict[str, Tensor]:
     return published("A_ops.npz")
 
 
-def minimizers(name: str, y: Tensor, c: Tensor, gamma: float) -> list[Tensor]:
+def minimizers(name: str, y: Tensor, c: Tensor, reg: float) -> list[Tensor]:
     """The regularised inverse by the op and, for tanh and sigmoid, by the torch operations that CUDA tensors take."""
-    by_op = Activation(name, SLOPE).regularized_inverse(y, c, gamma)
-    return [by_op, _minimizer(y, c, name, gamma)] if name in SMOOTH else [by_op]
+    by_op = Activation(name, SLOPE).regularized_inverse(y, c, reg)
+    return [by_op, _minimizer(y, c, name, reg)] if name in SMOOTH else [by_op]
 
 
 def grid(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -59,65 +59,65 @@ def grid(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return pairs[:, 0].contiguous(), pairs[:, 1].contiguous()
 
 
-def excess_cost(name: str, x: Tensor, best: np.ndarray, y: Tensor, c: Tensor, gamma: float) -> np.ndarray:
+def excess_cost(name: str, x: Tensor, best: np.ndarray, y: Tensor, c: Tensor, reg: float) -> np.ndarray:
     """By how much the cost at x exceeds that at ``best``, over what rounding y, c and x once changes it by."""
     X, Y, C = (a.numpy().astype(np.longdouble) for a in (x, y, c))
-    cost = reference.activation_cost(X, Y, C, name, SLOPE, gamma)
+    cost = reference.activation_cost(X, Y, C, name, SLOPE, reg)
     eps = torch.finfo(x.dtype).eps
     value, slope = activation_and_slope(X, name, SLOPE)
     residual, moved = eps * (np.abs(value) + np.abs(Y) + slope * np.abs(X)), eps * (np.abs(X) + np.abs(C))
-    rounding = residual * (np.abs(value - Y) + residual) + gamma * moved * (np.abs(X - C) + moved)
+    rounding = residual * (np.abs(value - Y) + residual) + reg * moved * (np.abs(X - C) + moved)
     allowed = rounding + eps * cost + torch.finfo(x.dtype).tiny
-    excess = cost - reference.activation_cost(best, Y, C, name, SLOPE, gamma)
+    excess = cost - reference.activation_cost(best, Y, C, name, SLOPE, reg)
     return np.clip(excess / allowed, -1e300, 1e300).astype(float)
 
 
-def assert_minimize(name: str, solutions: list[Tensor], y: Tensor, c: Tensor, gamma: float) -> None:
+def assert_minimize(name: str, solutions: list[Tensor], y: Tensor, c: Tensor, reg: float) -> None:
     """The costs are the oracle's to rounding, and where the cost is curved the derivative is zero to rounding."""
     Y, C = (a.numpy().astype(np.longdouble) for a in (y, c))
-    best = reference.act_inverse(Y, C, name, SLOPE, gamma, 0.0)
+    best = reference.act_inverse(Y, C, name, SLOPE, reg, 0.0)
     eps, tiny = torch.finfo(y.dtype).eps, torch.finfo(y.dtype).tiny
     for x in solutions:
         assert x.dtype == y.dtype
         assert x.shape == y.shape
-        excess = excess_cost(name, x, best, y, c, gamma)
+        excess = excess_cost(name, x, best, y, c, reg)
         worst = int(np.argmax(excess))
-        where = f"target {y[worst].item()!r}, input {c[worst].item()!r}, gamma {gamma}: {x[worst].item()!r}"
+        where = f"target {y[worst].item()!r}, input {c[worst].item()!r}, reg {reg}: {x[worst].item()!r}"
         assert excess[worst] <= 8, f"{where}, {best[worst]!r} has a cost less by {excess[worst]} roundings"
         if name not in SMOOTH:
             continue
         X = x.numpy().astype(np.longdouble)
         value, slope = activation_and_slope(X, name, SLOPE)
-        derivative = (value - Y) * slope + gamma * (X - C)
+        derivative = (value - Y) * slope + reg * (X - C)
         bend = -2 * value if name == "tanh" else 1 - 2 * value
-        curvature = slope**2 + (value - Y) * slope * bend + gamma
-        terms = slope * (1 + np.abs(Y)) + gamma * (np.abs(X) + np.abs(C))
+        curvature = slope**2 + (value - Y) * slope * bend + reg
+        terms = slope * (1 + np.abs(Y)) + reg * (np.abs(X) + np.abs(C))
         rounding = eps * (terms + np.abs(curvature * X)) + tiny
-        curved = curvature > 1e-2 * (slope * (1 + np.abs(Y)) + gamma)
+        curved = curvature > 1e-2 * (slope * (1 + np.abs(Y)) + reg)
         excess = np.where(curved, np.abs(derivative) / rounding, 0).astype(float)
         worst = int(np.argmax(excess))
-        where = f"target {y[worst].item()!r}, input {c[worst].item()!r}, gamma {gamma}: {x[worst].item()!r}"
+        where = f"target {y[worst].item()!r}, input {c[worst].item()!r}, reg {reg}: {x[worst].item()!r}"
         assert excess[worst] <= 4, f"{where} is not stationary by {excess[worst]} roundings, {best[worst]!r} is best"
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", GAMMAS)
+@pytest.mark.parametrize("reg", REGS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_regularized_equals_the_oracle(name: str, gamma: float, dtype: torch.dtype) -> None:
+def test_regularized_equals_the_oracle(name: str, reg: float, dtype: torch.dtype) -> None:
     y, c = grid(dtype)
-    assert_minimize(name, minimizers(name, y, c, gamma), y, c, gamma)
+    assert_minimize(name, minimizers(name, y, c, reg), y, c, reg)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("clip", [2.0**-7, 2.0**-20])
-def test_constrained_equals_the_oracle(name: str, dtype: torch.dtype, clip: float) -> None:
+@pytest.mark.parametrize("margin", [2.0**-7, 2.0**-20])
+def test_constrained_equals_the_oracle(name: str, dtype: torch.dtype, margin: float) -> None:
     y, c = grid(dtype)
-    expected = reference.act_inverse(y.numpy(), c.numpy(), name, SLOPE, 0.0, clip)
-    actual = Activation(name, SLOPE).inverse(y, c, clip)
-    # At the clipped edge rounding 1 - clip moves the result by eps / clip.
+    expected = reference.act_inverse(y.numpy(), c.numpy(), name, SLOPE, 0.0, margin)
+    actual = Activation(name, SLOPE).inverse(y, c, margin)
+    # At the clipped edge rounding 1 - margin moves the result by eps / margin.
     rtol = 8 * torch.finfo(dtype).eps
-    torch.testing.assert_close(actual.double(), torch.from_numpy(expected), rtol=rtol, atol=rtol / clip)
+    torch.testing.assert_close(actual.double(), torch.from_numpy(expected), rtol=rtol, atol=rtol / margin)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -125,84 +125,84 @@ def test_constrained_equals_the_oracle(name: str, dtype: torch.dtype, clip: floa
     name=st.sampled_from(NAMES),
     y=st.one_of(st.floats(-1.5, 1.5), st.floats(-1e6, 1e6)),
     c=st.one_of(st.floats(-3, 3), st.floats(-60, 60)),
-    log_gamma=st.floats(-10, 4),
+    log_reg=st.floats(-10, 4),
     dtype=st.sampled_from(DTYPES),
 )
-def test_regularized_is_a_global_minimum(name: str, y: float, c: float, log_gamma: float, dtype: torch.dtype) -> None:
+def test_regularized_is_a_global_minimum(name: str, y: float, c: float, log_reg: float, dtype: torch.dtype) -> None:
     target, input = torch.tensor([y], dtype=dtype), torch.tensor([c], dtype=dtype)
-    gamma = 10.0**log_gamma
+    reg = 10.0**log_reg
     points = np.concatenate([np.linspace(-60, 60, 4001), c + np.linspace(-2, 2, 2001), np.linspace(-8, 8, 2001)])
-    solutions = minimizers(name, target, input, gamma)
+    solutions = minimizers(name, target, input, reg)
     for x in solutions:
-        assert excess_cost(name, x, points.astype(np.longdouble), target, input, gamma).max() <= 8
-    assert_minimize(name, solutions, target, input, gamma)
+        assert excess_cost(name, x, points.astype(np.longdouble), target, input, reg).max() <= 8
+    assert_minimize(name, solutions, target, input, reg)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tail", [-0.99, -0.5, 0.0, 0.5, 1.0, 3.0])
 def test_where_two_minima_merge(name: str, dtype: torch.dtype, tail: float) -> None:
-    """Around the gamma and input at which the cost of tanh has a minimum of fourth order."""
+    """Around the reg and input at which the cost of tanh has a minimum of fourth order."""
     t = np.roots([-12, 6 * tail, 8, -2 * tail]).real.min()
     critical = (1 - t * t) * (3 * t * t - 2 * tail * t - 1)
     center = np.arctanh(t) - (tail - t) * (1 - t * t) / critical
     offsets = np.concatenate([[0.0], np.geomspace(1e-12, 0.1, 12), -np.geomspace(1e-12, 0.1, 12)])
     for change in (-1e-2, -1e-4, -1e-8, 0.0, 1e-8, 1e-4, 1e-2):
-        y, c, gamma = torch.full((len(offsets),), tail).double(), center + offsets, critical * (1 + change)
+        y, c, reg = torch.full((len(offsets),), tail).double(), center + offsets, critical * (1 + change)
         if name == "sigmoid":
-            y, c, gamma = (y + 1) / 2, 2 * c, gamma / 16
+            y, c, reg = (y + 1) / 2, 2 * c, reg / 16
         y, c = y.to(dtype), torch.from_numpy(c).to(dtype)
-        assert_minimize(name, minimizers(name, y, c, gamma), y, c, gamma)
+        assert_minimize(name, minimizers(name, y, c, reg), y, c, reg)
         mirrored = 1 - y if name == "sigmoid" else -y
-        assert_minimize(name, minimizers(name, mirrored, -c, gamma), mirrored, -c, gamma)
+        assert_minimize(name, minimizers(name, mirrored, -c, reg), mirrored, -c, reg)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_where_two_minima_cost_the_same(name: str) -> None:
     """A fine scan of inputs over the jump from the minimum near the input to that near the target's preimage."""
     y, c = torch.full((2001,), 0.9), torch.linspace(-8, 0, 2001)
-    for dtype, gamma in itertools.product(DTYPES, (1e-3, 1e-2, 3e-2)):
+    for dtype, reg in itertools.product(DTYPES, (1e-3, 1e-2, 3e-2)):
         y, c = y.to(dtype), c.to(dtype)
-        solutions = minimizers(name, y, c, gamma)
+        solutions = minimizers(name, y, c, reg)
         for x in solutions:
             moved = x - c
             assert ((moved[1:] - moved[:-1]).abs() > 0.5).sum() <= 1
         some = slice(None, None, 40)
-        assert_minimize(name, [x[some] for x in solutions], y[some], c[some], gamma)
+        assert_minimize(name, [x[some] for x in solutions], y[some], c[some], reg)
 
 
 @pytest.mark.parametrize("slope", [0.0, 0.125, 0.5, 2.0, 8.0])
-@pytest.mark.parametrize("gamma", [0.125, 1.0, 8.0])
-def test_piecewise_linear_against_brute_force(slope: float, gamma: float) -> None:
+@pytest.mark.parametrize("reg", [0.125, 1.0, 8.0])
+def test_piecewise_linear_against_brute_force(slope: float, reg: float) -> None:
     activation = Activation("leaky_relu", slope) if slope else Activation("relu")
     y, c = torch.randn(500, dtype=torch.float64) * 3, torch.randn(500, dtype=torch.float64) * 3
-    x = activation.regularized_inverse(y, c, gamma)
+    x = activation.regularized_inverse(y, c, reg)
     points = torch.linspace(-30, 30, 6001, dtype=torch.float64)[:, None]
-    costs = (activation(points) - y) ** 2 + gamma * (points - c) ** 2
-    cost = (activation(x) - y) ** 2 + gamma * (x - c) ** 2
+    costs = (activation(points) - y) ** 2 + reg * (points - c) ** 2
+    cost = (activation(x) - y) ** 2 + reg * (x - c) ** 2
     assert (cost <= costs.amin(0) * (1 + 1e-12)).all()
-    assert (cost >= costs.amin(0) - (max(slope, 1) ** 2 + gamma) * 0.01**2).all()
+    assert (cost >= costs.amin(0) - (max(slope, 1) ** 2 + reg) * 0.01**2).all()
 
 
 def test_relu_takes_the_active_side_at_a_tie() -> None:
-    # gamma / (1 + gamma) (y - c)^2 = y^2 for gamma = 1/3, y = 1, c = -1.
+    # reg / (1 + reg) (y - c)^2 = y^2 for reg = 1/3, y = 1, c = -1.
     assert Activation("relu").regularized_inverse(torch.ones(1), -torch.ones(1), 1 / 3).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_great_gamma_gives_the_input_or_zero(name: str, dtype: torch.dtype) -> None:
+def test_great_reg_gives_the_input_or_zero(name: str, dtype: torch.dtype) -> None:
     y, c = torch.randn(50, dtype=dtype), torch.randn(50, dtype=dtype)
-    for gamma in (1e30, 1e300):
-        x = Activation(name, SLOPE).regularized_inverse(y, c, gamma)
+    for reg in (1e30, 1e300):
+        x = Activation(name, SLOPE).regularized_inverse(y, c, reg)
         torch.testing.assert_close(x, c)
-        ridge = Activation(name, SLOPE).regularized_inverse(y, c, gamma, form="ridge")
+        ridge = Activation(name, SLOPE).regularized_inverse(y, c, reg, form="ridge")
         torch.testing.assert_close(ridge, torch.zeros_like(c))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", FORMS)
-def test_small_gamma_gives_the_constrained_inverse_in_the_range(name: str, form: Any) -> None:
+def test_small_reg_gives_the_constrained_inverse_in_the_range(name: str, form: Any) -> None:
     c = torch.randn(200, dtype=torch.float64)
     activation = Activation(name, SLOPE)
     y = activation(torch.randn(200, dtype=torch.float64))
@@ -213,7 +213,7 @@ def test_small_gamma_gives_the_constrained_inverse_in_the_range(name: str, form:
 
 @pytest.mark.parametrize("name", SMOOTH)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_without_gamma_a_target_beyond_the_range_is_brought_inside(name: str, dtype: torch.dtype) -> None:
+def test_without_reg_a_target_beyond_the_range_is_brought_inside(name: str, dtype: torch.dtype) -> None:
     c = torch.zeros(2, dtype=dtype)
     x = Activation(name).regularized_inverse(torch.tensor([2.0, -2.0], dtype=dtype), c, 0.0)
     eps = torch.finfo(dtype).eps
@@ -222,25 +222,25 @@ def test_without_gamma_a_target_beyond_the_range_is_brought_inside(name: str, dt
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [1e-3, 1.0])
+@pytest.mark.parametrize("reg", [1e-3, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_output_as_target_gives_the_input(name: str, gamma: float, dtype: torch.dtype) -> None:
+def test_the_output_as_target_gives_the_input(name: str, reg: float, dtype: torch.dtype) -> None:
     activation, c = Activation(name, SLOPE), torch.randn(100, dtype=dtype) * 2
     eps = torch.finfo(dtype).eps
-    x = activation.regularized_inverse(activation(c), c, gamma)
-    torch.testing.assert_close(x, c, rtol=8 * eps, atol=8 * eps / gamma)
+    x = activation.regularized_inverse(activation(c), c, reg)
+    torch.testing.assert_close(x, c, rtol=8 * eps, atol=8 * eps / reg)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [0.0, 0.1])
-def test_nan_passes_through_and_stays_where_it_is(name: str, gamma: float) -> None:
+@pytest.mark.parametrize("reg", [0.0, 0.1])
+def test_nan_passes_through_and_stays_where_it_is(name: str, reg: float) -> None:
     y, c = torch.full((3,), 0.5), torch.full((3,), -0.25)
     y[1] = torch.nan
-    x = Activation(name, SLOPE).regularized_inverse(y, c, gamma)
+    x = Activation(name, SLOPE).regularized_inverse(y, c, reg)
     assert x.isnan().tolist() == [False, True, False]
-    if gamma > 0:
+    if reg > 0:
         c[2] = torch.nan
-        x = Activation(name, SLOPE).regularized_inverse(y, c, gamma)
+        x = Activation(name, SLOPE).regularized_inverse(y, c, reg)
         assert x.isnan().tolist() == [False, True, True]
 
 
@@ -273,13 +273,13 @@ def test_published_numbers_of_activations(golden: dict[str, Tensor]) -> None:
     check("lrelu_f", leaky(x0))
     check("lrelu_df", leaky.derivative(grad, x0))
     check("lrelu_finv", leaky.inverse(y, x0))
-    for gamma in (0.01, 0.5, 5.0):
+    for reg in (0.01, 0.5, 5.0):
         for compat in (False, True):
-            check(f"relu_frinv_g{gamma}", Activation("relu", reference_compat=compat).regularized_inverse(y, x0, gamma))
-    for name, (gamma, rate, steps) in itertools.product(SMOOTH, [(0.01, 0.1, 2), (0.5, 2.0, 25)]):
+            check(f"relu_frinv_g{reg}", Activation("relu", reference_compat=compat).regularized_inverse(y, x0, reg))
+    for name, (reg, rate, steps) in itertools.product(SMOOTH, [(0.01, 0.1, 2), (0.5, 2.0, 25)]):
         x0, y, _ = arguments(name)
         activation = Activation(name, reference_compat=True, learning_rate=rate, num_steps=steps)
-        check(f"{name}_frinv_g{gamma}_lr{rate}_s{steps}", activation.regularized_inverse(y, x0, gamma))
+        check(f"{name}_frinv_g{reg}_lr{rate}_s{steps}", activation.regularized_inverse(y, x0, reg))
     identity = Activation("identity", reference_compat=True)
     check("id_frinv", identity.regularized_inverse(golden["id_y"], golden["add_x0"], 0.5))
 
@@ -294,8 +294,8 @@ def test_published_numbers_of_linear_maps_and_biases(golden: dict[str, Tensor]) 
         check(f"lin_{shape}_f", x0 @ weight.mT)
         check(f"lin_{shape}_df", y @ weight)
         check(f"lin_{shape}_finv", linear_inverse(y, x0, weight))
-        for gamma in (0.01, 1.0):
-            check(f"lin_{shape}_frinv_g{gamma}", linear_inverse(y, x0, weight, gamma))
+        for reg in (0.01, 1.0):
+            check(f"lin_{shape}_frinv_g{reg}", linear_inverse(y, x0, weight, reg))
     b, x0, y = (golden[f"add_{key}"] for key in ("b", "x0", "y"))
     check("add_f", x0 + b)
     b = b.view(-1)
@@ -316,27 +316,27 @@ def test_published_targets_of_whole_layers(algorithm: int, method: Any) -> None:
             numbers[f"b{layer_number}"].view(-1),
             Activation(name, reference_compat=True, learning_rate=0.1, num_steps=2),
             method=method,
-            gamma=0.05,
+            reg=0.05,
         )
         expected = numbers[f"alg{algorithm}_t3_{layer_number - 1}"]
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(3, 6), (6, 3), (4, 4), (1, 7), (30, 20)], ids=str)
-@pytest.mark.parametrize("gamma", [0.0, 1e-3, 1.0, 1e3])
-def test_linear_equals_the_larger_system(shape: tuple[int, int], gamma: float) -> None:
+@pytest.mark.parametrize("reg", [0.0, 1e-3, 1.0, 1e3])
+def test_linear_equals_the_larger_system(shape: tuple[int, int], reg: float) -> None:
     weight = torch.randn(shape, dtype=torch.float64)
     y, x0 = torch.randn(2, 5, shape[0], dtype=torch.float64), torch.randn(2, 5, shape[1], dtype=torch.float64)
     for center, form in ((x0, "proximal"), (torch.zeros_like(x0), "ridge")):
-        expected = torch.from_numpy(reference.linear_inverse(y.numpy(), center.numpy(), weight.numpy(), gamma))
-        known = regularized_inverse(weight, gamma)
-        torch.testing.assert_close(linear_inverse(y, x0, weight, gamma, form), expected, rtol=1e-8, atol=1e-8)
+        expected = torch.from_numpy(reference.linear_inverse(y.numpy(), center.numpy(), weight.numpy(), reg))
+        known = regularized_inverse(weight, reg)
+        torch.testing.assert_close(linear_inverse(y, x0, weight, reg, form), expected, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(
             linear_inverse(y, x0, weight, form=form, inverse=known), expected, rtol=1e-8, atol=1e-8
         )
 
 
-def test_linear_of_low_rank_is_refused_without_gamma_unless_the_pseudo_inverse_is_given() -> None:
+def test_linear_of_low_rank_is_refused_without_reg_unless_the_pseudo_inverse_is_given() -> None:
     weight = torch.randn(5, 2, dtype=torch.float64) @ torch.randn(2, 4, dtype=torch.float64)
     y, x0 = torch.randn(3, 5, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     with pytest.raises(tpext.SingularError, match="regularized_inverse"):
@@ -366,7 +366,7 @@ def layer(M: int = 6, N: int = 4, B: int = 5, dtype: torch.dtype = torch.float64
 @pytest.mark.parametrize("sizes", [(6, 4), (4, 6), (5, 5)], ids=str)
 def test_layer_equals_the_oracle(name: Any, method: Any, form: Any, sizes: tuple[int, int]) -> None:
     arguments = layer(*sizes)
-    options = {"method": method, "gamma": 0.25, "form": form, "clip": 0.0625}
+    options = {"method": method, "reg": 0.25, "form": form, "margin": 0.0625}
     expected = reference.layer_inverse(*(a.numpy() for a in arguments), name, SLOPE, **options)
     activation = Activation(name, SLOPE)
     actual = layer_inverse(*arguments, activation, **options)
@@ -385,7 +385,7 @@ def test_layer_equals_the_oracle(name: Any, method: Any, form: Any, sizes: tuple
 def test_displacement_is_the_difference_of_two_inverses(name: Any, method: Any, form: Any) -> None:
     displacement, x, weight, bias = layer()
     displacement = 0.1 * displacement
-    options = {"method": method, "form": form, "gamma": 0.25}
+    options = {"method": method, "form": form, "reg": 0.25}
     output = Activation(name)(x @ weight.mT + bias)
     moved, still = (layer_inverse(y, x, weight, bias, name, **options) for y in (output + displacement, output))
     actual = layer_displacement(displacement, x, weight, bias, name, **options)
@@ -396,7 +396,7 @@ def test_displacement_is_the_difference_of_two_inverses(name: Any, method: Any, 
 
 def test_displacement_of_an_identity_layer_is_the_reverse_layer_of_the_recurrent_nets() -> None:
     displacement, x, weight, _ = layer()
-    actual = layer_displacement(displacement, x, weight, None, "identity", gamma=0.5)
+    actual = layer_displacement(displacement, x, weight, None, "identity", reg=0.5)
     torch.testing.assert_close(actual, displacement @ regularized_inverse(weight, 0.5).mT / 1.5)
 
 
@@ -431,16 +431,16 @@ def test_same_bits_on_any_number_of_threads_and_in_any_company(name: str, dtype:
         assert torch.equal(Activation(name).regularized_inverse(y[part], c[part], 0.05), expected[part])
 
 
-def displacements(name: str, d: Tensor, c: Tensor, gamma: float) -> list[Tensor]:
+def displacements(name: str, d: Tensor, c: Tensor, reg: float) -> list[Tensor]:
     """By the op and, for tanh and sigmoid, by the torch operations that CUDA tensors take."""
-    by_op = act_displacement(d, c, name, SLOPE, gamma)
-    return [by_op, _displacement(d, c, name, gamma)] if name in SMOOTH else [by_op]
+    by_op = act_displacement(d, c, name, SLOPE, reg)
+    return [by_op, _displacement(d, c, name, reg)] if name in SMOOTH else [by_op]
 
 
-def assert_moves(name: str, d: Tensor, c: Tensor, gamma: float) -> None:
+def assert_moves(name: str, d: Tensor, c: Tensor, reg: float) -> None:
     """To a few roundings of the result where the cost is curved, and where it is small: 3/8 of tanh's input."""
     D, C = (a.numpy().astype(np.longdouble) for a in (d, c))
-    expected = reference.act_displacement(D, C, name, SLOPE, gamma)
+    expected = reference.act_displacement(D, C, name, SLOPE, reg)
     info = torch.finfo(d.dtype)
     checked = np.ones(d.shape, bool)
     if name in SMOOTH:
@@ -448,27 +448,27 @@ def assert_moves(name: str, d: Tensor, c: Tensor, gamma: float) -> None:
         value, slope = activation_and_slope(C + expected, name, SLOPE)
         bend = (-2 * value if name == "tanh" else 1 - 2 * value) * slope
         gap = activation_change(expected, C, scale) - D
-        curvature = slope**2 + gap * bend + gamma
-        checked = (curvature > 0.25 * (slope**2 + np.abs(gap * bend) + gamma)) & (np.abs(expected) < 0.375 * scale)
+        curvature = slope**2 + gap * bend + reg
+        checked = (curvature > 0.25 * (slope**2 + np.abs(gap * bend) + reg)) & (np.abs(expected) < 0.375 * scale)
         assert checked.sum() > 0.25 * len(d)
     # Products with the displacement that are no normal numbers count as zero.
-    lost = info.tiny / (info.eps * min(gamma, 1.0))
-    for z in displacements(name, d, c, gamma):
+    lost = info.tiny / (info.eps * min(reg, 1.0))
+    for z in displacements(name, d, c, reg):
         assert z.dtype == d.dtype
         assert z.shape == d.shape
         error = np.abs(z.numpy() - expected) / (info.eps * (np.abs(expected) + lost))
         worst = int(np.argmax(np.where(checked, error, 0)))
-        where = f"displacement {d[worst].item()!r}, input {c[worst].item()!r}, gamma {gamma}: {z[worst].item()!r}"
+        where = f"displacement {d[worst].item()!r}, input {c[worst].item()!r}, reg {reg}: {z[worst].item()!r}"
         assert error[worst] <= 12 or not checked[worst], f"{where} is not {expected[worst]!r}, by {error[worst]} eps"
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [1e-6, 1e-3, 0.1, 1.0, 1e3])
+@pytest.mark.parametrize("reg", [1e-6, 1e-3, 0.1, 1.0, 1e3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_displacements_keep_their_digits(name: str, gamma: float, dtype: torch.dtype) -> None:
+def test_displacements_keep_their_digits(name: str, reg: float, dtype: torch.dtype) -> None:
     sizes = [sign * size for size in DISPLACEMENTS for sign in (1, -1)]
     pairs = torch.tensor(list(itertools.product(sizes, MOVED_INPUTS)), dtype=dtype)
-    assert_moves(name, pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), gamma)
+    assert_moves(name, pairs[:, 0].contiguous(), pairs[:, 1].contiguous(), reg)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -477,14 +477,14 @@ def test_displacements_keep_their_digits(name: str, gamma: float, dtype: torch.d
     log_d=st.floats(-12, 1),
     sign=st.sampled_from([-1, 1]),
     c=st.one_of(st.floats(-3, 3), st.floats(-12, 12)),
-    log_gamma=st.floats(-6, 3),
+    log_reg=st.floats(-6, 3),
     dtype=st.sampled_from(DTYPES),
 )
 def test_displacement_is_globally_the_best(
-    name: str, log_d: float, sign: int, c: float, log_gamma: float, dtype: torch.dtype
+    name: str, log_d: float, sign: int, c: float, log_reg: float, dtype: torch.dtype
 ) -> None:
     d, input = torch.tensor([sign * 10.0**log_d], dtype=dtype), torch.tensor([c], dtype=dtype)
-    gamma = 10.0**log_gamma
+    reg = 10.0**log_reg
     y = Activation(name, SLOPE)(input) + d
     D, C = (a.numpy().astype(np.longdouble) for a in (d, input))
     points = np.concatenate([np.linspace(-60, 60, 4001) - C, np.linspace(-2, 2, 2001), [0.0]])
@@ -495,44 +495,44 @@ def test_displacement_is_globally_the_best(
         return activation_and_slope(C + u, name, SLOPE)[0] - activation_and_slope(C, name, SLOPE)[0]
 
     eps = torch.finfo(dtype).eps
-    for z in displacements(name, d, input, gamma):
+    for z in displacements(name, d, input, reg):
         u = z.numpy().astype(np.longdouble)
-        cost, slope = (change(u) - D) ** 2 + gamma * u**2, activation_and_slope(C + u, name, SLOPE)[1]
+        cost, slope = (change(u) - D) ** 2 + reg * u**2, activation_and_slope(C + u, name, SLOPE)[1]
         # What rounding y = a(c) + d and x = c + u changes it by, as large moves may come from these.
         residual = eps * (abs(y.item()) + 1 + slope * (np.abs(C) + np.abs(u)))
         moved = eps * (np.abs(C) + np.abs(u))
-        rounding = residual * (np.abs(change(u) - D) + residual) + gamma * moved * (np.abs(u) + moved)
+        rounding = residual * (np.abs(change(u) - D) + residual) + reg * moved * (np.abs(u) + moved)
         allowed = 8 * (rounding + eps * cost)
-        assert (cost - ((change(points) - D) ** 2 + gamma * points**2)).max() <= allowed
+        assert (cost - ((change(points) - D) ** 2 + reg * points**2)).max() <= allowed
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("gamma", [1e-3, 0.1, 1.0])
-def test_great_displacements_are_those_of_the_inverse(name: str, gamma: float) -> None:
+@pytest.mark.parametrize("reg", [1e-3, 0.1, 1.0])
+def test_great_displacements_are_those_of_the_inverse(name: str, reg: float) -> None:
     d, c = 3 * torch.randn(2000, dtype=torch.float64), torch.randn(2000, dtype=torch.float64)
-    expected = act_inverse(Activation(name)(c) + d, c, name, SLOPE, gamma, 0.01) - c
-    for z in displacements(name, d, c, gamma):
+    expected = act_inverse(Activation(name)(c) + d, c, name, SLOPE, reg, 0.01) - c
+    for z in displacements(name, d, c, reg):
         torch.testing.assert_close(z, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-@pytest.mark.parametrize("gamma", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("reg", [1e-4, 0.1, 10.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_small_displacements_are_of_first_order(name: str, gamma: float, dtype: torch.dtype) -> None:
+def test_small_displacements_are_of_first_order(name: str, reg: float, dtype: torch.dtype) -> None:
     c = torch.linspace(-9, 9, 301, dtype=dtype)
     slope = torch.from_numpy(activation_and_slope(c.double().numpy(), name, SLOPE)[1])
     for d in (1e-22, -1e-25):
-        expected = (d * slope / (slope**2 + gamma)).to(dtype)
-        for z in displacements(name, torch.full_like(c, d), c, gamma):
+        expected = (d * slope / (slope**2 + reg)).to(dtype)
+        for z in displacements(name, torch.full_like(c, d), c, reg):
             torch.testing.assert_close(z, expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [1e-300, 1e-38, 1e-12, 1e-4, 1.0, 1e30, 1e300])
+@pytest.mark.parametrize("reg", [1e-300, 1e-38, 1e-12, 1e-4, 1.0, 1e30, 1e300])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_displacement_moves_nothing(name: str, gamma: float, dtype: torch.dtype) -> None:
+def test_no_displacement_moves_nothing(name: str, reg: float, dtype: torch.dtype) -> None:
     c = torch.cat([torch.linspace(-60, 60, 500, dtype=dtype), torch.zeros(1, dtype=dtype)])
-    for z in displacements(name, torch.zeros_like(c), c, gamma):
+    for z in displacements(name, torch.zeros_like(c), c, reg):
         assert torch.equal(z, torch.zeros_like(z))
 
 
@@ -546,9 +546,9 @@ def test_nan_stays_where_it_is_in_displacements(name: str) -> None:
 
 def test_displacement_of_tanh_is_odd() -> None:
     d, c = 0.3 * torch.randn(5000), 2 * torch.randn(5000)
-    for gamma in (1e-3, 0.1):
-        z = act_displacement(d, c, "tanh", SLOPE, gamma)
-        assert torch.equal(act_displacement(-d, -c, "tanh", SLOPE, gamma), -z)
+    for reg in (1e-3, 0.1):
+        z = act_displacement(d, c, "tanh", SLOPE, reg)
+        assert torch.equal(act_displacement(-d, -c, "tanh", SLOPE, reg), -z)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -559,7 +559,7 @@ def test_small_displacements_of_a_layer_keep_their_digits(name: Any) -> None:
     slope = torch.from_numpy(activation_and_slope((x @ weight.mT + bias).double().numpy(), name, SLOPE)[1])
     moved = d.double() * slope / (slope**2 + 0.25) / 1.25
     expected = moved @ regularized_inverse(weight.double(), 0.25).mT
-    actual = layer_displacement(d, x, weight, bias, Activation(name, SLOPE), gamma=0.25)
+    actual = layer_displacement(d, x, weight, bias, Activation(name, SLOPE), reg=0.25)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -608,16 +608,16 @@ def test_inputs_stay_as_they_are_and_results_are_new(name: Any, method: Any) -> 
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("gamma", [0.0, 0.1])
+@pytest.mark.parametrize("reg", [0.0, 0.1])
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_opcheck(name: str, gamma: float, requires_grad: bool) -> None:
+def test_opcheck(name: str, reg: float, requires_grad: bool) -> None:
     y, c = torch.rand(4, 3), torch.randn(3, 4, requires_grad=requires_grad).mT
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    samples = [(act_inverse, (y, c, name, SLOPE, gamma, 0.01))]
-    if gamma > 0:
-        samples.append((act_displacement, (y, c, name, SLOPE, gamma)))
-        expected = act_displacement(y, c.detach().contiguous(), name, SLOPE, gamma)
-        assert torch.equal(act_displacement(y, c, name, SLOPE, gamma), expected)
+    samples = [(act_inverse, (y, c, name, SLOPE, reg, 0.01))]
+    if reg > 0:
+        samples.append((act_displacement, (y, c, name, SLOPE, reg)))
+        expected = act_displacement(y, c.detach().contiguous(), name, SLOPE, reg)
+        assert torch.equal(act_displacement(y, c, name, SLOPE, reg), expected)
     for op, arguments in samples:
         torch.library.opcheck(op.default, arguments, test_utils=utilities)
         if not requires_grad:
@@ -630,7 +630,7 @@ def test_compiles_in_one_graph(method: Any) -> None:
 
     def run(target: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         moved = layer_displacement(target, x, weight, bias, "sigmoid", method=method)
-        return layer_inverse(target, x, weight, bias, "tanh", method=method, gamma=0.1) + moved
+        return layer_inverse(target, x, weight, bias, "tanh", method=method, reg=0.1) + moved
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), run(*arguments))
@@ -681,18 +681,18 @@ def test_autocast_computes_in_float32(method: Any) -> None:
         assert torch.equal(actual, function(*(argument.float() for argument in lower), "tanh", method=method))
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.1])
+@pytest.mark.parametrize("reg", [0.0, 0.1])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.gpu
-def test_on_a_gpu_as_on_the_cpu(name: str, gamma: float) -> None:
+def test_on_a_gpu_as_on_the_cpu(name: str, reg: float) -> None:
     y, c = grid(torch.float64)
     keep = (y.abs() < 100) & (c.abs() < 20)
     y, c = y[keep], c[keep]
-    expected = Activation(name).regularized_inverse(y, c, gamma)
-    torch.testing.assert_close(Activation(name).regularized_inverse(y.cuda(), c.cuda(), gamma).cpu(), expected)
-    if gamma > 0:
-        moved = act_displacement(1e-9 * y, c, name, SLOPE, gamma)
-        actual = act_displacement(1e-9 * y.cuda(), c.cuda(), name, SLOPE, gamma).cpu()
+    expected = Activation(name).regularized_inverse(y, c, reg)
+    torch.testing.assert_close(Activation(name).regularized_inverse(y.cuda(), c.cuda(), reg).cpu(), expected)
+    if reg > 0:
+        moved = act_displacement(1e-9 * y, c, name, SLOPE, reg)
+        actual = act_displacement(1e-9 * y.cuda(), c.cuda(), name, SLOPE, reg).cpu()
         torch.testing.assert_close(actual, moved, rtol=1e-12, atol=0)
 
 
@@ -706,17 +706,17 @@ def test_on_a_gpu_as_on_the_cpu(name: str, gamma: float) -> None:
         ({"input": torch.zeros(2).long()}, "act_inverse: input must be float32 or float64, got int64"),
         ({"activation": "gelu"}, "act_inverse: activation must be one of 'tanh', .*, got 'gelu'"),
         ({"activation": "leaky_relu", "slope": 0.0}, "act_inverse: slope must be a finite number > 0, got 0.0"),
-        ({"gamma": -1.0}, "act_inverse: gamma must be a finite number >= 0, got -1.0"),
-        ({"gamma": float("nan")}, "act_inverse: gamma must be"),
-        ({"clip": 0.0}, r"act_inverse: clip must lie in \[1.19e-07, 0.5\) for float32, got 0.0"),
-        ({"clip": 0.5}, "act_inverse: clip must lie in"),
+        ({"reg": -1.0}, "act_inverse: reg must be a finite number >= 0, got -1.0"),
+        ({"reg": float("nan")}, "act_inverse: reg must be"),
+        ({"margin": 0.0}, r"act_inverse: margin must lie in \[1.19e-07, 0.5\) for float32, got 0.0"),
+        ({"margin": 0.5}, "act_inverse: margin must lie in"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_the_op_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {"target": torch.zeros(2), "input": torch.zeros(2), "activation": "tanh"}
     with pytest.raises(ValueError, match=message):
-        act_inverse(**arguments | {"slope": 0.1, "gamma": 0.1, "clip": 0.01} | change)
+        act_inverse(**arguments | {"slope": 0.1, "reg": 0.1, "margin": 0.01} | change)
 
 
 @pytest.mark.parametrize(
@@ -727,15 +727,15 @@ def test_the_op_refuses_wrong_arguments(change: dict[str, Any], message: str) ->
         ({"input": torch.zeros(2).half()}, "input must be float32 or float64, got float16; for lower"),
         ({"activation": "gelu"}, "activation must be one of 'tanh', .*, got 'gelu'"),
         ({"activation": "leaky_relu", "slope": 0.0}, "slope must be a finite number > 0, got 0.0"),
-        ({"gamma": 0.0}, "gamma must be a finite number > 0, got 0.0"),
-        ({"gamma": float("nan")}, "gamma must be a finite number > 0, got nan"),
+        ({"reg": 0.0}, "reg must be a finite number > 0, got 0.0"),
+        ({"reg": float("nan")}, "reg must be a finite number > 0, got nan"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_the_displacement_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {"displacement": torch.zeros(2), "input": torch.zeros(2), "activation": "tanh"}
     with pytest.raises(ValueError, match=f"act_displacement: {message}"):
-        act_displacement(**arguments | {"slope": 0.1, "gamma": 0.1} | change)
+        act_displacement(**arguments | {"slope": 0.1, "reg": 0.1} | change)
 
 
 @pytest.mark.parametrize(
@@ -747,14 +747,14 @@ def test_the_displacement_refuses_wrong_arguments(change: dict[str, Any], messag
         ({"input": torch.zeros(2).double()}, "input must be float32, got float64"),
         ({"output": torch.zeros(4)[::2]}, "output must be contiguous"),
         ({"activation": "relu"}, "activation must be .*relu"),
-        ({"gamma": 0.0}, "gamma must be a finite number > 0"),
-        ({"gamma": float("nan")}, "gamma must be a finite number > 0"),
+        ({"reg": 0.0}, "reg must be a finite number > 0"),
+        ({"reg": float("nan")}, "reg must be a finite number > 0"),
         ({"execution": 0}, r"execution must lie in 1\.\.1024 threads on the CPU, got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
-    arguments = {"target": torch.zeros(2), "input": torch.zeros(2), "activation": "tanh", "gamma": 1.0}
+    arguments = {"target": torch.zeros(2), "input": torch.zeros(2), "activation": "tanh", "reg": 1.0}
     with pytest.raises(ValueError, match=f"act_inverse: {message}"):
         _C.act_inverse(**arguments | {"output": torch.zeros(2), "execution": 1} | change)
     with pytest.raises(ValueError, match=r"act_displacement: displacement must be \[N\], got \[2, 1\]"):
@@ -773,7 +773,7 @@ def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str
         ({"inverse": torch.zeros(6, 4)}, r"inverse must be \[4, 6\], got \[6, 4\]"),
         ({"method": "exact"}, "method must be one of 'regularized', 'constrained', got 'exact'"),
         ({"form": "tikhonov"}, "form must be one of 'proximal', 'ridge', got 'tikhonov'"),
-        ({"gamma": -0.5}, "gamma must be a finite number >= 0, got -0.5"),
+        ({"reg": -0.5}, "reg must be a finite number >= 0, got -0.5"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
@@ -791,8 +791,8 @@ def test_the_layer_refuses_wrong_arguments(change: dict[str, Any], message: str)
         ({"input": torch.zeros(())}, r"input must be \[\.\.\., N=4\], got \[\]"),
         ({"weight": torch.zeros(1, 6, 4)}, r"weight must be \[M, N\], got \[1, 6, 4\]"),
         ({"inverse": torch.zeros(6, 4)}, r"inverse must be \[4, 6\], got \[6, 4\]"),
-        ({"gamma": -1.0, "inverse": torch.zeros(4, 6)}, "gamma must be a finite number >= 0, got -1.0"),
-        ({"gamma": float("nan"), "inverse": torch.zeros(4, 6)}, "gamma must be a finite number >= 0, got nan"),
+        ({"reg": -1.0, "inverse": torch.zeros(4, 6)}, "reg must be a finite number >= 0, got -1.0"),
+        ({"reg": float("nan"), "inverse": torch.zeros(4, 6)}, "reg must be a finite number >= 0, got nan"),
         ({"form": "tikhonov"}, "form must be one of 'proximal', 'ridge', got 'tikhonov'"),
     ],
     ids=str,
@@ -809,7 +809,7 @@ def test_the_linear_map_refuses_wrong_arguments(change: dict[str, Any], message:
         ({"target": torch.zeros(1, 3)}, r"target must be \[2, 3\], got \[1, 3\]"),
         ({"input": torch.zeros(())}, r"input must be \[\.\.\., M\], got \[\]"),
         ({"bias": torch.zeros(3, 1)}, r"bias must be \[3\], got \[3, 1\]"),
-        ({"gamma": -1.0}, "gamma must be a finite number >= 0, got -1.0"),
+        ({"reg": -1.0}, "reg must be a finite number >= 0, got -1.0"),
     ],
     ids=str,
 )

@@ -35,8 +35,8 @@ NAMES = ["tanh", "sigmoid", "relu", "leaky_relu", "identity"]
 TARGET_RULES = [
     ConstrainedLeastSquares(target_step=0.25, local_loss="pre"),
     ConstrainedLeastSquares(target_step=0.25),
-    RegularizedLeastSquares(gamma=0.1, target_step=0.5, local_loss="pre"),
-    RegularizedLeastSquares(gamma=0.1, target_step=0.5, form="ridge"),
+    RegularizedLeastSquares(reg=0.1, target_step=0.5, local_loss="pre"),
+    RegularizedLeastSquares(reg=0.1, target_step=0.5, form="ridge"),
     DifferenceTargetPropagation(target_step=0.5, noise=0.1),
     DifferenceTargetPropagation(correction="none"),
 ]
@@ -101,7 +101,7 @@ def seely(data: dict[str, Any], algorithm: int, name: Any = "tanh") -> MLP:
 
 def assert_equals_seely(data: dict[str, Any], algorithm: int, name: Any = "tanh") -> None:
     """Outputs, targets on either side of bias and activation, gradients and a step: those of ``data``."""
-    net, step, gamma = seely(data, algorithm, name), float(data["alpha"]), float(data["gamma"])
+    net, step, reg = seely(data, algorithm, name), float(data["alpha"]), float(data["gamma"])
     outputs = keep_outputs(net)
     x = data["x"].clone().requires_grad_(algorithm in (1, 2))
     loss = functional.cross_entropy(net(x), data["y"])
@@ -124,9 +124,9 @@ def assert_equals_seely(data: dict[str, Any], algorithm: int, name: Any = "tanh"
             assert_equal(t2, data[f"{prefix}_t2_{index}"])
             assert_equal(bias_inverse(t2, x1, layer.bias.detach()), data[f"{prefix}_t1_{index}"])
         elif algorithm == 2:
-            t2 = layer.activation.regularized_inverse(target, x2, gamma)
+            t2 = layer.activation.regularized_inverse(target, x2, reg)
             assert_equal(t2, data[f"{prefix}_t2_{index}"])
-            assert_equal(bias_inverse(t2, x1, layer.bias.detach(), gamma), data[f"{prefix}_t1_{index}"])
+            assert_equal(bias_inverse(t2, x1, layer.bias.detach(), reg), data[f"{prefix}_t1_{index}"])
         below = output.detach()
         # Published losses are means over the batch and the units.
         mean = output.numel()
@@ -149,10 +149,10 @@ def test_equals_the_published_code_of_seely(algorithm: int) -> None:
 def run_published(name: str, algorithm: int, sizes: list[int], batch: int) -> dict[str, Tensor]:
     """``tprop_train.py`` by its equations, in NumPy: a random network's data and numbers, named as the stored ones.
 
-    The weights are large, so that units of tanh and sigmoid stand beyond the published clip.
+    The weights are large, so that units of tanh and sigmoid stand beyond the published margin.
     """
     random = np.random.default_rng(len(sizes) * batch + algorithm)
-    alpha, gamma, rate, steps, count = 0.5, 0.05, 0.1, 2, len(sizes) - 1
+    alpha, reg, rate, steps, count = 0.5, 0.05, 0.1, 2, len(sizes) - 1
     functions: dict[str, Any] = {
         "tanh": (np.tanh, lambda x: 1 - np.tanh(x) ** 2),
         "sigmoid": (lambda x: 1 / (1 + np.exp(-x)), lambda x: np.exp(-x) / (1 + np.exp(-x)) ** 2),
@@ -171,17 +171,17 @@ def run_published(name: str, algorithm: int, sizes: list[int], batch: int) -> di
         if name == "identity":
             return y
         if name == "relu":
-            above = (gamma * x0 + y) / (1 + gamma)
-            cheaper = gamma / (1 + gamma) * (y - x0) ** 2 <= y**2
+            above = (reg * x0 + y) / (1 + reg)
+            cheaper = reg / (1 + reg) * (y - x0) ** 2 <= y**2
             below_zero = np.where((above > 0) & cheaper, above, x0)
             return np.where(x0 >= 0, np.maximum(above, 0), below_zero)
         function, slope = functions[name]
         x = invert(name, y, x0)
         for _ in range(steps):
-            x = x - rate * 2 / x.size * ((function(x) - y) * slope(x) + gamma * (x - x0))
+            x = x - rate * 2 / x.size * ((function(x) - y) * slope(x) + reg * (x - x0))
         return x
 
-    data: dict[str, Any] = {"alpha": alpha, "gamma": gamma, "lr_rinv": rate, "num_steps_rinv": steps}
+    data: dict[str, Any] = {"alpha": alpha, "reg": reg, "lr_rinv": rate, "num_steps_rinv": steps}
     weights, biases, reverse, reverse_biases = [], [], [], []
     for inputs, outputs in itertools.pairwise(sizes):
         weights.append(2 * random.standard_normal((inputs, outputs)))
@@ -227,8 +227,8 @@ def run_published(name: str, algorithm: int, sizes: list[int], batch: int) -> di
                 t1, operator = t2 - biases[layer], np.linalg.pinv(w)
             else:
                 t2 = invert_regularized(names[layer], t3, x2[layer])
-                t1 = (t2 - biases[layer] + gamma * x1[layer]) / (1 + gamma)
-                operator = w.T @ np.linalg.inv(w @ w.T + gamma * np.eye(len(w)))
+                t1 = (t2 - biases[layer] + reg * x1[layer]) / (1 + reg)
+                operator = w.T @ np.linalg.inv(w @ w.T + reg * np.eye(len(w)))
             error, t3_below = x2[layer] - t2, x3[layer] + (t1 - x1[layer]) @ operator
         gradient = x3[layer].T @ error / mean
         data[f"{prefix}_gW_{layer + 1}"] = gradient
@@ -260,7 +260,10 @@ def test_equals_the_published_code_of_lee() -> None:
     data = published("B_dtp.npz")
     step = float(data["lr0"])
     rule = DifferenceTargetPropagation(target_step=step, noise=float(data["noise_std"]), normalize=False)
-    hidden, head = MLP([8, 6, 6, 5], "tanh", output="tanh", rule=rule, dtype=DOUBLE), nn.Linear(5, 4, dtype=DOUBLE)
+    hidden, head = (
+        MLP([8, 6, 6, 5], "tanh", output_activation="tanh", rule=rule, dtype=DOUBLE),
+        nn.Linear(5, 4, dtype=DOUBLE),
+    )
     with torch.no_grad():
         for index, layer in enumerate([*hidden, head], 1):
             layer.weight.copy_(data[f"W{index}"].T)
@@ -312,9 +315,9 @@ def test_equals_the_published_code_of_lee() -> None:
     "rule",
     [
         ConstrainedLeastSquares(target_step=0.25),
-        RegularizedLeastSquares(gamma=0.1, target_step=0.5),
-        RegularizedLeastSquares(gamma=0.1, target_step=0.5, form="ridge"),
-        RegularizedLeastSquares(gamma=0.0, target_step=0.25, clip=0.05),
+        RegularizedLeastSquares(reg=0.1, target_step=0.5),
+        RegularizedLeastSquares(reg=0.1, target_step=0.5, form="ridge"),
+        RegularizedLeastSquares(reg=0.0, target_step=0.25, margin=0.05),
     ],
     ids=repr,
 )
@@ -326,19 +329,19 @@ def test_hands_down_the_layers_inverse(name: Any, bias: bool, rule: Any, shape: 
     cotangent = torch.randn_like(output)
     output.backward(cotangent)
     step = rule.target_step
-    gamma = getattr(rule, "gamma", 0.0)
+    reg = getattr(rule, "reg", 0.0)
     moved = layer_displacement(
         -step * cotangent,
         x.detach(),
         layer.weight.detach(),
         None if layer.bias is None else layer.bias.detach(),
         name,
-        method="regularized" if gamma > 0 else "constrained",
-        gamma=gamma,
+        method="regularized" if reg > 0 else "constrained",
+        reg=reg,
         form=getattr(rule, "form", "proximal"),
-        clip=rule.clip,
+        margin=rule.margin,
     )
-    # Near the edges the activation's inverse amplifies rounding by up to 1 / clip.
+    # Near the edges the activation's inverse amplifies rounding by up to 1 / margin.
     torch.testing.assert_close(x.grad, -moved / step, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(layer.input_displacement(x, -step * cotangent), moved, rtol=1e-10, atol=1e-10)
 
@@ -382,9 +385,9 @@ def test_parameters_get_the_gradient_of_the_local_loss(name: Any, normalize: boo
     else:
         center, reached = before.detach(), output.detach()
         if kind is ConstrainedLeastSquares:
-            z = [layer.activation.inverse(v, center, rule.clip) for v in (reached + d, reached)]
+            z = [layer.activation.inverse(v, center, rule.margin) for v in (reached + d, reached)]
         else:
-            z = [layer.activation.regularized_inverse(v, center, rule.gamma) for v in (reached + d, reached)]
+            z = [layer.activation.regularized_inverse(v, center, rule.reg) for v in (reached + d, reached)]
         loss = 0.5 * (before - (center + z[0] - z[1])).square().sum()
     loss.backward()
     scale = 1 / rule.target_step if normalize else 1.0
@@ -425,7 +428,7 @@ def test_backprop_has_second_derivatives() -> None:
 
 @pytest.mark.parametrize("local_loss", ["pre", "post"])
 @pytest.mark.parametrize(
-    "rule", [ConstrainedLeastSquares(target_step=0.3), RegularizedLeastSquares(gamma=0.0, target_step=0.3)], ids=repr
+    "rule", [ConstrainedLeastSquares(target_step=0.3), RegularizedLeastSquares(reg=0.0, target_step=0.3)], ids=repr
 )
 def test_orthogonal_linear_networks_back_propagate(rule: Any, local_loss: Any) -> None:
     """The inverse of an orthogonal matrix is its transpose."""
@@ -442,8 +445,8 @@ def test_orthogonal_linear_networks_back_propagate(rule: Any, local_loss: Any) -
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_large_gamma_leaves_the_layers_own_gradient(name: Any) -> None:
-    rule = RegularizedLeastSquares(gamma=1e12, target_step=0.5, local_loss="post")
+def test_a_large_reg_leaves_the_layers_own_gradient(name: Any) -> None:
+    rule = RegularizedLeastSquares(reg=1e12, target_step=0.5, local_loss="post")
     layer = TargetLinear(4, 3, activation=name, rule=rule, dtype=DOUBLE)
     exact = TargetLinear(4, 3, activation=name, rule=Backprop(), dtype=DOUBLE)
     exact.load_state_dict(layer.state_dict())
@@ -471,7 +474,7 @@ def test_no_displacement_hands_down_exactly_zero(rule: Any, name: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_displacement_below_the_rounding_of_the_output_is_not_lost(name: Any, local_loss: Any) -> None:
     """In float32 it hands down what it is to first order, and twice the displacement twice that."""
-    layer = TargetLinear(4, 3, activation=name, rule=RegularizedLeastSquares(gamma=0.1, local_loss=local_loss))
+    layer = TargetLinear(4, 3, activation=name, rule=RegularizedLeastSquares(reg=0.1, local_loss=local_loss))
     x, cotangent = torch.randn(50, 4, requires_grad=True), torch.randn(50, 3)
     inputs = [x, layer.weight, layer.bias]
     grads = [torch.autograd.grad(layer(x), inputs, scale * cotangent) for scale in (1e-12, 2e-12)]
@@ -672,7 +675,7 @@ def test_same_seed_same_parameters_as_linear() -> None:
 
 
 def test_mlp() -> None:
-    net = MLP([5, 4, 3], "relu", bias=False, output=Activation("leaky_relu", slope=0.2))
+    net = MLP([5, 4, 3], "relu", bias=False, output_activation=Activation("leaky_relu", slope=0.2))
     assert [name for name, _ in net.named_parameters()] == ["0.weight", "1.weight"]
     assert [layer.activation for layer in net] == [Activation("relu"), Activation("leaky_relu", slope=0.2)]
     assert net.rule == RegularizedLeastSquares()
@@ -810,11 +813,11 @@ def test_compiles_with_different_settings() -> None:
                 4,
                 4,
                 activation=Activation("leaky_relu", slope=0.1 * k),
-                rule=RegularizedLeastSquares(gamma=0.1 * k, target_step=0.5 / k, local_loss="pre" if k % 2 else "post"),
+                rule=RegularizedLeastSquares(reg=0.1 * k, target_step=0.5 / k, local_loss="pre" if k % 2 else "post"),
             )
             for k in range(1, 5)
         ),
-        *(TargetLinear(4, 4, activation="tanh", rule=ConstrainedLeastSquares(clip=0.01 * k)) for k in (1, 2, 3)),
+        *(TargetLinear(4, 4, activation="tanh", rule=ConstrainedLeastSquares(margin=0.01 * k)) for k in (1, 2, 3)),
         *(TargetLinear(4, 4, rule=DifferenceTargetPropagation(target_step=0.1 * k)) for k in (1, 2, 3)),
     )
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -850,7 +853,7 @@ def test_trains(rule: Any) -> None:
     """An exclusive or of two signs, which no linear map finds, by regularised and by corrected learned inverses."""
     x = torch.randn(200, 2, dtype=DOUBLE)
     labels = (x[:, 0] * x[:, 1] > 0).long()
-    net = nn.Sequential(MLP([2, 16, 16], "tanh", output="tanh", rule=rule), nn.Linear(16, 2)).double()
+    net = nn.Sequential(MLP([2, 16, 16], "tanh", output_activation="tanh", rule=rule), nn.Linear(16, 2)).double()
     forward = [p for name, p in net.named_parameters() if "reverse" not in name]
     reverse = [p for name, p in net.named_parameters() if "reverse" in name]
     optimizer = torch.optim.Adam(forward, lr=1e-2)
@@ -952,7 +955,7 @@ def test_the_next_module_may_work_in_place(rule: Any) -> None:
 @pytest.mark.parametrize("name", ["tanh", "relu", "leaky_relu"])
 def test_ridge_without_regularisation_is_its_limit(name: Any) -> None:
     x, d = torch.randn(5, 4, dtype=DOUBLE), 0.1 * torch.randn(5, 3, dtype=DOUBLE)
-    layer = TargetLinear(4, 3, activation=name, rule=RegularizedLeastSquares(0.0, "ridge", clip=1e-9), dtype=DOUBLE)
+    layer = TargetLinear(4, 3, activation=name, rule=RegularizedLeastSquares(0.0, "ridge", margin=1e-9), dtype=DOUBLE)
     at_zero = layer.input_displacement(x, d)
     layer.rule = RegularizedLeastSquares(1e-11, "ridge")
     torch.testing.assert_close(at_zero, layer.input_displacement(x, d), rtol=1e-5, atol=1e-6)
@@ -992,11 +995,11 @@ def test_unused_activation_is_checked_too() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["tanh", "sigmoid", "identity"])
-def test_a_large_gamma_hands_down_back_propagations_direction(name: Any, bias: bool) -> None:
-    gamma = 1e6
-    layer = TargetLinear(5, 4, bias, activation=name, rule=RegularizedLeastSquares(gamma), dtype=DOUBLE)
+def test_a_large_reg_hands_down_back_propagations_direction(name: Any, bias: bool) -> None:
+    reg = 1e6
+    layer = TargetLinear(5, 4, bias, activation=name, rule=RegularizedLeastSquares(reg), dtype=DOUBLE)
     x, d = torch.randn(7, 5, dtype=DOUBLE), torch.randn(7, 4, dtype=DOUBLE)
-    moved = layer.input_displacement(x, d) * gamma**2 * (1 + gamma if bias else 1)
+    moved = layer.input_displacement(x, d) * reg**2 * (1 + reg if bias else 1)
     layer.rule = Backprop()
     exact = layer.input_displacement(x, d)
     torch.testing.assert_close(moved, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))

@@ -707,7 +707,7 @@ def test_published_gradients(credit, suffix):
     rule = RegularizedInverse(
         reg=float(values["r"]),
         target_step=float(values["lr_target"]),
-        clip=float(values["clip"]),
+        margin=float(values["margin"]),
         credit=credit,
         normalize=False,
     )

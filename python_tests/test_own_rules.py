@@ -110,7 +110,7 @@ def test_a_class_with_fields_needs_the_decorator() -> None:
 class Ranged(RecurrentRule):
     scale: float = number(0.5, low=0.0, high=1.0)
     target_step: float = 2.0
-    clip: float = 0.5
+    margin: float = 0.5
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return weight_hh * self.scale
@@ -119,11 +119,11 @@ class Ranged(RecurrentRule):
 def test_numbers_of_a_rule_are_checked_by_their_declaration() -> None:
     assert Ranged() == Ranged(0.5)
     assert Ranged.scale == 0.5
-    assert repr(Ranged(scale=1 / 3)) == f"Ranged(scale={1 / 3!r}, target_step=2.0, clip=0.5)"
+    assert repr(Ranged(scale=1 / 3)) == f"Ranged(scale={1 / 3!r}, target_step=2.0, margin=0.5)"
     for wrong in (0, 1, -1.0, math.nan, math.inf, True, "0.5", None):
         with pytest.raises(ValueError, match=r"^Ranged: scale must be a finite number > 0 and < 1, got "):
             Ranged(scale=wrong)
-    for name, wrong in (("target_step", 0), ("target_step", math.inf), ("clip", 1), ("clip", 0)):
+    for name, wrong in (("target_step", 0), ("target_step", math.inf), ("margin", 1), ("margin", 0)):
         with pytest.raises(ValueError, match=rf"^Ranged: {name} must be a finite number"):
             Ranged(**{name: wrong})
 

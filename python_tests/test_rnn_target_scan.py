@@ -64,7 +64,7 @@ ENTERS = ["states", "end", "both"]
 # What the plain differences in the oracle can lose next to states of order one, in longdouble.
 ORACLE_ERROR = 64 * float(np.finfo(np.longdouble).eps)
 # Steps and clips that float32 holds exactly: the oracle then sees the same numbers.
-STEP, CLIP = 0.125, 2.0**-10
+STEP, MARGIN = 0.125, 2.0**-10
 
 
 def inverse(weight_hh: Tensor, reg: float = 1.0) -> Tensor:
@@ -79,7 +79,7 @@ def target_arguments(
     return_displacement: bool = True,
     *,
     target_step: float = STEP,
-    clip: float = CLIP,
+    margin: float = MARGIN,
 ) -> tuple[Any, ...]:
     return (
         inputs.grad_states,
@@ -94,7 +94,7 @@ def target_arguments(
         "linearized" if correction in SLOPES else correction,
         credit,
         target_step,
-        clip,
+        margin,
         return_norms,
         return_displacement,
         inputs.at_end,
@@ -176,7 +176,7 @@ OPTIONS = {
     "target_step": 0.1,
     "correction": "linearized",
     "credit": "local",
-    "clip": 1e-3,
+    "margin": 1e-3,
     "normalize": True,
     "input_rule": "gradient",
 }
@@ -282,7 +282,7 @@ def test_gradients_equal_the_published_codes(
     suffix: str,
     enters: str,
 ) -> None:
-    published = {"reg": golden["r"].item(), "target_step": golden["lr_target"].item(), "clip": golden["clip"].item()}
+    published = {"reg": golden["r"].item(), "target_step": golden["lr_target"].item(), "margin": golden["clip"].item()}
     actual = gradients_of(golden_layer(golden, enters), credit=credit, normalize=False, **published)
     for gradient, key in [(actual.weight_hh, "gWh"), (actual.weight_ih, "gWi"), (actual.bias, "gb")]:
         expected = golden[f"{key}_{suffix}"].numpy()
@@ -295,7 +295,7 @@ def test_states_and_targets_equal_the_published_codes(golden: dict[str, Tensor],
     weights = layer["weight_hh"]
     R = torch.ops.tpext.regularized_inverse(weights, golden["r"].item())
     x_proj = torch.einsum("tbi,shi->stbh", layer["input"], layer["weight_ih"]) + layer["bias"][:, None, None]
-    step, clip = golden["lr_target"].item(), golden["clip"].item()
+    step, margin = golden["lr_target"].item(), golden["clip"].item()
     if implementation == "ops":
         scan, target_scan, rtol = torch.ops.tpext.rnn_scan, rnn_target_scan, 1e-10
     else:
@@ -313,14 +313,14 @@ def test_states_and_targets_equal_the_published_codes(golden: dict[str, Tensor],
         "linearized",
         "local",
         step,
-        clip,
+        margin,
         False,
         True,
     )
     states, disp_h0, z = (torch.as_tensor(output) for output in (states, result[1], result[3]))
     np.testing.assert_allclose(states[0].transpose(0, 1), golden["h"][:, 1:].detach(), rtol=0, atol=rtol)
     # The linearisation is d_t = z_t (1 - clip(h_t)^2).
-    displacement = z * (1 - states.clamp(clip - 1, 1 - clip) ** 2)
+    displacement = z * (1 - states.clamp(margin - 1, 1 - margin) ** 2)
     targets = torch.cat([layer["h0"] + disp_h0, states[0] + displacement[0]]).transpose(0, 1)
     size = golden["v"].abs().amax(-1, keepdim=True)
     np.testing.assert_array_less((targets - golden["v"]).abs() / size, rtol)
@@ -382,11 +382,13 @@ def test_every_combination_of_options(dtype: torch.dtype, nonlinearity: str, cor
     enters=st.sampled_from(ENTERS),
     rule=st.sampled_from([rule for rule in PASSES if rule[0] != "learned"]),
     target_step=st.sampled_from([2.0**-7, 0.5, 2.0]),
-    clip=st.sampled_from([2.0**-10, 2.0**-4, 0.5]),
+    margin=st.sampled_from([2.0**-10, 2.0**-4, 0.5]),
     seed=st.integers(0, 2**16),
 )
-def test_equals_the_oracle_at_random_sizes(rule: tuple[str, str], target_step: float, clip: float, **case: Any) -> None:
-    arguments = target_arguments(scan(**case), *rule, target_step=target_step, clip=clip)
+def test_equals_the_oracle_at_random_sizes(
+    rule: tuple[str, str], target_step: float, margin: float, **case: Any
+) -> None:
+    arguments = target_arguments(scan(**case), *rule, target_step=target_step, margin=margin)
     check(arguments)
 
 
@@ -697,7 +699,7 @@ def test_the_transpose_and_the_derivative_are_back_propagation(nonlinearity: str
     rest = (inputs.lengths, inputs.reverse, nonlinearity)
     delta, disp_h0, *_ = rnn_target_scan(
         inputs.grad_states, inputs.states, inputs.h0, inputs.weight_hh, inputs.weight_hh.mT.contiguous(), None, *rest,
-        "linearized", "local", 1.0, CLIP, False, False, -inputs.at_end, None, "derivative",
+        "linearized", "local", 1.0, MARGIN, False, False, -inputs.at_end, None, "derivative",
     )  # fmt: skip
     expected = torch.ops.tpext.rnn_scan_backward(
         inputs.grad_states, inputs.states, inputs.weight_hh, *rest, inputs.at_end
@@ -745,13 +747,13 @@ def one_direction() -> Layer:
 def test_gradients_are_those_of_the_local_losses(
     gradients_of: Callable[..., RNNGradients], correction: str, credit: str
 ) -> None:
-    case, step, clip = one_direction(), 0.1, 1e-3
+    case, step, margin = one_direction(), 0.1, 1e-3
     R = torch.ops.tpext.regularized_inverse(case["weight_hh"][0], 1.0)
 
     def inverse(x: Tensor, h: Tensor) -> Tensor:
-        return (h.clamp(clip - 1, 1 - clip).atanh() - x @ case["weight_ih"][0].T - case["bias"][0]) @ R.T
+        return (h.clamp(margin - 1, 1 - margin).atanh() - x @ case["weight_ih"][0].T - case["bias"][0]) @ R.T
 
-    options = {"reg": 1.0, "target_step": step, "clip": clip, "normalize": False}
+    options = {"reg": 1.0, "target_step": step, "margin": margin, "normalize": False}
     actual = gradients_of(case, correction=correction, credit=credit, **options)
     expected = local_losses(case, inverse, correction == "difference", step, credit)
     assert_gradients_of_local_losses(actual, expected, step)
@@ -852,7 +854,7 @@ def test_linearized_scales_with_the_gradient(dtype: torch.dtype, credit: str) ->
 def test_no_gradient_gives_exact_zeros(dtype: torch.dtype, nonlinearity: str) -> None:
     """Saturated units included, where a difference of inverses could leave rounding noise."""
     inputs = scan(7, 5, 33, 2, dtype, nonlinearity, ragged=True, direction="mixed")
-    inputs.states[:, :, :, :4] = torch.tensor([1.0, 1 - CLIP, 0.999, 0.0])
+    inputs.states[:, :, :, :4] = torch.tensor([1.0, 1 - MARGIN, 0.999, 0.0])
     for grad_states in (torch.zeros_like(inputs.grad_states), None):
         nothing = inputs._replace(grad_states=grad_states)
         for correction, credit in itertools.product(["linearized", "difference", "learned"], CREDITS):

@@ -38,7 +38,7 @@ def test_defaults():
         "target_step": 1.0,
         "correction": "linearized",
         "credit": "through_time",
-        "clip": 1e-3,
+        "margin": 1e-3,
         "normalize": True,
         "input_rule": "gradient",
         "slope": "inverse",
@@ -51,9 +51,9 @@ def test_defaults():
         "noise": 0.0,
     }
     assert dataclasses.asdict(Backprop()) == {}
-    least_squares = {"target_step": 1.0, "clip": 1e-2, "normalize": True, "local_loss": "post"}
+    least_squares = {"target_step": 1.0, "margin": 1e-2, "normalize": True, "local_loss": "post"}
     assert dataclasses.asdict(ConstrainedLeastSquares()) == least_squares
-    assert dataclasses.asdict(RegularizedLeastSquares()) == {"gamma": 1.0, "form": "proximal", **least_squares}
+    assert dataclasses.asdict(RegularizedLeastSquares()) == {"reg": 1.0, "form": "proximal", **least_squares}
     assert dataclasses.asdict(DifferenceTargetPropagation()) == {
         "target_step": 1.0,
         "noise": 0.0,
@@ -100,7 +100,7 @@ def test_numbers_become_floats(value):
 NUMBERS = [
     (RegularizedInverse, "reg", "a finite number >= 0", [-1e-9, math.inf, math.nan, "1", None, True, 1j]),
     (RegularizedInverse, "target_step", "a finite number > 0", [0, -1.0, math.inf, math.nan, None]),
-    (RegularizedInverse, "clip", "a finite number > 0 and < 1", [0, 1, -0.1, 1.5, math.nan, "a"]),
+    (RegularizedInverse, "margin", "a finite number > 0 and < 1", [0, 1, -0.1, 1.5, math.nan, "a"]),
     (LearnedInverse, "target_step", "a finite number > 0", [0, -1.0, math.inf, math.nan]),
     (LearnedInverse, "noise", "a finite number >= 0", [-0.1, math.inf, math.nan, False]),
     (RegularizedInverse, "normalize", "True or False", [1, None, "yes"]),
@@ -112,13 +112,13 @@ NUMBERS = [
     (RegularizedInverse, "slope", "one of 'inverse', 'derivative', 'one'", ["exact", None]),
     (RegularizedInverse, "slope_reg", "a finite number >= 0", [-1.0, math.nan]),
     (ConstrainedLeastSquares, "target_step", "a finite number > 0", [0, math.nan, None]),
-    (ConstrainedLeastSquares, "clip", "a finite number > 0 and < 0.5", [0, 0.5, -0.1, math.inf]),
+    (ConstrainedLeastSquares, "margin", "a finite number > 0 and < 0.5", [0, 0.5, -0.1, math.inf]),
     (ConstrainedLeastSquares, "normalize", "True or False", [1]),
     (ConstrainedLeastSquares, "local_loss", "one of 'pre', 'post'", ["both", None]),
-    (RegularizedLeastSquares, "gamma", "a finite number >= 0", [-1e-9, math.inf, math.nan, "1", True]),
+    (RegularizedLeastSquares, "reg", "a finite number >= 0", [-1e-9, math.inf, math.nan, "1", True]),
     (RegularizedLeastSquares, "form", "one of 'proximal', 'ridge'", ["lasso", None]),
     (RegularizedLeastSquares, "target_step", "a finite number > 0", [0, -1.0]),
-    (RegularizedLeastSquares, "clip", "a finite number > 0 and < 0.5", [0, 0.5]),
+    (RegularizedLeastSquares, "margin", "a finite number > 0 and < 0.5", [0, 0.5]),
     (RegularizedLeastSquares, "normalize", "True or False", [0]),
     (RegularizedLeastSquares, "local_loss", "one of 'pre', 'post'", ["output"]),
     (DifferenceTargetPropagation, "target_step", "a finite number > 0", [0, math.inf]),
@@ -157,5 +157,5 @@ def test_each_listed_choice_is_accepted(name):
 
 
 def test_edges_of_the_ranges_are_accepted():
-    RegularizedInverse(reg=0, clip=1e-12, target_step=1e-30)
+    RegularizedInverse(reg=0, margin=1e-12, target_step=1e-30)
     LearnedInverse(noise=0)

@@ -159,7 +159,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"task": "mnist-mlp", "sizes": (3, 0)}, "sizes must be an integer >= 1, got 0"),
         ({"task": "mnist-mlp", "order": "random"}, "order must be one of shuffled, sequential_first, sequential, got"),
         ({"task": "mnist-mlp", "reg": 1.0}, "reg does not belong to rule=regularized-least-squares"),
-        ({"task": "mnist-mlp", "gamma": -1.0}, "gamma must be a .*number.* >= 0, got -1"),
+        ({"task": "mnist-mlp", "reg": -1.0}, "reg must be a .*number.* >= 0, got -1"),
         (
             {"task": "mnist-mlp", "rule": "dtp", "correction": "linearized"},
             "correction must be one of 'difference', 'none'",
@@ -211,10 +211,10 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
             {"task": "digits-mlp", "form": "ridge", "reference_compat": True},
             "needs form='proximal' .* got form='ridge'",
         ),
-        ({"clip": 1e-9}, "clip must be at least 1.19e-07 with precision=32, got 1e-09"),
+        ({"margin": 1e-9}, "margin must be at least 1.19e-07 with precision=32, got 1e-09"),
         (
-            {"task": "spiral", "rule": "constrained", "clip": 1e-17, "precision": "64"},
-            "clip must be at least 2.22e-16 with precision=64, got 1e-17",
+            {"task": "spiral", "rule": "constrained", "margin": 1e-17, "precision": "64"},
+            "margin must be at least 2.22e-16 with precision=64, got 1e-17",
         ),
         ({"tied": True}, "tied does not belong to temporal-order, got True"),
         ({"task": "mnist-mlp", "tied": True}, "tied ties the layers of mnist-autoencoder, not of mnist-mlp"),
@@ -240,8 +240,8 @@ def test_wrong_settings_are_named(options: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize("rule", RULES)
 def test_config_survives_json(rule: Any) -> None:
     task = "temporal-order" if rule in SEQUENCE_RULES else "mnist-mlp"
-    clip = None if rule == "kaczmarz" else 1.0
-    config = make_config(task, rule=rule, seed=2**40, clip_grad_norm=clip, data_dir=None, threads=3)
+    margin = None if rule == "kaczmarz" else 1.0
+    config = make_config(task, rule=rule, seed=2**40, clip_grad_norm=margin, data_dir=None, threads=3)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -557,10 +557,10 @@ def tiny(data: Path, task: str = "mnist-mlp", **options: Any) -> Config:
 
 def test_settings_of_seely() -> None:
     for rule, expected in (
-        ("constrained", tpext.ConstrainedLeastSquares(target_step=0.1, normalize=False, local_loss="pre", clip=1e-2)),
+        ("constrained", tpext.ConstrainedLeastSquares(target_step=0.1, normalize=False, local_loss="pre", margin=1e-2)),
         (
             "regularized-least-squares",
-            tpext.RegularizedLeastSquares(gamma=1e-3, target_step=0.1, normalize=False, local_loss="pre"),
+            tpext.RegularizedLeastSquares(reg=1e-3, target_step=0.1, normalize=False, local_loss="pre"),
         ),
         ("backprop", tpext.Backprop()),
     ):

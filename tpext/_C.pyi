@@ -35,17 +35,17 @@ def quota_processors(membership: str, mount: str, otherwise: int) -> int:
     """What a Linux control group leaves of the processors (csrc/cpu/processors.h)."""
 
 def act_inverse(
-    target: object, input: object, activation: str, gamma: float, output: object, execution: Execution
+    target: object, input: object, activation: str, reg: float, output: object, execution: Execution
 ) -> None:
-    """Write ``output [N]``, the minimiser of ``(a(x) - target)^2 + gamma (x - input)^2``; on the CPU only.
+    """Write ``output [N]``, the minimiser of ``(a(x) - target)^2 + reg (x - input)^2``; on the CPU only.
 
-    ``activation`` is "tanh" or "sigmoid"; ``gamma > 0``.
+    ``activation`` is "tanh" or "sigmoid"; ``reg > 0``.
     """
 
 def act_displacement(
-    displacement: object, input: object, activation: str, gamma: float, output: object, execution: Execution
+    displacement: object, input: object, activation: str, reg: float, output: object, execution: Execution
 ) -> None:
-    """Write ``output [N]``, the minimiser of ``(a(input + u) - a(input) - displacement)^2 + gamma u^2``; as above."""
+    """Write ``output [N]``, the minimiser of ``(a(input + u) - a(input) - displacement)^2 + reg u^2``; as above."""
 
 def code_difference(
     preactivation: object,
@@ -208,7 +208,7 @@ def rnn_target_scan(
     correction: str,
     credit: str,
     target_step: float,
-    clip: float,
+    margin: float,
     slope: str,
     slope_reg: float,
     delta: object,

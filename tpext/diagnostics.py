@@ -32,7 +32,7 @@ class LayerDiagnostics:
             output ``h = f(x)``: 0 if the input's target gives the output's, 1 for an input that stays, nan if ``d`` is
             zero.
         condition: the condition number of the Gram matrix that the inverse of the weights factors, the smaller of
-            ``W'W + gamma I`` and ``WW' + gamma I``; ``gamma`` is 0 for rules without one.
+            ``W'W + reg I`` and ``WW' + reg I``; ``reg`` is 0 for rules without one.
     """
 
     name: str
@@ -144,15 +144,15 @@ def _compare(
         reached = layer.forward(input + layer.input_displacement(input, displacement))
         missed += float((reached - output - displacement).double().square().sum())
         wished += float(displacement.double().square().sum())
-    gamma = getattr(layer.rule, "gamma", 0.0)
+    reg = layer.rule.reg
     values = torch.linalg.svdvals(layer.weight.double())
-    least = float(values[-1]) ** 2 + gamma
+    least = float(values[-1]) ** 2 + reg
     return LayerDiagnostics(
         name,
         angle,
         norm / exact_norm if exact_norm > 0 else math.nan,
         math.sqrt(missed / wished) if wished > 0 else math.nan,
-        (float(values[0]) ** 2 + gamma) / least if least > 0 else math.inf,
+        (float(values[0]) ** 2 + reg) / least if least > 0 else math.inf,
     )
 
 

@@ -19,7 +19,7 @@ namespace tpext::bindings {
 namespace {
 
 void run(const char* op, const char* name, const py::object& target_, const py::object& input_,
-         const std::string& activation, double gamma, const py::object& output_, const py::object& execution_,
+         const std::string& activation, double reg, const py::object& output_, const py::object& execution_,
          bool displacement) {
   const Argument target(op, name, target_), input(op, "input", input_), output(op, "output", output_);
   const Execution execution(op, target, execution_);
@@ -33,13 +33,13 @@ void run(const char* op, const char* name, const py::object& target_, const py::
   output.require_shape({N});
   output.require_dense(dtype, target);
   const double scale = 1 + choose(op, "activation", activation, {"tanh", "sigmoid"});
-  if (!(gamma > 0) || std::isinf(gamma))
-    throw py::value_error(std::string(op) + ": gamma must be a finite number > 0, got " + std::to_string(gamma));
+  if (!(reg > 0) || std::isinf(reg))
+    throw py::value_error(std::string(op) + ": reg must be a finite number > 0, got " + std::to_string(reg));
   if (execution.on_cuda())
     throw py::value_error(std::string(op) + ": " + name + " must be on the CPU, got a CUDA device");
   const auto call = [&]<class T>(T) {
-    // 16 gamma must not overflow; what so great a gamma does to the result is the same.
-    const double g = scale == 2 ? 16 * std::min(gamma, 1e300) : gamma, most = std::max(1.0, g);
+    // 16 reg must not overflow; what so great a reg does to the result is the same.
+    const double g = scale == 2 ? 16 * std::min(reg, 1e300) : reg, most = std::max(1.0, g);
     const ActInverse<T> args{N.size,
                              static_cast<T>(scale),
                              static_cast<T>(1 / most),
@@ -57,23 +57,23 @@ void run(const char* op, const char* name, const py::object& target_, const py::
   is_double ? call(double()) : call(float());
 }
 
-void act_inverse(const py::object& target, const py::object& input, const std::string& activation, double gamma,
+void act_inverse(const py::object& target, const py::object& input, const std::string& activation, double reg,
                  const py::object& output, const py::object& execution) {
-  run("act_inverse", "target", target, input, activation, gamma, output, execution, false);
+  run("act_inverse", "target", target, input, activation, reg, output, execution, false);
 }
 
 void act_displacement(const py::object& displacement, const py::object& input, const std::string& activation,
-                      double gamma, const py::object& output, const py::object& execution) {
-  run("act_displacement", "displacement", displacement, input, activation, gamma, output, execution, true);
+                      double reg, const py::object& output, const py::object& execution) {
+  run("act_displacement", "displacement", displacement, input, activation, reg, output, execution, true);
 }
 
 }  // namespace
 
 void define_act_inverse(py::module_& m) {
-  m.def("act_inverse", &act_inverse, py::arg("target"), py::arg("input"), py::arg("activation"), py::arg("gamma"),
+  m.def("act_inverse", &act_inverse, py::arg("target"), py::arg("input"), py::arg("activation"), py::arg("reg"),
         py::arg("output"), py::arg("execution"));
   m.def("act_displacement", &act_displacement, py::arg("displacement"), py::arg("input"), py::arg("activation"),
-        py::arg("gamma"), py::arg("output"), py::arg("execution"));
+        py::arg("reg"), py::arg("output"), py::arg("execution"));
 }
 
 }  // namespace tpext::bindings

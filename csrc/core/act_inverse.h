@@ -6,7 +6,7 @@
 namespace tpext {
 
 // x = scale * argmin_u (tanh u - y)^2 + g (u - c)^2, elementwise, for y = scale * target - (scale - 1) and c = input /
-// scale. For tanh scale is 1 and g is gamma; sigmoid(x) = (1 + tanh(x / 2)) / 2, so it has 2 and 16 gamma.
+// scale. For tanh scale is 1 and g is reg; sigmoid(x) = (1 + tanh(x / 2)) / 2, so it has 2 and 16 reg.
 // As a displacement it is x - input, for y = tanh c + scale * target.
 template <class T>
 struct ActInverse {

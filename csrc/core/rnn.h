@@ -74,7 +74,7 @@ struct RnnTargetScan {
   bool through_time;  // credit: the sum of local losses through the whole unrolled network, else each step alone
   Slope slope;  // correction linearized only, as is slope_reg
   Compute<T> target_step;
-  Compute<T> clip;
+  Compute<T> margin;
   Compute<T> slope_reg;
   const T* grad_states;  // [S, T, B, H], or null: zero
   const T* disp_n;       // [S, B, H] displacement that comes from beyond the last valid step, or null: zero

@@ -1,4 +1,4 @@
-// act_inverse:       x = argmin_x (a(x) - y)^2 + gamma (x - c)^2, elementwise, a = tanh or sigmoid
+// act_inverse:       x = argmin_x (a(x) - y)^2 + reg (x - c)^2, elementwise, a = tanh or sigmoid
 // act_displacement:  u = x - c for y = a(c) + d, with the precision of u rather than of x
 //
 // The global minimiser, by the argument of tpext/ops/layer_inverse.py: of y >= tanh c and its mirror image, the cost
@@ -9,14 +9,14 @@
 // bracket.
 //
 // A displacement up to kMostSmall is found for itself. Let t = tanh c and s = 1 - t^2, t1 and s1 the same at c + u, and
-// r = d - (t1 - t) what is left of d. Half the descent, D(u) = r s1 - gamma u, is zero only between 0 and the preimage
-// of t + d, where r, u and d have one sign, and -D' = gamma + s1^2 + 2 t1 r s1 there. Outward, d t >= 0, the last term
+// r = d - (t1 - t) what is left of d. Half the descent, D(u) = r s1 - reg u, is zero only between 0 and the preimage
+// of t + d, where r, u and d have one sign, and -D' = reg + s1^2 + 2 t1 r s1 there. Outward, d t >= 0, the last term
 // is not negative. Inward |t1| <= |t| and s1 >= s until t1 changes its sign, and then the same holds; before, with |d
-// t| <= 3/4 sqrt(gamma) or 3/8 s, the last term is 3/4 of the others at most. Then -D' >= (gamma + s1^2) / 4, and D has
+// t| <= 3/4 sqrt(reg) or 3/8 s, the last term is 3/4 of the others at most. Then -D' >= (reg + s1^2) / 4, and D has
 // one zero, the minimiser. With t1 - t = s sinh u / k and s1 = s / k^2, k = cosh(c + u) / cosh c = cosh u + t sinh u,
-// it is the zero of k^3 D = s (d k - s sinh u) - gamma u k^3, whose terms are all relative to u. Newton's steps on it
+// it is the zero of k^3 D = s (d k - s sinh u) - reg u k^3, whose terms are all relative to u. Newton's steps on it
 // start from Halley's at u = 0, which errs by some u^3: small displacements take one step more, greater ones a few. At
-// the zero s1 r = gamma u, so |D''| <= 6 (gamma + s1^2), and a step of length e ends within |D'' / 2 D'| + 3 |t1| <= 15
+// the zero s1 r = reg u, so |D''| <= 6 (reg + s1^2), and a step of length e ends within |D'' / 2 D'| + 3 |t1| <= 15
 // times e^2 of it: one with 32 e^2 <= eps |u| is the last. Lanes that are left over take the search, and if that ends
 // within kMostSmall, steps from there: what they settle at close by has all its digits. Where they do not settle,
 // minima merge, or (float32, g below 1e-6) t + d has lost too much of d.

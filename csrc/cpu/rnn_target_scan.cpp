@@ -26,8 +26,8 @@ struct TargetStep {
     if (args.slope == Slope::one) return d;
     if (args.slope == Slope::derivative) return times_derivative<A, T>(d, h);
     // the published choice, in as few operations as it takes
-    if (args.slope_reg == 0) return over_derivative<A, T>(d, h, T(1) - args.clip);
-    return over_derivative<A, T>(d, h, T(1) - args.clip, args.slope_reg);
+    if (args.slope_reg == 0) return over_derivative<A, T>(d, h, T(1) - args.margin);
+    return over_derivative<A, T>(d, h, T(1) - args.margin, args.slope_reg);
   }
 
   // What the inverse of step t + 1 adds to the displacement at t.
@@ -50,9 +50,9 @@ struct TargetStep {
     }
     Vec<T> carried = d;
     if constexpr (C == Correction::linearized) carried = times_slope(d, h);
-    if constexpr (C == Correction::difference) carried = inverse_difference<A, T>(h, d, T(1) - args.clip);
+    if constexpr (C == Correction::difference) carried = inverse_difference<A, T>(h, d, T(1) - args.margin);
     if constexpr (C == Correction::none)
-      carried = inverse_activate<A, T>(h + d, T(1) - args.clip) - load_part(args.x_proj + at.current + column, count);
+      carried = inverse_activate<A, T>(h + d, T(1) - args.margin) - load_part(args.x_proj + at.current + column, count);
     return {times_derivative<A, T>(credit - d, h), carried, d};
   }
 
@@ -67,7 +67,7 @@ struct TargetStep {
     if constexpr (C == Correction::none) {
       if (at.place == Place::padding || at.place == Place::initial || at.place == Place::none) return Vec<T>{};
       const Vec<T> h = load_part(args.states + at.current + column, count);
-      return inverse_difference<A, T>(h, stepped.displacement, T(1) - args.clip);
+      return inverse_difference<A, T>(h, stepped.displacement, T(1) - args.margin);
     }
     return stepped.carried;
   }

@@ -16,7 +16,7 @@ struct BackwardArrays {
   Nonlinearity nonlinearity;
   Correction correction;
   Slope slope;
-  Compute<T> target_step, clip, slope_reg;
+  Compute<T> target_step, margin, slope_reg;
   const T* weight_hh;        // product e W: back-propagation and credit through time
   const T* inverse;          // product z P, P = inverse': target passes
   const T* grad_states;      // [S, T, B, H]

@@ -93,7 +93,7 @@ struct BackwardStep {
       result.delta = times_derivative(a, credit + g, h);
       result.carried[0] = result.delta;
     } else {
-      const C bound = C(1) - arrays.clip, extra = to_compute(loads.extra);
+      const C bound = C(1) - arrays.margin, extra = to_compute(loads.extra);
       C displaced = y[0];
       if (arrays.correction == Correction::learned) displaced = tanh_difference(extra, displaced);
       if (arrays.correction == Correction::none) displaced -= h;
@@ -182,7 +182,7 @@ void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, con
                                  .correction = args.correction,
                                  .slope = args.slope,
                                  .target_step = args.target_step,
-                                 .clip = args.clip,
+                                 .margin = args.margin,
                                  .slope_reg = args.slope_reg,
                                  .weight_hh = args.through_time ? args.weight_hh : nullptr,
                                  .inverse = args.inverse,

@@ -3,7 +3,7 @@
 >>> from tpext.experiments import make_config
 >>> config = make_config("temporal-order", length=60, seed=3)
 >>> config.rule
-RegularizedInverse(reg=10.0, target_step=0.01, correction='linearized', credit='through_time', clip=0.001, normalize=False, input_rule='gradient')
+RegularizedInverse(reg=10.0, target_step=0.01, correction='linearized', credit='through_time', margin=0.001, normalize=False, input_rule='gradient', slope='inverse', slope_reg=0.0)
 
 ``tpext.experiments.train.train(config, "runs/mine")`` runs it; ``tpext.experiments.figures`` draws runs. Networks of any
 layers on images have a configuration of their own, :func:`make_image_config`, and :func:`train_images` runs it. Runs and

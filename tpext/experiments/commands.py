@@ -39,7 +39,7 @@ from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError, Interrupted
 from tpext.experiments.options import DataFolder, Integer, Integers, Number, Switch, option, report_divergence
 from tpext.experiments.progress import say
-from tpext.experiments.rule_names import LAYER_RULES, REVERSE_RULES, RULES, SEQUENCE_RULES, parse_options
+from tpext.experiments.rule_names import LAYER_RULES, REVERSE_RULES, RULES, SEQUENCE_RULES, parse_options, rule_options
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import train
 from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Slope, Update
@@ -95,14 +95,14 @@ class Train:
     """Pixels per step of a sequence of images, a divisor of 784: 1 is pixel by pixel, 28 is by rows."""
 
     reg: Number = None
-    """Regularization of the inverse (rule regularized)."""
+    """Regularization of the inverse (rules regularized, regularized-least-squares)."""
     target_step: Number = None
     """Size of the first displacement, -target_step * gradient (all rules but backprop and kaczmarz)."""
     correction: Annotated[Correction | None, _default("correction", "{linearized,difference,none}")] = None
     """How displacements pass through the inverse (rules regularized; dtp: difference, by default, or none)."""
     credit: Annotated[Credit | None, _default("credit", "{through_time,local}")] = None
     """Local losses back-propagated through the unrolled layer, or each alone (rules regularized, learned)."""
-    clip: Annotated[float | None, _default("clip", "FLOAT")] = None
+    margin: Annotated[float | None, _default("margin", "FLOAT")] = None
     """Distance kept from the edges of the activation's range (rules regularized; least squares, there 0.01)."""
     normalize: Annotated[bool | None, option("{True,False}", "False with sgd, as published, else True")] = None
     """Divide the local gradients by target_step (all rules but backprop and kaczmarz)."""
@@ -117,8 +117,6 @@ class Train:
     """Standard deviation of the noise in the reconstruction loss (rules learned, dtp)."""
     reverse_lr: Number = None
     """Learning rate of the reverse layers (rules learned, dtp)."""
-    gamma: Number = None
-    """Weight of the distance from the current input in the inverse (rule regularized-least-squares)."""
     form: Annotated[Form | None, _layer_default("form", "{proximal,ridge}")] = None
     """Which distance: from the current input, or from zero (rule regularized-least-squares)."""
     local_loss: Annotated[LocalLoss | None, _layer_default("local_loss", "{pre,post}")] = None
@@ -228,8 +226,7 @@ class Train:
             result = train(config, out, resume=resume, console=console)
         except DivergedError as error:
             rates = "--lr, --head-lr, --reverse-lr" if config.rule_name in REVERSE_RULES else "--lr, --head-lr"
-            larger = {"regularized": "--reg", "regularized-least-squares": "--gamma"}.get(config.rule_name)
-            reg = f", or a larger {larger}" if larger else ""
+            reg = ", or a larger --reg" if "reg" in rule_options(config.rule_name) else ""
             remedy = f"smaller rates ({rates}){reg}"
             if config.rule_name == "kaczmarz":
                 remedy = "--dx regularized, a larger --dx-reg or --batch-reg, or a smaller --std"

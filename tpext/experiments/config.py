@@ -214,9 +214,9 @@ class Config:
             raise ConfigError("nesterov needs optimizer=sgd and a momentum above 0")
         if isinstance(self.rule, LearnedInverse) and self.nonlinearity != "tanh":
             raise ConfigError(f"rule=learned needs nonlinearity=tanh, got {self.nonlinearity}")
-        clip, least = getattr(self.rule, "clip", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
-        if clip < least:
-            raise ConfigError(f"clip must be at least {least:.3g} with precision={self.precision}, got {clip:g}")
+        margin, least = getattr(self.rule, "margin", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
+        if margin < least:
+            raise ConfigError(f"margin must be at least {least:.3g} with precision={self.precision}, got {margin:g}")
         if self.task in FEED_FORWARD:
             self._check_feed_forward()
         else:

@@ -27,11 +27,11 @@ EPOCHS = {"digits-mlp": 60, "mnist-mlp": 10, "cifar-mlp": 10, "mnist-autoencoder
 TOY_ITERATIONS = 3_000
 
 # The best of a few tried on mnist-mlp and the spiral. Exact inverses blow up what saturated units and small singular
-# values let through; a wide clip and a small rate keep such a run from collapsing.
+# values let through; a wide margin and a small rate keep such a run from collapsing.
 DEFAULT_RULES: dict[type[LayerRule], LayerRule] = {
     Backprop: Backprop(),
-    ConstrainedLeastSquares: ConstrainedLeastSquares(clip=0.4),
-    RegularizedLeastSquares: RegularizedLeastSquares(gamma=1.0),
+    ConstrainedLeastSquares: ConstrainedLeastSquares(margin=0.4),
+    RegularizedLeastSquares: RegularizedLeastSquares(reg=1.0),
     DifferenceTargetPropagation: DifferenceTargetPropagation(noise=0.1),
     Kaczmarz: Kaczmarz(dx="regularized", batch_reg=1.0),
 }
@@ -49,13 +49,13 @@ KACZMARZ: dict[str, Any] = {
     "batch_size": 64,
 }
 
-# J. Seely, "tensorflow-target-prop", tprop_train.py and its sweeps (wrapper.py). It drew gamma, step and rates at
+# J. Seely, "tensorflow-target-prop", tprop_train.py and its sweeps (wrapper.py). It drew reg, step and rates at
 # random and stored no best ones: these are the defaults of its train_net.
 SEELY_RULES: dict[type[LayerRule], LayerRule] = {
     Backprop: Backprop(),
-    ConstrainedLeastSquares: ConstrainedLeastSquares(target_step=0.1, clip=1e-2, normalize=False, local_loss="pre"),
+    ConstrainedLeastSquares: ConstrainedLeastSquares(target_step=0.1, margin=1e-2, normalize=False, local_loss="pre"),
     RegularizedLeastSquares: RegularizedLeastSquares(
-        gamma=1e-3, form="proximal", target_step=0.1, normalize=False, local_loss="pre"
+        reg=1e-3, form="proximal", target_step=0.1, normalize=False, local_loss="pre"
     ),
 }
 SEELY: dict[str, Any] = {
@@ -106,7 +106,7 @@ def published_presets(task: str, kind: type[LayerRule]) -> list[str]:
         four hidden layers of 240 units, or the autoencoder 784-200-100-5-100-200-784; batches of 100 of the first
         50,000 images (published: of the last), as stored in the first epoch, 20,000 iterations; Xavier-uniform weights,
         zero biases;
-        TensorFlow's RMSProp at 3e-3; ``gamma`` 1e-3, ``target_step`` 0.1, local losses before the activation, averaged
+        TensorFlow's RMSProp at 3e-3; ``reg`` 1e-3, ``target_step`` 0.1, local losses before the activation, averaged
         over batch and units; the published two steps for the activation's inverse (``reference_compat``); gradients
         bounded by a norm of 100 (there each by itself). For constrained and regularized-least-squares, and backprop in
         their loop.

@@ -65,7 +65,7 @@ class FeedForwardModel(nn.Module):
         assert config.sizes is not None
         compat = config.reference_compat
         activation = Activation(config.nonlinearity, reference_compat=compat)
-        self.layers = MLP([task.input_size, *config.sizes], activation, output=activation, rule=rule)
+        self.layers = MLP([task.input_size, *config.sizes], activation, output_activation=activation, rule=rule)
         width = config.sizes[-1]
         self.head: nn.Module
         if rule.ordinary_head:

@@ -145,7 +145,7 @@ def describe(config: Config) -> str:
     fields = {field.name for field in dataclasses.fields(config.rule)}
     options = [
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
-        for name in ("credit", "correction", "dx", "update", "reg", "gamma", "target_step", "noise")
+        for name in ("credit", "correction", "dx", "update", "reg", "target_step", "noise")
         if name in fields and (value := getattr(config.rule, name)) is not None
     ]
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"

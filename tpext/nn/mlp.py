@@ -77,7 +77,7 @@ class TargetLinear(nn.Module):
     Source: the rules name theirs.
 
     >>> import torch, tpext
-    >>> layer = tpext.nn.TargetLinear(4, 3, activation="tanh", rule=tpext.RegularizedLeastSquares(gamma=0.1))
+    >>> layer = tpext.nn.TargetLinear(4, 3, activation="tanh", rule=tpext.RegularizedLeastSquares(reg=0.1))
     >>> net = torch.nn.Sequential(torch.nn.Linear(5, 4), layer, torch.nn.Linear(3, 2))
     >>> torch.nn.functional.cross_entropy(net(torch.randn(7, 5)), torch.zeros(7).long()).backward()
     >>> layer.weight.grad.shape
@@ -351,17 +351,17 @@ class TargetLinear(nn.Module):
 class MLP(nn.Sequential):
     """A network of :class:`TargetLinear` layers, one rule for all.
 
-    ``h_l = a(h_{l-1} W_l^T + b_l)``; the last layer has the activation ``output``, by default none: what a loss such as
+    ``h_l = a(h_{l-1} W_l^T + b_l)``; the last layer has ``output_activation``, by default none: what a loss such as
     cross-entropy takes. A layer's ``reverse_activation`` is the activation of the layer below, that of the first none.
     A last layer trained by its own gradient, as in difference target propagation's code, is an ordinary one on top::
 
-        nn.Sequential(tpext.nn.MLP([784] + 7 * [240], output="tanh", rule=rule), nn.Linear(240, 10))
+        nn.Sequential(tpext.nn.MLP([784] + 7 * [240], output_activation="tanh", rule=rule), nn.Linear(240, 10))
 
     Args:
         sizes: features of the input, of each layer in between, and of the output; two or more.
         activation: of the layers in between: a name, a :class:`tpext.ops.Activation` or a :class:`tpext.ops.Units`.
         rule: what the backward pass computes; None means ``RegularizedLeastSquares()``.
-        output: activation of the last layer.
+        output_activation: activation of the last layer.
         bias: False leaves out all ``b_l``.
         tied: True ties the layers of an autoencoder, the last to the first and so on (:meth:`TargetLinear.tie`);
             ``sizes`` must be an odd number of sizes, the same from both ends.
@@ -373,7 +373,7 @@ class MLP(nn.Sequential):
     A slice of the network is a plain ``torch.nn.Sequential`` of its layers.
 
     >>> import torch, tpext
-    >>> net = tpext.nn.MLP([64, 32, 10], "tanh", rule=tpext.RegularizedLeastSquares(gamma=0.1, target_step=0.5))
+    >>> net = tpext.nn.MLP([64, 32, 10], "tanh", rule=tpext.RegularizedLeastSquares(reg=0.1, target_step=0.5))
     >>> loss = torch.nn.functional.cross_entropy(net(torch.randn(20, 64)), torch.arange(20) % 10)
     >>> loss.backward()
     >>> net[0].weight.grad.shape
@@ -386,7 +386,7 @@ class MLP(nn.Sequential):
         activation: ActivationName | UnitsName | Activation | Units = "tanh",
         *,
         rule: LayerRule | None = None,
-        output: ActivationName | UnitsName | Activation | Units = "identity",
+        output_activation: ActivationName | UnitsName | Activation | Units = "identity",
         bias: bool = True,
         tied: bool = False,
         device: torch.device | str | int | None = None,
@@ -407,7 +407,7 @@ class MLP(nn.Sequential):
                     sizes[layer],
                     sizes[layer + 1],
                     bias,
-                    activation=output if layer == last else activation,
+                    activation=output_activation if layer == last else activation,
                     rule=rule,
                     reverse_activation="identity" if layer == 0 else activation,
                     device=device,

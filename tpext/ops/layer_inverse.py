@@ -1,50 +1,50 @@
 """``act_inverse``, ``act_displacement``, ``layer_inverse``: the inputs that would give a layer a certain output.
 
 A layer ``y = a(x W' + b)`` is three maps, linear, bias and activation. Each map ``f`` is inverted by itself, the last
-one first, as ``argmin_x ||f(x) - y||^2 + gamma ||x - c||^2``, where ``c`` is the current input of the map (``form=
-"proximal"``) or zero (``form="ridge"``); ``method="constrained"`` is the limit ``gamma -> 0``, the solution of ``f(x) =
+one first, as ``argmin_x ||f(x) - y||^2 + reg ||x - c||^2``, where ``c`` is the current input of the map (``form=
+"proximal"``) or zero (``form="ridge"``); ``method="constrained"`` is the limit ``reg -> 0``, the solution of ``f(x) =
 y`` nearest to ``c`` (least squares where there is none). So a layer has three separate proximity terms, and its inverse
 is not the regularised inverse of the composed map. All minimisers are global and exact to rounding::
 
-    linear    x = c + (y - c W') R',  R = (W'W + gamma I)^-1 W' = W' (WW' + gamma I)^-1       the smaller Gram matrix
-    bias      x = (y - b + gamma c) / (1 + gamma)
+    linear    x = c + (y - c W') R',  R = (W'W + reg I)^-1 W' = W' (WW' + reg I)^-1       the smaller Gram matrix
+    bias      x = (y - b + reg c) / (1 + reg)
     identity, relu, leaky relu (slope s = 1, 0, s)
-              p = max((y + gamma c) / (1 + gamma), 0) or q = min((s y + gamma c) / (s^2 + gamma), 0), whichever costs
+              p = max((y + reg c) / (1 + reg), 0) or q = min((s y + reg c) / (s^2 + reg), 0), whichever costs
               less; p at a tie
-    tanh      a stationary point, ``(tanh x - y) (1 - tanh^2 x) + gamma (x - c) = 0``: there are up to two minima
-    sigmoid   2 u, with u that of tanh for ``2 y - 1``, ``c / 2`` and ``16 gamma``
+    tanh      a stationary point, ``(tanh x - y) (1 - tanh^2 x) + reg (x - c) = 0``: there are up to two minima
+    sigmoid   2 u, with u that of tanh for ``2 y - 1``, ``c / 2`` and ``16 reg``
 
-``torch.ops.tpext.act_inverse(target, input, activation, slope, gamma, clip)`` is the proximal inverse of an
+``torch.ops.tpext.act_inverse(target, input, activation, slope, reg, margin)`` is the proximal inverse of an
 activation: ``target = y`` and ``input = c`` of any one shape, float32 or float64; ``slope`` is leaky relu's. With
-``gamma > 0`` it is regularised and any target has an answer, inside or outside the activation's range. With ``gamma =
-0`` it is constrained: the target of tanh and sigmoid is first brought ``clip`` inside the range, as beyond it no
+``reg > 0`` it is regularised and any target has an answer, inside or outside the activation's range. With ``reg =
+0`` it is constrained: the target of tanh and sigmoid is first brought ``margin`` inside the range, as beyond it no
 minimiser exists, and a target below relu's range gives ``min(c, 0)``. NaN in the target, or in an input that
 matters, gives NaN there; infinite targets and inputs have no defined result, nor have targets of tanh and sigmoid
 beyond 1e18 in size (float64: 1e150), whose squares overflow.
 
 For tanh and sigmoid each of the two possible minima has a bracket, searched by safeguarded Halley steps: on the CPU by
 a kernel, each element until it has converged, for 128 steps at most; on CUDA by torch operations, 10 bisections and 8
-Halley steps, without a branch on data. The cost is the least to rounding. So is the minimiser (for ``gamma`` from
+Halley steps, without a branch on data. The cost is the least to rounding. So is the minimiser (for ``reg`` from
 1e-12), except where minima merge or tie: there its own conditioning decides, and of two equal ones that nearer to the
 target's preimage is taken. The CPU's result is bitwise the same on any number of threads; numbers below the smallest
 normal one count as zero there.
 
-``torch.ops.tpext.act_displacement(displacement, input, activation, slope, gamma)`` is by how much the proximal inverse
-at ``y = a(c) + d`` moves ``c``, with ``gamma > 0``: ``argmin_u (a(c + u) - a(c) - d)^2 + gamma u^2``. It is solved for
-``u`` itself, so that ``u`` is precise relative to its own size, however small beside ``c`` (float32: for ``gamma`` from
+``torch.ops.tpext.act_displacement(displacement, input, activation, slope, reg)`` is by how much the proximal inverse
+at ``y = a(c) + d`` moves ``c``, with ``reg > 0``: ``argmin_u (a(c + u) - a(c) - d)^2 + reg u^2``. It is solved for
+``u`` itself, so that ``u`` is precise relative to its own size, however small beside ``c`` (float32: for ``reg`` from
 1e-6); tanh's from 3/8 on (sigmoid's from 3/4) is ``act_inverse(a(c) + d) - c``, and as precise as that. ``d = 0`` gives
-exactly 0, and a small ``d`` tends to ``d s / (s^2 + gamma)``, ``s = a'(c)``. Most displacements below that size take
+exactly 0, and a small ``d`` tends to ``d s / (s^2 + reg)``, ``s = a'(c)``. Most displacements below that size take
 one to four steps of Newton's instead of the search: all outward ones, and inward ones of tanh with ``|d tanh c| <= 3/4
-sqrt(gamma)``.
+sqrt(reg)``.
 
 Under CPU autocast both compute in and return float32. They are target ops, no derivatives: differentiating through
 them, and so through a layer's inverse, raises RuntimeError. Inputs are never changed. Cost of ``act_inverse``: some 20
-operations an element, that often for each step of tanh and sigmoid with ``gamma > 0``.
+operations an element, that often for each step of tanh and sigmoid with ``reg > 0``.
 
 Source: J. Seely, "tensorflow-target-prop", ``operations.py``, its four functions an operation. It differs in that its
 regularised inverses of tanh and sigmoid are ``num_steps`` gradient steps from the clipped constrained inverse, on a
 cost averaged over all elements, so that by default they hardly leave it; that its inverse of the identity ignores
-``gamma``; that its leaky relu has none; and that its linear map solves an ``N x N`` system. ``Activation`` gives its
+``reg``; that its leaky relu has none; and that its linear map solves an ``N x N`` system. ``Activation`` gives its
 numbers with ``reference_compat=True``.
 """
 
@@ -100,9 +100,9 @@ def _check(op: str, name: str, target: Tensor, input: Tensor) -> None:
     check_like(op, name, target, input, input.shape)
 
 
-def _check_gamma(op: str, gamma: float) -> None:
-    if not 0 <= gamma < math.inf:
-        raise ValueError(f"{op}: gamma must be a finite number >= 0, got {gamma}")
+def _check_reg(op: str, reg: float) -> None:
+    if not 0 <= reg < math.inf:
+        raise ValueError(f"{op}: reg must be a finite number >= 0, got {reg}")
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, shape: Sequence[int]) -> None:
@@ -123,62 +123,62 @@ def _check_activation(op: str, activation: str, slope: float) -> None:
         raise ValueError(f"{op}: slope must be a finite number > 0, got {slope}")
 
 
-def _fake(target: Tensor, input: Tensor, activation: str, slope: float, gamma: float, clip: float) -> Tensor:
+def _fake(target: Tensor, input: Tensor, activation: str, slope: float, reg: float, margin: float) -> Tensor:
     """Check the arguments and return an empty output."""
     op = "act_inverse"
     _check(op, "target", target, input)
     _check_activation(op, activation, slope)
-    _check_gamma(op, gamma)
+    _check_reg(op, reg)
     least = torch.finfo(input.dtype).eps
-    if activation in ("tanh", "sigmoid") and not least <= clip < 0.5:
-        raise ValueError(f"{op}: clip must lie in [{least:.3g}, 0.5) for {dtype_name(input.dtype)}, got {clip}")
+    if activation in ("tanh", "sigmoid") and not least <= margin < 0.5:
+        raise ValueError(f"{op}: margin must lie in [{least:.3g}, 0.5) for {dtype_name(input.dtype)}, got {margin}")
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def _act_inverse(target: Tensor, input: Tensor, activation: str, slope: float, gamma: float, clip: float) -> Tensor:
-    _fake(target, input, activation, slope, gamma, clip)
+def _act_inverse(target: Tensor, input: Tensor, activation: str, slope: float, reg: float, margin: float) -> Tensor:
+    _fake(target, input, activation, slope, reg, margin)
     target, input = target.contiguous(), input.contiguous()
-    if activation in ("tanh", "sigmoid") and gamma > 0:
+    if activation in ("tanh", "sigmoid") and reg > 0:
         if on_cuda(target):
-            return _minimizer(target, input, activation, gamma)
+            return _minimizer(target, input, activation, reg)
         output = torch.empty_like(input)
         flat = [dense(tensor.view(-1)) for tensor in (target, input, output)]
-        _C.act_inverse(flat[0], flat[1], activation, gamma, flat[2], execution(input))
+        _C.act_inverse(flat[0], flat[1], activation, reg, flat[2], execution(input))
         return output
     if activation == "tanh":
-        return torch.atanh(target.clamp(clip - 1, 1 - clip))
+        return torch.atanh(target.clamp(margin - 1, 1 - margin))
     if activation == "sigmoid":
-        return torch.logit(target.clamp(clip, 1 - clip))
-    return _two_line_minimizer(target, input, _SLOPES.get(activation, slope), gamma)
+        return torch.logit(target.clamp(margin, 1 - margin))
+    return _two_line_minimizer(target, input, _SLOPES.get(activation, slope), reg)
 
 
-def _two_line_minimizer(y: Tensor, c: Tensor, slope: float, gamma: float) -> Tensor:
-    """The minimiser of ``(f(x) - y)^2 + gamma (x - c)^2``, ``f(x) = x`` for ``x > 0`` and ``slope x`` below.
+def _two_line_minimizer(y: Tensor, c: Tensor, slope: float, reg: float) -> Tensor:
+    """The minimiser of ``(f(x) - y)^2 + reg (x - c)^2``, ``f(x) = x`` for ``x > 0`` and ``slope x`` below.
 
-    On either side the cost is a parabola, whose least value, where its vertex lies on that side, is ``(y - k c)^2 gamma
-    / (k^2 + gamma)`` with the slope ``k`` there; if only one vertex lies on its own side, that is the minimiser.
+    On either side the cost is a parabola, whose least value, where its vertex lies on that side, is ``(y - k c)^2 reg
+    / (k^2 + reg)`` with the slope ``k`` there; if only one vertex lies on its own side, that is the minimiser.
     """
-    above = (y * (1 / (1 + gamma)) + c * (gamma / (1 + gamma))).clamp(min=0)
-    curvature = slope * slope + gamma
-    # Without a slope and gamma only c says where below zero to go.
-    weight_y, weight_c = (slope / curvature, gamma / curvature) if curvature > 0 else (0.0, 1.0)
+    above = (y * (1 / (1 + reg)) + c * (reg / (1 + reg))).clamp(min=0)
+    curvature = slope * slope + reg
+    # Without a slope and reg only c says where below zero to go.
+    weight_y, weight_c = (slope / curvature, reg / curvature) if curvature > 0 else (0.0, 1.0)
     below = (y * weight_y + c * weight_c).clamp(max=0)
-    above_costs_more = (y - c).abs() * math.sqrt(curvature / (1 + gamma)) > (y - slope * c).abs()
+    above_costs_more = (y - c).abs() * math.sqrt(curvature / (1 + reg)) > (y - slope * c).abs()
     return torch.where((below < 0) & ((above <= 0) | above_costs_more), below, above)
 
 
-def _minimizer(target: Tensor, input: Tensor, activation: str, gamma: float) -> Tensor:
-    """What the kernel computes, ``gamma > 0``, in a fixed number of torch operations."""
+def _minimizer(target: Tensor, input: Tensor, activation: str, reg: float) -> Tensor:
+    """What the kernel computes, ``reg > 0``, in a fixed number of torch operations."""
     if activation == "tanh":
-        return _tanh_minimizer(target, input, gamma)
-    return 2 * _tanh_minimizer(2 * target - 1, input / 2, 16 * min(gamma, 1e300))
+        return _tanh_minimizer(target, input, reg)
+    return 2 * _tanh_minimizer(2 * target - 1, input / 2, 16 * min(reg, 1e300))
 
 
-def _tanh_minimizer(y: Tensor, c: Tensor, gamma: float) -> Tensor:
-    """The global minimiser of ``(tanh x - y)^2 + gamma (x - c)^2``, ``gamma > 0``.
+def _tanh_minimizer(y: Tensor, c: Tensor, reg: float) -> Tensor:
+    """The global minimiser of ``(tanh x - y)^2 + reg (x - c)^2``, ``reg > 0``.
 
     Let ``y >= tanh c``; the other case is its mirror image. To the left of ``c`` both terms grow, so the minimiser is a
-    zero, right of ``c``, of half the descent ``d(x) = p(x) - gamma (x - c)`` with the pull ``p = (y - t) s``, where
+    zero, right of ``c``, of half the descent ``d(x) = p(x) - reg (x - c)`` with the pull ``p = (y - t) s``, where
     ``t = tanh x``, ``s = 1 - t^2``, at which ``d`` falls. As ``p' = s k(t)`` with ``k(t) = 3 t^2 - 2 y t - 1``
     and ``p'' = s q'(t)`` with the quartic ``q(t) = (1 - t^2) k(t)``, whose roots are -1, 1 and those of ``k``, one of
     them in between and one beyond ``min(y, 1)``, the pull rises to one peak and then falls until ``t = min(y, 1)``, and
@@ -186,17 +186,17 @@ def _tanh_minimizer(y: Tensor, c: Tensor, gamma: float) -> Tensor:
     either side of the fold:
 
     - Left of it ``d`` is convex and ``d(c) >= 0``; the zero is right of all points with ``d > 0 > d'``, and left of all
-      others. It lies within 7/8 of ``c``: at the zero ``gamma (x - c) = p`` and ``p' <= gamma``, and left of the fold
+      others. It lies within 7/8 of ``c``: at the zero ``reg (x - c) = p`` and ``p' <= reg``, and left of the fold
       ``p' / p`` is at least that at the fold, 2 / sqrt(3) or more.
     - Right of it ``d``, once it falls, keeps falling; the zero is right of all points with ``d > 0`` or ``d' > 0``, and
-      left of all others. It lies left of ``atanh y``; of ``c + (y - tanh c) / gamma``, as ``s <= 1``; of ``c + (y -
-      tanh c) / sqrt(gamma)``, beyond which the second term alone costs more than ``c`` does; and of ``max(c + 1,
-      log(4 (1 + y) / gamma) / 2)``, beyond which ``p <= (1 + y) 4 exp(-2 x) <= gamma``.
+      left of all others. It lies left of ``atanh y``; of ``c + (y - tanh c) / reg``, as ``s <= 1``; of ``c + (y -
+      tanh c) / sqrt(reg)``, beyond which the second term alone costs more than ``c`` does; and of ``max(c + 1,
+      log(4 (1 + y) / reg) / 2)``, beyond which ``p <= (1 + y) 4 exp(-2 x) <= reg``.
 
     Where a zero does not exist, its search ends at a point that costs more than the other.
     """
-    # The descent, over max(1, gamma), so that no gamma overflows.
-    pull_weight, spring = 1 / max(1.0, gamma), gamma / max(1.0, gamma)
+    # The descent, over max(1, reg), so that no reg overflows.
+    pull_weight, spring = 1 / max(1.0, reg), reg / max(1.0, reg)
     sign = torch.where(y >= torch.tanh(c), 1.0, -1.0).to(y.dtype)
     y, c = sign * y, sign * c
     start = torch.tanh(c)
@@ -209,9 +209,9 @@ def _tanh_minimizer(y: Tensor, c: Tensor, gamma: float) -> Tensor:
         r = r - value / ((-36 * r + 60 + 12 * above) * r - 16 - 12 * above)
     fold = torch.maximum(c, 0.5 * torch.log(r / (2 - r)))
 
-    last = torch.maximum(c + 1, 0.5 * (torch.log(4 * above) - math.log(gamma)))
+    last = torch.maximum(c + 1, 0.5 * (torch.log(4 * above) - math.log(reg)))
     last = torch.minimum(last, torch.atanh(y.clamp(max=1)))
-    last = torch.maximum(torch.minimum(last, c + (y - start) / max(gamma, math.sqrt(gamma))), c)
+    last = torch.maximum(torch.minimum(last, c + (y - start) / max(reg, math.sqrt(reg))), c)
     low = torch.stack([c, fold])
     high = torch.stack([torch.minimum(torch.minimum(c + 0.875, fold), last), torch.maximum(last, fold)])
 
@@ -245,56 +245,56 @@ def _tanh_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tanh(x), 4 * e / (1 + e) ** 2
 
 
-def _fake_displacement(displacement: Tensor, input: Tensor, activation: str, slope: float, gamma: float) -> Tensor:
+def _fake_displacement(displacement: Tensor, input: Tensor, activation: str, slope: float, reg: float) -> Tensor:
     """Check the arguments and return an empty output."""
     op = "act_displacement"
     _check(op, "displacement", displacement, input)
     _check_activation(op, activation, slope)
-    if not 0 < gamma < math.inf:
-        raise ValueError(f"{op}: gamma must be a finite number > 0, got {gamma}")
+    if not 0 < reg < math.inf:
+        raise ValueError(f"{op}: reg must be a finite number > 0, got {reg}")
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def _act_displacement(displacement: Tensor, input: Tensor, activation: str, slope: float, gamma: float) -> Tensor:
-    output = _fake_displacement(displacement, input, activation, slope, gamma)
+def _act_displacement(displacement: Tensor, input: Tensor, activation: str, slope: float, reg: float) -> Tensor:
+    output = _fake_displacement(displacement, input, activation, slope, reg)
     displacement, input = displacement.contiguous(), input.contiguous()
     if activation not in ("tanh", "sigmoid"):
-        return _two_line_displacement(displacement, input, _SLOPES.get(activation, slope), gamma)
+        return _two_line_displacement(displacement, input, _SLOPES.get(activation, slope), reg)
     if on_cuda(input):
-        return _displacement(displacement, input, activation, gamma)
+        return _displacement(displacement, input, activation, reg)
     flat = [dense(tensor.view(-1)) for tensor in (displacement, input, output)]
-    _C.act_displacement(flat[0], flat[1], activation, gamma, flat[2], execution(input))
+    _C.act_displacement(flat[0], flat[1], activation, reg, flat[2], execution(input))
     return output
 
 
-def _two_line_displacement(d: Tensor, c: Tensor, slope: float, gamma: float) -> Tensor:
+def _two_line_displacement(d: Tensor, c: Tensor, slope: float, reg: float) -> Tensor:
     """``_two_line_minimizer`` at ``y = f(c) + d``, less ``c``: the same steps, on differences from ``c``."""
     # y - c and y - slope c: d itself on the side of c
     from_above, from_below = d + (slope - 1) * c.clamp(max=0), d + (1 - slope) * c.clamp(min=0)
-    above = torch.maximum(from_above * (1 / (1 + gamma)), -c)
-    below = torch.minimum(from_below * (slope / (slope * slope + gamma)), -c)
-    above_costs_more = from_above.abs() * math.sqrt((slope * slope + gamma) / (1 + gamma)) > from_below.abs()
+    above = torch.maximum(from_above * (1 / (1 + reg)), -c)
+    below = torch.minimum(from_below * (slope / (slope * slope + reg)), -c)
+    above_costs_more = from_above.abs() * math.sqrt((slope * slope + reg) / (1 + reg)) > from_below.abs()
     return torch.where((below < -c) & ((above <= -c) | above_costs_more), below, above)
 
 
-def _displacement(displacement: Tensor, input: Tensor, activation: str, gamma: float) -> Tensor:
+def _displacement(displacement: Tensor, input: Tensor, activation: str, reg: float) -> Tensor:
     """What the kernel computes in a fixed number of torch operations."""
     if activation == "tanh":
-        return _tanh_displacement(displacement, input, gamma)
-    return 2 * _tanh_displacement(2 * displacement, input / 2, 16 * min(gamma, 1e300))
+        return _tanh_displacement(displacement, input, reg)
+    return 2 * _tanh_displacement(2 * displacement, input / 2, 16 * min(reg, 1e300))
 
 
-def _tanh_displacement(d: Tensor, c: Tensor, gamma: float) -> Tensor:
-    """The global minimiser of ``(tanh(c + u) - tanh c - d)^2 + gamma u^2``: see ``csrc/cpu/act_inverse.cpp``."""
-    weight, spring = 1 / max(1.0, gamma), gamma / max(1.0, gamma)
+def _tanh_displacement(d: Tensor, c: Tensor, reg: float) -> Tensor:
+    """The global minimiser of ``(tanh(c + u) - tanh c - d)^2 + reg u^2``: see ``csrc/cpu/act_inverse.cpp``."""
+    weight, spring = 1 / max(1.0, reg), reg / max(1.0, reg)
     t, s = _tanh_and_slope(c)
     pull = weight * s
     value = pull * d
     fall, half_bend = pull * s + spring - value * t, 0.5 * value - 3 * spring * t
     near = value * fall / (fall * fall - value * half_bend)
-    one_zero = d * t >= -(0.375 * s).clamp(min=0.75 * min(math.sqrt(gamma), 1e30))
+    one_zero = d * t >= -(0.375 * s).clamp(min=0.75 * min(math.sqrt(reg), 1e30))
     one_zero &= near.abs() <= _MOST_SMALL
-    far = _tanh_minimizer(t + d, c, gamma) - c
+    far = _tanh_minimizer(t + d, c, reg) - c
 
     u = torch.where(one_zero, near, far)
     settled = one_zero
@@ -311,14 +311,14 @@ def _tanh_displacement(d: Tensor, c: Tensor, gamma: float) -> Tensor:
 
 
 _inverse = define(
-    "act_inverse(Tensor target, Tensor input, str activation, float slope, float gamma, float clip) -> Tensor",
+    "act_inverse(Tensor target, Tensor input, str activation, float slope, float reg, float margin) -> Tensor",
     _act_inverse,
     _fake,
     cast_outputs=False,
 )
 refuse_derivative("act_inverse", NOT_A_DERIVATIVE)
 _moved_input = define(
-    "act_displacement(Tensor displacement, Tensor input, str activation, float slope, float gamma) -> Tensor",
+    "act_displacement(Tensor displacement, Tensor input, str activation, float slope, float reg) -> Tensor",
     _act_displacement,
     _fake_displacement,
     cast_outputs=False,
@@ -327,9 +327,9 @@ refuse_derivative("act_displacement", NOT_A_DERIVATIVE)
 
 
 def act_inverse(
-    target: Tensor, input: Tensor, activation: ActivationName, slope: float, gamma: float, clip: float
+    target: Tensor, input: Tensor, activation: ActivationName, slope: float, reg: float, margin: float
 ) -> Tensor:
-    """The proximal inverse of an activation, ``argmin_x (a(x) - y)^2 + gamma (x - c)^2`` (the module's head).
+    """The proximal inverse of an activation, ``argmin_x (a(x) - y)^2 + reg (x - c)^2`` (the module's head).
 
     The op ``torch.ops.tpext.act_inverse``, past torch's dispatcher where nothing but the kernel has to see the call.
     :class:`Activation` has it with defaults, and for ``form="ridge"``.
@@ -339,8 +339,8 @@ def act_inverse(
         input: ``c``, of its shape.
         activation: "tanh", "sigmoid", "relu", "leaky_relu" or "identity".
         slope: of leaky relu below zero, > 0; the others ignore it.
-        gamma: >= 0; 0 is the constrained inverse.
-        clip: distance kept from the edges of the range of tanh and sigmoid where ``gamma`` is 0, < 0.5 and at least the
+        reg: >= 0; 0 is the constrained inverse.
+        margin: distance kept from the edges of the range of tanh and sigmoid where ``reg`` is 0, < 0.5 and at least the
             dtype's eps.
 
     Returns:
@@ -350,18 +350,18 @@ def act_inverse(
         ValueError: an argument that does not fit, named. RuntimeError: when differentiated.
 
     >>> import torch
-    >>> act_inverse(torch.tensor([3.0]), torch.tensor([1.0]), "relu", 0.0, gamma=1.0, clip=0.0)
+    >>> act_inverse(torch.tensor([3.0]), torch.tensor([1.0]), "relu", 0.0, reg=1.0, margin=0.0)
     tensor([2.])
     """
     check_tensor("act_inverse", "target", target)
     check_tensor("act_inverse", "input", input)
-    return _inverse(target, input, activation, slope, gamma, clip)  # type: ignore[no-any-return]
+    return _inverse(target, input, activation, slope, reg, margin)  # type: ignore[no-any-return]
 
 
 def act_displacement(
-    displacement: Tensor, input: Tensor, activation: ActivationName, slope: float, gamma: float
+    displacement: Tensor, input: Tensor, activation: ActivationName, slope: float, reg: float
 ) -> Tensor:
-    """How far the proximal inverse moves ``c``: ``argmin_u (a(c + u) - a(c) - d)^2 + gamma u^2`` (the module's head).
+    """How far the proximal inverse moves ``c``: ``argmin_u (a(c + u) - a(c) - d)^2 + reg u^2`` (the module's head).
 
     The op ``torch.ops.tpext.act_displacement``, as :func:`act_inverse` is the other.
 
@@ -369,7 +369,7 @@ def act_displacement(
         displacement: ``d``, float32 or float64, of any shape.
         input: ``c``, of its shape.
         activation, slope: as in :func:`act_inverse`.
-        gamma: > 0.
+        reg: > 0.
 
     Returns:
         ``u``, of the shape of ``input``.
@@ -378,12 +378,12 @@ def act_displacement(
         ValueError: an argument that does not fit, named. RuntimeError: when differentiated.
 
     >>> import torch
-    >>> act_displacement(torch.tensor([2.0]), torch.tensor([1.0]), "relu", 0.0, gamma=1.0)
+    >>> act_displacement(torch.tensor([2.0]), torch.tensor([1.0]), "relu", 0.0, reg=1.0)
     tensor([1.])
     """
     check_tensor("act_displacement", "displacement", displacement)
     check_tensor("act_displacement", "input", input)
-    return _moved_input(displacement, input, activation, slope, gamma)  # type: ignore[no-any-return]
+    return _moved_input(displacement, input, activation, slope, reg)  # type: ignore[no-any-return]
 
 
 def _center(input: Tensor, form: str) -> Tensor:
@@ -399,7 +399,7 @@ class Activation:
         name: "tanh", "sigmoid", "relu", "leaky_relu" or "identity".
         slope: of leaky relu below zero, > 0; the others ignore it.
         reference_compat: make ``regularized_inverse`` give the numbers of the published code (see the module's head):
-            for tanh and sigmoid ``x <- x - learning_rate (2 / n) ((a(x) - y) a'(x) + gamma (x - c))``, ``num_steps``
+            for tanh and sigmoid ``x <- x - learning_rate (2 / n) ((a(x) - y) a'(x) + reg (x - c))``, ``num_steps``
             times from ``x = inverse(y)``, ``n`` the number of elements; for the identity ``y``.
         learning_rate: of these steps.
         num_steps: their number, >= 0.
@@ -413,7 +413,7 @@ class Activation:
     >>> relu = Activation("relu")
     >>> relu.inverse(torch.tensor([3.0, -1.0, -1.0]), torch.tensor([1.0, 1.0, -2.0]))
     tensor([ 3.,  0., -2.])
-    >>> relu.regularized_inverse(torch.tensor([3.0, -1.0, -1.0]), torch.tensor([1.0, 1.5, -2.0]), gamma=1.0)
+    >>> relu.regularized_inverse(torch.tensor([3.0, -1.0, -1.0]), torch.tensor([1.0, 1.5, -2.0]), reg=1.0)
     tensor([ 2.0000,  0.2500, -2.0000])
     """
 
@@ -465,37 +465,35 @@ class Activation:
             return grad
         return torch.where(input > 0, grad, grad * (0.0 if self.name == "relu" else self.slope))
 
-    def inverse(self, target: Tensor, input: Tensor, clip: float = 1e-2) -> Tensor:
+    def inverse(self, target: Tensor, input: Tensor, margin: float = 1e-2) -> Tensor:
         """The constrained least squares inverse: of the points whose image is nearest to the target, that nearest to x.
 
-        ``atanh(y)`` and ``log(y / (1 - y))``, with ``y`` first brought ``clip`` inside the range; relu: ``y`` if ``y >
-        0``, else ``min(x, 0)``; leaky relu: ``y`` or ``y / slope``; identity: ``y``.
+        ``atanh(y)`` and ``log(y / (1 - y))``, with ``y`` first brought ``margin`` inside the range; relu: ``y`` if
+        ``y > 0``, else ``min(x, 0)``; leaky relu: ``y`` or ``y / slope``; identity: ``y``.
 
         Args:
             target: ``y``, float32 or float64, of the shape of ``input``.
             input: ``x``, the current input of the activation.
-            clip: distance kept from the edges of the range of tanh and sigmoid, < 0.5 and at least the dtype's eps. A
+            margin: distance kept from the edges of the range of tanh and sigmoid, < 0.5 and at least the dtype's eps. A
                 unit whose output is nearer to an edge than this moves even if its target is its output.
 
         Returns:
             The target of the input, of its shape.
 
         Raises:
-            ValueError: a wrong shape, dtype, device or ``clip``, named. RuntimeError: when differentiated.
+            ValueError: a wrong shape, dtype, device or ``margin``, named. RuntimeError: when differentiated.
         """
-        return act_inverse(target, input, self.name, self.slope, 0.0, clip)
+        return act_inverse(target, input, self.name, self.slope, 0.0, margin)
 
-    def regularized_inverse(
-        self, target: Tensor, input: Tensor, gamma: float = 1e-2, form: Form = "proximal"
-    ) -> Tensor:
-        """The regularised inverse ``argmin_z ||a(z) - y||^2 + gamma ||z - x||^2``, or with ``||z||^2`` for "ridge".
+    def regularized_inverse(self, target: Tensor, input: Tensor, reg: float = 1e-2, form: Form = "proximal") -> Tensor:
+        """The regularised inverse ``argmin_z ||a(z) - y||^2 + reg ||z - x||^2``, or with ``||z||^2`` for "ridge".
 
-        As gamma grows it tends to ``x`` (to zero), and as it falls to :meth:`inverse` where the target is in the range.
+        As reg grows it tends to ``x`` (to zero), and as it falls to :meth:`inverse` where the target is in the range.
 
         Args:
             target: ``y``, float32 or float64, of the shape of ``input``; need not lie in the range.
             input: ``x``, the current input of the activation.
-            gamma: weight of the second term, >= 0. 0 gives the limit; tanh and sigmoid have none beyond their range,
+            reg: weight of the second term, >= 0. 0 gives the limit; tanh and sigmoid have none beyond their range,
                 and the target is then first brought the dtype's eps inside it.
             form: "proximal" or "ridge".
 
@@ -503,7 +501,7 @@ class Activation:
             The target of the input, of its shape.
 
         Raises:
-            ValueError: a wrong shape, dtype, device, ``gamma`` or ``form``, named; ``reference_compat`` with leaky
+            ValueError: a wrong shape, dtype, device, ``reg`` or ``form``, named; ``reference_compat`` with leaky
             relu, of which the published code has no regularised inverse. RuntimeError: when differentiated.
         """
         check_tensor("regularized_inverse", "target", target)
@@ -511,26 +509,26 @@ class Activation:
         check_choice("regularized_inverse", "form", form, get_args(Form))
         center = _center(input, form)
         if self.reference_compat:
-            _check_gamma("regularized_inverse", gamma)
+            _check_reg("regularized_inverse", reg)
             if self.name == "leaky_relu":
                 raise ValueError("regularized_inverse: reference_compat has none of leaky_relu; set it to False")
             if self.name == "identity":
                 return self.inverse(target, center)
             if self.name in ("tanh", "sigmoid"):
-                return self._published_steps(target, center, gamma)
+                return self._published_steps(target, center, reg)
         eps = torch.finfo(input.dtype).eps if input.is_floating_point() else 0.0
-        return act_inverse(target, center, self.name, self.slope, gamma, eps)
+        return act_inverse(target, center, self.name, self.slope, reg, eps)
 
-    def _published_steps(self, target: Tensor, center: Tensor, gamma: float) -> Tensor:
+    def _published_steps(self, target: Tensor, center: Tensor, reg: float) -> Tensor:
         x = self.inverse(target, center)
         rate = self.learning_rate * 2 / max(1, x.numel())
         for _ in range(self.num_steps):
-            x = x - rate * (self.derivative(self(x) - target, x) + gamma * (x - center))
+            x = x - rate * (self.derivative(self(x) - target, x) + reg * (x - center))
         return x
 
 
-def bias_inverse(target: Tensor, input: Tensor, bias: Tensor, gamma: float = 0.0, form: Form = "proximal") -> Tensor:
-    """The inverse of ``y = x + b``: ``(y - b + gamma c) / (1 + gamma)``, ``c = x`` or for ``form="ridge"`` 0.
+def bias_inverse(target: Tensor, input: Tensor, bias: Tensor, reg: float = 0.0, form: Form = "proximal") -> Tensor:
+    """The inverse of ``y = x + b``: ``(y - b + reg c) / (1 + reg)``, ``c = x`` or for ``form="ridge"`` 0.
 
     An ordinary differentiable function, of any floating-point dtype.
 
@@ -538,60 +536,60 @@ def bias_inverse(target: Tensor, input: Tensor, bias: Tensor, gamma: float = 0.0
         target: ``y``, ``[..., M]``.
         input: ``x``, ``[..., M]``.
         bias: ``b``, ``[M]``.
-        gamma: weight of ``||x - c||^2``, >= 0; 0 is the exact inverse.
+        reg: weight of ``||x - c||^2``, >= 0; 0 is the exact inverse.
         form: "proximal" or "ridge".
 
     Returns:
         The target of the input, ``[..., M]``.
 
     Raises:
-        ValueError: a wrong shape, ``gamma`` or ``form`` out of range; the message names the argument.
+        ValueError: a wrong shape, ``reg`` or ``form`` out of range; the message names the argument.
     """
     check_tensor("bias_inverse", "target", target, "[..., M]")
     check_tensor("bias_inverse", "input", input, "[..., M]")
     check_tensor("bias_inverse", "bias", bias, "[M]")
     check_choice("bias_inverse", "form", form, get_args(Form))
-    _check_gamma("bias_inverse", gamma)
+    _check_reg("bias_inverse", reg)
     if input.dim() == 0:
         raise ValueError("bias_inverse: input must be [..., M], got []")
     _check_shape("bias_inverse", "bias", bias, input.shape[-1:])
     _check_shape("bias_inverse", "target", target, input.shape)
     exact = target - bias
     if form == "ridge":
-        return exact / (1 + gamma)
-    return exact + (input - exact) * (gamma / (1 + gamma))
+        return exact / (1 + reg)
+    return exact + (input - exact) * (reg / (1 + reg))
 
 
 def linear_inverse(
     target: Tensor,
     input: Tensor,
     weight: Tensor,
-    gamma: float = 0.0,
+    reg: float = 0.0,
     form: Form = "proximal",
     inverse: Tensor | None = None,
 ) -> Tensor:
-    """The inverse of ``y = x W'``: ``c + (y - c W') R'``, ``R = (W'W + gamma I)^-1 W'``, ``c = x`` or 0 for "ridge".
+    """The inverse of ``y = x W'``: ``c + (y - c W') R'``, ``R = (W'W + reg I)^-1 W'``, ``c = x`` or 0 for "ridge".
 
-    An ordinary differentiable function. For ``gamma > 0`` it equals ``(y W + gamma c) (W'W + gamma I)^-1``, without
+    An ordinary differentiable function. For ``reg > 0`` it equals ``(y W + reg c) (W'W + reg I)^-1``, without
     a system larger than the smaller of ``M`` and ``N``.
 
     Args:
         target: ``y``, ``[..., M]``.
         input: ``x``, ``[..., N]``.
         weight: ``W``, ``[M, N]``, float32 or float64, in ``torch.nn.Linear``'s layout.
-        gamma: weight of ``||x - c||^2``, >= 0. 0 is the limit, with the pseudo-inverse for ``R``: the least squares
+        reg: weight of ``||x - c||^2``, >= 0. 0 is the limit, with the pseudo-inverse for ``R``: the least squares
             solution nearest to ``c``.
         form: "proximal" or "ridge".
-        inverse: ``R``, ``[N, M]``, if it is known: ``tpext.ops.regularized_inverse(weight, gamma)``, once a
-            change of the weights. ``gamma`` is then not used.
+        inverse: ``R``, ``[N, M]``, if it is known: ``tpext.ops.regularized_inverse(weight, reg)``, once a
+            change of the weights. ``reg`` is then not used.
 
     Returns:
         The target of the input, ``[..., N]``.
 
     Raises:
-        SingularError: ``gamma`` is 0 and the weights have not full rank to working precision. A small ``gamma``, or
+        SingularError: ``reg`` is 0 and the weights have not full rank to working precision. A small ``reg``, or
         ``inverse=torch.linalg.pinv(weight)``, answers there.
-        ValueError: weights with NaN or infinite elements; a wrong shape, ``gamma`` or ``form`` out of range; the
+        ValueError: weights with NaN or infinite elements; a wrong shape, ``reg`` or ``form`` out of range; the
         message names the argument.
 
     Cost: ``k^2 (3 m + k / 3)`` operations for ``R``, ``k = min(M, N)``, ``m = max(M, N)``, if it is not given; a row
@@ -604,12 +602,12 @@ def linear_inverse(
     if inverse is not None:
         check_tensor(op, "inverse", inverse, "[N, M]")
     check_choice(op, "form", form, get_args(Form))
-    _check_gamma(op, gamma)
+    _check_reg(op, reg)
     _check_product(op, input, weight)
     _check_shape(op, "target", target, (*input.shape[:-1], weight.shape[0]))
     if inverse is not None:
         _check_shape(op, "inverse", inverse, (weight.shape[1], weight.shape[0]))
-    operator = regularized_inverse(weight, gamma) if inverse is None else inverse
+    operator = regularized_inverse(weight, reg) if inverse is None else inverse
     if form == "ridge":
         return target @ operator.mT
     return input + (target - input @ weight.mT) @ operator.mT
@@ -623,9 +621,9 @@ class _Layer:
     bias: Tensor | None
     activation: Activation
     method: Method
-    gamma: float
+    reg: float
     form: Form
-    clip: float
+    margin: float
     operator: Tensor
     product: Tensor
 
@@ -639,14 +637,14 @@ class _Layer:
         bias: Tensor | None,
         activation: ActivationName | Activation,
         method: Method,
-        gamma: float,
+        reg: float,
         form: Form,
-        clip: float,
+        margin: float,
         inverse: Tensor | None,
     ) -> _Layer:
         check_choice(op, "method", method, get_args(Method))
         check_choice(op, "form", form, get_args(Form))
-        _check_gamma(op, gamma)
+        _check_reg(op, reg)
         _check(op, "input", input, input)
         _check_product(op, input, weight)
         outputs, inputs = weight.shape
@@ -658,9 +656,9 @@ class _Layer:
         if inverse is not None:
             check_like(op, "inverse", inverse, input, (inputs, outputs))
         else:
-            inverse = regularized_inverse(weight, gamma if method == "regularized" else 0.0)
+            inverse = regularized_inverse(weight, reg if method == "regularized" else 0.0)
         activation = activation if isinstance(activation, Activation) else Activation(activation)
-        return cls(input, bias, activation, method, gamma, form, clip, inverse, input @ weight.mT)
+        return cls(input, bias, activation, method, reg, form, margin, inverse, input @ weight.mT)
 
     @property
     def preactivation(self) -> Tensor:
@@ -670,22 +668,22 @@ class _Layer:
         """The target of ``x W'``, that of the output taken through activation and bias."""
         if self.method == "constrained":
             center = _center(self.preactivation, self.form)
-            target = self.activation.inverse(target, center, self.clip)
+            target = self.activation.inverse(target, center, self.margin)
         else:
-            target = self.activation.regularized_inverse(target, self.preactivation, self.gamma, self.form)
+            target = self.activation.regularized_inverse(target, self.preactivation, self.reg, self.form)
         if self.bias is None:
             return target
-        gamma = self.gamma if self.method == "regularized" else 0.0
-        return bias_inverse(target, self.product, self.bias, gamma, self.form)
+        reg = self.reg if self.method == "regularized" else 0.0
+        return bias_inverse(target, self.product, self.bias, reg, self.form)
 
     def product_displacement(self, displacement: Tensor) -> Tensor:
         """By how much ``x W'`` should move for the output to move by this."""
         act, center = self.activation, self.preactivation
-        if self.method == "constrained" or self.gamma == 0 or self.form == "ridge" or act.reference_compat:
+        if self.method == "constrained" or self.reg == 0 or self.form == "ridge" or act.reference_compat:
             output = act(center)
             return self.product_target(output + displacement) - self.product_target(output)
-        moved = act_displacement(displacement, center, act.name, act.slope, self.gamma)
-        return moved if self.bias is None else moved / (1 + self.gamma)
+        moved = act_displacement(displacement, center, act.name, act.slope, self.reg)
+        return moved if self.bias is None else moved / (1 + self.reg)
 
 
 def _check_layer(
@@ -715,9 +713,9 @@ def layer_inverse(
     activation: ActivationName | Activation,
     *,
     method: Method = "regularized",
-    gamma: float = 1e-2,
+    reg: float = 1e-2,
     form: Form = "proximal",
-    clip: float = 1e-2,
+    margin: float = 1e-2,
     inverse: Tensor | None = None,
 ) -> Tensor:
     """The target of the input of a layer ``y = a(x W' + b)``, given that of its output.
@@ -727,7 +725,7 @@ def layer_inverse(
         t2 = act_inverse(target, x2),   t1 = bias_inverse(t2, x1),   result = linear_inverse(t1, x)
 
     Regularised and proximal, a target that is the layer's output gives back ``x``; constrained, only where no unit is
-    within ``clip`` of the edges of its range.
+    within ``margin`` of the edges of its range.
 
     Args:
         target: ``[..., M]``.
@@ -735,12 +733,12 @@ def layer_inverse(
         weight: ``W``, ``[M, N]``, in ``torch.nn.Linear``'s layout.
         bias: ``b``, ``[M]``, or None.
         activation: its name, or an :class:`Activation`.
-        method: "regularized", or "constrained": the limit ``gamma -> 0``.
-        gamma: weight of the proximity terms, >= 0; "constrained" does not use it.
+        method: "regularized", or "constrained": the limit ``reg -> 0``.
+        reg: weight of the proximity terms, >= 0; "constrained" does not use it.
         form: "proximal": near to ``x``, ``x1`` and ``x2``; "ridge": near to zero.
-        clip: for "constrained": as in :meth:`Activation.inverse`.
-        inverse: ``[N, M]``, the regularised inverse of the weights if it is known, for ``gamma``, or for 0 if
-            constrained: ``tpext.ops.regularized_inverse(weight, gamma)``, once a change of the weights.
+        margin: for "constrained": as in :meth:`Activation.inverse`.
+        inverse: ``[N, M]``, the regularised inverse of the weights if it is known, for ``reg``, or for 0 if
+            constrained: ``tpext.ops.regularized_inverse(weight, reg)``, once a change of the weights.
 
     Returns:
         ``[..., N]``; under autocast computed in float32 and returned in it, as by the ops.
@@ -763,7 +761,7 @@ def layer_inverse(
     _check_layer(op, ("target", target), input, weight, bias, inverse)
     target, input, weight, bias, inverse = _cast_under_autocast(target, input, weight, bias, inverse)
     with full_precision(input.device.type):
-        layer = _Layer.of(op, ("target", target), input, weight, bias, activation, method, gamma, form, clip, inverse)
+        layer = _Layer.of(op, ("target", target), input, weight, bias, activation, method, reg, form, margin, inverse)
         target = layer.product_target(target)
         if form == "ridge":
             return target @ layer.operator.mT
@@ -778,22 +776,22 @@ def layer_displacement(
     activation: ActivationName | Activation,
     *,
     method: Method = "regularized",
-    gamma: float = 1e-2,
+    reg: float = 1e-2,
     form: Form = "proximal",
-    clip: float = 1e-2,
+    margin: float = 1e-2,
     inverse: Tensor | None = None,
 ) -> Tensor:
     """By how much the input of a layer ``y = a(x W' + b)`` should move for its output to move by ``displacement``.
 
     ``layer_inverse(y + d) - layer_inverse(y)``, computed as one difference before the linear map, ``(t1(y + d) - t1(y))
     R'``: no displacement of the output gives none of the input, with any method, and in a regularised identity layer it
-    is ``d (W'W + gamma I)^-1 W'`` over ``(1 + gamma)^2``. Regularised and proximal, with ``gamma > 0``, the difference
-    is ``act_displacement / (1 + gamma)`` (without a bias not ``/ (1 + gamma)``), precise for the smallest ``d``; else a
+    is ``d (W'W + reg I)^-1 W'`` over ``(1 + reg)^2``. Regularised and proximal, with ``reg > 0``, the difference
+    is ``act_displacement / (1 + reg)`` (without a bias not ``/ (1 + reg)``), precise for the smallest ``d``; else a
     displacement below the rounding of the output is lost.
 
     Args:
         displacement: ``d``, ``[..., M]``.
-        input, weight, bias, activation, method, gamma, form, clip, inverse: as in :func:`layer_inverse`.
+        input, weight, bias, activation, method, reg, form, margin, inverse: as in :func:`layer_inverse`.
 
     Returns:
         ``[..., N]``.
@@ -807,6 +805,6 @@ def layer_displacement(
     displacement, input, weight, bias, inverse = _cast_under_autocast(displacement, input, weight, bias, inverse)
     with full_precision(input.device.type):
         layer = _Layer.of(
-            op, ("displacement", displacement), input, weight, bias, activation, method, gamma, form, clip, inverse
+            op, ("displacement", displacement), input, weight, bias, activation, method, reg, form, margin, inverse
         )
         return layer.product_displacement(displacement) @ layer.operator.mT

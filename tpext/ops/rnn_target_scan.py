@@ -1,10 +1,10 @@
 """``rnn_target_scan``, ``rnn_learned_target_scan``: target propagation through a simple RNN.
 
 ``torch.ops.tpext.rnn_target_scan(grad_states, states, h0, weight_hh, inverse, x_proj, lengths, reverse, nonlinearity,
-correction, credit, target_step, clip, return_norms, return_displacement, disp_n=None, credit_n=None, slope="inverse",
+correction, credit, target_step, margin, return_norms, return_displacement, disp_n=None, credit_n=None, slope="inverse",
 slope_reg=0.0) -> (delta, disp_h0, norms, displacement, credit_h0)`` goes once from the last step to the first. With
 ``g`` the gradient of the loss with respect to each state, ``s = target_step``, ``R = inverse = regularized_inverse(W,
-reg) [S, H, H]``, ``P = R'`` and ``clip(v)`` = ``v`` kept within ``+-(1 - clip)``::
+reg) [S, H, H]``, ``P = R'`` and ``clip(v)`` = ``v`` kept within ``+-(1 - margin)``::
 
     "linearized"  d_{t-1} = -s g_{t-1} + z_t P             z_t = d_t * slope(h_t)
     "difference"  d_{t-1} = -s g_{t-1} + z_t P             z_t = a^-1(h_t + d_t) - a^-1(h_t)
@@ -105,7 +105,7 @@ def _prepare_target(
     correction: str,
     credit: str,
     target_step: float,
-    clip: float,
+    margin: float,
     return_norms: bool,
     return_displacement: bool,
     disp_n: Tensor | None = None,
@@ -140,9 +140,9 @@ def _prepare_target(
         raise ValueError(f"{op}: x_proj must be given for correction 'none', got None")
     computed_in = compute_dtype(states)
     least = torch.finfo(computed_in).eps
-    if not least <= clip < 1:
+    if not least <= margin < 1:
         raise ValueError(
-            f"{op}: clip must be at least {least:.2g}, the precision of {computed_in}, and below 1, got {clip}"
+            f"{op}: margin must be at least {least:.2g}, the precision of {computed_in}, and below 1, got {margin}"
         )
     _check_step(op, target_step)
     delta, disp_h0, norms, credit_h0 = _outputs(states, return_norms, credit)
@@ -162,7 +162,7 @@ def _rnn_target_scan(
     correction: str,
     credit: str,
     target_step: float,
-    clip: float,
+    margin: float,
     return_norms: bool,
     return_displacement: bool,
     disp_n: Tensor | None = None,
@@ -183,7 +183,7 @@ def _rnn_target_scan(
         correction,
         credit,
         target_step,
-        clip,
+        margin,
         return_norms,
         return_displacement,
         disp_n,
@@ -211,7 +211,7 @@ def _rnn_target_scan(
             correction,
             credit,
             target_step,
-            clip,
+            margin,
             slope,
             slope_reg,
             dense(delta),
@@ -332,7 +332,7 @@ def _rnn_learned_target_scan(
 
 rnn_target_scan = define(
     "rnn_target_scan(Tensor? grad_states, Tensor states, Tensor h0, Tensor weight_hh, Tensor inverse, Tensor? x_proj, "
-    "Tensor? lengths, bool[] reverse, str nonlinearity, str correction, str credit, float target_step, float clip, "
+    "Tensor? lengths, bool[] reverse, str nonlinearity, str correction, str credit, float target_step, float margin, "
     "bool return_norms, bool return_displacement, Tensor? disp_n=None, Tensor? credit_n=None, str slope='inverse', "
     "float slope_reg=0.0) -> (Tensor delta, Tensor disp_h0, Tensor norms, Tensor displacement, Tensor credit_h0)",
     _rnn_target_scan,

@@ -1,6 +1,6 @@
 """Oracles of the inverses of a feed-forward layer, op by op.
 
-Every regularised inverse is the global minimiser of ``||f(x) - y||^2 + gamma ||x - c||^2``. That of an activation is
+Every regularised inverse is the global minimiser of ``||f(x) - y||^2 + reg ||x - c||^2``. That of an activation is
 found here by search: the cost on a fine grid, then its stationary points by bisection of the derivative between grid
 points; for the piecewise linear ones by trying every candidate.
 """
@@ -31,25 +31,25 @@ def _sech(x: Array) -> Array:
     return sech
 
 
-def activation_cost(x: Array, target: Array, center: Array, activation: str, slope: float, gamma: float) -> Array:
-    """``(a(x) - y)^2 + gamma (x - c)^2``, elementwise."""
-    cost: Array = (activation_and_slope(x, activation, slope)[0] - target) ** 2 + gamma * (x - center) ** 2
+def activation_cost(x: Array, target: Array, center: Array, activation: str, slope: float, reg: float) -> Array:
+    """``(a(x) - y)^2 + reg (x - c)^2``, elementwise."""
+    cost: Array = (activation_and_slope(x, activation, slope)[0] - target) ** 2 + reg * (x - center) ** 2
     return cost
 
 
-def act_inverse(target: ArrayLike, input: ArrayLike, activation: str, slope: float, gamma: float, clip: float) -> Array:
+def act_inverse(target: ArrayLike, input: ArrayLike, activation: str, slope: float, reg: float, margin: float) -> Array:
     """The inverse of an activation.
 
-    ``gamma > 0``: the global minimiser of ``(a(x) - y)^2 + gamma (x - c)^2``. ``gamma = 0``: of the points whose image
-    is nearest to ``y`` that nearest to ``c``; for tanh and sigmoid ``y`` is first brought ``clip`` inside the range.
+    ``reg > 0``: the global minimiser of ``(a(x) - y)^2 + reg (x - c)^2``. ``reg = 0``: of the points whose image
+    is nearest to ``y`` that nearest to ``c``; for tanh and sigmoid ``y`` is first brought ``margin`` inside the range.
 
     Args:
         target: ``y``, of any shape.
         input: ``c``, of the same shape.
         activation: "tanh", "sigmoid", "relu", "leaky_relu" or "identity".
         slope: of leaky relu below zero.
-        gamma: ``>= 0``.
-        clip: used with ``gamma = 0``.
+        reg: ``>= 0``.
+        margin: used with ``reg = 0``.
 
     Returns:
         An array of that shape.
@@ -58,32 +58,32 @@ def act_inverse(target: ArrayLike, input: ArrayLike, activation: str, slope: flo
     """
     y, c = promote(target, input)
     if activation in ("tanh", "sigmoid"):
-        if gamma > 0:
-            return _search(y, c, activation, gamma)
-        edges = (clip - 1, 1 - clip) if activation == "tanh" else (clip, 1 - clip)
+        if reg > 0:
+            return _search(y, c, activation, reg)
+        edges = (margin - 1, 1 - margin) if activation == "tanh" else (margin, 1 - margin)
         y = np.clip(y, *edges)
         return np.arctanh(y) if activation == "tanh" else np.log(y / (1 - y))
-    return _best_of_branches(y, c, SLOPES.get(activation, slope), gamma)
+    return _best_of_branches(y, c, SLOPES.get(activation, slope), reg)
 
 
-def _best_of_branches(y: Array, c: Array, slope: float, gamma: float) -> Array:
+def _best_of_branches(y: Array, c: Array, slope: float, reg: float) -> Array:
     """The least of the kink and of each branch's vertex, where it lies on its side; the right one at a tie."""
 
     def vertex(k: float) -> Array:
-        return (k * y + gamma * c) / (k * k + gamma) if k * k + gamma > 0 else c
+        return (k * y + reg * c) / (k * k + reg) if k * k + reg > 0 else c
 
     def cost(x: Array) -> Array:
-        return activation_cost(x, y, c, "leaky_relu", slope, gamma)
+        return activation_cost(x, y, c, "leaky_relu", slope, reg)
 
     best = np.maximum(vertex(1.0), 0)
     left = np.minimum(vertex(slope), 0)
-    # Without gamma the solutions of f(x) = y may be many: the nearest to c.
-    nearer = np.abs(left - c) < np.abs(best - c) if gamma == 0 else np.zeros(y.shape, bool)
+    # Without reg the solutions of f(x) = y may be many: the nearest to c.
+    nearer = np.abs(left - c) < np.abs(best - c) if reg == 0 else np.zeros(y.shape, bool)
     return np.where((cost(left) < cost(best)) | ((cost(left) == cost(best)) & nearer), left, best)
 
 
-def _search(y: Array, c: Array, activation: str, gamma: float) -> Array:
-    """The cheapest stationary point of ``(a(x) - y)^2 + gamma (x - c)^2``.
+def _search(y: Array, c: Array, activation: str, reg: float) -> Array:
+    """The cheapest stationary point of ``(a(x) - y)^2 + reg (x - c)^2``.
 
     The minimiser lies between ``c`` and the side of it on which ``a`` comes nearer to ``y``, no further off than the
     second term alone costs what ``c`` does.
@@ -91,10 +91,10 @@ def _search(y: Array, c: Array, activation: str, gamma: float) -> Array:
 
     def half_slope(x: Array, y: Array, c: Array) -> Array:
         value, slope = activation_and_slope(x, activation, 0.0)
-        return (value - y) * slope + gamma * (x - c)
+        return (value - y) * slope + reg * (x - c)
 
     value, _ = activation_and_slope(c, activation, 0.0)
-    reach = (y - value) / np.sqrt(np.asarray(gamma, y.dtype))
+    reach = (y - value) / np.sqrt(np.asarray(reg, y.dtype))
     solution: Array = c.copy()
     for index in np.ndindex(y.shape):
         end = c[index] + reach[index]
@@ -111,13 +111,13 @@ def _search(y: Array, c: Array, activation: str, gamma: float) -> Array:
             right = half_slope(middle, y[index], c[index]) < 0
             low, high = np.where(right, middle, low), np.where(right, high, middle)
         minima = np.concatenate([(low + high) / 2, edges])
-        costs = activation_cost(minima, y[index], c[index], activation, 0.0, gamma)
+        costs = activation_cost(minima, y[index], c[index], activation, 0.0, reg)
         solution[index] = minima[np.argmin(costs)]
     return solution
 
 
-def act_displacement(displacement: ArrayLike, input: ArrayLike, activation: str, slope: float, gamma: float) -> Array:
-    """``argmin_u (a(c + u) - a(c) - d)^2 + gamma u^2``: the inverse of ``a(c) + d``, as a displacement from ``c``.
+def act_displacement(displacement: ArrayLike, input: ArrayLike, activation: str, slope: float, reg: float) -> Array:
+    """``argmin_u (a(c + u) - a(c) - d)^2 + reg u^2``: the inverse of ``a(c) + d``, as a displacement from ``c``.
 
     Every difference is written out, so that the result has all its digits however small it is.
 
@@ -126,7 +126,7 @@ def act_displacement(displacement: ArrayLike, input: ArrayLike, activation: str,
         input: ``c``, of the same shape.
         activation: "tanh", "sigmoid", "relu", "leaky_relu" or "identity".
         slope: of leaky relu below zero.
-        gamma: ``> 0``.
+        reg: ``> 0``.
 
     Returns:
         An array of that shape.
@@ -135,7 +135,7 @@ def act_displacement(displacement: ArrayLike, input: ArrayLike, activation: str,
     if activation in ("tanh", "sigmoid"):
         solution: Array = np.zeros_like(c)
         for index in np.ndindex(c.shape):
-            solution[index] = _least_move(d[index], c[index], 2.0 if activation == "sigmoid" else 1.0, gamma)
+            solution[index] = _least_move(d[index], c[index], 2.0 if activation == "sigmoid" else 1.0, reg)
         return solution
     kink = SLOPES.get(activation, slope)
     here = np.where(c > 0, 1.0, kink).astype(c.dtype)
@@ -143,10 +143,10 @@ def act_displacement(displacement: ArrayLike, input: ArrayLike, activation: str,
     def vertex(k: float) -> Array:
         # on that branch a(c + u) - a(c) - d = k u - offset
         offset = d + (here - k) * c
-        return k * offset / (k * k + gamma)
+        return k * offset / (k * k + reg)
 
     def cost(k: float, u: Array) -> Array:
-        return (k * u - d - (here - k) * c) ** 2 + gamma * u**2
+        return (k * u - d - (here - k) * c) ** 2 + reg * u**2
 
     right, left = np.maximum(vertex(1.0), -c), np.minimum(vertex(kink), -c)
     return np.where(cost(kink, left) < cost(1.0, right), left, right)
@@ -164,11 +164,11 @@ def activation_change(u: Array, c: Array, scale: float) -> Array:
     return result / scale
 
 
-def _least_move(d: Array, c: Array, scale: float, gamma: float) -> Array:
-    """The cheapest stationary ``u`` from 0 to ``d / sqrt(gamma)``, beyond which the second term costs more than 0."""
+def _least_move(d: Array, c: Array, scale: float, reg: float) -> Array:
+    """The cheapest stationary ``u`` from 0 to ``d / sqrt(reg)``, beyond which the second term costs more than 0."""
     if d == 0:
         return d
-    reach = d / np.sqrt(np.asarray(gamma, c.dtype))
+    reach = d / np.sqrt(np.asarray(reg, c.dtype))
     # Every order of magnitude, for a small u; evenly where the activation bends.
     even = np.concatenate([np.linspace(-45 * scale, 45 * scale, 901) - c, reach * np.linspace(0, 1, 200)])
     grid = np.concatenate(
@@ -178,7 +178,7 @@ def _least_move(d: Array, c: Array, scale: float, gamma: float) -> Array:
 
     def half_slope(u: Array) -> Array:
         slope = _sech((c + u) / scale) ** 2 / scale**2
-        result: Array = (activation_change(u, c, scale) - d) * slope + gamma * u
+        result: Array = (activation_change(u, c, scale) - d) * slope + reg * u
         return result
 
     slopes = half_slope(grid)
@@ -189,36 +189,36 @@ def _least_move(d: Array, c: Array, scale: float, gamma: float) -> Array:
         right = half_slope(middle) < 0
         low, high = np.where(right, middle, low), np.where(right, high, middle)
     minima = (low + high) / 2
-    costs = (activation_change(minima, c, scale) - d) ** 2 + gamma * minima**2
+    costs = (activation_change(minima, c, scale) - d) ** 2 + reg * minima**2
     best: Array = minima[np.argmin(costs)]
     return best
 
 
-def bias_inverse(target: ArrayLike, input: ArrayLike, bias: ArrayLike, gamma: float = 0.0) -> Array:
-    """``argmin_x ||x + b - y||^2 + gamma ||x - c||^2 = (y - b + gamma c) / (1 + gamma)``.
+def bias_inverse(target: ArrayLike, input: ArrayLike, bias: ArrayLike, reg: float = 0.0) -> Array:
+    """``argmin_x ||x + b - y||^2 + reg ||x - c||^2 = (y - b + reg c) / (1 + reg)``.
 
     Args:
         target: ``y``, ``[..., M]``.
         input: ``c``, ``[..., M]``.
         bias: ``b``, ``[M]``.
-        gamma: ``>= 0``.
+        reg: ``>= 0``.
 
     Returns:
         ``[..., M]``.
     """
     target, input, bias = promote(target, input, bias)
-    solution: Array = (target - bias + gamma * input) / (1 + gamma)
+    solution: Array = (target - bias + reg * input) / (1 + reg)
     return solution
 
 
-def linear_inverse(target: ArrayLike, input: ArrayLike, weight: ArrayLike, gamma: float = 0.0) -> Array:
-    """``argmin_x ||x W' - y||^2 + gamma ||x - c||^2 = (y W + gamma c) (W'W + gamma I)^-1``; its limit for gamma = 0.
+def linear_inverse(target: ArrayLike, input: ArrayLike, weight: ArrayLike, reg: float = 0.0) -> Array:
+    """``argmin_x ||x W' - y||^2 + reg ||x - c||^2 = (y W + reg c) (W'W + reg I)^-1``; its limit for reg = 0.
 
     Args:
         target: ``y``, ``[..., M]``.
         input: ``c``, ``[..., N]``.
         weight: ``W``, ``[M, N]``.
-        gamma: ``>= 0``.
+        reg: ``>= 0``.
 
     Returns:
         ``[..., N]``, in float64.
@@ -226,11 +226,11 @@ def linear_inverse(target: ArrayLike, input: ArrayLike, weight: ArrayLike, gamma
     Source: J. Seely, "tensorflow-target-prop", ``operations.py``, with ``A = W'``.
     """
     target, input, weight = (np.asarray(array, np.float64) for array in (target, input, weight))
-    if gamma == 0:
+    if reg == 0:
         solution: Array = input + (target - input @ weight.T) @ np.linalg.pinv(weight).T
         return solution
-    system = weight.T @ weight + gamma * np.eye(weight.shape[1])
-    solution = np.linalg.solve(system, (target @ weight + gamma * input)[..., None])[..., 0]
+    system = weight.T @ weight + reg * np.eye(weight.shape[1])
+    solution = np.linalg.solve(system, (target @ weight + reg * input)[..., None])[..., 0]
     return solution
 
 
@@ -243,9 +243,9 @@ def layer_inverse(
     slope: float,
     *,
     method: str,
-    gamma: float,
+    reg: float,
     form: str,
-    clip: float,
+    margin: float,
 ) -> Array:
     """The target of the input of a layer ``y = a(x W' + b)``: activation, bias and linear map inverted in this order.
 
@@ -254,9 +254,9 @@ def layer_inverse(
         input: ``x``, ``[..., N]``.
         weight: ``W``, ``[M, N]``.
         bias: ``b``, ``[M]``.
-        activation, slope, clip: as in :func:`act_inverse`.
-        method: "regularized", or "constrained": ``gamma = 0``.
-        gamma: ``> 0`` where it is used.
+        activation, slope, margin: as in :func:`act_inverse`.
+        method: "regularized", or "constrained": ``reg = 0``.
+        reg: ``> 0`` where it is used.
         form: "proximal", every ``c`` the current value, or "ridge", every ``c`` zero.
 
     Returns:
@@ -265,9 +265,9 @@ def layer_inverse(
     Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``.
     """
     target, input, weight, bias = (np.asarray(array, np.float64) for array in (target, input, weight, bias))
-    gamma = gamma if method == "regularized" else 0.0
+    reg = reg if method == "regularized" else 0.0
     near = 1.0 if form == "proximal" else 0.0
     product = input @ weight.T
-    target = act_inverse(target, near * (product + bias), activation, slope, gamma, clip)
-    target = bias_inverse(target, near * product, bias, gamma)
-    return linear_inverse(target, near * input, weight, gamma)
+    target = act_inverse(target, near * (product + bias), activation, slope, reg, margin)
+    target = bias_inverse(target, near * product, bias, reg)
+    return linear_inverse(target, near * input, weight, reg)

@@ -26,10 +26,10 @@ from tpext.reference.rnn_scan import (
 )
 
 
-def activation_inverse(h: Array, nonlinearity: str, clip: float) -> Array:
-    """``a^-1(h)``, with ``h`` first brought into the range of ``a``; for tanh ``clip`` away from its edges."""
+def activation_inverse(h: Array, nonlinearity: str, margin: float) -> Array:
+    """``a^-1(h)``, with ``h`` first brought into the range of ``a``; for tanh ``margin`` away from its edges."""
     if nonlinearity == "tanh":
-        return np.arctanh(np.clip(h, clip - 1, 1 - clip))
+        return np.arctanh(np.clip(h, margin - 1, 1 - margin))
     if nonlinearity == "relu":
         return np.maximum(h, 0)
     if nonlinearity == "identity":
@@ -37,7 +37,7 @@ def activation_inverse(h: Array, nonlinearity: str, clip: float) -> Array:
     raise ValueError(f"nonlinearity must be 'tanh', 'relu' or 'identity', got {nonlinearity!r}")
 
 
-def backward_slope(h: Array, nonlinearity: str, clip: float, kind: str, slope_reg: float) -> Array:
+def backward_slope(h: Array, nonlinearity: str, margin: float, kind: str, slope_reg: float) -> Array:
     """What a displacement is multiplied by on its way back through the activation.
 
     inverse: ``a' / (a'^2 + slope_reg)`` at the clipped ``h``, for ``slope_reg = 0`` the derivative of ``a^-1``, and 0
@@ -49,7 +49,7 @@ def backward_slope(h: Array, nonlinearity: str, clip: float, kind: str, slope_re
         return slope(h, nonlinearity)
     if kind != "inverse":
         raise ValueError(f"slope must be 'inverse', 'derivative' or 'one', got {kind!r}")
-    derivative = slope(np.clip(h, clip - 1, 1 - clip) if nonlinearity == "tanh" else h, nonlinearity)
+    derivative = slope(np.clip(h, margin - 1, 1 - margin) if nonlinearity == "tanh" else h, nonlinearity)
     flat = derivative == 0
     return np.where(flat, 0, derivative / np.where(flat, 1, derivative**2 + slope_reg))
 
@@ -59,7 +59,7 @@ def displacement_before_activation(
     d: Array,
     nonlinearity: str,
     correction: str,
-    clip: float,
+    margin: float,
     kind: str = "inverse",
     slope_reg: float = 0.0,
 ) -> Array:
@@ -68,9 +68,9 @@ def displacement_before_activation(
     linearized: ``z = d * slope(h)``; difference: ``z = a^-1(h + d) - a^-1(h)``.
     """
     if correction == "linearized":
-        return d * backward_slope(h, nonlinearity, clip, kind, slope_reg)
+        return d * backward_slope(h, nonlinearity, margin, kind, slope_reg)
     if correction == "difference":
-        return activation_inverse(h + d, nonlinearity, clip) - activation_inverse(h, nonlinearity, clip)
+        return activation_inverse(h + d, nonlinearity, margin) - activation_inverse(h, nonlinearity, margin)
     raise ValueError(f"correction must be 'linearized' or 'difference' here, got {correction!r}")
 
 
@@ -100,7 +100,7 @@ def rnn_target_scan(
     correction: str,
     credit: str,
     target_step: float,
-    clip: float,
+    margin: float,
     return_norms: bool,
     return_displacement: bool,
     disp_n: ArrayLike | None = None,
@@ -128,7 +128,7 @@ def rnn_target_scan(
         correction: "linearized", "difference" or "none".
         credit: "local" or "through_time".
         target_step: scale of the displacements, > 0.
-        clip: distance kept from the edges of tanh's range, in (0, 1).
+        margin: distance kept from the edges of tanh's range, in (0, 1).
         return_norms: whether to return the norms of ``d_t``.
         return_displacement: whether to return ``z_t``.
         disp_n: displacement that reaches the last valid step of the run from beyond, ``[S, B, H]``; None: zero.
@@ -159,11 +159,11 @@ def rnn_target_scan(
             norms[s, t, b] = np.sqrt(np.sum(d**2))
             if correction == "none":
                 before = states[s, times[position - 1], b] if position > 0 else h0[s, b]
-                preimage = activation_inverse(h + d, nonlinearity, clip) - np.asarray(x_proj)[s, t, b]
+                preimage = activation_inverse(h + d, nonlinearity, margin) - np.asarray(x_proj)[s, t, b]
                 from_next_state = preimage @ inverse[s].T - before
-                displacement[s, t, b] = displacement_before_activation(h, d, nonlinearity, "difference", clip)
+                displacement[s, t, b] = displacement_before_activation(h, d, nonlinearity, "difference", margin)
             else:
-                z = displacement_before_activation(h, d, nonlinearity, correction, clip, slope, slope_reg)
+                z = displacement_before_activation(h, d, nonlinearity, correction, margin, slope, slope_reg)
                 from_next_state = z @ inverse[s].T
                 displacement[s, t, b] = z
             e = local_residual(d, from_next_residual, h, nonlinearity, credit)
@@ -247,7 +247,7 @@ def target_rnn_gradients(
     target_step: float,
     correction: str,
     credit: str,
-    clip: float,
+    margin: float,
     normalize: bool,
     input_rule: str,
     grad_h_n: ArrayLike | None = None,
@@ -263,7 +263,7 @@ def target_rnn_gradients(
         grad_states, input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity: as in
             :func:`tpext.reference.rnn_gradients`.
         reg: ridge of the inverses of ``weight_hh`` and, by input_rule "target", ``weight_ih``.
-        correction, credit, target_step, clip: as in :func:`rnn_target_scan`.
+        correction, credit, target_step, margin: as in :func:`rnn_target_scan`.
         normalize: divide the weights' gradients by ``target_step``.
         input_rule: "gradient" or "target".
         grad_h_n: gradient of the state after the last valid step of the run, ``[S, B, H]``, or None.
@@ -288,7 +288,7 @@ def target_rnn_gradients(
         correction,
         credit,
         target_step,
-        clip,
+        margin,
         False,
         True,
         None if grad_h_n is None else -target_step * np.asarray(grad_h_n),

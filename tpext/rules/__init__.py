@@ -46,7 +46,7 @@ the units of the layer (Seely: divide by ``B M``), or over the batch without the
 B``). None of the target rules is linear in ``g`` (the identity activation apart), so what is said above of "difference"
 and "none" holds for them, and accumulating micro-batches gives the whole batch's gradient only if each loss is scaled
 as its part of the whole: a sum over the batch, or a mean times the part's share. ``RegularizedLeastSquares(form=
-"proximal")`` keeps the digits of the smallest displacement. ``ConstrainedLeastSquares``, ``form="ridge"`` and ``gamma =
+"proximal")`` keeps the digits of the smallest displacement. ``ConstrainedLeastSquares``, ``form="ridge"`` and ``reg =
 0`` take differences of outputs, so that a displacement below the rounding of the output is lost; with a mean over a
 large batch and float32, a ``target_step`` of some ``B`` keeps it well above.
 

@@ -78,6 +78,8 @@ class LayerRule(Rule, ABC):
     """Size of a displacement, ``d = -target_step * g``, > 0."""
     normalize: bool = True
     """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
+    reg: float = 0.0
+    """Regularisation of its inverse of the weights, 0 without one."""
     std: float | None = None
     """Standard deviation of the weights and biases that a layer made with the rule draws; None: as torch draws them."""
 

@@ -21,9 +21,8 @@ LocalLoss = Literal["pre", "post"]
 class _LeastSquares(LayerRule):
     """What both share: the inverse of the activation, then that of the affine map."""
 
-    gamma: float = 0.0
     form: Form = "proximal"
-    clip: float
+    margin: float
     local_loss: LocalLoss
 
     reads_identity: ClassVar[bool] = False
@@ -50,29 +49,29 @@ class _LeastSquares(LayerRule):
 
     def _move_preactivation(self, call: LayerCall, displacement: Tensor) -> Tensor:
         """``z``: by how much the pre-activation should move for the output to move by ``displacement``."""
-        activation, preactivation, gamma = call.activation, call.preactivation, self.gamma
+        activation, preactivation, reg = call.activation, call.preactivation, self.reg
         assert isinstance(activation, Activation)
         # where there is a way, not by a difference of outputs, next to which a displacement may be small
         if activation.name == "identity":
-            # the published inverse ignores gamma
-            return displacement if activation.reference_compat else displacement / (1 + gamma)
-        if gamma > 0 and self.form == "proximal" and not activation.reference_compat:
-            return act_displacement(displacement, preactivation, activation.name, activation.slope, gamma)
+            # the published inverse ignores reg
+            return displacement if activation.reference_compat else displacement / (1 + reg)
+        if reg > 0 and self.form == "proximal" and not activation.reference_compat:
+            return act_displacement(displacement, preactivation, activation.name, activation.slope, reg)
 
         def inverse(target: Tensor) -> Tensor:
-            if gamma > 0:
-                return activation.regularized_inverse(target, preactivation, gamma, self.form)
+            if reg > 0:
+                return activation.regularized_inverse(target, preactivation, reg, self.form)
             center = preactivation if self.form == "proximal" else torch.zeros_like(preactivation)
-            return activation.inverse(target, center, self.clip)
+            return activation.inverse(target, center, self.margin)
 
         moved = inverse(call.output + displacement)
         return moved - preactivation if activation.reference_compat else moved.sub_(inverse(call.output))
 
     def _move_input(self, call: LayerCall, moved: Tensor, scale: float) -> Tensor:
         """``d_x`` times ``scale``: by how much the input should move for the pre-activation to move by ``moved``."""
-        gamma = self.gamma
-        scale = scale if call.bias is None else scale / (1 + gamma)
-        input = regularized_solve(call.weight, moved.reshape(-1, moved.shape[-1]), gamma).mul_(scale)
+        reg = self.reg
+        scale = scale if call.bias is None else scale / (1 + reg)
+        input = regularized_solve(call.weight, moved.reshape(-1, moved.shape[-1]), reg).mul_(scale)
         return input.view(*moved.shape[:-1], call.weight.shape[1])
 
 
@@ -86,12 +85,12 @@ class ConstrainedLeastSquares(_LeastSquares):
         z = t2(h + d) - t2(h),    d_x = z (W^+)^T
 
     The published code has the pre-activation itself for ``t2(h)``. They differ for units of tanh and sigmoid within
-    ``clip`` of the edges of their range, which there move without a displacement; here no displacement hands down
+    ``margin`` of the edges of their range, which there move without a displacement; here no displacement hands down
     exactly zero. ``Activation(name, reference_compat=True)`` gives the published numbers.
 
     Args:
         target_step: size of the displacement, ``d = -target_step * g``, > 0.
-        clip: distance kept from the edges of the range of tanh and sigmoid before inverting them, 0 < clip < 0.5.
+        margin: distance kept from the edges of the range of tanh and sigmoid before inverting them, 0 < margin < 0.5.
         normalize: True divides the parameter gradients by ``target_step``.
         local_loss: "post", or "pre" as published (see the module's head).
 
@@ -103,11 +102,11 @@ class ConstrainedLeastSquares(_LeastSquares):
     Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``, error algorithm 1.
 
     >>> ConstrainedLeastSquares(target_step=0.5)
-    ConstrainedLeastSquares(target_step=0.5, clip=0.01, normalize=True, local_loss='post')
+    ConstrainedLeastSquares(target_step=0.5, margin=0.01, normalize=True, local_loss='post')
     """
 
     target_step: float = number(1.0, low=0.0)
-    clip: float = number(1e-2, low=0.0, high=0.5)
+    margin: float = number(1e-2, low=0.0, high=0.5)
     normalize: bool = True
     local_loss: LocalLoss = "post"
 
@@ -116,10 +115,10 @@ class ConstrainedLeastSquares(_LeastSquares):
 class RegularizedLeastSquares(_LeastSquares):
     """Target propagation through the regularised inverses of a feed-forward layer's maps, the last one first.
 
-    With ``t2(v) = argmin_u ||a(u) - v||^2 + gamma ||u - c||^2`` at the pre-activation
+    With ``t2(v) = argmin_u ||a(u) - v||^2 + reg ||u - c||^2`` at the pre-activation
     (:meth:`tpext.ops.Activation.regularized_inverse`)::
 
-        z = t2(h + d) - t2(h),    d_x = z W (W^T W + gamma I)^-1 / (1 + gamma)       (without a bias not / (1 + gamma))
+        z = t2(h + d) - t2(h),    d_x = z W (W^T W + reg I)^-1 / (1 + reg)       (without a bias not / (1 + reg))
 
     ``c`` is the pre-activation ("proximal") or zero ("ridge"); the linear maps' inverses differ by that in an offset
     only, which the difference removes. For "proximal" ``t2(h)`` is ``c``, and ``z`` is solved for itself, not taken as
@@ -128,14 +127,14 @@ class RegularizedLeastSquares(_LeastSquares):
     reference_compat=True)`` gives the published numbers.
 
     Args:
-        gamma: weight of the second term, >= 0. As it grows ``d_x`` shrinks and turns into back-propagation's direction,
-            to ``(d * a') W / (gamma^2 (1 + gamma))`` ("proximal"; without a bias ``/ gamma^2``); with
+        reg: weight of the second term, >= 0. As it grows ``d_x`` shrinks and turns into back-propagation's direction,
+            to ``(d * a') W / (reg^2 (1 + reg))`` ("proximal"; without a bias ``/ reg^2``); with
             ``local_loss="post"`` the layer's own gradients stay as they are. Published are 1e-2 (the operation) and
             1e-3 (the training), which do not settle at the published rates. 0 is
-            ``ConstrainedLeastSquares(clip=clip)``, in form "ridge" about zero.
+            ``ConstrainedLeastSquares(margin=margin)``, in form "ridge" about zero.
         form: "proximal" or "ridge".
         target_step: size of the displacement, ``d = -target_step * g``, > 0.
-        clip: for ``gamma = 0`` alone: as in ``ConstrainedLeastSquares``.
+        margin: for ``reg = 0`` alone: as in ``ConstrainedLeastSquares``.
         normalize: True divides the parameter gradients by ``target_step``.
         local_loss: "post", or "pre" as published (see the module's head).
 
@@ -144,16 +143,16 @@ class RegularizedLeastSquares(_LeastSquares):
 
     Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``, error algorithm 2.
 
-    >>> RegularizedLeastSquares(gamma=0.1).form
+    >>> RegularizedLeastSquares(reg=0.1).form
     'proximal'
     """
 
     kin: ClassVar[Mapping[Kind, str]] = {"recurrent": "RegularizedInverse"}
 
-    gamma: float = number(1.0, low=0.0, low_allowed=True)
+    reg: float = number(1.0, low=0.0, low_allowed=True)
     form: Form = "proximal"
     target_step: float = number(1.0, low=0.0)
-    clip: float = number(1e-2, low=0.0, high=0.5)
+    margin: float = number(1e-2, low=0.0, high=0.5)
     normalize: bool = True
     local_loss: LocalLoss = "post"
 
@@ -170,7 +169,7 @@ class RegularizedLeastSquares(_LeastSquares):
                 "TargetLinear: an activation with reference_compat needs form='proximal' of RegularizedLeastSquares, "
                 "the published code has no other, got form='ridge'"
             )
-        if activation.name == "leaky_relu" and self.gamma > 0:
+        if activation.name == "leaky_relu" and self.reg > 0:
             raise ValueError(
                 "TargetLinear: RegularizedLeastSquares needs reference_compat=False for leaky_relu, of which the "
                 "published code has no regularised inverse"

@@ -79,8 +79,8 @@ class RecurrentRule(Rule, ABC):
     """By what the linearised correction multiplies: see :class:`RegularizedInverse`."""
     slope_reg: float = 0.0
     """Regularisation of slope "inverse", >= 0."""
-    clip: float = 1e-3
-    """Distance kept from the edges of the activation's range before inverting it, 0 < clip < 1."""
+    margin: float = 1e-3
+    """Distance kept from the edges of the activation's range before inverting it, 0 < margin < 1."""
     normalize: bool = True
     """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
     input_rule: InputRule = "gradient"
@@ -100,7 +100,7 @@ class RecurrentRule(Rule, ABC):
                 f"{name}: slope and slope_reg belong to correction='linearized', got correction={self.correction!r} "
                 f"with slope={self.slope!r}, slope_reg={self.slope_reg:g}"
             )
-        for number, high in (("target_step", math.inf), ("clip", 1.0)):
+        for number, high in (("target_step", math.inf), ("margin", 1.0)):
             if not 0 < getattr(self, number) < high:
                 bound = "" if high == math.inf else f" and < {high:g}"
                 raise ValueError(f"{name}: {number} must be a finite number > 0{bound}, got {getattr(self, number)!r}")
@@ -172,7 +172,7 @@ class RecurrentRule(Rule, ABC):
                 self.correction,
                 self.credit,
                 step,
-                self.clip,
+                self.margin,
                 False,
                 inverse_ih is not None,
                 arriving,

@@ -37,8 +37,8 @@ class RegularizedInverse(RecurrentRule):
             and ``normalize=True`` it cancels.
         correction: "linearized", "difference" or "none".
         credit: "through_time" or "local".
-        clip: distance kept from the edges of the activation's range before inverting it (tanh: ``|h| <= 1 - clip``),
-            0 < clip < 1. The slope ``a'`` of the weight gradients is not clipped.
+        margin: distance kept from the edges of the activation's range before inverting it (tanh: ``|h| <= 1 -
+            margin``), 0 < margin < 1. The slope ``a'`` of the weight gradients is not clipped.
         normalize: True divides the parameter gradients by ``target_step``, which gives them back-propagation's scale,
             so that a learning rate carries over; False gives the published scaling.
         input_rule: what the layer below receives, always in gradient units: "gradient" gives ``e_t U / target_step``,
@@ -69,7 +69,7 @@ class RegularizedInverse(RecurrentRule):
     target_step: float = number(1.0, low=0.0)
     correction: Correction = "linearized"
     credit: Credit = "through_time"
-    clip: float = number(1e-3, low=0.0, high=1.0)
+    margin: float = number(1e-3, low=0.0, high=1.0)
     normalize: bool = True
     input_rule: InputRule = "gradient"
     slope: Slope = "inverse"
