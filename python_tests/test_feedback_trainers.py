@@ -310,13 +310,18 @@ def test_running_means_over_two_batches() -> None:
     numerator, denominator = torch.zeros(4, 3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
     for step, x in enumerate(batches):
         numerator, denominator = decay * numerator, decay * denominator
-        y = functional.elu(linear(x)).detach()
+        y, before = functional.elu(linear(x)).detach(), head_of(net).weight.clone()
+        power = torch.where(y > 0, 1, y.exp()).square().mean(0)
+        loss = sigma**2 * (power * before.square()).sum()
         for draw in range(2):
             dx = sigma * normal_noise(Draw(step, 1, draw, False), x)
-            moved = functional.elu(functional.elu(linear(x + dx))) - functional.elu(y)
-            numerator += (dx.T @ moved / (sigma**2 * 2 * 7)).detach()
-        denominator += torch.where(y > 0, 1, y.exp()).square().mean(0)
-        trainer.step(x)
+            moved = (functional.elu(functional.elu(linear(x + dx))) - functional.elu(y)).detach()
+            numerator += dx.T @ moved / (sigma**2 * 2 * 7)
+            loss -= 2 * (dx * (moved @ before.T)).sum() / (2 * 7)
+        denominator += power
+        (record,) = trainer.step(x, record=True)
+        # of the weights before, on this batch: ldrl_loss with the expectation of its second term
+        assert_equal(record.loss, loss, 1e-12)
         assert_equal(head_of(net).weight, numerator / denominator, 1e-12)
 
 
@@ -633,6 +638,18 @@ def test_default_noise_is_a_function_of_seed_step_layer_draw_and_side() -> None:
     drawn = [CounterNoise(seed)(place, like) for seed in (0, 1) for place in places]
     assert len({tuple(noise.flatten().tolist()) for noise in drawn}) == len(drawn)
     assert torch.equal(CounterNoise(1)(places[2], like), drawn[7])
+
+
+def test_every_iteration_has_draws_of_its_own() -> None:
+    drawn: dict[int, list[int]] = {1: [], 2: []}
+
+    def noise(place: Draw, like: Tensor) -> Tensor:
+        drawn[place.layer].append(place.draw)
+        return normal_noise(place, like)
+
+    trainer = Reconstruction(small_net(), lr=0.01, noise=0.1, iterations=[2, 3], samples=2, noise_source=noise)
+    trainer.step(batch(0)[0])
+    assert drawn == {1: [0, 1, 2, 3], 2: [0, 1, 2, 3, 4, 5]}
 
 
 def test_seeds_give_other_runs() -> None:

@@ -336,6 +336,30 @@ def test_gradients_are_minus_the_step() -> None:
     assert layer(x).shape == (2, 3, 4)
 
 
+@pytest.mark.parametrize(
+    ("others", "name", "value"),
+    [
+        ({}, "relaxation", 0.5),
+        ({}, "damping", 0.3),
+        ({}, "dx", "wnorm"),
+        ({"dx": "regularized"}, "dx_reg", 5.0),
+        ({}, "update", "exact"),
+        ({"update": "exact"}, "batch_reg", 5.0),
+        ({}, "first", "weights"),
+    ],
+)
+def test_every_option_of_the_rule_reaches_the_step(others: dict[str, Any], name: str, value: Any) -> None:
+    """Each changes the gradients, to those of the step with that option."""
+    layer = TargetLinear(6, 4, rule=Kaczmarz(**others, std=1.0), reverse_activation="relu", dtype=torch.float64)
+    x, d = torch.rand(5, 6).double().requires_grad_(), torch.randn(5, 4).double()
+    usual = torch.autograd.grad(layer(x), (x, layer.weight), -d)
+    layer.rule = Kaczmarz(**{**others, name: value}, std=1.0)
+    changed = torch.autograd.grad(layer(x), (x, layer.weight), -d)
+    step = kaczmarz_step(d, x.detach(), layer.weight, True, Units("relu"), **{**others, name: value})
+    torch.testing.assert_close(changed, (x.detach() - step.input, -step.weight))
+    assert not all(map(torch.allclose, changed, usual))
+
+
 @pytest.mark.parametrize("name", ["identity", "relu", "doubled_relu", "n_hot", "binary"])
 def test_units_take_the_target_of_the_output_to_the_preactivation(name: Any) -> None:
     units = Units(name)

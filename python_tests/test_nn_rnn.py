@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
 import pickle
@@ -17,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import tpext
 from tpext import Backprop, LearnedInverse, RegularizedInverse
+from tpext.ops.rnn_target_scan import learned_target_rnn, target_rnn
 
 T, B, I, H = 6, 4, 3, 5  # noqa: E741
 LENGTHS = [3, 6, 1, 4]
@@ -780,6 +782,52 @@ def test_input_rule_changes_only_what_goes_down():
     assert not torch.allclose(target["input"], plain["input"])
     for name in plain.keys() - {"input"}:
         assert torch.equal(target[name], plain[name])
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        (
+            RegularizedInverse(target_step=0.5, normalize=False),
+            {
+                "reg": 0.1,
+                "target_step": 0.3,
+                "correction": "difference",
+                "credit": "local",
+                "clip": 0.7,
+                "normalize": True,
+                "input_rule": "target",
+            },
+        ),
+        (LearnedInverse(target_step=0.5), {"target_step": 0.3, "credit": "local", "normalize": False}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_option_of_a_rule_reaches_the_layer(rule, changes):
+    """Each changes the gradients, to those of the layer's function with that option."""
+    assert changes.keys() == {field.name for field in dataclasses.fields(rule)} - {"noise"}
+
+    class Layer(tpext.nn.RNN):
+        def forward(self, x, hx=None):
+            bias, h0 = (self.bias_ih_l0 + self.bias_hh_l0)[None], torch.zeros(1, B, H, dtype=DOUBLE)
+            tensors = (x, h0, self.weight_ih_l0[None], self.weight_hh_l0[None], bias)
+            options = {name: value for name, value in dataclasses.asdict(self.rule).items() if name != "noise"}
+            if isinstance(self.rule, LearnedInverse):
+                reverse = (self.reverse_weight_hh_l0[None], self.reverse_bias_l0[None])
+                states, h_n = learned_target_rnn(*tensors, *reverse, None, [False], "tanh", **options)
+            else:
+                states, h_n = target_rnn(*tensors, None, [False], "tanh", **options)
+            return states[0], h_n
+
+    rnn, layer = (kind(I, H, dtype=DOUBLE, rule=rule) for kind in (tpext.nn.RNN, Layer))
+    layer.load_state_dict(rnn.state_dict())
+    x = 2 * torch.randn(T, B, I, dtype=DOUBLE)
+    usual = rule_gradients(rnn, x)
+    for name, value in changes.items():
+        rnn.rule = layer.rule = dataclasses.replace(rule, **{name: value})
+        changed = rule_gradients(rnn, x)
+        assert any(not torch.allclose(changed[key], usual[key]) for key in usual), name
+        assert_same(changed, rule_gradients(layer, x))
 
 
 # Learned inverse

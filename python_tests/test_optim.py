@@ -16,18 +16,22 @@ from tpext.optim import CentredRMSprop, TensorFlowRMSprop
 OPTIMIZERS = [TensorFlowRMSprop, CentredRMSprop]
 
 
-def tensorflow(p: np.ndarray, grads: np.ndarray, lr: float, alpha: float, momentum: float, eps: float) -> np.ndarray:
+def tensorflow(
+    p: np.ndarray, grads: np.ndarray, rates: list[float], alpha: float, momentum: float, eps: float
+) -> np.ndarray:
     squares, update = np.ones_like(p), np.zeros_like(p)
-    for grad in grads:
+    for grad, lr in zip(grads, rates, strict=True):
         squares = alpha * squares + (1 - alpha) * grad**2
         update = momentum * update + lr * grad / np.sqrt(squares + eps)
         p = p - update
     return p
 
 
-def centred(p: np.ndarray, grads: np.ndarray, lr: float, alpha: float, momentum: float, eps: float) -> np.ndarray:
+def centred(
+    p: np.ndarray, grads: np.ndarray, rates: list[float], alpha: float, momentum: float, eps: float
+) -> np.ndarray:
     mean, squares, update = (np.zeros_like(p) for _ in range(3))
-    for grad in grads:
+    for grad, lr in zip(grads, rates, strict=True):
         mean = alpha * mean + (1 - alpha) * grad
         squares = alpha * squares + (1 - alpha) * grad**2
         update = momentum * update - lr * grad / np.sqrt(squares - mean**2 + eps)
@@ -44,13 +48,16 @@ FORMULAS = {TensorFlowRMSprop: tensorflow, CentredRMSprop: centred}
 def test_equals_the_formula(optimizer: Any, momentum: float, eps: float) -> None:
     rng = np.random.default_rng(0)
     start, grads = rng.standard_normal((4, 3)), rng.standard_normal((6, 4, 3))
-    options = {"lr": 0.02, "alpha": 0.8, "momentum": momentum, "eps": eps}
+    options = {"alpha": 0.8, "momentum": momentum, "eps": eps}
+    # a rate that falls belongs to its own gradient alone
+    rates = [0.02, 0.02, 0.02, 0.005, 0.005, 0.001]
     parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
     steps = optimizer([parameter], **options)
-    for grad in grads:
+    for grad, rate in zip(grads, rates, strict=True):
         parameter.grad = torch.from_numpy(grad)
+        steps.param_groups[0]["lr"] = rate
         steps.step()
-    expected = FORMULAS[optimizer](start, grads, **options)
+    expected = FORMULAS[optimizer](start, grads, rates, **options)
     # After one gradient the variance is (1 - alpha) alpha g^2: differences of averages lose few digits.
     np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12, atol=1e-12)
 

@@ -107,7 +107,9 @@ def test_batches_are_a_function_of_seed_and_iteration(name: str) -> None:
     others = [task.batch(7, 4, 20), task.batch(8, 3, 20), task.batch(7 + 2**32, 3, 20), task.test_set(7, 20)]
     for other in others:
         assert not torch.equal(first.input, other.input)
-    assert torch.equal(task.test_set(7, 20).input, make_task(name).test_set(7, 20).input)
+    test = task.test_set(7, 20)
+    assert torch.equal(test.input, make_task(name).test_set(7, 20).input)
+    assert not any(torch.equal(test.input, task.batch(7, iteration, 20).input) for iteration in range(3))
 
 
 def test_batches_leave_the_global_random_state_alone() -> None:

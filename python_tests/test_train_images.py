@@ -355,6 +355,14 @@ def test_it_learns(tmp_path: Path) -> None:
     assert best["accuracy"] == result.best_evaluation == max(float(row["accuracy"]) for row in read[1:])
 
 
+def test_the_best_network_is_the_first_of_equals(tmp_path: Path) -> None:
+    """In the result and in best.pt alike; at this rate no output changes enough for another class."""
+    result = train_images(small("backprop", "mlp", lr=1e-12, epochs=3), tmp_path)
+    rows = metrics(tmp_path)
+    assert len({row["accuracy"] for row in rows}) == 1
+    assert ImageFolder(tmp_path).load_best()["iteration"] == result.best_iteration == int(rows[1]["iteration"])
+
+
 @pytest.mark.parametrize("rule", ["ldrl", "running-ldrl"])
 def test_the_default_settings_learn(rule: str, tmp_path: Path) -> None:
     """What the README's command runs; at higher rates these runs diverge in the middle."""
@@ -591,6 +599,16 @@ def test_gradient_angles_leave_the_network_alone() -> None:
     assert angles["2"].angle < 1e-6
     assert angles["2"].distance < 1e-6
     assert angles["0"].angle > 10
+
+
+def test_one_sample_gives_the_feedback_angles_of_a_normalised_network() -> None:
+    net = tpext.nn.TargetSequential(
+        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6)),
+        torch.nn.Linear(6, 3),
+        feedback_init="symmetric",
+    )
+    assert feedback_angles(net, torch.ones(1, 4)) == {"1": pytest.approx(0, abs=1e-6)}
+    assert net.training
 
 
 def test_gradient_angles_by_hand() -> None:
