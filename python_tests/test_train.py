@@ -425,6 +425,15 @@ def assert_everything_moved(config: Config, folder: Path) -> None:
         assert moved == ("bias_hh" not in name), name
 
 
+def test_mixed_precision_rounds_the_outputs(tmp_path: Path) -> None:
+    """To eight bits, so that the first evaluation is near that in float32 and not the same."""
+    for precision in ("32", "bf16"):
+        train(small(precision=precision), tmp_path / precision)  # type: ignore[arg-type]
+    whole, rounded = (float(metrics(tmp_path / precision)[0]["test_loss"]) for precision in ("32", "bf16"))
+    assert whole != rounded
+    assert rounded == pytest.approx(whole, rel=2**-6)
+
+
 @pytest.mark.parametrize("rule", SEQUENCE_RULES)
 @pytest.mark.parametrize("precision", ["32", "64", "bf16"])
 def test_every_rule_trains(rule: Any, precision: Any, tmp_path: Path) -> None:
@@ -1252,6 +1261,26 @@ def test_a_lost_or_cut_checkpoint_is_told(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"checkpoint\.pt is missing, and metrics\.csv goes to iteration 20"):
         train(small(), tmp_path, resume=True)
     assert len(metrics(tmp_path)) == 5, "the metrics stay"
+
+
+def test_the_curve_starts_before_the_first_step(tmp_path: Path) -> None:
+    """Its training loss is that of the first batch."""
+    config = small(precision="64")
+    torch.manual_seed(config.seed)
+    task = config.make_task()
+    model = make_model(config, task).double()
+    input, target = task.batch(config.seed, 0, config.batch_size)
+    train(config, tmp_path)
+    expected = torch.nn.functional.cross_entropy(model(input.double()), target).item()
+    assert float(metrics(tmp_path)[0]["train_loss"]) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_time_before_a_stop_counts(tmp_path: Path) -> None:
+    train(small(), tmp_path)
+    (tmp_path / "result.json").unlink()
+    state = checkpoint(tmp_path)
+    torch.save({**state, "seconds": 1000.0, "iteration": 18, "rows": state["rows"][:-1]}, tmp_path / "checkpoint.pt")
+    assert 1000 < train(small(), tmp_path, resume=True).seconds < 1100
 
 
 EDITS = [

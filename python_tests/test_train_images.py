@@ -377,23 +377,44 @@ def test_fixed_random_feedback_learns_with_batch_normalisation(network: str, tmp
 
 
 def test_an_evaluation_in_parts_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of 100 images, the last of fewer."""
+    """Parts of 100 images of each set, the last of fewer."""
     monkeypatch.setattr(module, "EVALUATION_BATCH", 100)
-    config = small("backprop", "mlp", precision="64")
+    config = small("backprop", "mlp", precision="64", validation=0.2, train_size=None, epochs=1)
     result = train_images(config, tmp_path)
     net, task = config.make_network().eval(), config.make_task()
     net.load_state_dict(checkpoint(tmp_path)["network"])
-    count = task.split_size("test")
-    assert count > 100
-    assert count % 100 != 0
-    ((input, target),) = task.evaluation_batches("test", count)
+    row = {name: float(cell) for name, cell in metrics(tmp_path)[-1].items() if cell}
+    found = {
+        "test": (result.test_loss, result.accuracy, result.top5),
+        "validation": (row["loss"], row["accuracy"], row["top5"]),
+    }
+    counts = [task.split_size("test"), task.split_size("validation")]
+    assert counts[0] != counts[1]
+    assert all(count > 100 and count % 100 for count in counts)
+    for split, scores in found.items():
+        ((input, target),) = task.evaluation_batches(split, max(counts))  # type: ignore[arg-type]
+        with torch.no_grad():
+            output = net(input.double())
+        loss = torch.nn.functional.cross_entropy(output, target).item()
+        places = (output > output.gather(1, target[:, None])).sum(1)
+        shares = [(places < top).double().mean().item() for top in (1, 5)]
+        assert scores == pytest.approx((loss, *shares), rel=1e-12)
+
+
+def test_the_best_network_has_an_accuracy_of_its_own(tmp_path: Path) -> None:
+    """Another network put into best.pt changes what is said of the best, and nothing else."""
+    config = small("backprop", "mlp", precision="64")
+    before = train_images(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    folder, net, task = ImageFolder(tmp_path), config.make_network().eval(), config.make_task()
+    folder.save_best({**folder.load_best(), "network": net.state_dict()})
+    after = train_images(config, tmp_path, resume=True)
+    ((input, target),) = task.evaluation_batches("test", task.split_size("test"))
     with torch.no_grad():
-        output = net(input.double())
-    places = (output > output.gather(1, target[:, None])).sum(1)
-    loss = torch.nn.functional.cross_entropy(output, target)
-    assert result.test_loss == pytest.approx(loss.item(), rel=1e-12)
-    assert result.accuracy == pytest.approx((places == 0).double().mean().item(), rel=1e-12)
-    assert result.top5 == pytest.approx((places < 5).double().mean().item(), rel=1e-12)
+        accuracy = (net(input.double()).argmax(1) == target).double().mean().item()
+    assert accuracy not in (before.best_accuracy, before.accuracy)
+    assert after.best_accuracy == pytest.approx(accuracy, rel=1e-12)
+    assert (after.accuracy, after.error) == (before.accuracy, 1 - before.accuracy)
 
 
 def test_feedback_turns_towards_the_blocks(tmp_path: Path) -> None:
@@ -522,24 +543,29 @@ def test_evaluation_draws_no_random_numbers(
     assert same(checkpoint(tmp_path / "few")["network"], checkpoint(tmp_path / "many")["network"])
 
 
-def test_feedback_before_or_after(tmp_path: Path) -> None:
-    """The order decides which feedback the first batch's targets go through."""
-    for first in (True, False):
-        config = small("ldrl", feedback_first=first, feedback_start=0, train_size=20, epochs=1, precision="64")
-        task, order = config.make_task(), []
-        torch.manual_seed(config.seed)
-        net = config.make_network()
-        trainer = config.make_trainer(net)
-        assert isinstance(trainer, FeedbackTrainer)
-        optimizer = make_optimizer(config, net)
-        batch = task.batch(config.seed, 0, config.batch_size)
-        trace = net.trace(batch.input.double())
-        loss = torch.nn.functional.cross_entropy(trace.output, batch.target)
-        for act in (trainer.step, None) if first else (None, trainer.step):
-            order.append(act(trace) if act is not None else loss.backward())
-        optimizer.step()
-        train_images(config, tmp_path / str(first))
-        assert same(checkpoint(tmp_path / str(first))["network"], net.state_dict())
+@pytest.mark.parametrize(("rule", "first"), [("ldrl", True), ("ldrl", False), ("closed-form", None)])
+def test_feedback_before_or_after(rule: str, first: bool | None, tmp_path: Path) -> None:
+    """The order decides which feedback the first batch's targets go through; without a choice that of this batch."""
+    options = {} if first is None else {"feedback_first": first, "feedback_start": 0}
+    config = small(rule, **options, train_size=20, epochs=1, precision="64")
+    task = config.make_task()
+    torch.manual_seed(config.seed)
+    net = config.make_network()
+    trainer = config.make_trainer(net)
+    assert isinstance(trainer, FeedbackTrainer)
+    optimizer = make_optimizer(config, net)
+    batch = task.batch(config.seed, 0, config.batch_size)
+    trace = net.trace(batch.input.double())
+    loss = torch.nn.functional.cross_entropy(trace.output, batch.target)
+    if first is False:
+        loss.backward()
+        trainer.step(trace)
+    else:
+        trainer.step(trace)
+        loss.backward()
+    optimizer.step()
+    train_images(config, tmp_path)
+    assert same(checkpoint(tmp_path)["network"], net.state_dict())
 
 
 def test_without_validation_set(tmp_path: Path) -> None:
@@ -613,10 +639,13 @@ def test_one_sample_gives_the_feedback_angles_of_a_normalised_network() -> None:
 
 def test_gradient_angles_by_hand() -> None:
     net = tpext.nn.TargetSequential(
-        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh()), torch.nn.Linear(6, 3)
+        torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh()),
+        # its feedback bends, so that the step matters
+        torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.Tanh()),
     ).double()
     x, y = torch.randn(5, 4, dtype=torch.float64), torch.arange(5) % 3
     found = gradient_angles(net, x, y, target_step=0.005)["0"]
+    assert found.distance != pytest.approx(gradient_angles(net, x, y)["0"].distance)
     net.rule = tpext.DifferenceTargets(target_step=0.005)
     torch.nn.functional.cross_entropy(net(x), y).backward()
     rule = net.blocks[0][0].weight.grad  # type: ignore[index, union-attr]
