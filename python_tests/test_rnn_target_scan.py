@@ -593,6 +593,16 @@ def test_layer_hands_down_what_the_oracle_does(
 
 
 @pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
+@pytest.mark.parametrize("credit", CREDITS)
+@pytest.mark.parametrize("name", SLOPES)
+def test_layer_by_another_slope_hands_down_what_the_oracle_does(name: str, nonlinearity: str, credit: str) -> None:
+    slope, slope_reg = SLOPES[name]
+    options = {"credit": credit, "input_rule": "target", "slope": slope, "slope_reg": slope_reg}
+    case = layer(nonlinearity=nonlinearity)
+    assert_equal_gradients(by_ops(case, **options), by_oracle(case, **options), 1e-10)
+
+
+@pytest.mark.parametrize("nonlinearity", NONLINEARITIES)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("credit", CREDITS)
 def test_learned_layer_hands_down_what_the_oracle_does(nonlinearity: str, normalize: bool, credit: str) -> None:

@@ -250,6 +250,8 @@ def target_rnn_gradients(
     margin: float,
     normalize: bool,
     input_rule: str,
+    slope: str = "inverse",
+    slope_reg: float = 0.0,
     grad_h_n: ArrayLike | None = None,
 ) -> RNNGradients:
     """What a whole layer's backward gives under target propagation with the regularised inverse.
@@ -266,6 +268,7 @@ def target_rnn_gradients(
         correction, credit, target_step, margin: as in :func:`rnn_target_scan`.
         normalize: divide the weights' gradients by ``target_step``.
         input_rule: "gradient" or "target".
+        slope, slope_reg: as in :func:`rnn_target_scan`.
         grad_h_n: gradient of the state after the last valid step of the run, ``[S, B, H]``, or None.
 
     Returns:
@@ -292,6 +295,9 @@ def target_rnn_gradients(
         False,
         True,
         None if grad_h_n is None else -target_step * np.asarray(grad_h_n),
+        None,
+        slope,
+        slope_reg,
     )
     if input_rule == "gradient":
         grad_input = np.einsum("stbh,shi->tbi", delta, weight_ih) / target_step
