@@ -59,7 +59,7 @@ def torch_network() -> nn.Sequential:
 
 def network(reference: nn.Sequential, rule: Any, activation: Any = "tanh", output: Any = "identity") -> tpext.nn.MLP:
     """Ours with the parameters of torch's."""
-    ours = tpext.nn.MLP(SIZES, activation, rule=rule, output=output)
+    ours = tpext.nn.MLP(SIZES, activation, rule=rule, output_activation=output)
     for layer, linear in zip(ours, reference[::2], strict=True):
         layer.load_state_dict(linear.state_dict())
     return ours

@@ -915,7 +915,7 @@ def test_only_this_rule_has_a_stream(rule: Any) -> None:
         (lambda: MLP([3, 3, 2], rule=Kaczmarz()), "activation must be one of .* under Kaczmarz, got .*'tanh'"),
         (lambda: streamed(activation="binary"), "MLP.stream: activation must be 'relu', got .*binary"),
         (lambda: streamed(sizes=[3, 2, 3], tied=True), "MLP.stream: layers must have weights of their own"),
-        (lambda: streamed(output="relu"), "MLP.stream: output must be 'identity', got .*relu"),
+        (lambda: streamed(output_activation="relu"), "MLP.stream: output_activation must be 'identity', got .*relu"),
         (lambda: streamed(rule=Kaczmarz(update="exact")), "MLP.stream: rule must have update='average', got 'exact'"),
         (lambda: streamed(rule=Kaczmarz(first="weights")), "MLP.stream: rule must have first='input', got 'weights'"),
     ],

@@ -88,7 +88,7 @@ def seely(data: dict[str, Any], algorithm: int, name: Any = "tanh") -> MLP:
     sizes = [data["x"].shape[1]]
     while f"W{len(sizes)}" in data:
         sizes.append(data[f"W{len(sizes)}"].shape[1])
-    net = MLP(sizes, activation, output=output, rule=rule, dtype=DOUBLE)
+    net = MLP(sizes, activation, output_activation=output, rule=rule, dtype=DOUBLE)
     with torch.no_grad():
         for index, layer in enumerate(net, 1):
             layer.weight.copy_(data[f"W{index}"].T)
@@ -181,7 +181,7 @@ def run_published(name: str, algorithm: int, sizes: list[int], batch: int) -> di
             x = x - rate * 2 / x.size * ((function(x) - y) * slope(x) + reg * (x - x0))
         return x
 
-    data: dict[str, Any] = {"alpha": alpha, "reg": reg, "lr_rinv": rate, "num_steps_rinv": steps}
+    data: dict[str, Any] = {"alpha": alpha, "gamma": reg, "lr_rinv": rate, "num_steps_rinv": steps}
     weights, biases, reverse, reverse_biases = [], [], [], []
     for inputs, outputs in itertools.pairwise(sizes):
         weights.append(2 * random.standard_normal((inputs, outputs)))

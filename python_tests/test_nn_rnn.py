@@ -708,7 +708,7 @@ def test_published_gradients(credit, suffix):
     rule = RegularizedInverse(
         reg=float(values["r"]),
         target_step=float(values["lr_target"]),
-        margin=float(values["margin"]),
+        margin=float(values["clip"]),
         credit=credit,
         normalize=False,
     )

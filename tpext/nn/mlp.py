@@ -528,7 +528,7 @@ class MLP(nn.Sequential):
         for layer in layers:
             if layer.transposed:
                 raise ValueError("MLP.stream: layers must have weights of their own, got tied ones")
-            which, units = ("output", Units("identity")) if layer is last else ("activation", Units("relu"))
+            which, units = ("output_activation", Units("identity")) if layer is last else ("activation", Units("relu"))
             if as_units(layer.activation) != units:
                 raise ValueError(f"MLP.stream: {which} must be {units.name!r}, got {layer.activation}")
         predictions = kaczmarz_train(
