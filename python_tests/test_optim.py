@@ -93,7 +93,7 @@ def test_state_dict_round_trip(optimizer: Any) -> None:
 def test_groups_closures_schedulers(optimizer: Any) -> None:
     one, other, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     steps = optimizer([{"params": [one]}, {"params": [other, unused], "lr": 0.0}], lr=0.1, momentum=0.0)
-    schedule = torch.optim.lr_scheduler.StepLR(steps, 1, reg=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(steps, 1, gamma=0.5)
 
     def closure() -> torch.Tensor:
         steps.zero_grad()

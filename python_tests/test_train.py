@@ -158,7 +158,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"task": "mnist-mlp", "sizes": ()}, r"sizes must be the sizes of at least one hidden layer, got \(\)"),
         ({"task": "mnist-mlp", "sizes": (3, 0)}, "sizes must be an integer >= 1, got 0"),
         ({"task": "mnist-mlp", "order": "random"}, "order must be one of shuffled, sequential_first, sequential, got"),
-        ({"task": "mnist-mlp", "reg": 1.0}, "reg does not belong to rule=regularized-least-squares"),
+        ({"task": "mnist-mlp", "rule": "dtp", "reg": 1.0}, "reg does not belong to rule=dtp"),
         ({"task": "mnist-mlp", "reg": -1.0}, "reg must be a .*number.* >= 0, got -1"),
         (
             {"task": "mnist-mlp", "rule": "dtp", "correction": "linearized"},

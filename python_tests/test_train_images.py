@@ -260,7 +260,7 @@ def test_schedules() -> None:
     parameter = torch.nn.Parameter(torch.zeros(1))
     for name, kind, options in (
         ("cosine-torch", torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 85, "eta_min": 1e-5}),
-        ("step", torch.optim.lr_scheduler.StepLR, {"step_size": 30, "reg": 0.1}),
+        ("step", torch.optim.lr_scheduler.StepLR, {"step_size": 30, "gamma": 0.1}),
     ):
         optimizer = torch.optim.SGD([parameter], lr=0.05)
         scheduler: Any = kind(optimizer, **options)
