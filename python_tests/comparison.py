@@ -419,6 +419,8 @@ def assert_no_worse(
         assert a.dtype == dtype, f"output {index}: got {a.dtype}, expected {dtype}"
         assert a.shape == want.shape, f"output {index}: got {list(a.shape)}, expected {list(want.shape)}"
         for found, others, factor in zip(errors(a, want), errors(b, want), (times, 2 * times), strict=True):
+            if np.isnan(others):
+                continue  # the composite's own numbers overflow
             allowed = factor * others + torch.finfo(dtype).eps
             assert found <= allowed, f"output {index}: error {found:.3g}, allowed {allowed:.3g}"
 

@@ -24,6 +24,7 @@ from tpext.experiments import train as train_module
 from tpext.experiments.cli import main
 from tpext.experiments.commands import Train, default_labels
 from tpext.experiments.config import Config, make_config
+from tpext.experiments.model import make_model
 from tpext.experiments.rule_names import RULES, rule_options
 from tpext.tasks import TASKS
 
@@ -495,6 +496,25 @@ class Signs(RecurrentRule):
         return self.scale * weight_hh.sign()
 
 @dataclass(frozen=True)
+class Gain(RecurrentRule):
+    def parameter_shapes(self, input_size, hidden_size):
+        return {"gain": (hidden_size,)}
+
+    def reset_parameter(self, name, parameter):
+        torch.nn.init.constant_(parameter, 2.0)
+
+    def feedback(self, weight_hh, *owned):
+        return weight_hh * owned[0][:, None]
+
+@dataclass(frozen=True)
+class Long(Gain):
+    length: int = 3
+
+@dataclass(frozen=True)
+class Listed(Gain):
+    sizes_of: tuple = (1, 2)
+
+@dataclass(frozen=True)
 class Pseudo(LayerRule):
     target_step: float = 1.0
 
@@ -523,3 +543,24 @@ def test_a_rule_from_a_file_trains_and_resumes(
     status, out, _ = call("train spiral --rule mine.py:Pseudo --iterations 20 --threads 1 --eval-interval 20", capsys)
     assert status == 0
     assert "mine.py:Pseudo (target step 1)" in out
+
+
+def test_what_a_rule_owns_stays_as_the_rule_initialises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    config = make_config("adding", rule="mine.py:Gain", length=12)
+    model = make_model(config, config.make_task())
+    assert torch.equal(model.state_dict()["rnn.gain_l0"], torch.full((100,), 2.0))
+
+
+def test_fields_of_a_rule_that_the_command_line_cannot_serve_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    for options, message in (
+        ("mine.py:Long", "fields of a rule must not have the names of options of a run, got {'length'}"),
+        ("mine.py:Listed --rule-options sizes_of=3", "is a tuple, which cannot be given as a text"),
+    ):
+        status, _, err = call(f"train adding --rule {options}", capsys)
+        assert (status, message in err) == (1, True), err

@@ -930,7 +930,7 @@ def test_singular_weights_raise() -> None:
 def test_rule_setter_guards_the_parameters() -> None:
     layer = TargetLinear(4, 3)
     layer.rule = Backprop()
-    with pytest.raises(ValueError, match="adds or removes the reverse parameters"):
+    with pytest.raises(ValueError, match="changes which parameters the rule owns"):
         layer.rule = DifferenceTargetPropagation()
     with pytest.raises(TypeError, match="rule must be"):
         layer.rule = "bp"

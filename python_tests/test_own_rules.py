@@ -165,11 +165,83 @@ def test_own_parameters_follow_the_rule() -> None:
     before = rnn.feedback_weight_l0.clone()
     rnn.load_state_dict(plain.state_dict())
     assert torch.equal(rnn.feedback_weight_l0, before)
-    with pytest.raises(ValueError, match="adds or removes the reverse parameters"):
+    with pytest.raises(ValueError, match="changes which parameters the rule owns"):
         rnn.rule = tpext.Backprop()
     tpext.nn.convert(rnn, tpext.LearnedInverse())
     assert not hasattr(rnn, "feedback_weight_l0")
     assert rnn.reverse_weight_hh_l0_reverse.shape == (4, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Taken(RecurrentRule):
+    """Owns a parameter of the layer's name."""
+
+    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+        return {"weight_hh": (hidden_size, hidden_size)}
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return weight_hh
+
+
+@dataclasses.dataclass(frozen=True)
+class Unset(FeedbackAlignment):
+    """Cannot initialise what it owns."""
+
+    def reset_parameter(self, name: str, parameter: Tensor) -> None:
+        raise NotImplementedError("unset")
+
+
+def test_names_that_the_layer_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"RNN: Taken\(\) cannot own a parameter weight_hh_l0, the layer has one"):
+        tpext.nn.RNN(3, 4, rule=Taken())
+    with pytest.raises(ValueError, match="RNN: weight_hh_l0 cannot be added"):
+        tpext.nn.convert(tpext.nn.RNN(3, 4), Taken())
+
+
+def test_a_conversion_that_fails_changes_nothing() -> None:
+    model = nn.ModuleDict({"a": tpext.nn.RNN(3, 4, rule=tpext.LearnedInverse()), "b": tpext.nn.RNN(3, 4)})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(NotImplementedError, match="unset"):
+        tpext.nn.convert(model, Unset())
+    assert model["a"].rule == tpext.LearnedInverse()
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_constants_in_place_of_fields_are_refused() -> None:
+    """An inherited constructor would overwrite them."""
+
+    class Difference(tpext.RegularizedInverse):
+        correction = "difference"
+
+    class Half(tpext.rules.NetworkRule):
+        target_step = 0.5
+
+        def propagate(self, call: Any, displacement: Tensor) -> Tensor:
+            return displacement
+
+    for kind, name in ((Difference, "correction"), (Half, "target_step")):
+        with pytest.raises(TypeError, match=f"^{kind.__name__}: {name} is a field of the class above"):
+            kind()
+
+
+def test_numbers_of_another_annotation_are_refused() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Maybe(RecurrentRule):
+        scale: float | None = 0.5
+
+        def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+            return weight_hh
+
+    with pytest.raises(TypeError, match="Maybe: scale must be annotated float to be a number of a rule"):
+        Maybe()
+
+
+def test_a_network_refuses_rules_of_other_layers_when_they_are_assigned() -> None:
+    net = tpext.nn.TargetSequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(TypeError, match=r"TargetSequential: rule must be for networks of blocks"):
+        net.rule = tpext.Kaczmarz()
+    assert net.rule == tpext.DifferenceTargets()
 
 
 class Twice(Adding):

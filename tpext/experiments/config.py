@@ -410,6 +410,9 @@ def make_config(task: str, *, rule: str | None = None, preset: Preset = "default
     if rule is None:
         rule = next(iter(LAYER_RULES if task in FEED_FORWARD else SEQUENCE_RULES))
     own = rule_options(rule)
+    taken = {field.name for field in fields(Config)} & set(own) - {"reverse_lr"}
+    if taken:
+        raise ConfigError(f"rule {rule}: fields of a rule must not have the names of options of a run, got {taken}")
     _check_rule(task, rule)
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     rule_fields = {option for name in RULES for option in rule_options(name)} | set(own)

@@ -115,7 +115,15 @@ def initialize(model: nn.Module, config: Config) -> None:
     """
     if config.init == "torch":
         return
+    own = {
+        name
+        for prefix, module in model.named_modules()
+        for name in (f"{prefix}.{owned}" for owned in getattr(module, "owned_names", ()))
+        if "reverse_" not in name
+    }
     for name, parameter in model.named_parameters():
+        if name in own:
+            continue  # as the user's rule has initialised it
         if parameter.ndim != 2:
             nn.init.zeros_(parameter)
         elif config.init == "orthogonal":

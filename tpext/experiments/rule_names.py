@@ -103,8 +103,16 @@ def _import(name: str, place: str) -> ModuleType:
 
 
 def name_of(kind: type[Rule]) -> str:
-    """Return the name under which a rule is found."""
-    return next(name for names in (RULES, _OWN) for name, one in names.items() if one is kind)
+    """Return the name under which a rule is found.
+
+    Raises:
+        ConfigError: it was not found by a name.
+    """
+    for names in (RULES, _OWN):
+        for name, one in names.items():
+            if one is kind:
+                return name
+    raise ConfigError(f"rule {kind.__name__} has no name here: find_rule must find it first")
 
 
 def rule_options(name: str) -> tuple[str, ...]:
@@ -126,6 +134,7 @@ def parse_options(name: str, texts: tuple[str, ...]) -> dict[str, object]:
     readers: dict[str, Callable[[str], object]] = {
         "float": float,
         "int": int,
+        "str": str,
         "bool": lambda value: {"true": True, "false": False}[value.lower()],
     }
     values: dict[str, object] = {}
@@ -133,8 +142,10 @@ def parse_options(name: str, texts: tuple[str, ...]) -> dict[str, object]:
         option, separator, value = text.partition("=")
         if not separator or option not in kinds:
             raise ConfigError(f"rule_options must be NAME=VALUE of {', '.join(kinds) or 'none'}, got {text!r}")
+        if kinds[option] not in readers:
+            raise ConfigError(f"{option} of rule {name} is a {kinds[option]}, which cannot be given as a text")
         try:
-            values[option] = readers.get(kinds[option], str)(value)
+            values[option] = readers[kinds[option]](value)
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{option} of rule {name} must be a {kinds[option]}, got {value!r}") from error
     return values

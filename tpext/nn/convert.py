@@ -20,8 +20,9 @@ def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RNN:
     Each ``torch.nn.RNN`` (that type itself, not its subclasses) among the registered submodules is replaced by a
     :class:`tpext.nn.RNN` that holds the same ``Parameter`` objects, so optimizers stay valid and checkpoints keep their
     keys. A module registered in several places stays shared, the training flag is kept, parameters may be on the meta
-    device. Each ``tpext.nn.RNN`` found keeps its place and takes the new rule. Going to ``LearnedInverse`` adds freshly
-    initialised reverse parameters, going away from it removes them: make the optimizer afterwards. Convert before
+    device. Each ``tpext.nn.RNN`` found keeps its place and takes the new rule. Going to a rule with parameters of
+    its own (``LearnedInverse``) adds them, freshly initialised, going away from it removes them: make the optimizer
+    afterwards. Convert before
     wrapping or compiling. Plain attributes set on a ``torch.nn.RNN`` from outside are not carried over.
 
     Args:
@@ -47,18 +48,18 @@ def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RNN:
     rule = RegularizedInverse() if rule is None else rule
     require_rule("convert", rule, "recurrent")
     replacements: dict[nn.Module, RNN] = {}
-    kept: list[RNN] = []
+    kept: dict[RNN, dict[str, nn.Parameter] | None] = {}
     # everything that can fail comes before the first change
     for name, module in model.named_modules():
         if isinstance(module, RNN):
             module._check_replace_rule(rule)
-            kept.append(module)
+            kept[module] = module._new_parameters(rule)
         # a parametrized module has a class of its own and would otherwise pass for a subclass, to be left alone
         elif type(module) is nn.RNN or (isinstance(module, nn.RNN) and parametrize.is_parametrized(module)):
             check_replaceable(module, f"convert: module {name!r}" if name else "convert: the module")
             replacements[module] = _from_torch(module, rule)
-    for module in kept:
-        module._replace_rule(rule)
+    for module, parameters in kept.items():
+        module._replace_rule(rule, parameters)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements:
@@ -84,5 +85,6 @@ def _from_torch(module: nn.RNN, rule: RecurrentRule) -> RNN:
     for names in module._all_weights:
         for name in names:
             setattr(rnn, name, getattr(module, name))
-    rnn._replace_rule(rule)
+    rnn._check_replace_rule(rule)
+    rnn._replace_rule(rule, rnn._new_parameters(rule))
     return rnn.train(module.training)

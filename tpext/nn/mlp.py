@@ -118,18 +118,20 @@ class TargetLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
         for name, shape in self._owned_shapes(rule).items():
+            if hasattr(self, name):
+                raise ValueError(f"TargetLinear: {rule} cannot own a parameter {name}, the layer has one of this name")
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew: uniform in ``+-1/sqrt(N)``, or normal with the rule's ``std``.
+        """Draw all parameters anew: uniform in ``+-1/sqrt(N)``, or normal with the rule's ``init_std``.
 
         Those that the rule owns are drawn as the rule does.
         """
-        if self._rule.std is not None:
+        if self._rule.init_std is not None:
             for parameter in (self.weight, self.bias):
                 if parameter is not None:
-                    nn.init.normal_(parameter, std=self._rule.std)
+                    nn.init.normal_(parameter, std=self._rule.init_std)
         else:
             # torch.nn.Linear's own calls, so that one seed gives both the same parameters
             nn.init.kaiming_uniform_(self._matrix(), a=math.sqrt(5))
@@ -206,9 +208,14 @@ class TargetLinear(nn.Module):
         self._check_rule(rule)
         if self._owned_shapes(rule) != self._owned_shapes(self._rule):
             raise ValueError(
-                f"TargetLinear: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; make "
+                f"TargetLinear: changing rule from {self._rule} to {rule} changes which parameters the rule owns; make "
                 "a layer with the rule and load this one's state_dict with strict=False"
             )
+
+    @property
+    def owned_names(self) -> list[str]:
+        """The names of the parameters that belong to the rule (those of a reverse layer, say)."""
+        return list(self._owned_shapes(self._rule))
 
     def _owned_shapes(self, rule: LayerRule) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parameters that a rule owns."""

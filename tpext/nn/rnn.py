@@ -233,6 +233,8 @@ class RNN(nn.Module):
         for names, of_member in zip(self._all_weights, shapes, strict=True):
             weight_hh = getattr(self, names[1])
             for name, shape in of_member.items():
+                if hasattr(self, name):
+                    raise ValueError(f"RNN: {self._rule} cannot own a parameter {name}, the layer has one of this name")
                 self.register_parameter(name, nn.Parameter(weight_hh.new_empty(shape)))
 
     def _reset_owned_parameters(self) -> None:
@@ -246,6 +248,11 @@ class RNN(nn.Module):
             for name in names:
                 nn.init.uniform_(getattr(self, name), -bound, bound)
         self._reset_owned_parameters()
+
+    @property
+    def owned_names(self) -> list[str]:
+        """The names of the parameters that belong to the rule (those of reverse layers, say)."""
+        return list(itertools.chain(*self._owned_names))
 
     @property
     def all_weights(self) -> list[list[nn.Parameter]]:
@@ -266,7 +273,7 @@ class RNN(nn.Module):
         rule.check(self)
         if self._owned_shapes(rule) != self._owned_shapes(self._rule):
             raise ValueError(
-                f"RNN: changing rule from {self._rule} to {rule} adds or removes the reverse parameters; "
+                f"RNN: changing rule from {self._rule} to {rule} changes which parameters the rule owns; "
                 "use tpext.nn.convert(module, rule), then make the optimizer anew"
             )
         self._rule = rule
@@ -292,20 +299,31 @@ class RNN(nn.Module):
                 f"delete them before changing rule from {self._rule} to {rule}"
             )
 
-    def _replace_rule(self, rule: RecurrentRule) -> None:
-        """Change the rule; where its parameters are others, remove the old ones and add freshly initialised ones.
+    def _new_parameters(self, rule: RecurrentRule) -> dict[str, nn.Parameter] | None:
+        """Those that a rule owns, initialised; None if they are the ones that the module has."""
+        shapes = self._owned_shapes(rule)
+        if shapes == self._owned_shapes(self._rule):
+            return None
+        made = {}
+        for names, of_member in zip(self._all_weights, shapes, strict=True):
+            for name, shape in of_member.items():
+                made[name] = nn.Parameter(getattr(self, names[1]).new_empty(shape))
+                rule.reset_parameter(name.rsplit("_l", 1)[0], made[name])
+        return made
+
+    def _replace_rule(self, rule: RecurrentRule, parameters: dict[str, nn.Parameter] | None) -> None:
+        """Change the rule, and the parameters that it owns to those of ``_new_parameters``.
 
         An optimizer made before does not know of added parameters.
         """
-        self._check_replace_rule(rule)
-        same = self._owned_shapes(rule) == self._owned_shapes(self._rule)
         self._rule = rule
-        if same:
+        if parameters is None:
             return
         for name in itertools.chain(*self._owned_names):
             delattr(self, name)
-        self._register_owned_parameters()
-        self._reset_owned_parameters()
+        self._owned_names = [list(of_member) for of_member in self._owned_shapes(rule)]
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
 
     def _load_from_state_dict(
         self,

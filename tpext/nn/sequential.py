@@ -118,7 +118,7 @@ class TargetSequential(nn.Module):
         self.blocks = _sequential(blocks)
         if not rule.exact:
             _require_several(blocks)
-        self.rule = rule
+        self._rule: NetworkRule | Backprop = rule
         self.feedback_init = feedback_init
         self.feedback = nn.ModuleDict()
         if rule.exact and (feedback is not None or feedback_init != "random"):
@@ -260,6 +260,16 @@ class TargetSequential(nn.Module):
         return self.trace(input).output
 
     __prepare_scriptable__ = refuse_script
+
+    @property
+    def rule(self) -> NetworkRule | Backprop:
+        """The rule of the backward pass; assigning one keeps the feedback modules as they are."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, rule: NetworkRule | Backprop) -> None:
+        require_rule("TargetSequential", rule, "network")
+        self._rule = rule
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}"

@@ -47,8 +47,12 @@ class _Number:
         self.low_allowed = field.metadata.get("low_allowed", False)
 
     def __get__(self, rule: Rule | None, owner: type[Rule] | None = None) -> Any:
+        if rule is not None:
+            return float(getattr(rule, self.key))
         # the class's own attribute is the default, as dataclasses have it
-        return self.default if rule is None else float(getattr(rule, self.key))
+        if self.default is dataclasses.MISSING:
+            raise AttributeError(self.name)
+        return self.default
 
     def __set__(self, rule: Rule, value: object) -> None:
         if isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -84,21 +88,35 @@ class Rule:
     def __new__(cls, *args: object, **kwargs: object) -> Any:
         """Prepare the class before its first instance, so that a rule's author needs no decorator but dataclass's."""
         if "_is_prepared" not in cls.__dict__:
-            own = inspect.get_annotations(cls)
-            fields = [name for name, kind in own.items() if "ClassVar" not in str(kind)]
-            if fields and "__dataclass_fields__" not in cls.__dict__:
-                raise TypeError(
-                    f"{cls.__name__}: a rule with fields must be decorated with @dataclasses.dataclass(frozen=True), "
-                    f"got a plain class with {', '.join(fields)}"
-                )
-            for field in dataclasses.fields(cls):
-                if field.type in (float, "float"):
-                    setattr(cls, field.name, _Number(field))
+            _prepare(cls)
             cls._is_prepared = True
         return super().__new__(cls)
 
     def check(self, layer: nn.Module) -> None:
         """Raise ValueError if the rule cannot serve this layer of its kind, as it is."""
+
+
+def _prepare(cls: type[Rule]) -> None:
+    """Check how a rule's class is written, and make its float fields constants to the compiler."""
+    annotated = {name for name, kind in inspect.get_annotations(cls).items() if "ClassVar" not in str(kind)}
+    if annotated and "__dataclass_fields__" not in cls.__dict__:
+        raise TypeError(
+            f"{cls.__name__}: a rule with fields must be decorated with @dataclasses.dataclass(frozen=True), got a "
+            f"plain class with {', '.join(sorted(annotated))}"
+        )
+    for field in dataclasses.fields(cls):
+        own = cls.__dict__.get(field.name)
+        if field.name not in annotated and field.name in cls.__dict__ and not isinstance(own, _Number):
+            raise TypeError(
+                f"{cls.__name__}: {field.name} is a field of the class above, so give its new default with a type, "
+                f"{field.name}: {field.type} = {own!r}"
+            )
+        if field.type in (float, "float"):
+            setattr(cls, field.name, _Number(field))
+        elif field.metadata.get("low") is not None or "float" in str(field.type):
+            raise TypeError(
+                f"{cls.__name__}: {field.name} must be annotated float to be a number of a rule, got {field.type}"
+            )
 
 
 def require_rule(where: str, rule: object, kind: Kind) -> None:

@@ -78,6 +78,10 @@ class Kaczmarz(LayerRule):
         check_choice(type(self).__name__, "update", self.update, get_args(Update))
         check_choice(type(self).__name__, "first", self.first, get_args(First))
 
+    @property
+    def init_std(self) -> float:
+        return self.std
+
     def check(self, layer: nn.Module) -> None:
         for name in ("activation", "reverse_activation"):
             value = getattr(layer, name)

@@ -58,7 +58,7 @@ class LayerRule(Rule, ABC):
     The layer receives ``g = dL/dh``, takes the displacement ``d = -target_step * g``, asks :meth:`propagate` by how
     much its input should move for that, and hands ``-d_x / target_step`` down. Its parameters get
     :meth:`local_error`'s gradient. The class attributes are constants; a subclass overrides them, or makes them fields
-    for its users to set.
+    for its users to set. No method may change a tensor that it is given.
 
     >>> from dataclasses import dataclass
     >>> import torch, tpext
@@ -80,9 +80,6 @@ class LayerRule(Rule, ABC):
     """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
     reg: float = 0.0
     """Regularisation of its inverse of the weights, 0 without one."""
-    std: float | None = None
-    """Standard deviation of the weights and biases that a layer made with the rule draws; None: as torch draws them."""
-
     reads_identity: ClassVar[bool] = True
     """Whether the backward pass reads pre-activation and output of a layer without activation (which costs a copy)."""
     ordinary_head: ClassVar[bool] = False
@@ -122,6 +119,11 @@ class LayerRule(Rule, ABC):
         return through_activation(scaled, call.output, call.activation)
 
     # What follows is what a rule that is not of this form overrides.
+
+    @property
+    def init_std(self) -> float | None:
+        """Standard deviation of the weights and biases that a layer made with the rule draws; None: torch's own."""
+        return None
 
     def parameter_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
         """Return name and shape of each parameter of the rule's own, which the layer registers."""
@@ -170,7 +172,8 @@ class LayerRule(Rule, ABC):
             RuntimeError: the rule has no such loss.
         """
         raise RuntimeError(
-            f"TargetLinear.reconstruction_loss needs rule=tpext.DifferenceTargetPropagation(), the rule is {self}"
+            "TargetLinear.reconstruction_loss needs rule=tpext.DifferenceTargetPropagation(), or a rule of your own "
+            f"with layer_loss, the rule is {self}"
         )
 
 

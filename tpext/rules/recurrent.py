@@ -51,7 +51,8 @@ class RecurrentRule(Rule, ABC):
     ``d_{t-1} = z_t P - target_step g_{t-1}``, where ``z_t`` is ``d_t`` taken back through the activation
 
     Subclasses give :meth:`feedback`. What they do not say otherwise is as the class attributes below have it; a
-    subclass overrides them by constants of its own, or makes them fields for its users to set.
+    subclass overrides them by constants of its own, or makes them fields for its users to set. No method may change a
+    tensor that it is given.
 
     >>> from dataclasses import dataclass
     >>> import torch, tpext
@@ -59,7 +60,7 @@ class RecurrentRule(Rule, ABC):
     ... class TransposedTargets(tpext.rules.RecurrentRule):
     ...     scale: float = 0.9
     ...
-    ...     def feedback(self, weight_hh):
+    ...     def feedback(self, weight_hh, *owned):
     ...         return weight_hh * self.scale
     >>> rnn = tpext.nn.RNN(3, 4, rule=TransposedTargets(scale=0.8))
     >>> rnn(torch.randn(7, 2, 3))[0].square().mean().backward()
@@ -192,7 +193,10 @@ class RecurrentRule(Rule, ABC):
         given = cast(weight, torch.float32)
         matrix = getattr(self, method)(given, *(cast(one, torch.float32) for one in owned))
         require_result(self, method, matrix, given)
-        if weight.is_cpu and are_plain((matrix,)) and not math.isfinite(float(matrix.sum())):
+        # a compiler cannot look, and on CUDA looking would wait for the device
+        if weight.is_cpu and are_plain((matrix,)) and not bool(matrix.isfinite().all()):
+            if not bool(given.isfinite().all()):
+                raise ValueError(f"{type(self).__name__}: the layer's weights must be finite, got NaN or infinity")
             raise ValueError(f"{type(self).__name__}.{method} must return finite numbers, got NaN or infinity")
         return matrix.to(weight.dtype)  # type: ignore[no-any-return]
 
@@ -207,4 +211,7 @@ class RecurrentRule(Rule, ABC):
         Raises:
             RuntimeError: the rule has no such loss.
         """
-        raise RuntimeError(f"RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), the rule is {self}")
+        raise RuntimeError(
+            "RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), or a rule of your own with recurrent_loss, the "
+            f"rule is {self}"
+        )

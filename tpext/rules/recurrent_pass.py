@@ -162,7 +162,8 @@ class _RecurrentPass(torch.autograd.Function):
         rest = [None] * (1 + len(saved) - 7)
         # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
         if torch.is_grad_enabled():
-            call = RecurrentCall(input, h0, weight_ih, weight_hh, bias, lengths, ctx.reverse, ctx.nonlinearity)
+            run = (ctx.reverse, ctx.nonlinearity, tuple(saved[7:]))
+            call = RecurrentCall(input, h0, weight_ih, weight_hh, bias, lengths, *run)
             grads = _differentiable(ctx.rule, call, needs, grad_states, grad_h_n)
             return *[None] * 4, *grads, *rest
         with full_precision(weight_hh.device.type):
