@@ -24,7 +24,7 @@ from tpext.experiments import train as train_module
 from tpext.experiments.cli import main
 from tpext.experiments.commands import Train, default_labels
 from tpext.experiments.config import Config, make_config
-from tpext.experiments.model import make_model
+from tpext.experiments.model import make_model, split_parameters
 from tpext.experiments.rule_names import RULES, rule_options
 from tpext.tasks import TASKS
 
@@ -484,7 +484,7 @@ def test_ctrl_c_in_other_programs_is_theirs() -> None:
 OWN = """
 from dataclasses import dataclass
 import torch
-from tpext.rules import LayerRule, RecurrentRule
+from tpext.rules import LayerRule, LearnedInverse, RecurrentRule
 
 @dataclass(frozen=True)
 class Signs(RecurrentRule):
@@ -505,6 +505,9 @@ class Gain(RecurrentRule):
 
     def feedback(self, weight_hh, *owned):
         return weight_hh * owned[0][:, None]
+
+class Learned(LearnedInverse):
+    pass
 
 @dataclass(frozen=True)
 class Long(Gain):
@@ -551,6 +554,16 @@ def test_what_a_rule_owns_stays_as_the_rule_initialises_it(tmp_path: Path, monke
     config = make_config("adding", rule="mine.py:Gain", length=12)
     model = make_model(config, config.make_task())
     assert torch.equal(model.state_dict()["rnn.gain_l0"], torch.full((100,), 2.0))
+
+
+def test_what_a_rule_learns_gets_an_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    config = make_config("adding", rule="mine.py:Learned", length=12, reverse_lr=0.25)
+    assert (config.rule.learns, config.reverse_lr) == (True, 0.25)
+    forward, _, own = split_parameters(make_model(config, config.make_task()))
+    assert [tuple(parameter.shape) for parameter in own] == [(100, 100), (100,)]
+    assert len(forward) == 3
 
 
 def test_fields_of_a_rule_that_the_command_line_cannot_serve_are_named(

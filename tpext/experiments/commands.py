@@ -39,7 +39,7 @@ from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError, Interrupted
 from tpext.experiments.options import DataFolder, Integer, Integers, Number, Switch, option, report_divergence
 from tpext.experiments.progress import say
-from tpext.experiments.rule_names import LAYER_RULES, REVERSE_RULES, RULES, SEQUENCE_RULES, parse_options, rule_options
+from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES, parse_options, rule_options
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import train
 from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Slope, Update
@@ -225,7 +225,7 @@ class Train:
         try:
             result = train(config, out, resume=resume, console=console)
         except DivergedError as error:
-            rates = "--lr, --head-lr, --reverse-lr" if config.rule_name in REVERSE_RULES else "--lr, --head-lr"
+            rates = "--lr, --head-lr, --reverse-lr" if config.rule.learns else "--lr, --head-lr"
             reg = ", or a larger --reg" if "reg" in rule_options(config.rule_name) else ""
             remedy = f"smaller rates ({rates}){reg}"
             if config.rule_name == "kaczmarz":

@@ -16,7 +16,6 @@ import torch
 from tpext.experiments.feed_forward import KACZMARZ_TASKS, feed_forward_values, published_presets
 from tpext.experiments.rule_names import (
     LAYER_RULES,
-    REVERSE_RULES,
     RULES,
     SEQUENCE_RULES,
     find_rule,
@@ -321,9 +320,9 @@ class Config:
         if not has_epochs:
             _check_belongs(self.task, "epochs", self.epochs, None)
             check_integer("eval_interval", self.eval_interval, 1)
-        if self.schedule == "alternating" and not (has_epochs and self.rule_name in REVERSE_RULES):
+        if self.schedule == "alternating" and not (has_epochs and self.rule.learns):
             raise ConfigError(
-                f"schedule=alternating needs a task with epochs and rule={' or '.join(REVERSE_RULES)}, "
+                "schedule=alternating needs a task with epochs and a rule that learns, rule=learned or dtp, "
                 f"got task={self.task}, rule={self.rule_name}"
             )
 
@@ -348,7 +347,7 @@ class Config:
     def options(self) -> dict[str, Any]:
         """Return the value of every option of :func:`make_config` by its name, the rule's beside the others."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.rule_name not in REVERSE_RULES:
+        if not self.rule.learns:
             del values["reverse_lr"]
         return {**values, "rule": self.rule_name, **asdict(self.rule)}
 
@@ -495,7 +494,7 @@ def _sequence(task: str, made: Task, rule: str, preset: Preset, given: dict[str,
         "optimizer": optimizer,
         "lr": settings.lr if sgd else 1e-3,
         "head_lr": settings.head_lr if sgd else 1e-3,
-        "reverse_lr": settings.reverse_lr if sgd or rule != "learned" else 1e-3,
+        "reverse_lr": settings.reverse_lr if sgd or not settings.rule.learns else 1e-3,
         "momentum": momentum,
         "nesterov": sgd and momentum != 0,
         "clip_grad_norm": None,

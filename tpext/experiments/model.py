@@ -115,12 +115,7 @@ def initialize(model: nn.Module, config: Config) -> None:
     """
     if config.init == "torch":
         return
-    own = {
-        name
-        for prefix, module in model.named_modules()
-        for name in (f"{prefix}.{owned}" for owned in getattr(module, "owned_names", ()))
-        if "reverse_" not in name
-    }
+    own = {name for name in owned_names(model) if "reverse_" not in name}
     for name, parameter in model.named_parameters():
         if name in own:
             continue  # as the user's rule has initialised it
@@ -134,15 +129,25 @@ def initialize(model: nn.Module, config: Config) -> None:
             nn.init.xavier_uniform_(parameter)
 
 
+def owned_names(model: nn.Module) -> set[str]:
+    """Return the names of the parameters in a model that belong to rules."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "owned_names", ())
+    }
+
+
 def split_parameters(model: Model) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trained parameters of the hidden layers, the head, and the reverse layers (learned inverses).
+    """Return the trained parameters of the hidden layers, of the head, and of the rule (those of reverse layers, say).
 
     Weights that the head shares with a hidden layer are the hidden layer's.
     """
     hidden = model.rnn if isinstance(model, SequenceModel) else model.layers
     named = [(name, parameter) for name, parameter in hidden.named_parameters() if parameter.requires_grad]
-    reverse = [parameter for name, parameter in named if "reverse_" in name]
-    forward = [parameter for name, parameter in named if "reverse_" not in name]
+    owned = owned_names(hidden)
+    reverse = [parameter for name, parameter in named if name in owned]
+    forward = [parameter for name, parameter in named if name not in owned]
     shared = {id(parameter) for parameter in forward}
     return forward, [parameter for parameter in model.head.parameters() if id(parameter) not in shared], reverse
 
@@ -166,8 +171,8 @@ def local_scales(model: Model, config: Config) -> list[tuple[nn.Parameter, float
     for layer in model.local_layers():
         for name, parameter in layer.named_parameters():
             if config.reduction == "batch":
-                scale = 1.0 if name.startswith("reverse_") else 2 / config.batch_size
-            elif name.startswith("reverse_"):
+                scale = 1.0 if name in layer.owned_names else 2 / config.batch_size
+            elif name in layer.owned_names:
                 scale = 1 / (2 * layer.in_features)
             else:
                 scale = 1 / (config.batch_size * layer.out_features)

@@ -40,8 +40,6 @@ LAYER_RULES: dict[str, type[LayerRule]] = {
 """The rules of the feed-forward tasks, the default first."""
 
 RULES: dict[str, type[Rule]] = {**SEQUENCE_RULES, **LAYER_RULES}
-REVERSE_RULES = ("learned", "dtp")
-"""The rules with reverse layers, which learn at ``reverse_lr``."""
 
 # Rules of users, by the import path they were named by.
 _OWN: dict[str, type[Rule]] = {}
@@ -116,9 +114,10 @@ def name_of(kind: type[Rule]) -> str:
 
 
 def rule_options(name: str) -> tuple[str, ...]:
-    """Return the options that a rule has: its fields, and ``reverse_lr`` if it has reverse layers."""
-    own = tuple(field.name for field in fields(find_rule(name)))
-    return (*own, "reverse_lr") if name in REVERSE_RULES else own
+    """Return the options that a rule has: its fields, and ``reverse_lr`` if it learns."""
+    kind = find_rule(name)
+    own = tuple(field.name for field in fields(kind))
+    return (*own, "reverse_lr") if kind.learns else own
 
 
 def parse_options(name: str, texts: tuple[str, ...]) -> dict[str, object]:

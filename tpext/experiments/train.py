@@ -19,7 +19,6 @@ from tpext.experiments.loop import DivergedError, Run, carry_out, versions
 from tpext.experiments.model import Model, local_scales, make_model, split_parameters
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
-from tpext.experiments.rule_names import REVERSE_RULES
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy
@@ -120,9 +119,7 @@ class _Run(Run[Config, Row, Result]):
         groups = [{"params": hidden, "lr": config.lr}, {"params": head, "lr": config.head_lr}]
         self.optimizer = make_optimizer(config, groups)
         self.reverse_optimizer = (
-            make_optimizer(config, [{"params": reverse, "lr": config.reverse_lr}])
-            if config.rule_name in REVERSE_RULES
-            else None
+            make_optimizer(config, [{"params": reverse, "lr": config.reverse_lr}]) if config.rule.learns else None
         )
         self.parts = {"model": self.model, "optimizer": self.optimizer, "reverse_optimizer": self.reverse_optimizer}
         by_targets = isinstance(config.rule, Kaczmarz)

@@ -81,6 +81,8 @@ class Rule:
     """The rules of the same idea for other kinds of layers, for error texts."""
     exact: ClassVar[bool] = False
     """Whether the backward pass is the chain rule."""
+    learns: ClassVar[bool] = False
+    """Whether the rule has a loss of its own, which trains parameters that it owns."""
 
     def __post_init__(self) -> None:
         """Check what a field's own declaration cannot."""

@@ -54,6 +54,7 @@ class DifferenceTargetPropagation(LayerRule):
 
     kin: ClassVar[Mapping[Kind, str]] = {"recurrent": "LearnedInverse", "network": "DifferenceTargets"}
 
+    learns: ClassVar[bool] = True
     ordinary_head: ClassVar[bool] = True
 
     target_step: float = number(1.0, low=0.0)

@@ -50,6 +50,8 @@ class LearnedInverse(RecurrentRule):
 
     kin: ClassVar[Mapping[Kind, str]] = {"layer": "DifferenceTargetPropagation"}
 
+    learns: ClassVar[bool] = True
+
     target_step: float = number(1.0, low=0.0)
     credit: Credit = "through_time"
     normalize: bool = True
