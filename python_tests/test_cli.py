@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import resource
 import signal
 import subprocess
@@ -260,7 +261,8 @@ def test_the_terminal_closes(tmp_path: Path) -> None:
         line = [*SEQUENCE.split(), *options.split(), "--out", str(tmp_path)]
         os.execve(sys.executable, [sys.executable, "-m", "tpext", *line], MODULE_ENVIRONMENT)
     seen = b""
-    while b"it/s" not in seen:
+    # the line of progress, once it has one: before, the run may not have begun
+    while not re.search(rb"[1-9]\d* it/s", seen):
         seen += os.read(terminal, 1000)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP

@@ -144,7 +144,10 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"init": "xavier"}, "init of temporal-order must be orthogonal or torch, got xavier"),
         ({"epochs": 3}, "epochs does not belong to temporal-order, got 3"),
         ({"epochs": 3, "iterations": 3}, "give epochs or iterations, got epochs=3, iterations=3"),
-        ({"schedule": "alternating", "rule": "learned"}, "schedule=alternating needs a task with epochs and a rule that learns, rule="),
+        (
+            {"schedule": "alternating", "rule": "learned"},
+            "schedule=alternating needs a task with epochs and a rule that learns, rule=",
+        ),
         ({"order": "shuffled"}, "order does not belong to temporal-order"),
         ({"optimizer": "centred-rmsprop", "momentum": 1.0}, "momentum must be below 1 with optimizer=centred-rmsprop"),
         (
