@@ -405,7 +405,8 @@ void define_rnn(py::module_& m) {
         py::arg("states"), py::arg("h0"), py::arg("weight_hh"), py::arg("inverse"), py::arg("x_proj"),
         py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"), py::arg("correction"), py::arg("credit"),
         py::arg("target_step"), py::arg("margin"), py::arg("slope"), py::arg("slope_reg"), py::arg("delta"),
-        py::arg("disp_h0"), py::arg("credit_h0"), py::arg("norms"), py::arg("displacement"), py::arg("displacement_of_state"), py::arg("execution"));
+        py::arg("disp_h0"), py::arg("credit_h0"), py::arg("norms"), py::arg("displacement"),
+        py::arg("displacement_of_state"), py::arg("execution"));
   m.def("rnn_learned_target_scan", &rnn_learned_target_scan, py::arg("grad_states"), py::arg("disp_n"),
         py::arg("credit_n"), py::arg("states"), py::arg("weight_hh"), py::arg("reverse_weight"), py::arg("reverse_pre"),
         py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"), py::arg("credit"), py::arg("target_step"),

@@ -72,7 +72,7 @@ struct RnnTargetScan {
   Nonlinearity nonlinearity;
   Correction correction;
   bool through_time;  // credit: the sum of local losses through the whole unrolled network, else each step alone
-  Slope slope;  // correction linearized only, as is slope_reg
+  Slope slope;        // correction linearized only, as is slope_reg
   Compute<T> target_step;
   Compute<T> margin;
   Compute<T> slope_reg;
