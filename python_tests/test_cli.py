@@ -259,6 +259,7 @@ def test_the_terminal_closes(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         options = "--iterations 1000000000 --eval-interval 1000000 --checkpoint-interval 1000000"
         line = [*SEQUENCE.split(), *options.split(), "--out", str(tmp_path)]
+        os.chdir(tmp_path)  # in the checkout it would find the sources
         os.execve(sys.executable, [sys.executable, "-m", "tpext", *line], MODULE_ENVIRONMENT)
     seen = b""
     # the line of progress, once it has one: before, the run may not have begun
@@ -467,7 +468,7 @@ def test_ctrl_c_while_loading_is_one_line(started_as: str, loading: str, tmp_pat
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "tpext: interrupted\n")
 
 
-def test_ctrl_c_in_other_programs_is_theirs() -> None:
+def test_ctrl_c_in_other_programs_is_theirs(tmp_path: Path) -> None:
     """Importing the package changes no handler, and the command line gives the interrupt back."""
     code = (
         "import signal, sys; import tpext; from tpext.experiments.cli import main\n"
@@ -478,7 +479,7 @@ def test_ctrl_c_in_other_programs_is_theirs() -> None:
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env=MODULE_ENVIRONMENT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=MODULE_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -136,15 +136,16 @@ def test_a_team_gives_the_same_bits_on_a_busy_machine() -> None:
 
 @needs_linux
 @pytest.mark.parametrize("wanted", ["0", "1"])
-def test_huge_pages_are_left_alone_on_demand(wanted: str) -> None:
+def test_huge_pages_are_left_alone_on_demand(wanted: str, tmp_path: Path) -> None:
     program = (
         "import torch, tpext; result = tpext.ops.counter_normal([2048, 2048], seed=0, step=0, stream=0)\n"
         "print(sum('VmFlags' in line and ' hg' in line for line in open('/proc/self/smaps')))"
     )
     environment = os.environ | {"TPEXT_HUGE_PAGES": wanted}
     finished = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
-    )
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        check=True,
+    )  # fmt: skip
     if wanted == "1" and int(finished.stdout) == 0:
         pytest.skip("this system takes no advice on huge pages")
     assert (int(finished.stdout) > 0) == (wanted == "1")

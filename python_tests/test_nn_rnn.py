@@ -948,7 +948,7 @@ def test_reconstruction_loss_noise_defaults_to_the_rule():
 
 
 def test_reconstruction_loss_needs_its_rule():
-    with pytest.raises(RuntimeError, match=r"needs rule=tpext.LearnedInverse\(\), the rule is Backprop\(\)"):
+    with pytest.raises(RuntimeError, match=r"needs rule=tpext.LearnedInverse\(\), .* the rule is Backprop\(\)"):
         tpext.nn.RNN(I, H, rule=Backprop()).reconstruction_loss(torch.randn(T, B, I))
 
 

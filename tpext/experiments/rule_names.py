@@ -83,10 +83,13 @@ def find_rule(name: str) -> type[Rule]:
 def _import(name: str, place: str) -> ModuleType:
     try:
         if not place.endswith(".py"):
-            # a console script, other than `python -m`, does not look in the current folder
-            if str(Path.cwd()) not in sys.path:
-                sys.path.insert(0, str(Path.cwd()))
-            return importlib.import_module(place)
+            # A console script, other than `python -m`, does not look in the current folder. Only for this import: what
+            # stays in the path, processes that are started later inherit.
+            sys.path.insert(0, str(Path.cwd()))
+            try:
+                return importlib.import_module(place)
+            finally:
+                sys.path.remove(str(Path.cwd()))
         path = Path(place).resolve()
         spec = importlib.util.spec_from_file_location(f"_rule_of_{path.stem}", path)
         assert spec is not None
