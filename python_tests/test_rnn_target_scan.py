@@ -63,7 +63,7 @@ SLOPES = {"derivative": ("derivative", 0.0), "one": ("one", 0.0), "regularized":
 ENTERS = ["states", "end", "both"]
 # What the plain differences in the oracle can lose next to states of order one, in longdouble.
 ORACLE_ERROR = 64 * float(np.finfo(np.longdouble).eps)
-# Steps and clips that float32 holds exactly: the oracle then sees the same numbers.
+# Steps and margins that float32 holds exactly: the oracle then sees the same numbers.
 STEP, MARGIN = 0.125, 2.0**-10
 
 

@@ -54,6 +54,9 @@ Feed-forward layers also take ``Kaczmarz``, which knows neither a step nor a lea
 minus its target, and the parameters receive minus the change that gives the layer's moved input that target. So the
 loss must be a sum over the batch whose gradient is such a difference (:class:`tpext.nn.HotTargetLoss`), the optimizer
 ``torch.optim.SGD(lr=1)``, and the gradients of ``k`` micro-batches add up to ``k`` times the averaged update.
+
+A rule of your own subclasses :class:`RecurrentRule`, :class:`LayerRule` or :class:`NetworkRule`; docs/own-rules.md goes
+from an equation to a trained network, and :func:`tpext.testing.check_rule` checks it.
 """
 
 from __future__ import annotations
