@@ -17,16 +17,16 @@
 namespace tpext::cpu::TPEXT_CAPABILITY {
 namespace {
 
-template <class T, Nonlinearity A, Correction C>
+// Published: the slope is the plain inverse, which costs nothing to choose at compile time.
+template <class T, Nonlinearity A, Correction C, bool Published = true>
 struct TargetStep {
   static constexpr bool displaces = true, zero_stays_zero = C != Correction::none;
   const RnnTargetScan<T>& args;
 
   Vec<T> times_slope(Vec<T> d, Vec<T> h) const {
+    if constexpr (Published) return over_derivative<A, T>(d, h, T(1) - args.margin);
     if (args.slope == Slope::one) return d;
     if (args.slope == Slope::derivative) return times_derivative<A, T>(d, h);
-    // the published choice, in as few operations as it takes
-    if (args.slope_reg == 0) return over_derivative<A, T>(d, h, T(1) - args.margin);
     return over_derivative<A, T>(d, h, T(1) - args.margin, args.slope_reg);
   }
 
@@ -76,7 +76,10 @@ struct TargetStep {
 template <class T, Nonlinearity A, class Tile>
 void target_tile(const RnnTargetScan<T>& args, const Tile& tile) {
   switch (args.correction) {
-    case Correction::linearized: return tile(TargetStep<T, A, Correction::linearized>{args});
+    case Correction::linearized:
+      if (args.slope == Slope::inverse && args.slope_reg == 0)
+        return tile(TargetStep<T, A, Correction::linearized>{args});
+      return tile(TargetStep<T, A, Correction::linearized, false>{args});
     case Correction::difference: return tile(TargetStep<T, A, Correction::difference>{args});
     case Correction::none: return tile(TargetStep<T, A, Correction::none>{args});
     case Correction::learned: return tile(TargetStep<T, A, Correction::learned>{args});
