@@ -42,7 +42,7 @@ def check_replaceable(module: nn.RNN | RNN, where: str) -> None:
     """Raise if a replacement, which takes over the parameters alone, would silently lose a part of ``module``."""
     own = {name for row in module._all_weights for name in row}
     if isinstance(module, RNN):
-        own.update(*module._owned_names)
+        own.update(module.owned_names)
     members = {*module._parameters, *module._buffers, *module._modules}
     # parametrizing or pruning a weight puts other members in its place
     lost = [hook for hook in _HOOKS if getattr(module, hook)]
@@ -238,7 +238,7 @@ class RNN(nn.Module):
                 self.register_parameter(name, nn.Parameter(weight_hh.new_empty(shape)))
 
     def _reset_owned_parameters(self) -> None:
-        for name in itertools.chain(*self._owned_names):
+        for name in self.owned_names:
             self._rule.reset_parameter(name.rsplit("_l", 1)[0], getattr(self, name))
 
     def reset_parameters(self) -> None:
@@ -285,7 +285,7 @@ class RNN(nn.Module):
         shapes = self._owned_shapes(rule)
         if shapes == self._owned_shapes(self._rule):
             return
-        had = list(itertools.chain(*self._owned_names))
+        had = self.owned_names
         changed = [name for name in had if name not in self._parameters]
         if changed:
             raise ValueError(
@@ -319,7 +319,7 @@ class RNN(nn.Module):
         self._rule = rule
         if parameters is None:
             return
-        for name in itertools.chain(*self._owned_names):
+        for name in self.owned_names:
             delattr(self, name)
         self._owned_names = [list(of_member) for of_member in self._owned_shapes(rule)]
         for name, parameter in parameters.items():
@@ -337,7 +337,7 @@ class RNN(nn.Module):
     ) -> None:
         missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        owned = {prefix + name for name in itertools.chain(*self._owned_names)}
+        owned = {prefix + name for name in self.owned_names}
         # none of them: a checkpoint of torch.nn.RNN or of another rule; some of them: a damaged one
         if owned.issubset(missing):
             missing = [key for key in missing if key not in owned]
