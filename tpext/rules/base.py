@@ -139,6 +139,14 @@ def check_flag(rule: object, name: str) -> None:
         raise ValueError(f"{type(rule).__name__}: {name} must be True or False, got {value!r}")
 
 
+def check_positive(rule: object, name: str, high: float = math.inf) -> None:
+    """Check a number that a subclass may have as a constant or as a field without a range of its own."""
+    value = getattr(rule, name)
+    if not 0 < value < high:
+        bound = "" if high == math.inf else f" and < {high:g}"
+        raise ValueError(f"{type(rule).__name__}: {name} must be a finite number > 0{bound}, got {value!r}")
+
+
 def require_result(rule: object, method: str, result: object, like: Tensor) -> None:
     """Raise unless what a rule's method returned is a tensor of the shape, dtype and device of ``like``."""
     where = f"{type(rule).__name__}.{method}"

@@ -23,7 +23,7 @@ from tpext.ops._library import (
 )
 from tpext.ops.kaczmarz import Units
 from tpext.ops.layer_inverse import Activation
-from tpext.rules.base import Kind, Rule, check_flag, require_result
+from tpext.rules.base import Kind, Rule, check_flag, check_positive, require_result
 
 
 class LayerCall(NamedTuple):
@@ -89,10 +89,7 @@ class LayerRule(Rule, ABC):
 
     def __post_init__(self) -> None:
         check_flag(self, "normalize")
-        if not 0 < self.target_step < float("inf"):
-            raise ValueError(
-                f"{type(self).__name__}: target_step must be a finite number > 0, got {self.target_step!r}"
-            )
+        check_positive(self, "target_step")
 
     @abstractmethod
     def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from tpext.ops._library import (
 )
 from tpext.ops.rnn_scan import input_projection
 from tpext.ops.rnn_target_scan import rnn_target_scan
-from tpext.rules.base import Kind, Rule, check_flag, require_result
+from tpext.rules.base import Kind, Rule, check_flag, check_positive, require_result
 from tpext.rules.recurrent_pass import (
     Gradients,
     LayerWeights,
@@ -101,10 +101,8 @@ class RecurrentRule(Rule, ABC):
                 f"{name}: slope and slope_reg belong to correction='linearized', got correction={self.correction!r} "
                 f"with slope={self.slope!r}, slope_reg={self.slope_reg:g}"
             )
-        for number, high in (("target_step", math.inf), ("margin", 1.0)):
-            if not 0 < getattr(self, number) < high:
-                bound = "" if high == math.inf else f" and < {high:g}"
-                raise ValueError(f"{name}: {number} must be a finite number > 0{bound}, got {getattr(self, number)!r}")
+        check_positive(self, "target_step")
+        check_positive(self, "margin", high=1.0)
 
     @abstractmethod
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
