@@ -94,6 +94,7 @@ def scan(
     enters: str = "states",
     last_step_only: bool = False,
     I: int = 5,  # noqa: E741
+    own_inputs: bool = False,
     seed: int = 0,
 ) -> Scan:
     """Random inputs of these sizes.
@@ -102,7 +103,7 @@ def scan(
     the nonlinearity and, for tanh, clear of its edges: the backward passes must be right for any. ``enters`` says where
     a backward pass gets its gradients: at the "states", at the "end" of each run (``at_end`` and ``credit_at_end``
     ``[S, B, H]``, and no ``grad_states``), or at "both". ``last_step_only`` leaves a gradient at the last step of each
-    run alone, as a loss on the final state does.
+    run alone, as a loss on the final state does. ``own_inputs`` gives each member an input of its own.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -131,7 +132,7 @@ def scan(
         None if enters == "end" else grad_states.masked_fill(padded, torch.nan),
         None if enters == "states" else normal(S, B, H),
         None if enters == "states" else normal(S, B, H),
-        normal(T, B, I).masked_fill(~valid[..., None], torch.nan),
+        normal(S if own_inputs else 1, T, B, I).masked_fill(~valid[..., None], torch.nan),
     ]
     if not contiguous:
         tensors = [None if t is None else t.transpose(-1, -2).contiguous().transpose(-1, -2) for t in tensors]
@@ -151,7 +152,7 @@ class Layer(NamedTuple):
     nonlinearity: str
 
 
-# How the memory of an input [T, B, I] is laid out; "one row" repeats it along the batch with stride 0.
+# How the memory of an input [S or 1, T, B, I] is laid out; "one row" repeats it along the batch with stride 0.
 MEMORY = ["time first", "batch first", "features first", "wide rows", "one row"]
 
 
@@ -175,13 +176,14 @@ def layer(
 
     input = inputs.input
     if memory == "batch first":
-        input = input.transpose(0, 1).contiguous().transpose(0, 1)
+        input = input.transpose(1, 2).contiguous().transpose(1, 2)
     elif memory == "features first":
-        input = input.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        input = input.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     elif memory == "wide rows":
-        input = torch.cat([normal(T, B, 2), input, normal(T, B, 3)], dim=2)[..., 2 : 2 + I]
+        N = input.shape[0]
+        input = torch.cat([normal(N, T, B, 2), input, normal(N, T, B, 3)], dim=3)[..., 2 : 2 + I]
     elif memory == "one row":
-        input = normal(T, 1, I).expand(T, B, I)
+        input = normal(input.shape[0], T, 1, I).expand(-1, T, B, I)
     weight_ih, b = normal(S, H, I) / max(I, 1) ** 0.5, normal(S, H) / 2 if bias else None
     return Layer(input, inputs.h0, weight_ih, inputs.weight_hh, b, *inputs[-3:])
 

@@ -50,22 +50,22 @@ FREE = {key: values for key, values in LAYOUTS.items() if key != "contiguous"}
 
 
 def check_layer(arguments: Layer) -> None:
-    terms = arguments.input.shape[0] + arguments.weight_ih.shape[2] + arguments.weight_ih.shape[1] + 1
+    terms = arguments.input.shape[1] + arguments.weight_ih.shape[2] + arguments.weight_ih.shape[1] + 1
     assert_close_to_oracle(rnn_layer, reference.rnn_layer, arguments, terms=terms)
 
 
 def gradient_arguments(inputs: Scan, memory: str = "time first", scale: float = 0.75) -> tuple[Any, ...]:
     """``delta`` is zero in the padding, as every pass leaves it."""
-    T, B, I = inputs.input.shape  # noqa: E741
+    N, T, B, I = inputs.input.shape  # noqa: E741
     delta = inputs.grad_states.nan_to_num()
-    input = layer(T, B, I, 1, 1, memory=memory, dtype=delta.dtype).input
+    input = layer(T, B, I, 1, N, memory=memory, dtype=delta.dtype, own_inputs=True).input
     if inputs.lengths is not None and memory != "one row":
         input = input.masked_fill((torch.arange(T)[:, None] >= inputs.lengths)[..., None], torch.nan)
     return delta, inputs.states, inputs.h0, input, inputs.lengths, inputs.reverse, scale
 
 
 def check_gradients(arguments: tuple[Any, ...]) -> None:
-    steps, rows = arguments[3].shape[:2]
+    steps, rows = arguments[3].shape[1:3]
     assert_close_to_oracle(rnn_weight_gradients, reference.rnn_weight_gradients, arguments, terms=steps * rows + 1)
 
 
@@ -166,8 +166,8 @@ def test_two_pieces_are_the_whole(direction: str, I: int) -> None:  # noqa: E741
     case = layer(9, 7, I, 33, 2, ragged=True, direction=direction)
     states, h_n = rnn_layer(*case)
     cut, reverse = 4, direction == "reverse"
-    early = case._replace(input=case.input[:cut], lengths=case.lengths.clamp(max=cut))
-    late = case._replace(input=case.input[cut:], lengths=(case.lengths - cut).clamp(min=0))
+    early = case._replace(input=case.input[:, :cut], lengths=case.lengths.clamp(max=cut))
+    late = case._replace(input=case.input[:, cut:], lengths=(case.lengths - cut).clamp(min=0))
     first, second = (late, early) if reverse else (early, late)
     begun, between = rnn_layer(*first)
     ended, final = rnn_layer(*second._replace(h0=between))

@@ -165,6 +165,40 @@ def rnn_plan(
         does a matrix product a step.
     """
 
+def rnn_layer_backward(
+    grad_states: object | None,
+    disp_n: object | None,
+    credit_n: object | None,
+    input: object,
+    states: object,
+    h0: object,
+    weight_hh: object,
+    feedback: object,
+    transposed: bool,
+    input_feedback: object | None,
+    pre: object | None,
+    lengths: object | None,
+    reverse: list[bool],
+    nonlinearity: str,
+    correction: str,
+    credit: str,
+    target_step: float,
+    margin: float,
+    slope: str,
+    slope_reg: float,
+    scale: float,
+    input_scale: float,
+    of_displacement: bool,
+    grad_input: object | None,
+    grad_weight_ih: object | None,
+    grad_weight_hh: object | None,
+    grad_bias: object | None,
+    disp_h0: object,
+    credit_h0: object | None,
+    execution: Execution,
+) -> None:
+    """For the CPU. ``feedback`` is P, or if ``transposed`` P'; ``grad_input`` is ``[S, T, B, I]``."""
+
 def rnn_scan(
     x_proj: object | None,
     input: object | None,
@@ -181,18 +215,6 @@ def rnn_scan(
 ) -> None:
     """On CUDA ``x_proj`` must be given, and ``input``, ``weight_ih`` and ``bias`` None."""
 
-def rnn_scan_backward(
-    grad_states: object | None,
-    grad_h_n: object | None,
-    states: object,
-    weight_hh: object,
-    lengths: object | None,
-    reverse: list[bool],
-    nonlinearity: str,
-    grad_x_proj: object,
-    grad_h0: object,
-    execution: Execution,
-) -> None: ...
 def rnn_target_scan(
     grad_states: object | None,
     disp_n: object | None,

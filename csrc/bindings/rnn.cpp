@@ -24,6 +24,7 @@ constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
 
 const std::vector<const char*> kNonlinearities = {"tanh", "relu", "identity"};
 const std::vector<const char*> kCorrections = {"linearized", "difference", "none"};
+const std::vector<const char*> kLayerCorrections = {"linearized", "difference", "none", "learned"};
 const std::vector<const char*> kSlopes = {"inverse", "derivative", "one"};
 const std::vector<const char*> kCredits = {"local", "through_time"};
 const std::vector<const char*> kStorageNames = {"float32", "float64", "bfloat16", "float16"};
@@ -68,14 +69,15 @@ class Call {
     sequence(argument);
     if (!on_cuda()) argument.prefer_huge_pages();
   }
-  // [T, B, I] with any strides of T and B; returns I.
+  // [S or 1, T, B, I] with any strides but that of I; returns I.
   int64_t input(const Argument& argument) const {
-    argument.require_rank({"T", "B", "I"});
-    const Dim I{"I", argument.size(2)};
-    argument.require_shape({T_, B_, I});
+    argument.require_rank({"S or 1", "T", "B", "I"});
+    const Dim I{"I", argument.size(3)};
+    argument.require_shape({argument.size(0) == 1 ? Dim{"S or 1", 1} : S_, T_, B_, I});
     argument.require_dense_rows(dtype_, leading_);
     return I.size;
   }
+  void member_input(const Argument& argument, int64_t inputs) const { check(argument, {S_, T_, B_, {"I", inputs}}); }
   void input_weight(const Argument& argument, int64_t inputs) const { check(argument, {S_, H_, {"I", inputs}}); }
   void none_on_cuda(const Argument& argument) const {
     if (on_cuda() && argument.given()) throw py::value_error(argument.label() + " must be None on CUDA, got a tensor");
@@ -137,7 +139,8 @@ Nonlinearity nonlinearity_of(const char* op, const std::string& value) {
 template <class T>
 RnnInput<T> input_of(const Argument& input) {
   if (!input.given()) return {};
-  return {input.data<const T>(), input.size(2), input.stride(0), input.stride(1)};
+  return {input.data<const T>(), input.size(3), input.size(0) == 1 ? 0 : input.stride(0), input.stride(1),
+          input.stride(2)};
 }
 
 void rnn_scan(const py::object& x_proj_, const py::object& input_, const py::object& weight_ih_,
@@ -175,35 +178,6 @@ void rnn_scan(const py::object& x_proj_, const py::object& input_, const py::obj
                       .h_n = h_n.data<T>()};
   };
   call.run(args, [](const auto& a, const auto& where) { cuda::rnn_scan(a, where); });
-}
-
-void rnn_scan_backward(const py::object& grad_states_, const py::object& grad_h_n_, const py::object& states_,
-                       const py::object& weight_hh_, const py::object& lengths_, const std::vector<bool>& reverse,
-                       const std::string& nonlinearity, const py::object& grad_x_proj_, const py::object& grad_h0_,
-                       const py::object& execution) {
-  constexpr const char* op = "rnn_scan_backward";
-  const Argument grad_states(op, "grad_states", grad_states_), grad_h_n(op, "grad_h_n", grad_h_n_),
-      states(op, "states", states_), weight_hh(op, "weight_hh", weight_hh_), lengths(op, "lengths", lengths_),
-      grad_x_proj(op, "grad_x_proj", grad_x_proj_), grad_h0(op, "grad_h0", grad_h0_);
-  const Call call(op, states, lengths, reverse, execution);
-  call.optional_sequence(grad_states);
-  call.optional_initial(grad_h_n);
-  call.weight(weight_hh);
-  call.written_sequence(grad_x_proj);
-  call.initial(grad_h0);
-  call.step(1);
-  const Nonlinearity a = nonlinearity_of(op, nonlinearity);
-  const auto args = [&]<class T>(T) {
-    return RnnScanBackward<T>{.sizes = call.sizes(),
-                              .nonlinearity = a,
-                              .grad_states = grad_states.data<const T>(),
-                              .grad_h_n = grad_h_n.data<const T>(),
-                              .states = states.data<const T>(),
-                              .weight_hh = weight_hh.data<const T>(),
-                              .grad_x_proj = grad_x_proj.data<T>(),
-                              .grad_h0 = grad_h0.data<T>()};
-  };
-  call.run(args, [](const auto& a, const auto& where) { cuda::rnn_scan_backward(a, where); });
 }
 
 template <class Make>
@@ -266,6 +240,7 @@ void rnn_target_scan(const py::object& grad_states_, const py::object& disp_n_, 
                             .h0 = h0.data<const T>(),
                             .weight_hh = weight_hh.data<const T>(),
                             .inverse = inverse.data<const T>(),
+                            .is_feedback = false,
                             .x_proj = x_proj.data<const T>(),
                             .reverse_pre = nullptr,
                             .delta = delta.data<T>(),
@@ -323,6 +298,7 @@ void rnn_learned_target_scan(const py::object& grad_states_, const py::object& d
                             .h0 = nullptr,
                             .weight_hh = weight_hh.data<const T>(),
                             .inverse = reverse_weight.data<const T>(),
+                            .is_feedback = false,
                             .x_proj = nullptr,
                             .reverse_pre = reverse_pre.data<const T>(),
                             .delta = delta.data<T>(),
@@ -365,6 +341,89 @@ void rnn_weight_gradients(const py::object& delta_, const py::object& states_, c
   });
 }
 
+void rnn_layer_backward(const py::object& grad_states_, const py::object& disp_n_, const py::object& credit_n_,
+                        const py::object& input_, const py::object& states_, const py::object& h0_,
+                        const py::object& weight_hh_, const py::object& feedback_, bool transposed,
+                        const py::object& input_feedback_, const py::object& pre_, const py::object& lengths_,
+                        const std::vector<bool>& reverse, const std::string& nonlinearity,
+                        const std::string& correction, const std::string& credit, double target_step, double margin,
+                        const std::string& slope, double slope_reg, double scale, double input_scale,
+                        bool of_displacement, const py::object& grad_input_, const py::object& grad_weight_ih_,
+                        const py::object& grad_weight_hh_, const py::object& grad_bias_, const py::object& disp_h0_,
+                        const py::object& credit_h0_, const py::object& execution) {
+  constexpr const char* op = "rnn_layer_backward";
+  const Argument grad_states(op, "grad_states", grad_states_), disp_n(op, "disp_n", disp_n_),
+      credit_n(op, "credit_n", credit_n_), input(op, "input", input_), states(op, "states", states_), h0(op, "h0", h0_),
+      weight_hh(op, "weight_hh", weight_hh_), feedback(op, "feedback", feedback_),
+      input_feedback(op, "input_feedback", input_feedback_), pre(op, "pre", pre_), lengths(op, "lengths", lengths_),
+      grad_input(op, "grad_input", grad_input_), grad_weight_ih(op, "grad_weight_ih", grad_weight_ih_),
+      grad_weight_hh(op, "grad_weight_hh", grad_weight_hh_), grad_bias(op, "grad_bias", grad_bias_),
+      disp_h0(op, "disp_h0", disp_h0_), credit_h0(op, "credit_h0", credit_h0_);
+  const Call call(op, states, lengths, reverse, execution);
+  if (call.on_cuda())
+    throw py::value_error(states.label() +
+                          " must be on the CPU: on CUDA a pass that leaves delta and torch's products do this");
+  const Nonlinearity a = nonlinearity_of(op, nonlinearity);
+  const auto c = static_cast<Correction>(choose(op, "correction", correction, kLayerCorrections));
+  const auto by = static_cast<Slope>(choose(op, "slope", slope, kSlopes));
+  const bool through_time = choose(op, "credit", credit, kCredits) == 1;
+  call.optional_sequence(grad_states);
+  call.optional_initial(disp_n);
+  call.optional_initial(credit_n);
+  const int64_t inputs = call.input(input);
+  call.initial(h0);
+  call.weight(weight_hh);
+  call.weight(feedback);
+  if (c == Correction::none || c == Correction::learned) call.sequence(pre);
+  if (grad_input.given()) {
+    call.input_weight(input_feedback, inputs);
+    call.member_input(grad_input, inputs);
+  }
+  if (grad_weight_ih.given()) call.input_weight(grad_weight_ih, inputs);
+  if (grad_weight_hh.given()) call.weight(grad_weight_hh);
+  if (grad_bias.given()) call.units(grad_bias);
+  call.initial(disp_h0);
+  call.optional_initial(credit_h0);
+  call.run_on_cpu([&]<class T>(T) {
+    return RnnLayerBackward<T>{.pass = {.sizes = call.sizes(),
+                                        .nonlinearity = a,
+                                        .correction = c,
+                                        .through_time = through_time,
+                                        .slope = by,
+                                        .target_step = static_cast<T>(target_step),
+                                        .margin = static_cast<T>(margin),
+                                        .slope_reg = static_cast<T>(slope_reg),
+                                        .grad_states = grad_states.data<const T>(),
+                                        .disp_n = disp_n.data<const T>(),
+                                        .credit_n = credit_n.data<const T>(),
+                                        .states = states.data<const T>(),
+                                        .h0 = h0.data<const T>(),
+                                        .weight_hh = weight_hh.data<const T>(),
+                                        .inverse = feedback.data<const T>(),
+                                        .is_feedback = !transposed,
+                                        .x_proj = c == Correction::none ? pre.data<const T>() : nullptr,
+                                        .reverse_pre = c == Correction::learned ? pre.data<const T>() : nullptr,
+                                        .delta = nullptr,
+                                        .disp_h0 = disp_h0.data<T>(),
+                                        .credit_h0 = credit_h0.data<T>(),
+                                        .norms = nullptr,
+                                        .displacement = nullptr},
+                               .parameters = {.sizes = call.sizes(),
+                                              .scale = static_cast<T>(scale),
+                                              .delta = nullptr,
+                                              .states = states.data<const T>(),
+                                              .h0 = h0.data<const T>(),
+                                              .input = input_of<T>(input),
+                                              .grad_weight_ih = grad_weight_ih.data<T>(),
+                                              .grad_weight_hh = grad_weight_hh.data<T>(),
+                                              .grad_bias = grad_bias.data<T>()},
+                               .input_feedback = input_feedback.data<const T>(),
+                               .of_displacement = of_displacement,
+                               .input_scale = static_cast<T>(input_scale),
+                               .grad_input = grad_input.data<T>()};
+  });
+}
+
 // What a scan of these sizes runs as on a CUDA device: the regime, the bytes of zeroed workspace, predicted cycles.
 py::tuple rnn_plan(int products, const std::string& dtype, int64_t stack, int64_t batch, int64_t hidden, int device,
                    const std::string& regime) {
@@ -395,12 +454,16 @@ py::tuple rnn_plan(int products, const std::string& dtype, int64_t stack, int64_
 void define_rnn(py::module_& m) {
   m.def("rnn_plan", &rnn_plan, py::arg("products"), py::arg("dtype"), py::arg("stack"), py::arg("batch"),
         py::arg("hidden"), py::arg("device"), py::arg("regime"));
+  m.def("rnn_layer_backward", &rnn_layer_backward, py::arg("grad_states"), py::arg("disp_n"), py::arg("credit_n"),
+        py::arg("input"), py::arg("states"), py::arg("h0"), py::arg("weight_hh"), py::arg("feedback"),
+        py::arg("transposed"), py::arg("input_feedback"), py::arg("pre"), py::arg("lengths"), py::arg("reverse"),
+        py::arg("nonlinearity"), py::arg("correction"), py::arg("credit"), py::arg("target_step"), py::arg("margin"),
+        py::arg("slope"), py::arg("slope_reg"), py::arg("scale"), py::arg("input_scale"), py::arg("of_displacement"),
+        py::arg("grad_input"), py::arg("grad_weight_ih"), py::arg("grad_weight_hh"), py::arg("grad_bias"),
+        py::arg("disp_h0"), py::arg("credit_h0"), py::arg("execution"));
   m.def("rnn_scan", &rnn_scan, py::arg("x_proj"), py::arg("input"), py::arg("weight_ih"), py::arg("bias"),
         py::arg("h0"), py::arg("weight_hh"), py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"),
         py::arg("states"), py::arg("h_n"), py::arg("execution"));
-  m.def("rnn_scan_backward", &rnn_scan_backward, py::arg("grad_states"), py::arg("grad_h_n"), py::arg("states"),
-        py::arg("weight_hh"), py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"), py::arg("grad_x_proj"),
-        py::arg("grad_h0"), py::arg("execution"));
   m.def("rnn_target_scan", &rnn_target_scan, py::arg("grad_states"), py::arg("disp_n"), py::arg("credit_n"),
         py::arg("states"), py::arg("h0"), py::arg("weight_hh"), py::arg("inverse"), py::arg("x_proj"),
         py::arg("lengths"), py::arg("reverse"), py::arg("nonlinearity"), py::arg("correction"), py::arg("credit"),

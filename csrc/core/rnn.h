@@ -29,14 +29,17 @@ struct RnnSizes {
   const uint8_t* reverse;  // [S] 1: the member runs from its last valid step to its first
 };
 
-// The input [T, B, I] of a layer, its rows dense, its other strides free: batch-first inputs need no copy.
+// The input [S or 1, T, B, I] of a layer, its rows dense, its other strides free: batch-first inputs need no copy, and
+// members that share it have a stride of 0.
 template <class T>
 struct RnnInput {
   const T* data;
   int64_t size;  // I
-  int64_t time_stride, batch_stride;
+  int64_t member_stride, time_stride, batch_stride;
 
-  const T* row(int64_t t, int64_t b) const { return data + t * time_stride + b * batch_stride; }
+  const T* row(int64_t s, int64_t t, int64_t b) const {
+    return data + s * member_stride + t * time_stride + b * batch_stride;
+  }
 };
 
 // Either x_proj is given, or it is x_t U^T + bias of the input, which then never stands in memory.
@@ -55,18 +58,6 @@ struct RnnScan {
 };
 
 template <class T>
-struct RnnScanBackward {
-  RnnSizes sizes;
-  Nonlinearity nonlinearity;
-  const T* grad_states;  // [S, T, B, H], or null: zero
-  const T* grad_h_n;     // [S, B, H] what comes back from beyond the last valid step, or null: zero
-  const T* states;       // [S, T, B, H]
-  const T* weight_hh;    // [S, H, H]
-  T* grad_x_proj;        // [S, T, B, H]
-  T* grad_h0;            // [S, B, H]
-};
-
-template <class T>
 struct RnnTargetScan {
   RnnSizes sizes;
   Nonlinearity nonlinearity;
@@ -82,7 +73,8 @@ struct RnnTargetScan {
   const T* states;       // [S, T, B, H]
   const T* h0;           // [S, B, H]; correction none only
   const T* weight_hh;    // [S, H, H]; through_time only
-  const T* inverse;      // [S, H, H] regularised inverse R of W; for correction learned the reverse weight V
+  const T* inverse;      // [S, H, H] R = P', such as the regularised inverse of W; for correction learned V
+  bool is_feedback;      // `inverse` holds P itself
   const T* x_proj;       // [S, T, B, H]; correction none only
   const T* reverse_pre;  // [S, T, B, H] pre-activations of the reverse layer; correction learned only
   T* delta;              // [S, T, B, H]
@@ -104,6 +96,17 @@ struct RnnWeightGradients {
   T* grad_weight_ih;  // dU [S, H, I], or null
   T* grad_weight_hh;  // dW [S, H, H], or null
   T* grad_bias;       // db [S, H], or null
+};
+
+// A target pass with all the gradients that its delta gives, which itself never stands in memory.
+template <class T>
+struct RnnLayerBackward {
+  RnnTargetScan<T> pass;             // without delta, norms and displacement
+  RnnWeightGradients<T> parameters;  // without delta
+  const T* input_feedback;           // [S, H, I] U, or P_U of a displacement; or null
+  bool of_displacement;              // grad_input = input_scale * z_t P_U in place of input_scale * e_t U
+  Compute<T> input_scale;
+  T* grad_input;  // [S, T, B, I], or null
 };
 
 }  // namespace tpext

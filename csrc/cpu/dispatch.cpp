@@ -26,10 +26,10 @@ namespace tpext::cpu {
   void regularized_inverse(const RegularizedInverse<double>&, int);  \
   void regularized_solve(const RegularizedSolve<float>&, int);       \
   void regularized_solve(const RegularizedSolve<double>&, int);      \
+  void rnn_layer_backward(const RnnLayerBackward<float>&, int);      \
+  void rnn_layer_backward(const RnnLayerBackward<double>&, int);     \
   void rnn_scan(const RnnScan<float>&, int);                         \
   void rnn_scan(const RnnScan<double>&, int);                        \
-  void rnn_scan_backward(const RnnScanBackward<float>&, int);        \
-  void rnn_scan_backward(const RnnScanBackward<double>&, int);       \
   void rnn_target_scan(const RnnTargetScan<float>&, int);            \
   void rnn_target_scan(const RnnTargetScan<double>&, int);           \
   void rnn_weight_gradients(const RnnWeightGradients<float>&, int);  \
@@ -51,10 +51,10 @@ namespace tpext::cpu {
                              regularized_inverse,                    \
                              regularized_solve,                      \
                              regularized_solve,                      \
+                             rnn_layer_backward,                     \
+                             rnn_layer_backward,                     \
                              rnn_scan,                               \
                              rnn_scan,                               \
-                             rnn_scan_backward,                      \
-                             rnn_scan_backward,                      \
                              rnn_target_scan,                        \
                              rnn_target_scan,                        \
                              rnn_weight_gradients,                   \

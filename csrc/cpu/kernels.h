@@ -28,10 +28,10 @@ struct Kernels {
   void (*regularized_inverse_double)(const RegularizedInverse<double>&, int threads);
   void (*regularized_solve_float)(const RegularizedSolve<float>&, int threads);
   void (*regularized_solve_double)(const RegularizedSolve<double>&, int threads);
+  void (*rnn_layer_backward_float)(const RnnLayerBackward<float>&, int threads);
+  void (*rnn_layer_backward_double)(const RnnLayerBackward<double>&, int threads);
   void (*rnn_scan_float)(const RnnScan<float>&, int threads);
   void (*rnn_scan_double)(const RnnScan<double>&, int threads);
-  void (*rnn_scan_backward_float)(const RnnScanBackward<float>&, int threads);
-  void (*rnn_scan_backward_double)(const RnnScanBackward<double>&, int threads);
   void (*rnn_target_scan_float)(const RnnTargetScan<float>&, int threads);
   void (*rnn_target_scan_double)(const RnnTargetScan<double>&, int threads);
   void (*rnn_weight_gradients_float)(const RnnWeightGradients<float>&, int threads);
@@ -57,10 +57,10 @@ struct Kernels {
   }
   void operator()(const RegularizedSolve<float>& args, int threads) const { regularized_solve_float(args, threads); }
   void operator()(const RegularizedSolve<double>& args, int threads) const { regularized_solve_double(args, threads); }
+  void operator()(const RnnLayerBackward<float>& args, int threads) const { rnn_layer_backward_float(args, threads); }
+  void operator()(const RnnLayerBackward<double>& args, int threads) const { rnn_layer_backward_double(args, threads); }
   void operator()(const RnnScan<float>& args, int threads) const { rnn_scan_float(args, threads); }
   void operator()(const RnnScan<double>& args, int threads) const { rnn_scan_double(args, threads); }
-  void operator()(const RnnScanBackward<float>& args, int threads) const { rnn_scan_backward_float(args, threads); }
-  void operator()(const RnnScanBackward<double>& args, int threads) const { rnn_scan_backward_double(args, threads); }
   void operator()(const RnnTargetScan<float>& args, int threads) const { rnn_target_scan_float(args, threads); }
   void operator()(const RnnTargetScan<double>& args, int threads) const { rnn_target_scan_double(args, threads); }
   void operator()(const RnnWeightGradients<float>& args, int threads) const {

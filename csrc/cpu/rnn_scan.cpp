@@ -1,12 +1,10 @@
-// rnn_scan:           h_t = a(x_proj_t + h_{t-1} W')   or   h_t = a(x_t U' + b + h_{t-1} W')
-// rnn_scan_backward:  e_t = (g_t + e_{t+1} W) * a'(h_t),  grad_h0 = e_1 W
+// rnn_scan:  h_t = a(x_proj_t + h_{t-1} W')   or   h_t = a(x_t U' + b + h_{t-1} W')
 //
-// Layouts stand in core/rnn.h, the split of the work in sweep.h. Both are one sweep over time per row tile; a step is
-// one product of the tile's rows with the packed weights (2 H^2 operations a row, 2 H I more with an input) whose
-// epilogue reads x_proj (or g and h) once and writes the state (or e) once. Memory: the packed weights, S * ceil(H) *
-// (H + I + 1) numbers. Deterministic: an element is one sum in ascending order, on whichever thread.
+// Layouts stand in core/rnn.h, the split of the work in sweep.h. It is one sweep over time per row tile; a step is one
+// product of the tile's rows with the packed weights (2 H^2 operations a row, 2 H I more with an input) whose epilogue
+// reads x_proj once and writes the state once. Memory: the packed weights, S * ceil(H) * (H + I + 1) numbers.
+// Deterministic: an element is one sum in ascending order, on whichever thread.
 #include "cpu/activations.h"
-#include "cpu/backward_sweep.h"
 #include "cpu/sweep.h"
 
 namespace tpext::cpu::TPEXT_CAPABILITY {
@@ -41,7 +39,7 @@ void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, Tile tile) 
     for (int64_t r = 0; r < tile.rows; ++r) {
       const bool first = reverse ? t + 1 >= steps[r] : t == 0;
       previous[r] = first ? h0[r] : args.states + (current - next + r * H);
-      if (project) inputs[r] = args.input.row(t, tile.row + r);
+      if (project) inputs[r] = args.input.row(tile.member, t, tile.row + r);
     }
     for (int64_t group = 0; group < groups.count(); ++group) {
       const int64_t panel = groups.begin(group);
@@ -89,7 +87,7 @@ void scan_tile(const RnnScan<T>& args, const PackedStack<T>& weight, Tile tile) 
 
 template <class T>
 void scan(const RnnScan<T>& args, int max_threads) {
-  const int processors = team_processors(args.sizes, max_threads);
+  const int processors = team_processors(args.sizes.stack * args.sizes.batch, max_threads);
   const int threads = useful_threads<T>(args.sizes, 1, max_threads, processors);
   const bool project = args.x_proj == nullptr;
   PackedStack<T> weight(args.weight_hh, true, args.sizes, project ? args.weight_ih : nullptr, args.input.size,
@@ -109,46 +107,9 @@ void scan(const RnnScan<T>& args, int max_threads) {
   }
 }
 
-template <class T, Nonlinearity A>
-struct GradientStep {
-  static constexpr bool displaces = false, zero_stays_zero = true;
-  const RnnScanBackward<T>& args;
-
-  template <bool Last>
-  Stepped<T> at(const RowStep& at, int64_t column, int64_t count, Vec<T>, Vec<T> credit) const {
-    const Vec<T> h = load_part(args.states + at.current + column, count);
-    if (args.grad_states != nullptr) credit += load_part(args.grad_states + at.current + column, count);
-    return {times_derivative<A, T>(credit, h), Vec<T>{}, Vec<T>{}};
-  }
-  Vec<T> initial(const RowStep&, int64_t, int64_t, Vec<T>) const { return Vec<T>{}; }
-};
-
-template <class T>
-void scan_backward(const RnnScanBackward<T>& args, int max_threads) {
-  const BackwardArrays<T> arrays{.states = args.states,
-                                 .grad_states = args.grad_states,
-                                 .disp_n = nullptr,
-                                 .credit_n = args.grad_h_n,
-                                 .delta = args.grad_x_proj,
-                                 .disp_h0 = nullptr,
-                                 .credit_h0 = args.grad_h0,
-                                 .norms = nullptr,
-                                 .displacement = nullptr};
-  BackwardSweep<T> sweep(args.sizes, nullptr, args.weight_hh, arrays, max_threads);
-  sweep.run([&](const auto& tile) {
-    switch (args.nonlinearity) {
-      case Nonlinearity::tanh: return tile(GradientStep<T, Nonlinearity::tanh>{args});
-      case Nonlinearity::relu: return tile(GradientStep<T, Nonlinearity::relu>{args});
-      case Nonlinearity::identity: return tile(GradientStep<T, Nonlinearity::identity>{args});
-    }
-  });
-}
-
 }  // namespace
 
 void rnn_scan(const RnnScan<float>& args, int threads) { scan(args, threads); }
 void rnn_scan(const RnnScan<double>& args, int threads) { scan(args, threads); }
-void rnn_scan_backward(const RnnScanBackward<float>& args, int threads) { scan_backward(args, threads); }
-void rnn_scan_backward(const RnnScanBackward<double>& args, int threads) { scan_backward(args, threads); }
 
 }  // namespace tpext::cpu::TPEXT_CAPABILITY

@@ -5,28 +5,31 @@
 //     d_{t-1} = -s g_{t-1} + z_t P - h_{t-1},  z_t = a^-1(h_t + d_t) - x_proj_t   none
 //     d_{t-1} = -s g_{t-1} + tanh(q_t + d_t V') - tanh(q_t)                       learned (P holds V')
 //     e_t = (-d_t + [through_time] e_{t+1} W) * a'(h_t)
+// Back-propagation through time is linearized with P = W, s = 1 and a' for the slope: d is minus its gradient. By whole
+// arrays (rnn_target_scan) or with all the gradients that e gives (rnn_layer_backward; layer_gradients.h).
 //
 // Layouts stand in core/rnn.h, the split of the work in sweep.h and backward_sweep.h. A step is one product of the
 // tile's rows (local credit) or two (through time), with all elementwise work in the epilogue: h and g are read once, e
 // is written once. Memory: the packed matrices and two row tiles a thread, four with norms. Deterministic, as sweep.h
 // says.
 #include "cpu/activations.h"
-#include "cpu/backward_sweep.h"
-#include "cpu/sweep.h"
+#include "cpu/layer_gradients.h"
 
 namespace tpext::cpu::TPEXT_CAPABILITY {
 namespace {
 
-// Published: the slope is the plain inverse, which costs nothing to choose at compile time.
-template <class T, Nonlinearity A, Correction C, bool Published = true>
+// How z comes of d under correction linearized: the common choices cost nothing to make at compile time.
+enum class Choice { published, derivative, given };
+
+template <class T, Nonlinearity A, Correction C, Choice S = Choice::given>
 struct TargetStep {
-  static constexpr bool displaces = true, zero_stays_zero = C != Correction::none;
+  static constexpr bool zero_stays_zero = C != Correction::none;
   const RnnTargetScan<T>& args;
 
   Vec<T> times_slope(Vec<T> d, Vec<T> h) const {
-    if constexpr (Published) return over_derivative<A, T>(d, h, T(1) - args.margin);
+    if constexpr (S == Choice::published) return over_derivative<A, T>(d, h, T(1) - args.margin);
+    if constexpr (S == Choice::derivative) return times_derivative<A, T>(d, h);
     if (args.slope == Slope::one) return d;
-    if (args.slope == Slope::derivative) return times_derivative<A, T>(d, h);
     return over_derivative<A, T>(d, h, T(1) - args.margin, args.slope_reg);
   }
 
@@ -73,43 +76,62 @@ struct TargetStep {
   }
 };
 
-template <class T, Nonlinearity A, class Tile>
-void target_tile(const RnnTargetScan<T>& args, const Tile& tile) {
+// Calls run(step) with the step of a pass.
+template <class T, Nonlinearity A, class Run>
+void with_correction(const RnnTargetScan<T>& args, const Run& run) {
   switch (args.correction) {
     case Correction::linearized:
       if (args.slope == Slope::inverse && args.slope_reg == 0)
-        return tile(TargetStep<T, A, Correction::linearized>{args});
-      return tile(TargetStep<T, A, Correction::linearized, false>{args});
-    case Correction::difference: return tile(TargetStep<T, A, Correction::difference>{args});
-    case Correction::none: return tile(TargetStep<T, A, Correction::none>{args});
-    case Correction::learned: return tile(TargetStep<T, A, Correction::learned>{args});
+        return run(TargetStep<T, A, Correction::linearized, Choice::published>{args});
+      if (args.slope == Slope::derivative)
+        return run(TargetStep<T, A, Correction::linearized, Choice::derivative>{args});
+      return run(TargetStep<T, A, Correction::linearized>{args});
+    case Correction::difference: return run(TargetStep<T, A, Correction::difference>{args});
+    case Correction::none: return run(TargetStep<T, A, Correction::none>{args});
+    case Correction::learned: return run(TargetStep<T, A, Correction::learned>{args});
+  }
+}
+
+template <class T, class Run>
+void with_step(const RnnTargetScan<T>& args, const Run& run) {
+  switch (args.nonlinearity) {
+    case Nonlinearity::tanh: return with_correction<T, Nonlinearity::tanh>(args, run);
+    case Nonlinearity::relu: return with_correction<T, Nonlinearity::relu>(args, run);
+    case Nonlinearity::identity: return with_correction<T, Nonlinearity::identity>(args, run);
   }
 }
 
 template <class T>
-void target_scan(const RnnTargetScan<T>& args, int max_threads) {
-  const BackwardArrays<T> arrays{.states = args.states,
-                                 .grad_states = args.grad_states,
-                                 .disp_n = args.disp_n,
-                                 .credit_n = args.through_time ? args.credit_n : nullptr,
-                                 .delta = args.delta,
-                                 .disp_h0 = args.disp_h0,
-                                 .credit_h0 = args.through_time ? args.credit_h0 : nullptr,
-                                 .norms = args.norms,
-                                 .displacement = args.displacement};
-  BackwardSweep<T> sweep(args.sizes, args.inverse, args.through_time ? args.weight_hh : nullptr, arrays, max_threads);
-  sweep.run([&](const auto& tile) {
-    switch (args.nonlinearity) {
-      case Nonlinearity::tanh: return target_tile<T, Nonlinearity::tanh>(args, tile);
-      case Nonlinearity::relu: return target_tile<T, Nonlinearity::relu>(args, tile);
-      case Nonlinearity::identity: return target_tile<T, Nonlinearity::identity>(args, tile);
-    }
-  });
+BackwardArrays<T> arrays_of(const RnnTargetScan<T>& args) {
+  return {.states = args.states,
+          .grad_states = args.grad_states,
+          .disp_n = args.disp_n,
+          .credit_n = args.through_time ? args.credit_n : nullptr,
+          .disp_h0 = args.disp_h0,
+          .credit_h0 = args.through_time ? args.credit_h0 : nullptr,
+          .norms = args.norms};
+}
+
+template <class T>
+void target_scan(const RnnTargetScan<T>& args, int threads) {
+  Backward<T> call(args.sizes, args.inverse, !args.is_feedback, args.through_time ? args.weight_hh : nullptr,
+                   arrays_of(args));
+  sweep_whole(call, args.delta, args.displacement, threads, [&](const auto& run) { with_step(args, run); });
+}
+
+template <class T>
+void backward(const RnnLayerBackward<T>& args, int threads) {
+  const RnnTargetScan<T>& pass = args.pass;
+  Backward<T> call(pass.sizes, pass.inverse, !pass.is_feedback, pass.through_time ? pass.weight_hh : nullptr,
+                   arrays_of(pass));
+  layer_backward(args, call, threads, [&](const auto& run) { with_step(pass, run); });
 }
 
 }  // namespace
 
 void rnn_target_scan(const RnnTargetScan<float>& args, int threads) { target_scan(args, threads); }
 void rnn_target_scan(const RnnTargetScan<double>& args, int threads) { target_scan(args, threads); }
+void rnn_layer_backward(const RnnLayerBackward<float>& args, int threads) { backward(args, threads); }
+void rnn_layer_backward(const RnnLayerBackward<double>& args, int threads) { backward(args, threads); }
 
 }  // namespace tpext::cpu::TPEXT_CAPABILITY

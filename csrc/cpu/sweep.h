@@ -98,9 +98,9 @@ class PackedStack {
 constexpr int kRest = 16;
 int resting = 0;
 
-// Those that the next call may form teams on; where it has a row for every thread it needs none.
-inline int team_processors(const RnnSizes& sizes, int threads) {
-  if (sizes.stack * sizes.batch >= threads) return 1;
+// Those that the next call may form teams on; where it has one of its `shares` for every thread it needs none.
+inline int team_processors(int64_t shares, int threads) {
+  if (shares >= threads) return 1;
   const int rest = __atomic_load_n(&resting, __ATOMIC_RELAXED);
   if (rest <= 0) return usable_processors();
   __atomic_store_n(&resting, rest - 1, __ATOMIC_RELAXED);

@@ -48,8 +48,6 @@ RnnPlan plan_rnn(int products, int64_t stack, int64_t batch, int64_t hidden, int
 // `x_proj` must be given.
 template <class T>
 void rnn_scan(const RnnScan<T>& args, const RnnExecution& execution);
-template <class T>
-void rnn_scan_backward(const RnnScanBackward<T>& args, const RnnExecution& execution);
 // `norms` must be null; `displacement_of_state` [S, T, B, H] receives d_t, or is null.
 template <class T>
 void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, const RnnExecution& execution);

@@ -549,7 +549,7 @@ class RNN(nn.Module):
         weights = self._layer_parameters(layer, input)
         owned = self._owned_parameters(layer, input)
         return RecurrentCall(
-            input, h0, *weights, lengths, self._reverse, self.nonlinearity, owned, self.checkpoint_every
+            input.unsqueeze(0), h0, *weights, lengths, self._reverse, self.nonlinearity, owned, self.checkpoint_every
         )
 
     def _initial_states(self, hx: Tensor | None, input: Tensor) -> Sequence[Tensor]:

@@ -26,7 +26,7 @@ from tpext.ops.layer_inverse import (
 )
 from tpext.ops.pooled_difference import code_difference, max_unpool, probe_difference
 from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
-from tpext.ops.rnn_scan import input_projection
+from tpext.ops.rnn_products import input_projection
 
 __all__ = [
     "Activation",

@@ -87,6 +87,37 @@ def _outputs(states: Tensor, return_norms: bool, credit: str) -> tuple[Tensor, T
     )
 
 
+def check_pass(
+    op: str,
+    states: Tensor,
+    correction: str,
+    credit: str,
+    target_step: float,
+    margin: float,
+    slope: str,
+    slope_reg: float,
+    learned: bool = False,
+) -> None:
+    """Raise ValueError unless the options of a pass are known and in range; ``learned``: a reverse layer is too."""
+    check_choice(op, "correction", correction, (*CORRECTIONS, "learned") if learned else CORRECTIONS)
+    check_choice(op, "credit", credit, CREDITS)
+    check_choice(op, "slope", slope, SLOPES)
+    if not 0 <= slope_reg < math.inf:
+        raise ValueError(f"{op}: slope_reg must be a finite number >= 0, got {slope_reg}")
+    if correction != "linearized" and (slope != "inverse" or slope_reg != 0):
+        raise ValueError(
+            f"{op}: slope and slope_reg belong to correction 'linearized', got {correction!r} with {slope!r} and "
+            f"{slope_reg}"
+        )
+    computed_in = compute_dtype(states)
+    least = torch.finfo(computed_in).eps
+    if not least <= margin < 1:
+        raise ValueError(
+            f"{op}: margin must be at least {least:.2g}, the precision of {computed_in}, and below 1, got {margin}"
+        )
+    _check_step(op, target_step)
+
+
 def _check_step(op: str, target_step: float) -> None:
     if not 0 < target_step < math.inf:
         raise ValueError(f"{op}: target_step must be a finite number > 0, got {target_step}")
@@ -126,25 +157,9 @@ def _prepare_target(
         "credit_n": (credit_n, "SBH"),
     }
     check_scan(op, "states", tensors, lengths, reverse, nonlinearity)
-    check_choice(op, "correction", correction, CORRECTIONS)
-    check_choice(op, "credit", credit, CREDITS)
-    check_choice(op, "slope", slope, SLOPES)
-    if not 0 <= slope_reg < math.inf:
-        raise ValueError(f"{op}: slope_reg must be a finite number >= 0, got {slope_reg}")
-    if correction != "linearized" and (slope != "inverse" or slope_reg != 0):
-        raise ValueError(
-            f"{op}: slope and slope_reg belong to correction 'linearized', got {correction!r} with {slope!r} and "
-            f"{slope_reg}"
-        )
+    check_pass(op, states, correction, credit, target_step, margin, slope, slope_reg)
     if correction == "none" and x_proj is None:
         raise ValueError(f"{op}: x_proj must be given for correction 'none', got None")
-    computed_in = compute_dtype(states)
-    least = torch.finfo(computed_in).eps
-    if not least <= margin < 1:
-        raise ValueError(
-            f"{op}: margin must be at least {least:.2g}, the precision of {computed_in}, and below 1, got {margin}"
-        )
-    _check_step(op, target_step)
     delta, disp_h0, norms, credit_h0 = _outputs(states, return_norms, credit)
     return delta, disp_h0, norms, states.new_empty(states.shape if return_displacement else 0), credit_h0
 

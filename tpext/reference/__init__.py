@@ -32,6 +32,7 @@ from tpext.reference.rnn_scan import (
 )
 from tpext.reference.rnn_target_scan import (
     learned_target_rnn_gradients,
+    rnn_layer_backward,
     rnn_learned_target_scan,
     rnn_target_scan,
     target_rnn_gradients,
@@ -56,6 +57,7 @@ __all__ = [
     "regularized_solve",
     "rnn_gradients",
     "rnn_layer",
+    "rnn_layer_backward",
     "rnn_learned_target_scan",
     "rnn_scan",
     "rnn_scan_backward",

@@ -139,10 +139,21 @@ def rnn_scan_backward(
     return grad_x_proj, grad_h0
 
 
+def each_member(input: Array, members: int) -> Array:
+    """The input of each member, ``[S, T, B, I]``, where they may share one, ``[1, T, B, I]``."""
+    return np.broadcast_to(input, (members, *input.shape[1:]))
+
+
+def input_gradient(rows: Array, matrix: ArrayLike, input: ArrayLike) -> Array:
+    """``rows F`` of each member, ``[S, T, B, H]`` and ``F [S, H, I]``; their sum where the members share the input."""
+    of_member: Array = np.einsum("stbh,shi->stbi", rows, np.asarray(matrix))
+    return of_member if len(np.asarray(input)) == len(rows) else of_member.sum(0, keepdims=True)
+
+
 def input_projection(input: ArrayLike, weight_ih: ArrayLike, bias: ArrayLike | None) -> Array:
     """``x_proj = input U' + bias`` of each member, ``[S, T, B, H]``, with ``U = weight_ih``."""
     input, weight_ih = promote(input, weight_ih)
-    x_proj: Array = np.einsum("tbi,shi->stbh", input, weight_ih)
+    x_proj: Array = np.einsum("stbi,shi->stbh", each_member(input, len(weight_ih)), weight_ih)
     return x_proj if bias is None else x_proj + np.asarray(bias)[:, None, None, :]
 
 
@@ -159,7 +170,7 @@ def rnn_layer(
     """Hidden states of a layer, ``h_t = a(x_t U' + b + h_{t-1} W')``.
 
     Args:
-        input: ``x``, ``[T, B, I]``, shared by the members of the stack.
+        input: ``x``, ``[S or 1, T, B, I]``, of each member or shared by all.
         weight_ih: ``U``, ``[S, H, I]``.
         bias: ``b``, ``[S, H]``, or None.
         h0, weight_hh, lengths, reverse, nonlinearity: as in :func:`rnn_scan`.
@@ -194,7 +205,7 @@ def rnn_weight_gradients(
         delta: ``[S, T, B, H]``, ignored at ``t >= lengths[b]``.
         states: ``h``, ``[S, T, B, H]``.
         h0: state before the first step of the run, ``[S, B, H]``.
-        input: ``x``, ``[T, B, I]``, shared by the members of the stack; ignored at ``t >= lengths[b]``.
+        input: ``x``, ``[S or 1, T, B, I]``, of each member or shared by all; ignored at ``t >= lengths[b]``.
         lengths, reverse: as in :func:`rnn_scan`.
         scale: factor of all three.
 
@@ -203,13 +214,14 @@ def rnn_weight_gradients(
     """
     delta, states, h0, input = promote(delta, states, h0, input)
     S, _, _, H = delta.shape
+    input = each_member(input, S)
     weight_ih = np.zeros((S, H, input.shape[-1]), delta.dtype)
     weight_hh = np.zeros((S, H, H), delta.dtype)
     bias = np.zeros((S, H), delta.dtype)
     for s, b, times in rows(delta.shape, lengths, reverse):
         previous = h0[s, b]
         for t in times:
-            weight_ih[s] += np.outer(delta[s, t, b], input[t, b])
+            weight_ih[s] += np.outer(delta[s, t, b], input[s, t, b])
             weight_hh[s] += np.outer(delta[s, t, b], previous)
             bias[s] += delta[s, t, b]
             previous = states[s, t, b]
@@ -232,7 +244,7 @@ def rnn_gradients(
 
     Args:
         grad_states: ``[S, T, B, H]``, or None.
-        input: ``[T, B, I]``, shared by the members of the stack.
+        input: ``[S or 1, T, B, I]``, of each member or shared by all.
         h0: ``[S, B, H]``.
         weight_ih: ``[S, H, I]``.
         weight_hh: ``[S, H, H]``.
@@ -245,5 +257,5 @@ def rnn_gradients(
     """
     states, _ = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
     delta, grad_h0 = rnn_scan_backward(grad_states, states, weight_hh, lengths, reverse, nonlinearity, grad_h_n)
-    grad_input = np.einsum("stbh,shi->tbi", delta, np.asarray(weight_ih))
+    grad_input = input_gradient(delta, weight_ih, input)
     return RNNGradients(grad_input, grad_h0, *rnn_weight_gradients(delta, states, h0, input, lengths, reverse, 1.0))

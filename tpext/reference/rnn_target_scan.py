@@ -17,6 +17,7 @@ from tpext.reference.rnn_scan import (
     Array,
     RNNGradients,
     given_or_zeros,
+    input_gradient,
     input_projection,
     promote,
     rnn_scan,
@@ -300,10 +301,11 @@ def target_rnn_gradients(
         slope_reg,
     )
     if input_rule == "gradient":
-        grad_input = np.einsum("stbh,shi->tbi", delta, weight_ih) / target_step
+        grad_input = input_gradient(delta, weight_ih, input) / target_step
     elif input_rule == "target":
         assert displacement is not None
-        grad_input = -np.einsum("stbh,sih->tbi", displacement, regularized_inverse(weight_ih, reg)) / target_step
+        feedback = np.swapaxes(regularized_inverse(weight_ih, reg), 1, 2)
+        grad_input = -input_gradient(displacement, feedback, input) / target_step
     else:
         raise ValueError(f"input_rule must be 'gradient' or 'target', got {input_rule!r}")
     scale = 1 / target_step if normalize else 1.0
@@ -359,7 +361,66 @@ def learned_target_rnn_gradients(
         False,
         None if grad_h_n is None else -target_step * np.asarray(grad_h_n),
     )
-    grad_input = np.einsum("stbh,shi->tbi", delta, weight_ih) / target_step
+    grad_input = input_gradient(delta, weight_ih, input) / target_step
     scale = 1 / target_step if normalize else 1.0
     weights = rnn_weight_gradients(delta, states, h0, input, lengths, reverse, scale)
     return RNNGradients(grad_input, -disp_h0 / target_step, *weights)
+
+
+def rnn_layer_backward(
+    grad_states: ArrayLike | None,
+    input: ArrayLike,
+    states: ArrayLike,
+    h0: ArrayLike,
+    weight_hh: ArrayLike,
+    feedback: ArrayLike,
+    input_feedback: ArrayLike,
+    pre: ArrayLike | None,
+    lengths: ArrayLike | None,
+    reverse: Sequence[bool],
+    nonlinearity: str,
+    correction: str,
+    credit: str,
+    target_step: float,
+    margin: float,
+    slope: str,
+    slope_reg: float,
+    scale: float,
+    input_scale: float,
+    of_displacement: bool,
+    disp_n: ArrayLike | None = None,
+    credit_n: ArrayLike | None = None,
+) -> tuple[Array, Array, Array, Array, Array, Array | None]:
+    """A target pass and the gradients that its delta gives: :mod:`tpext.ops.rnn_layer` has the equations.
+
+    Args:
+        grad_states, states, h0, weight_hh, lengths, reverse, nonlinearity, correction, credit, target_step, margin,
+            slope, slope_reg, disp_n, credit_n: as in :func:`rnn_target_scan`; correction may be "learned".
+        input: ``[S or 1, T, B, I]``.
+        feedback: ``P``, ``[S, H, H]``; for correction "learned" ``V'``.
+        input_feedback: ``F``, ``[S, H, I]``.
+        pre: ``x_proj`` for correction "none", ``reverse_pre`` for "learned".
+        scale: factor of the parameters' gradients.
+        input_scale: factor of the input's.
+        of_displacement: the input's gradient comes of ``z_t`` in place of ``delta_t``.
+
+    Returns:
+        Gradients of input, weight_ih, weight_hh and bias, ``disp_h0`` and ``credit_h0`` (None under "local").
+    """
+    run = (lengths, reverse, nonlinearity)
+    back = np.swapaxes(np.asarray(feedback), 1, 2)
+    if correction == "learned":
+        assert pre is not None
+        delta, disp_h0, _, credit_h0 = rnn_learned_target_scan(
+            grad_states, states, weight_hh, back, pre, *run, credit, target_step, False, disp_n, credit_n
+        )
+        displacement = None
+    else:
+        numbers = (correction, credit, target_step, margin, False, True, disp_n, credit_n, slope, slope_reg)
+        delta, disp_h0, _, displacement, credit_h0 = rnn_target_scan(
+            grad_states, states, h0, weight_hh, back, pre, *run, *numbers
+        )
+    rows = displacement if of_displacement else delta
+    assert rows is not None
+    parameters = rnn_weight_gradients(delta, states, h0, input, lengths, reverse, scale)
+    return input_scale * input_gradient(rows, input_feedback, input), *parameters, disp_h0, credit_h0

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpext.ops.rnn_scan import final_states, input_projection, rnn_scan_backward
+from tpext.ops.rnn_products import final_states, input_projection
 from tpext.rules.base import Kind
 from tpext.rules.layer import LayerCall, LayerRule, through_activation
 from tpext.rules.recurrent import RecurrentRule
-from tpext.rules.recurrent_pass import Gradients, LayerWeights, Piece, RecurrentCall, Sweep, layer_gradients
+from tpext.rules.recurrent_pass import Gradients, LayerWeights, Linear, Piece, RecurrentCall, Sweep, run_backward
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,11 @@ class Backprop(RecurrentRule, LayerRule):
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
         ) -> tuple[Gradients, Tensor, Tensor | None]:
-            delta, first = rnn_scan_backward(
-                grad_states, piece.states, layer.weight_hh, piece.lengths, layer.reverse, layer.nonlinearity, arriving
-            )
-            return layer_gradients(layer, piece, delta, 1.0, 1.0), first, None
+            # the default numbers: a displacement is minus a gradient, and W its own feedback
+            matrices = (layer.weight_hh, layer.weight_ih, None)
+            return run_backward(layer, piece, Linear(), *matrices, (1.0, 1.0), False, grad_states, arriving, credit)
 
-        return Sweep(run, unit=1.0, fades=True)
+        return Sweep(run, unit=-1.0, fades=True)
 
     def composite(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
         x_proj = input_projection(call.input, call.weight_ih, call.bias)

@@ -9,11 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tpext.ops.rnn_scan import input_projection, valid_steps
-from tpext.ops.rnn_target_scan import rnn_learned_target_scan
+from tpext.ops.rnn_products import input_projection, valid_steps
 from tpext.rules.base import Kind, number
 from tpext.rules.recurrent import Credit, RecurrentRule
-from tpext.rules.recurrent_pass import Gradients, LayerWeights, Piece, RecurrentCall, Sweep, layer_gradients
+from tpext.rules.recurrent_pass import Gradients, LayerWeights, Linear, Piece, RecurrentCall, Sweep, run_backward
 
 
 @dataclass(frozen=True)
@@ -81,30 +80,17 @@ class LearnedInverse(RecurrentRule):
 
     def start_sweep(self, layer: LayerWeights) -> Sweep:
         reverse_weight, reverse_bias = layer.owned
-        step, scale = self.target_step, 1 / self.target_step
+        step = self.target_step
+        numbers = Linear("learned", self.credit, step, slope="inverse")
+        scales = (1 / step if self.normalize else 1.0, 1 / step)
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
         ) -> tuple[Gradients, Tensor, Tensor | None]:
             from_input = input_projection(piece.input, layer.weight_ih, reverse_bias).flatten(1, 2)
-            reverse_pre = torch.baddbmm(from_input, piece.states.flatten(1, 2), reverse_weight.mT)
-            delta, first, _, first_credit = rnn_learned_target_scan(
-                grad_states,
-                piece.states,
-                layer.weight_hh,
-                reverse_weight,
-                reverse_pre.view(piece.states.shape),
-                piece.lengths,
-                layer.reverse,
-                layer.nonlinearity,
-                self.credit,
-                step,
-                False,
-                arriving,
-                credit,
-            )
-            grads = layer_gradients(layer, piece, delta, scale if self.normalize else 1.0, scale)
-            return grads, first, first_credit if self.credit == "through_time" else None
+            pre = torch.baddbmm(from_input, piece.states.flatten(1, 2), reverse_weight.mT).view(piece.states.shape)
+            feedback, back = reverse_weight.mT, (grad_states, arriving, credit)
+            return run_backward(layer, piece, numbers, feedback, layer.weight_ih, pre, scales, False, *back)
 
         return Sweep(run, -step, fades=True)
 

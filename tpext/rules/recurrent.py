@@ -22,18 +22,17 @@ from tpext.ops._library import (
     check_choice,
     refuse_forward_mode,
 )
-from tpext.ops.rnn_scan import input_projection
-from tpext.ops.rnn_target_scan import rnn_target_scan
+from tpext.ops.rnn_products import input_projection
 from tpext.rules.base import Kind, Rule, check_flag, check_positive, require_result
 from tpext.rules.recurrent_pass import (
     Gradients,
     LayerWeights,
+    Linear,
     Piece,
     RecurrentCall,
     Sweep,
-    layer_gradients,
+    run_backward,
     run_pass,
-    sum_members,
 )
 
 Correction = Literal["linearized", "difference", "none"]
@@ -145,44 +144,22 @@ class RecurrentRule(Rule, ABC):
     def start_sweep(self, layer: LayerWeights) -> Sweep:
         """Return how this rule goes from the last step of a layer to the first; called once a backward pass."""
         # In float32 also where the weights came in a 16-bit dtype: an inverse's Gram matrix squares the condition.
-        inverse = self._matrix("feedback", layer.weight_hh, *layer.owned).mT
-        inverse_ih = None
-        if self.input_rule == "target" and layer.needs[0]:
-            inverse_ih = self._matrix("input_feedback", layer.weight_ih) / -self.target_step
-        step, scale, slope_reg = self.target_step, 1 / self.target_step, self.slope_reg
+        feedback = self._matrix("feedback", layer.weight_hh, *layer.owned)
+        of_displacement = self.input_rule == "target" and layer.needs[0]
+        input_feedback = self._matrix("input_feedback", layer.weight_ih) if of_displacement else layer.weight_ih
+        step = self.target_step
+        numbers = Linear(self.correction, self.credit, step, self.margin, self.slope, self.slope_reg)
+        scales = (1 / step if self.normalize else 1.0, -1 / step if of_displacement else 1 / step)
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
         ) -> tuple[Gradients, Tensor, Tensor | None]:
             # Recomputing the projection is one product; keeping it would cost as much memory as the states.
-            x_proj = None
+            pre = None
             if self.correction == "none":
-                x_proj = input_projection(piece.input, layer.weight_ih, layer.bias)
-            delta, first, _, displacement, first_credit = rnn_target_scan(
-                grad_states,
-                piece.states,
-                piece.h0,
-                layer.weight_hh,
-                inverse,
-                x_proj,
-                piece.lengths,
-                layer.reverse,
-                layer.nonlinearity,
-                self.correction,
-                self.credit,
-                step,
-                self.margin,
-                False,
-                inverse_ih is not None,
-                arriving,
-                credit,
-                self.slope,
-                slope_reg,
-            )
-            grads = layer_gradients(layer, piece, delta, scale if self.normalize else 1.0, scale)
-            if inverse_ih is not None:
-                grads[0] = sum_members(torch.bmm(displacement.flatten(1, 2), inverse_ih)).view(piece.input.shape)
-            return grads, first, first_credit if self.credit == "through_time" else None
+                pre = input_projection(piece.input, layer.weight_ih, layer.bias)
+            back = (grad_states, arriving, credit)
+            return run_backward(layer, piece, numbers, feedback, input_feedback, pre, scales, of_displacement, *back)
 
         return Sweep(run, -step, self.correction != "none")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tpext.ops._library import are_plain, autocast_outputs, autocasts, cast, check_lengths, full_precision, on_cuda
-from tpext.ops.rnn_scan import rnn_layer, rnn_weight_gradients
+from tpext.ops.rnn_layer import rnn_layer, rnn_layer_backward
 
 if TYPE_CHECKING:
     from tpext.rules.recurrent import RecurrentRule
@@ -19,8 +19,8 @@ class RecurrentCall(NamedTuple):
     """A recurrent layer and what it is to run on; S directions run side by side, each with weights of its own.
 
     Attributes:
-        input: ``[T, B, I]``, float32 or float64, on CUDA also bfloat16 or float16; on the CPU batch-first memory is
-            read in place.
+        input: ``[S or 1, T, B, I]``, of each member or shared by all, float32 or float64, on CUDA also bfloat16 or
+            float16; on the CPU batch-first memory is read in place.
         h0: ``[S, B, H]``.
         weight_ih: U, ``[S, H, I]``.
         weight_hh: W, ``[S, H, H]``.
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     """A stretch of a layer's steps.
 
     Attributes:
-        input: ``[t, B, I]``.
+        input: ``[S or 1, t, B, I]``.
         h0: the states before it, ``[S, B, H]``.
         states: ``[S, t, B, H]``.
         lengths: how many of its steps are valid in each row, ``[B]``, or None for all.
@@ -198,8 +198,8 @@ def _run_in_pieces(
         )
     # Each piece's lengths are cut to its size, which would hide those out of range.
     if are_plain((lengths,)):
-        check_lengths("rnn_layer", lengths, input.shape[0])
-    pieces = max(1, -(-input.shape[0] // every))
+        check_lengths("rnn_layer", lengths, input.shape[1])
+    pieces = max(1, -(-input.shape[1] // every))
     kept = h0.new_empty(pieces, *h0.shape)
     h_n = h0.clone()
     for index in range(pieces):
@@ -234,7 +234,7 @@ def _sweep_pieces(
         arriving = arrived.copy_(first)
         credit = None if first_credit is None else credited.copy_(first_credit)
         if inputs is not None:
-            inputs[index * every : index * every + part.shape[0]].copy_(grads[0])  # type: ignore[arg-type]
+            inputs[:, index * every : index * every + part.shape[1]].copy_(grads[0])  # type: ignore[arg-type]
         for place in (2, 3, 4):
             new, old = grads[place], sums[place]
             sums[place] = new if old is None or new is None else old.add_(new)
@@ -250,30 +250,58 @@ def _sweep_pieces(
 
 def _cut(input: Tensor, lengths: Tensor | None, begin: int, size: int) -> tuple[Tensor, Tensor | None]:
     """The steps from ``begin`` on, at most ``size``, and how many of them are valid in each row."""
-    part = input[begin : begin + size]
-    return part, None if lengths is None else (lengths - begin).clamp(0, part.shape[0])
+    part = input[:, begin : begin + size]
+    return part, None if lengths is None else (lengths - begin).clamp(0, part.shape[1])
 
 
-def layer_gradients(
-    layer: LayerWeights, piece: Piece, delta: Tensor, parameter_scale: float, input_scale: float
-) -> Gradients:
-    """Gradients of input, h0 (left None), weight_ih, weight_hh and bias, from those of the pre-activations."""
+class Linear(NamedTuple):
+    """The numbers of a pass that goes by a matrix, as ``torch.ops.tpext.rnn_target_scan`` explains them."""
+
+    correction: str = "linearized"
+    credit: str = "local"
+    target_step: float = 1.0
+    margin: float = 1e-3
+    slope: str = "derivative"
+    slope_reg: float = 0.0
+
+
+def run_backward(
+    layer: LayerWeights,
+    piece: Piece,
+    numbers: Linear,
+    feedback: Tensor,
+    input_feedback: Tensor | None,
+    pre: Tensor | None,
+    scales: tuple[float, float],
+    of_displacement: bool,
+    grad_states: Tensor | None,
+    arriving: Tensor | None,
+    credit: Tensor | None,
+) -> tuple[Gradients, Tensor, Tensor | None]:
+    """One ``torch.ops.tpext.rnn_layer_backward``: what :attr:`Sweep.run` returns; ``scales``: parameters', input's."""
+    *found, first, first_credit = rnn_layer_backward(
+        grad_states,
+        piece.input,
+        piece.states,
+        piece.h0,
+        layer.weight_hh,
+        feedback,
+        input_feedback,
+        pre,
+        piece.lengths,
+        layer.reverse,
+        layer.nonlinearity,
+        *numbers,
+        *scales,
+        of_displacement,
+        [layer.needs[0], *layer.needs[2:5]],
+        arriving,
+        credit,
+    )
     grads: Gradients = [None] * 5
-    if layer.needs[0]:
-        weight = layer.weight_ih if input_scale == 1 else layer.weight_ih * input_scale
-        grads[0] = sum_members(torch.bmm(delta.flatten(1, 2), weight)).view(piece.input.shape)
-    if any(layer.needs[2:5]):
-        of_parameters = rnn_weight_gradients(
-            delta, piece.states, piece.h0, piece.input, piece.lengths, layer.reverse, parameter_scale
-        )
-        for place, grad in enumerate(of_parameters, start=2):
-            grads[place] = grad if layer.needs[place] else None
-    return grads
-
-
-def sum_members(stacked: Tensor) -> Tensor:
-    """Sum over the stack axis, without a copy where there is one member."""
-    return stacked.squeeze(0) if stacked.shape[0] == 1 else stacked.sum(0)
+    for place, gradient in zip((0, 2, 3, 4), found, strict=True):
+        grads[place] = gradient if layer.needs[place] else None
+    return grads, first, first_credit if numbers.credit == "through_time" else None
 
 
 def _differentiable(

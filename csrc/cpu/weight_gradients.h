@@ -1,0 +1,198 @@
+// [dW, dU, db] = sum over rows of delta_k' [h_k, x_k, 1], a chunk of rows at a time: what the whole product
+// (rnn_weight_gradients.cpp) and the one by tiles of time (layer_gradients.h) share.
+//
+// The right side is never built: the rows of a chunk are packed into panels (microkernel.h), multiplied with the
+// columns of delta and added to an accumulator [H, panels * L]. A chunk in which delta is zero, as far back as a
+// displacement does not reach, is left out unless it has a NaN or an infinity.
+#pragma once
+
+#include "cpu/sweep.h"
+
+namespace tpext::cpu::TPEXT_CAPABILITY {
+namespace {
+
+// Most rows of a chunk: the packed columns that a block of the result needs stay in the first-level cache.
+constexpr int kChunk = 128;
+// From panel to panel; not a multiple of 4096 bytes, or all panels would share the same cache sets.
+template <class T>
+constexpr int64_t kPanelStride = (kChunk + 4) * kLanes<T>;
+
+// Where the rows of a sum stand: row k is batch row `row + k % width` at step `time + step * (k / width)`.
+struct RowOrder {
+  int64_t time, step, row, width;
+};
+
+// Rows of the packed matrix [h_{t-1}, x_t, 1] of one member, in a given order.
+template <class T>
+class WeightRows {
+ public:
+  // The sizes, states, h0, input and wanted gradients of `args` count.
+  WeightRows(const RnnWeightGradients<T>& args, int64_t member, const RowOrder& order)
+      : args_(args),
+        order_(order),
+        hidden_(args.grad_weight_hh == nullptr ? 0 : args.sizes.hidden),
+        inputs_(args.grad_weight_ih == nullptr ? 0 : args.input.size),
+        bias_(args.grad_bias == nullptr ? 0 : 1),
+        member_(member),
+        reverse_(args.sizes.reverse[member] != 0) {}
+
+  int64_t columns() const { return hidden_ + inputs_ + bias_; }
+  int64_t panels() const { return panel_count<T>(columns()); }
+
+  // Packs the rows `first` to `first + count`. `line` has room for what does not come from whole vectors of the state
+  // and ends with zeros.
+  void pack(int64_t first, int64_t count, T* line, T* packed) const {
+    const int64_t whole = hidden_ / kLanes<T>, rest = hidden_ - whole * kLanes<T>, panel_stride = kPanelStride<T>;
+    const int64_t others = panels() - whole;
+    for_each_row(first, count, [&](int64_t k, bool valid, const T* before, const T* x) {
+      T* to = packed + k * kLanes<T>;
+      if (!valid) {
+        for (int64_t p = 0; p < whole + others; ++p) store(to + p * panel_stride, Vec<T>{});
+        return;
+      }
+      for (int64_t p = 0; p < whole; ++p) store(to + p * panel_stride, load(before + p * kLanes<T>));
+      // What is left of the state, the input and the one lie side by side.
+      for (int64_t i = 0; i < rest; ++i) line[i] = before[whole * kLanes<T> + i];
+      for (int64_t i = 0; i < inputs_; ++i) line[rest + i] = x[i];
+      if (bias_ != 0) line[rest + inputs_] = T(1);
+      for (int64_t p = 0; p < others; ++p) store(to + (whole + p) * panel_stride, load(line + p * kLanes<T>));
+    });
+  }
+
+  // Whether the rows have neither NaN nor infinity.
+  bool finite(int64_t first, int64_t count) const {
+    Bits<T> unusable = {};
+    const auto look = [&](const T* row, int64_t size) {
+      for (int64_t i = 0; i + kLanes<T> <= size; i += kLanes<T>) unusable |= not_finite<T>(load(row + i));
+      for (int64_t i = size - size % kLanes<T>; i < size; i += kLanes<T>)
+        unusable |= not_finite<T>(load_part(row + i, size - i));
+    };
+    for_each_row(first, count, [&](int64_t, bool valid, const T* before, const T* x) {
+      if (!valid) return;
+      look(before, hidden_);
+      look(x, inputs_);
+    });
+    return !any_nonzero<T>(unusable);
+  }
+
+  // Writes a row of the result, of `columns` numbers.
+  void write(const T* sum, int64_t row) const {
+    const int64_t at = member_ * args_.sizes.hidden + row;
+    if (hidden_ != 0) put(args_.grad_weight_hh + at * hidden_, sum, hidden_);
+    if (inputs_ != 0) put(args_.grad_weight_ih + at * inputs_, sum + hidden_, inputs_);
+    if (bias_ != 0) put(args_.grad_bias + at, sum + hidden_ + inputs_, 1);
+  }
+
+ private:
+  // Calls visit(k, valid, state before, input) for the rows first + k.
+  template <class Visit>
+  void for_each_row(int64_t first, int64_t count, const Visit& visit) const {
+    const int64_t B = args_.sizes.batch, H = args_.sizes.hidden, T_ = args_.sizes.time;
+    int64_t t = order_.time + order_.step * (first / order_.width), column = first % order_.width;
+    for (int64_t k = 0; k < count; ++k) {
+      const int64_t b = order_.row + column, steps = valid_steps(args_.sizes, b);
+      const bool starts = reverse_ ? t + 1 >= steps : t == 0;
+      visit(k, t < steps,
+            starts ? args_.h0 + (member_ * B + b) * H
+                   : args_.states + ((member_ * T_ + t + (reverse_ ? 1 : -1)) * B + b) * H,
+            args_.input.row(member_, t, b));
+      if (++column == order_.width) column = 0, t += order_.step;
+    }
+  }
+
+  void put(T* to, const T* sum, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) to[i] = args_.scale * sum[i];
+  }
+
+  const RnnWeightGradients<T>& args_;
+  const RowOrder order_;
+  const int64_t hidden_, inputs_, bias_, member_;
+  const bool reverse_;
+};
+
+template <class T>
+inline bool all_zero(const T* delta, int64_t stride, int64_t count, int64_t columns) {
+  for (int64_t k = 0; k < count; ++k, delta += stride) {
+    Bits<T> joined = {};
+    for (int64_t i = 0; i + kLanes<T> <= columns; i += kLanes<T>) joined |= (Bits<T>)load(delta + i);
+    if (columns % kLanes<T> != 0)
+      joined |= (Bits<T>)(columns < kLanes<T> ? load_part(delta, columns) : load(delta + columns - kLanes<T>));
+    if (any_nonzero<T>(joined)) return false;
+  }
+  return true;
+}
+
+// Packs a block of columns of delta. Where they stand the rows lie H apart, and for an H that is a power of two they
+// would fight for the same cache sets at every panel. `in_row` columns are left in a row from the first one on.
+template <class T>
+inline void pack_delta(const T* delta, int64_t stride, int64_t count, int64_t columns, int64_t in_row, T* packed) {
+  if (in_row >= kMaxRows) {
+    for (int64_t k = 0; k < count; ++k) std::memcpy(packed + k * kMaxRows, delta + k * stride, kMaxRows * sizeof(T));
+  } else {
+    for (int64_t k = 0; k < count; ++k)
+      for (int64_t i = 0; i < columns; ++i) packed[k * kMaxRows + i] = delta[k * stride + i];
+  }
+}
+
+// Memory of one thread for the rows [begin, end) of a result: packed chunks of either side.
+template <class T>
+class ChunkSpace {
+ public:
+  // Numbers for at most `most_rows` rows of the result, with `panels` panels; the memory must begin as zeros.
+  static int64_t size(int64_t most_rows, int64_t panels) {
+    return panels * kPanelStride<T> + ceil_div(most_rows, kMaxRows) * kChunk * kMaxRows + panels * kLanes<T>;
+  }
+  ChunkSpace(T* memory, int64_t panels)
+      : line(memory), packed(memory + panels * kLanes<T>), packed_delta(packed + panels * kPanelStride<T>) {}
+
+  T *line, *packed, *packed_delta;
+};
+
+// What is needed next, asked for while a chunk is multiplied.
+struct Upcoming {
+  uintptr_t from[3];
+  int64_t bytes;
+};
+
+// Adds delta' M of the rows `first` to `first + count` <= kChunk more to the rows [begin, end) of the sums
+// [end - begin, panels * L]. `delta` is that of row `first`, its rows H apart.
+template <class T>
+__attribute__((noinline)) void add_chunk(const WeightRows<T>& rows, const T* delta, int64_t H, int64_t first,
+                                         int64_t count, int64_t begin, int64_t end, const Upcoming& upcoming,
+                                         const ChunkSpace<T>& space, T* sums) {
+  if (all_zero(delta + begin, H, count, end - begin) && rows.finite(first, count)) return;
+  const int64_t panels = rows.panels(), panel_stride = kPanelStride<T>, sum_stride = panels * kLanes<T>;
+  const int64_t blocks = ceil_div(end - begin, kMaxRows);
+  const int64_t groups = ceil_div(panels, max_panels(static_cast<int>(ceil_div(end - begin, blocks))));
+  rows.pack(first, count, space.line, space.packed);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = part_begin(end - begin, blocks, block), next = part_begin(end - begin, blocks, block + 1);
+    pack_delta(delta + begin + row, H, count, next - row, H - begin - row,
+               space.packed_delta + block * kChunk * kMaxRows);
+  }
+  const int64_t share = ceil_div(upcoming.bytes, groups * blocks);
+  for (int64_t group = 0; group < groups; ++group) {
+    const int64_t panel = part_begin(panels, groups, group);
+    const int wide = static_cast<int>(part_begin(panels, groups, group + 1) - panel);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = part_begin(end - begin, blocks, block);
+      const uintptr_t at = static_cast<uintptr_t>((group * blocks + block) * share);
+      const int high = static_cast<int>(part_begin(end - begin, blocks, block + 1) - row);
+      const Ahead ahead{{upcoming.from[0] + at, upcoming.from[1] + at, upcoming.from[2] + at},
+                        ceil_div(share, kChunk * kMaxRows)};
+      const T* const columns = space.packed_delta + block * kChunk * kMaxRows;
+      const Piece<T> piece{count, &columns};
+      Vec<T> c[kMaxRows * kMaxPanels];
+      find_product<T, true, kMaxRows>(high, wide)(&piece, 1, space.packed + panel * panel_stride, panel_stride, ahead,
+                                                  c);
+      for (int r = 0; r < high; ++r)
+        for (int p = 0; p < wide; ++p) {
+          T* to = sums + (row + r) * sum_stride + (panel + p) * kLanes<T>;
+          store(to, load(to) + c[r * kMaxPanels + p]);
+        }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace tpext::cpu::TPEXT_CAPABILITY

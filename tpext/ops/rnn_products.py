@@ -1,0 +1,158 @@
+"""What of a recurrent layer is large products of matrices: torch's, on any device and of every derivative.
+
+The layer's ops take them where no kernel of ours does the same: on CUDA, and where a derivative is differentiated.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from tpext.ops._library import LOW_PRECISION, check_tensor, compute_dtype
+
+
+def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """What the input adds to each pre-activation: ``x_proj[s, t] = input[s, t] weight_ih[s]' + bias[s]``.
+
+    Args:
+        input: ``[S or 1, T, B, I]``, of each member or shared by all.
+        weight_ih: ``[S, H, I]``.
+        bias: ``[S, H]`` or None.
+
+    Returns:
+        ``x_proj [S, T, B, H]``.
+    """
+    check_tensor("input_projection", "input", input, "[S or 1, T, B, I]")
+    check_tensor("input_projection", "weight_ih", weight_ih, "[S, H, I]")
+    if bias is not None:
+        check_tensor("input_projection", "bias", bias, "[S, H]")
+    _, time, batch, _ = input.shape
+    stack, hidden, _ = weight_ih.shape
+    rows = input.flatten(1, 2).expand(stack, -1, -1)
+    weight = weight_ih.mT
+    projected = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
+    return projected.view(stack, time, batch, hidden)
+
+
+def weight_gradients(
+    delta: Tensor,
+    states: Tensor,
+    h0: Tensor,
+    input: Tensor,
+    lengths: Tensor | None,
+    reverse: Sequence[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight_ih, weight_hh and bias, as ``rnn_weight_gradients`` defines them."""
+    if lengths is not None:
+        # The padding may hold NaN, which times the zeros of delta is no zero.
+        input = torch.where(valid_steps(lengths, input.shape[1]), input, 0)
+    rows = input.flatten(1, 2).expand(delta.shape[0], -1, -1)
+    grads = (
+        _sum_over_rows(delta.flatten(1, 2), rows),
+        recurrent_weight_gradient(delta, states, h0, lengths, reverse),
+        delta.sum((1, 2), dtype=compute_dtype(delta)),
+    )
+    du, dw, db = (grad if scale == 1 else grad * scale for grad in grads)
+    return du.to(delta.dtype), dw.to(delta.dtype), db.to(delta.dtype)
+
+
+def recurrent_weight_gradient(
+    delta: Tensor, states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]
+) -> Tensor:
+    """Gradient of the recurrent weights, ``sum_t delta_t' h_{t-1}``, by large products, at least in float32.
+
+    Args:
+        delta: ``[S, T, B, H]`` gradient with respect to the pre-activations, zero beyond ``lengths``.
+        states: ``[S, T, B, H]``.
+        h0: ``[S, B, H]``.
+        lengths: ``[B]`` valid steps, or None for all T.
+        reverse: S flags: the member runs from the last valid step to the first.
+
+    Returns:
+        ``[S, H, H]``.
+    """
+    if delta.shape[0] == 0 or delta.shape[1] == 0:
+        return delta.new_zeros(h0.shape[0], h0.shape[2], h0.shape[2])
+    gradients = []
+    for members, backwards in _directions(reverse):
+        d, h = delta[members], states[members]
+        if not backwards:
+            first, later, before = d[:, 0], d[:, 1:], h[:, :-1]
+        else:
+            later, before = d[:, :-1], h[:, 1:]
+            first = d[:, -1] if lengths is None else _at_last_valid(d, lengths)
+        # Beyond a row's length both delta and the state are zero, so padding adds nothing here.
+        over_time = _sum_over_rows(later.flatten(1, 2), before.flatten(1, 2))
+        gradients.append(over_time + _bmm(first.mT, h0[members]))
+    return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
+
+
+def _directions(reverse: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
+    """The stretches of members that run in the same direction, and whether that is backwards."""
+    begin = 0
+    for backwards, members in itertools.groupby(reverse):
+        end = begin + len(list(members))
+        yield slice(begin, end), backwards
+        begin = end
+
+
+def valid_steps(lengths: Tensor, time: int) -> Tensor:
+    """``[T, B, 1]``: whether the step is one of the row's."""
+    return (torch.arange(time, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(2)
+
+
+def _at_last_valid(tensor: Tensor, lengths: Tensor) -> Tensor:
+    """What ``tensor [S, T, B, H]`` holds at each row's last valid step (at step 0 without one), ``[S, B, H]``."""
+    at = (lengths - 1).clamp(0, tensor.shape[1] - 1).view(1, 1, -1, 1)
+    return tensor.gather(1, at.expand(tensor.shape[0], 1, -1, tensor.shape[3])).squeeze(1)
+
+
+# Rows that one product of a long sum takes, and the size of a result from which on none is cut.
+_CHUNK = 2048
+_LARGE = 512 * 512
+
+
+def _sum_over_rows(left: Tensor, right: Tensor) -> Tensor:
+    """``left[s]' right[s]`` of each member, ``[S, R, M]`` and ``[S, R, N]`` to ``[S, M, N]``, at least in float32.
+
+    A small result of a long sum would keep few of a GPU's multiprocessors busy: hundreds of thousands of rows, and a
+    tile or two of 128 x 128. So the rows go in chunks, as one batch of products, whose results are then added. Where
+    they are cut depends on sizes alone, so that the bits of the result do too.
+    """
+    chunks = left.shape[1] // _CHUNK
+    if chunks < 2 or left.shape[2] * right.shape[2] >= _LARGE:
+        return _bmm(left.mT, right)
+    cut = chunks * _CHUNK
+    sums = []
+    for a, b in zip(left, right, strict=True):
+        chunked_a, chunked_b = (rows[:cut].unflatten(0, (chunks, _CHUNK)) for rows in (a, b))
+        parts = _bmm(chunked_a.mT, chunked_b)
+        sums.append(parts.sum(0) + _bmm(a[None, cut:].mT, b[None, cut:])[0])
+    return torch.stack(sums)
+
+
+def _bmm(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.bmm``, of 16-bit factors in float32: a sum that is made of several must not be rounded in between."""
+    if left.dtype not in LOW_PRECISION:
+        return torch.bmm(left, right)
+    if left.is_cuda and torch.__version__ >= "2.8" and not torch.is_grad_enabled():
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())
+
+
+def final_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]) -> Tensor:
+    """State after the last valid step of each row and member, ``[S, B, H]``; ``h0`` without one."""
+    if states.shape[1] == 0:
+        return h0.clone()
+    members = []
+    for member, backwards in enumerate(reverse):
+        if backwards or lengths is None:
+            last = states[member, 0 if backwards else -1]
+        else:
+            last = _at_last_valid(states[member : member + 1], lengths)[0]
+        members.append(last if lengths is None else torch.where((lengths > 0).unsqueeze(1), last, h0[member]))
+    return torch.stack(members)
