@@ -52,6 +52,19 @@ class PseudoInverseTargets(LayerRule):
 
 
 @dataclass(frozen=True)
+class TransposedEverywhere(RecurrentRule, LayerRule):
+    """Back-propagation's directions, for recurrent and feed-forward layers."""
+
+    slope = "derivative"
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return weight_hh
+
+    def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:
+        return call.activation.derivative(displacement, call.preactivation) @ call.weight
+
+
+@dataclass(frozen=True)
 class Wrong(RecurrentRule):
     """Makes of the weights what ``kind`` says."""
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from own_rules import FeedbackAlignment, PseudoInverseTargets, SignSymmetry, TruncatedInverse, Wrong, WrongLayer
+from own_rules import (
+    FeedbackAlignment,
+    PseudoInverseTargets,
+    SignSymmetry,
+    TransposedEverywhere,
+    TruncatedInverse,
+    Wrong,
+    WrongLayer,
+)
 from torch import Tensor, nn
 
 import tpext
@@ -18,7 +26,7 @@ from tpext.tasks import Adding, make_task
 from tpext.tasks.base import Batch
 from tpext.testing import check_rule, check_task
 
-OWN = [FeedbackAlignment(), SignSymmetry(), TruncatedInverse(), PseudoInverseTargets()]
+OWN = [FeedbackAlignment(), SignSymmetry(), TruncatedInverse(), PseudoInverseTargets(), TransposedEverywhere()]
 OURS = [
     tpext.Backprop(),
     tpext.RegularizedInverse(),
@@ -126,6 +134,33 @@ def test_numbers_of_a_rule_are_checked_by_their_declaration() -> None:
     for name, wrong in (("target_step", 0), ("target_step", math.inf), ("margin", 1), ("margin", 0)):
         with pytest.raises(ValueError, match=rf"^Ranged: {name} must be a finite number"):
             Ranged(**{name: wrong})
+
+
+def test_a_rule_of_two_protocols_is_for_both_kinds_of_layers() -> None:
+    class Narrowed(TransposedEverywhere):
+        kinds = frozenset({"layer"})
+
+    class Below(Narrowed):
+        pass
+
+    rule = TransposedEverywhere()
+    assert rule.kinds == {"recurrent", "layer"}
+    assert Narrowed.kinds == Below.kinds == {"layer"}
+    assert tpext.Backprop.kinds == {"recurrent", "layer", "network"}
+    with pytest.raises(TypeError, match="RNN: rule must be for recurrent layers"):
+        tpext.nn.RNN(3, 4, rule=Below())
+    with pytest.raises(TypeError, match="TargetSequential: rule must be for networks of blocks"):
+        tpext.nn.TargetSequential(nn.Linear(3, 4), nn.Linear(4, 2), rule=rule)
+    net = nn.Sequential(
+        tpext.nn.MLP([3, 4], output_activation="tanh", rule=rule), tpext.nn.RNN(4, 5, rule=rule)
+    ).double()
+    x, found = torch.randn(6, 2, 3, dtype=torch.float64), []
+    for one in (rule, tpext.Backprop()):
+        net[0].rule = net[1].rule = one
+        net.zero_grad()
+        net(x)[0].square().sum().backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
 
 
 def test_a_rule_from_outside_equals_ours_where_it_should() -> None:

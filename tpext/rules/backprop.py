@@ -29,6 +29,7 @@ class Backprop(RecurrentRule, LayerRule):
     Backprop()
     """
 
+    # of networks too, though no NetworkRule: there it is the network itself
     kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent", "layer", "network"})
     exact: ClassVar[bool] = True
 

@@ -6,11 +6,14 @@ import dataclasses
 import inspect
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
+
+from tpext.ops._library import autocast_outputs, autocasts, cast, on_cuda
 
 Kind = Literal["recurrent", "layer", "network"]
 """What a rule is for: recurrent layers, feed-forward layers, or a :class:`tpext.nn.TargetSequential`."""
@@ -76,13 +79,18 @@ class Rule:
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset()
-    """What it is for."""
+    """What it is for: by default all that the classes above it are for."""
     kin: ClassVar[Mapping[Kind, str]] = {}
     """The rules of the same idea for other kinds of layers, for error texts."""
     exact: ClassVar[bool] = False
     """Whether the backward pass is the chain rule."""
     learns: ClassVar[bool] = False
     """Whether the rule has a loss of its own, which trains parameters that it owns."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "kinds" not in cls.__dict__:
+            cls.kinds = frozenset().union(*(base.kinds for base in cls.__bases__ if issubclass(base, Rule)))
 
     def __post_init__(self) -> None:
         """Check what a field's own declaration cannot."""
@@ -156,3 +164,28 @@ def require_result(rule: object, method: str, result: object, like: Tensor) -> N
         raise ValueError(f"{where} must return {list(like.shape)}, got {list(result.shape)}")
     if result.dtype != like.dtype or result.device != like.device:
         raise ValueError(f"{where} must return {like.dtype} on {like.device}, got {result.dtype} on {result.device}")
+
+
+def apply_node(
+    node: type[torch.autograd.Function],
+    settings: Sequence[object],
+    tensors: Sequence[Tensor | None],
+    low_precision: bool = False,
+) -> Any:
+    """Run a layer's autograd node; under autocast in float32, its outputs in the autocast dtype.
+
+    Args:
+        node: takes the settings, then the tensors.
+        settings: what autocast does not concern.
+        tensors: the layer's input and parameters.
+        low_precision: whether on CUDA the node has kernels for the autocast dtype, and runs in it.
+    """
+    input = tensors[0]
+    assert input is not None
+    device = input.device.type
+    if not autocasts(device):
+        return node.apply(*settings, *tensors)  # type: ignore[no-untyped-call]
+    dtype = torch.get_autocast_dtype(device) if low_precision and on_cuda(input) else torch.float32
+    with torch.autocast(device, enabled=False):
+        outputs = node.apply(*settings, *(cast(tensor, dtype) for tensor in tensors))  # type: ignore[no-untyped-call]
+    return autocast_outputs(outputs, device)

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tpext.ops._library import (
-    NOT_A_DERIVATIVE,
-    autocast_outputs,
-    autocasts,
-    cast,
-    full_precision,
-    refuse_forward_mode,
-)
+from tpext.ops._library import NOT_A_DERIVATIVE, full_precision, refuse_forward_mode
 from tpext.ops.kaczmarz import Units
 from tpext.ops.layer_inverse import Activation
-from tpext.rules.base import Kind, Rule, check_flag, check_positive, require_result
+from tpext.rules.base import Kind, Rule, apply_node, check_flag, check_positive, require_result
 
 
 class LayerCall(NamedTuple):
@@ -142,12 +135,7 @@ class LayerRule(Rule, ABC):
         # Owned parameters are detached: their own loss trains them.
         tensors = (call.input, call.weight, call.bias, *(parameter.detach() for parameter in call.owned))
         settings = (call.activation, call.reverse_activation, self)
-        device = call.input.device.type
-        if not autocasts(device):
-            return _LayerPass.apply(*settings, *tensors)  # type: ignore[no-any-return,no-untyped-call]
-        with torch.autocast(device, enabled=False):
-            output = _LayerPass.apply(*settings, *(cast(tensor, torch.float32) for tensor in tensors))  # type: ignore[no-untyped-call]
-        return autocast_outputs(output, device)  # type: ignore[no-any-return]
+        return apply_node(_LayerPass, settings, tensors)  # type: ignore[no-any-return]
 
     def gradients(self, call: LayerCall, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return what a backward pass gives for input, weight and bias, each of them where it is wanted."""
