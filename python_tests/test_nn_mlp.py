@@ -1003,3 +1003,7 @@ def test_a_large_reg_hands_down_back_propagations_direction(name: Any, bias: boo
     layer.rule = Backprop()
     exact = layer.input_displacement(x, d)
     torch.testing.assert_close(moved, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
+
+
+def test_pickles_that_name_a_layer_in_the_module_of_networks_load() -> None:
+    assert pickle.loads(b"ctpext.nn.mlp\nTargetLinear\n.") is TargetLinear

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.trainer import weight_alignment
-from tpext.nn.mlp import TargetLinear
+from tpext.nn.linear import TargetLinear
 from tpext.nn.sequential import TargetSequential
 from tpext.ops._library import check_tensor
 from tpext.rules import Backprop, NetworkRule

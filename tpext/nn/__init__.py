@@ -3,7 +3,8 @@
 from tpext.nn import networks
 from tpext.nn.convert import convert
 from tpext.nn.kaczmarz import HotTargetLoss, StreamResult
-from tpext.nn.mlp import MLP, TargetLinear
+from tpext.nn.linear import TargetLinear
+from tpext.nn.mlp import MLP
 from tpext.nn.rnn import RNN
 from tpext.nn.sequential import TargetSequential
 
