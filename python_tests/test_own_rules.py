@@ -21,6 +21,7 @@ from own_rules import (
 from torch import Tensor, nn
 
 import tpext
+from tpext.nn.owned import reset_owned
 from tpext.rules import LayerRule, RecurrentRule, number
 from tpext.tasks import Adding, make_task
 from tpext.tasks.base import Batch
@@ -205,6 +206,49 @@ def test_own_parameters_follow_the_rule() -> None:
     tpext.nn.convert(rnn, tpext.LearnedInverse())
     assert not hasattr(rnn, "feedback_weight_l0")
     assert rnn.reverse_weight_hh_l0_reverse.shape == (4, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnedOfLayers(PseudoInverseTargets):
+    """Owns a parameter that does not learn and one that does."""
+
+    def parameter_shapes(self, in_features: int, out_features: int) -> dict[str, tuple[int, ...]]:
+        return {"fixed": (in_features, out_features), "learnt": (in_features,)}
+
+    def reset_parameter(self, name: str, parameter: Tensor) -> None:
+        nn.init.normal_(parameter)
+        parameter.requires_grad_(name == "learnt")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rule", [FeedbackAlignment(), tpext.LearnedInverse(), OwnedOfLayers()], ids=repr)
+def test_own_parameters_of_16_bit_layers_are_drawn_in_float32(rule: Any, dtype: torch.dtype) -> None:
+    kind: Any = tpext.nn.RNN if isinstance(rule, RecurrentRule) else tpext.nn.TargetLinear
+    single, half = (kind(3, 4, rule=rule, dtype=one) for one in (torch.float32, dtype))
+    assert len(half.owned_names) == len(rule.parameter_shapes(3, 4))
+    for name in half.owned_names:
+        for layer in (single, half):
+            torch.manual_seed(5)
+            reset_owned(rule, name.removesuffix("_l0"), layer.get_parameter(name))
+        drawn, rounded = single.get_parameter(name), half.get_parameter(name)
+        assert torch.equal(rounded, drawn.to(dtype))
+        assert rounded.requires_grad is drawn.requires_grad
+
+
+def test_feedback_of_16_bit_layers_is_computed_in_float32() -> None:
+    given: list[Tensor] = []
+
+    class Recording(FeedbackAlignment):
+        def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+            given.extend([weight_hh, *owned])
+            return owned[0] / 3
+
+    rnn = tpext.nn.RNN(3, 4, rule=Recording(), dtype=torch.bfloat16)
+    weights = [rnn.weight_hh_l0[None], rnn.feedback_weight_l0[None]]
+    matrix = rnn.rule._matrix("feedback", *weights)
+    assert all(torch.equal(one, weight.float()) for one, weight in zip(given, weights, strict=True))
+    assert [one.dtype for one in given] == [torch.float32] * 2
+    assert torch.equal(matrix, (weights[1].float() / 3).bfloat16())
 
 
 @dataclasses.dataclass(frozen=True)

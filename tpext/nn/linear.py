@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tpext.nn.owned import OwnedParameters, register_owned, reset_owned
 from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import LOW_PRECISION, autocasts, check_tensor, full_precision
 from tpext.ops.kaczmarz import Units, UnitsName
@@ -31,7 +32,7 @@ def as_activation(activation: ActivationName | UnitsName | Activation | Units) -
     return Activation(activation)
 
 
-class TargetLinear(nn.Module):
+class TargetLinear(OwnedParameters):
     r"""A fully connected layer with its activation, trained by the given rule.
 
     ``h = a(x W^T + b)``
@@ -114,10 +115,7 @@ class TargetLinear(nn.Module):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_features, in_features, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
-        for name, shape in self._owned_shapes(rule).items():
-            if hasattr(self, name):
-                raise ValueError(f"TargetLinear: {rule} cannot own a parameter {name}, the layer has one of this name")
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, **options)))
+        register_owned(self, rule, self._owned_shapes(rule), self.weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -136,7 +134,7 @@ class TargetLinear(nn.Module):
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(self.bias, -bound, bound)
         for name in self._owned_shapes(self._rule):
-            self._rule.reset_parameter(name, getattr(self, name))
+            reset_owned(self._rule, name, getattr(self, name))
 
     def tie(self, encoder: TargetLinear) -> None:
         """Share the weights of the layer that this one mirrors, ``W = W_encoder^T``, in one parameter.
@@ -211,30 +209,11 @@ class TargetLinear(nn.Module):
 
     @property
     def owned_names(self) -> list[str]:
-        """The names of the parameters that belong to the rule (those of a reverse layer, say)."""
         return list(self._owned_shapes(self._rule))
 
     def _owned_shapes(self, rule: LayerRule) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the parameters that a rule owns."""
         return rule.parameter_shapes(self.in_features, self.out_features)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        owned = {prefix + name for name in self._owned_shapes(self._rule)}
-        # all: a checkpoint of torch.nn.Linear or of another rule; some of them: a damaged one
-        if owned.issubset(missing):
-            missing = [key for key in missing if key not in owned]
-        missing_keys.extend(missing)
 
     __prepare_scriptable__ = refuse_script
 

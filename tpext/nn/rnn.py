@@ -10,13 +10,14 @@ import itertools
 import math
 import numbers
 import warnings
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from tpext.nn.owned import OwnedParameters, register_owned, reset_owned
 from tpext.nn.torchscript import refuse_script, refuse_trace
 from tpext.ops._library import are_plain, autocasts, check_lengths, check_tensor, full_precision
 from tpext.rules import RecurrentCall, RecurrentRule, RegularizedInverse
@@ -55,7 +56,7 @@ def check_replaceable(module: nn.RNN | RNN, where: str) -> None:
         )
 
 
-class RNN(nn.Module):
+class RNN(OwnedParameters):
     r"""Elman RNN with ``torch.nn.RNN``'s interface, trained by the given rule.
 
     ``h_t = a(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh)``, with ``a`` tanh, relu or the identity.
@@ -231,15 +232,11 @@ class RNN(nn.Module):
         shapes = self._owned_shapes(self._rule)
         self._owned_names = [list(of_member) for of_member in shapes]
         for names, of_member in zip(self._all_weights, shapes, strict=True):
-            weight_hh = getattr(self, names[1])
-            for name, shape in of_member.items():
-                if hasattr(self, name):
-                    raise ValueError(f"RNN: {self._rule} cannot own a parameter {name}, the layer has one of this name")
-                self.register_parameter(name, nn.Parameter(weight_hh.new_empty(shape)))
+            register_owned(self, self._rule, of_member, getattr(self, names[1]))
 
     def _reset_owned_parameters(self) -> None:
         for name in self.owned_names:
-            self._rule.reset_parameter(name.rsplit("_l", 1)[0], getattr(self, name))
+            reset_owned(self._rule, name.rsplit("_l", 1)[0], getattr(self, name))
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew: uniform in ``+-1/sqrt(H)``; those that the rule owns as the rule does."""
@@ -251,7 +248,6 @@ class RNN(nn.Module):
 
     @property
     def owned_names(self) -> list[str]:
-        """The names of the parameters that belong to the rule (those of reverse layers, say)."""
         return list(itertools.chain(*self._owned_names))
 
     @property
@@ -308,7 +304,7 @@ class RNN(nn.Module):
         for names, of_member in zip(self._all_weights, shapes, strict=True):
             for name, shape in of_member.items():
                 made[name] = nn.Parameter(getattr(self, names[1]).new_empty(shape))
-                rule.reset_parameter(name.rsplit("_l", 1)[0], made[name])
+                reset_owned(rule, name.rsplit("_l", 1)[0], made[name])
         return made
 
     def _replace_rule(self, rule: RecurrentRule, parameters: dict[str, nn.Parameter] | None) -> None:
@@ -324,24 +320,6 @@ class RNN(nn.Module):
         self._owned_names = [list(of_member) for of_member in self._owned_shapes(rule)]
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        missing: list[str] = []
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
-        owned = {prefix + name for name in self.owned_names}
-        # none of them: a checkpoint of torch.nn.RNN or of another rule; some of them: a damaged one
-        if owned.issubset(missing):
-            missing = [key for key in missing if key not in owned]
-        missing_keys.extend(missing)
 
     def to_torch(self) -> nn.RNN:
         """Return a ``torch.nn.RNN`` that shares the parameters, for export or inference elsewhere.

@@ -72,11 +72,8 @@ class LearnedInverse(RecurrentRule):
     def reset_parameter(self, name: str, parameter: Tensor) -> None:
         if name == "reverse_bias":
             nn.init.zeros_(parameter)
-            return
-        # torch has no QR in half precision
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        with torch.no_grad():
-            parameter.copy_(nn.init.orthogonal_(torch.empty_like(parameter, dtype=dtype)))
+        else:
+            nn.init.orthogonal_(parameter)
 
     def start_sweep(self, layer: LayerWeights) -> Sweep:
         reverse_weight, reverse_bias = layer.owned

@@ -130,7 +130,7 @@ class RecurrentRule(Rule, ABC):
         return {}
 
     def reset_parameter(self, name: str, parameter: Tensor) -> None:
-        """Initialise one of those parameters in place."""
+        """Initialise one of those parameters in place: one of float32 or float64, rounded later for a 16-bit layer."""
         raise NotImplementedError(f"{type(self).__name__}: reset_parameter must initialise {name}")
 
     def run_recurrent(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
