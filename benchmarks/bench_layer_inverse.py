@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from tpext.ops import Activation, layer_displacement, layer_inverse, linear_inverse
-from tpext.ops.layer_inverse import _minimizer
+from tpext.ops.act_inverse import _minimizer
 
 REG, MARGIN = 0.1, 1e-2
 EPS = torch.finfo(torch.float32).eps

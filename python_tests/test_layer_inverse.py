@@ -17,7 +17,7 @@ from torch import Tensor
 import tpext
 from tpext import _C, reference
 from tpext.ops import Activation, bias_inverse, layer_displacement, layer_inverse, linear_inverse
-from tpext.ops.layer_inverse import _displacement, _minimizer
+from tpext.ops.act_inverse import _displacement, _minimizer
 from tpext.reference.layer_inverse import activation_and_slope, activation_change
 
 act_displacement = torch.ops.tpext.act_displacement

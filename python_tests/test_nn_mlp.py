@@ -1005,5 +1005,9 @@ def test_a_large_reg_hands_down_back_propagations_direction(name: Any, bias: boo
     torch.testing.assert_close(moved, exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
 
 
-def test_pickles_that_name_a_layer_in_the_module_of_networks_load() -> None:
-    assert pickle.loads(b"ctpext.nn.mlp\nTargetLinear\n.") is TargetLinear
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [("nn.mlp", TargetLinear), ("ops.layer_inverse", Activation), ("ops.kaczmarz", tpext.ops.Units)],
+)
+def test_pickles_that_name_the_modules_of_before_load(module: str, kind: type) -> None:
+    assert pickle.loads(f"ctpext.{module}\n{kind.__name__}\n.".encode()) is kind

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import are_plain, check_tensor, dtype_name, on_cuda
-from tpext.ops.kaczmarz import Output, hot_target
+from tpext.ops.units import Output, hot_target
 
 
 class HotTargetLoss(torch.nn.Module):
-    """``1/2 sum ||z - t||^2``, ``t`` the target of :func:`tpext.ops.kaczmarz.hot_target`, held constant.
+    """``1/2 sum ||z - t||^2``, ``t`` the target of :func:`tpext.ops.hot_target`, held constant.
 
     Its gradient is ``z - t``, what layers under :class:`tpext.Kaczmarz` take. A sum: they average over the batch
     themselves.

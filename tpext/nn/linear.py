@@ -17,8 +17,9 @@ from torch.nn import functional
 from tpext.nn.owned import OwnedParameters, register_owned, reset_owned
 from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import LOW_PRECISION, autocasts, check_tensor, full_precision
-from tpext.ops.kaczmarz import Units, UnitsName
-from tpext.ops.layer_inverse import Activation, ActivationName
+from tpext.ops.act_inverse import ActivationName
+from tpext.ops.activation import Activation
+from tpext.ops.units import Units, UnitsName
 from tpext.rules import LayerCall, LayerRule, RegularizedLeastSquares
 from tpext.rules.base import require_rule
 

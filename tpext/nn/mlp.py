@@ -13,8 +13,10 @@ from tpext.nn.kaczmarz import StreamResult
 from tpext.nn.linear import TargetLinear, as_activation
 from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import autocasts, check_tensor, full_precision
-from tpext.ops.kaczmarz import Output, Units, UnitsName, kaczmarz_train, running_accuracy
-from tpext.ops.layer_inverse import Activation, ActivationName
+from tpext.ops.act_inverse import ActivationName
+from tpext.ops.activation import Activation
+from tpext.ops.kaczmarz import kaczmarz_train, running_accuracy
+from tpext.ops.units import Output, Units, UnitsName
 from tpext.rules import Kaczmarz, LayerRule
 from tpext.rules.kaczmarz import as_units
 
@@ -167,7 +169,7 @@ class MLP(nn.Sequential):
             start: running accuracy before the first sample.
 
         Returns:
-            Predictions and the running accuracy, of decay 0.999 (:func:`tpext.ops.kaczmarz.running_accuracy`).
+            Predictions and the running accuracy, of decay 0.999 (:func:`tpext.ops.running_accuracy`).
 
         Raises:
             RuntimeError: the layers' rule is not one ``Kaczmarz``, or there are other modules among them.

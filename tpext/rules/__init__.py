@@ -61,7 +61,7 @@ from an equation to a trained network, and :func:`tpext.testing.check_rule` chec
 
 from __future__ import annotations
 
-from tpext.ops.layer_inverse import Form
+from tpext.ops.activation import Form
 from tpext.rules.backprop import Backprop
 from tpext.rules.base import Rule, number
 from tpext.rules.difference import DifferenceTargetPropagation, ReverseCorrection

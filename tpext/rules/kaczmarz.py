@@ -8,8 +8,9 @@ from typing import Any, ClassVar, Literal, get_args
 from torch import Tensor, nn
 
 from tpext.ops._library import check_choice
-from tpext.ops.kaczmarz import KaczmarzStep, Units, UnitsName, kaczmarz_step
-from tpext.ops.layer_inverse import Activation
+from tpext.ops.activation import Activation
+from tpext.ops.kaczmarz import KaczmarzStep, kaczmarz_step
+from tpext.ops.units import Units, UnitsName
 from tpext.rules.base import number
 from tpext.rules.layer import LayerCall, LayerRule
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpext.ops._library import NOT_A_DERIVATIVE, full_precision, refuse_forward_mode
-from tpext.ops.kaczmarz import Units
-from tpext.ops.layer_inverse import Activation
+from tpext.ops.activation import Activation
+from tpext.ops.units import Units
 from tpext.rules.base import Kind, Rule, apply_node, check_flag, check_positive, require_result
 
 

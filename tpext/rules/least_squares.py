@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tpext.ops._library import check_choice
-from tpext.ops.layer_inverse import Activation, Form, act_displacement
+from tpext.ops.act_inverse import act_displacement
+from tpext.ops.activation import Activation, Form
 from tpext.ops.regularized_inverse import regularized_solve
 from tpext.rules.base import Kind, number
 from tpext.rules.layer import LayerCall, LayerRule, parameter_gradients, through_activation
@@ -123,7 +124,7 @@ class RegularizedLeastSquares(_LeastSquares):
     ``c`` is the pre-activation ("proximal") or zero ("ridge"); the linear maps' inverses differ by that in an offset
     only, which the difference removes. For "proximal" ``t2(h)`` is ``c``, and ``z`` is solved for itself, not taken as
     a difference, so that its digits do not depend on its size. The published code has ``c`` for ``t2(h)`` too, but does
-    not solve the problem for tanh, sigmoid and the identity (:mod:`tpext.ops.layer_inverse`); ``Activation(name,
+    not solve the problem for tanh, sigmoid and the identity (:mod:`tpext.ops.activation`); ``Activation(name,
     reference_compat=True)`` gives the published numbers.
 
     Args:
