@@ -2,13 +2,16 @@
 
 import copy
 import dataclasses
+import inspect
 import math
 import pickle
 import re
 
 import numpy as np
 import pytest
+from torch import nn
 
+import tpext
 from tpext.rules import (
     Backprop,
     ConstrainedLeastSquares,
@@ -30,6 +33,39 @@ LAYER_RULES = [
     DifferenceTargetPropagation(),
     Kaczmarz(),
 ]
+
+# Every rule of the package, so that none can be forgotten below.
+EXPORTED = [getattr(tpext.rules, name) for name in tpext.rules.__all__]
+EXPORTED = [kind for kind in EXPORTED if inspect.isclass(kind) and issubclass(kind, Rule) and kind.kinds]
+EXPORTED = [kind for kind in EXPORTED if not inspect.isabstract(kind)]
+LAYERS = {
+    "recurrent": [lambda rule: tpext.nn.RNN(3, 4, rule=rule), lambda rule: tpext.nn.convert(nn.RNN(3, 4), rule)],
+    "layer": [lambda rule: tpext.nn.MLP([3, 4, 2], rule=rule), lambda rule: tpext.nn.TargetLinear(3, 4, rule=rule)],
+    "network": [lambda rule: tpext.nn.TargetSequential(nn.Linear(3, 4), nn.Linear(4, 2), rule=rule)],
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("rule", EXPORTED, ids=lambda rule: rule.__name__)
+def test_a_layer_of_another_kind_names_the_rules_kin(rule, kind):
+    assert getattr(tpext, rule.__name__) is rule
+    if kind in rule.kinds:
+        assert kind not in rule.kin
+        return
+    for make in LAYERS[kind]:
+        with pytest.raises(TypeError, match="rule must be for ") as error:
+            make(rule())
+        hint = "; .* is for other layers, its kin here is tpext."
+        if kind not in rule.kin:
+            assert not re.search(hint, str(error.value))
+            continue
+        assert str(error.value).endswith(
+            f"got {rule()!r}; {rule.__name__} is for other layers, its kin here is tpext.{rule.kin[kind]}()"
+        )
+    if kind in rule.kin:
+        kin = getattr(tpext, rule.kin[kind])
+        assert kind in kin.kinds
+        assert [kin.kin[other] for other in rule.kinds] == [rule.__name__]
 
 
 def test_defaults():

@@ -47,7 +47,7 @@ class LearnedInverse(RecurrentRule):
     LearnedInverse(target_step=1.0, credit='through_time', normalize=True, noise=0.1)
     """
 
-    kin: ClassVar[Mapping[Kind, str]] = {"layer": "DifferenceTargetPropagation"}
+    kin: ClassVar[Mapping[Kind, str]] = {"layer": "DifferenceTargetPropagation", "network": "DifferenceTargets"}
 
     learns: ClassVar[bool] = True
 

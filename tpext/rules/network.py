@@ -22,7 +22,7 @@ supported. Source of a rule of your own: subclass :class:`NetworkRule` and give 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
@@ -155,6 +155,8 @@ class DifferenceTargets(NetworkRule):
     >>> DifferenceTargets(target_step=0.7)
     DifferenceTargets(target_step=0.7, normalize=True, reduction='mean')
     """
+
+    kin: ClassVar[Mapping[Kind, str]] = {"recurrent": "LearnedInverse", "layer": "DifferenceTargetPropagation"}
 
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
         return self.feedback(call).difference(call.output, displacement, call.code)
