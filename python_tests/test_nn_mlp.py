@@ -600,6 +600,14 @@ def test_reconstruction_loss_of_the_first_layer_only_where_its_inverse_is_used()
     assert single[0].reverse_weight.grad is not None
 
 
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_reconstruction_loss_gives_nothing_to_what_made_its_input(noise: float) -> None:
+    below, layer = nn.Linear(6, 5), TargetLinear(5, 4, activation="tanh", rule=DifferenceTargetPropagation())
+    layer.reconstruction_loss(below(torch.randn(7, 6)), noise=noise).backward()
+    assert below.weight.grad is None
+    assert layer.reverse_weight.grad is not None
+
+
 def test_reconstruction_loss_falls_and_the_inverse_gets_better() -> None:
     net = MLP([4, 4, 4], rule=DifferenceTargetPropagation(noise=0.1), dtype=DOUBLE)
     x = torch.randn(64, 4, dtype=DOUBLE)

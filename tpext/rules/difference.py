@@ -86,7 +86,8 @@ class DifferenceTargetPropagation(LayerRule):
     def layer_loss(self, call: LayerCall, noise: float | None) -> Tensor:
         std = self.noise if noise is None else replace(self, noise=noise).noise
         with torch.no_grad():
-            target = call.input
+            # detached too where there is no noise: what made the input has a loss of its own
+            target = call.input.detach()
             if std > 0:
                 target = target + std * torch.randn_like(target)
             reached = call.activation(functional.linear(target, call.weight, call.bias))
