@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from tpext.rules import LayerCall, LayerRule, RecurrentRule
+import tpext
+from tpext.rules import LayerCall, LayerRule, RecurrentRule, Rule
+
+
+def exported_rules() -> list[type[Rule]]:
+    """Every rule of the package, so that a test over them cannot forget a new one."""
+    members = [getattr(tpext.rules, name) for name in tpext.rules.__all__]
+    rules = [one for one in members if inspect.isclass(one) and issubclass(one, Rule) and one.kinds]
+    return [rule for rule in rules if not inspect.isabstract(rule)]
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from broken_rules import BROKEN, Broken, DividesByTheSlope
+from image_files import write_mnist
 from own_rules import (
     FeedbackAlignment,
     PseudoInverseTargets,
@@ -17,15 +21,16 @@ from own_rules import (
     TruncatedInverse,
     Wrong,
     WrongLayer,
+    exported_rules,
 )
 from torch import Tensor, nn
 
 import tpext
 from tpext.nn.owned import reset_owned
 from tpext.rules import LayerRule, RecurrentRule, number
-from tpext.tasks import Adding, make_task
+from tpext.tasks import Adding, ImageClasses, make_task
 from tpext.tasks.base import Batch
-from tpext.testing import check_rule, check_task
+from tpext.testing import _rule_checks, check_rule, check_task
 
 OWN = [FeedbackAlignment(), SignSymmetry(), TruncatedInverse(), PseudoInverseTargets(), TransposedEverywhere()]
 OURS = [
@@ -48,6 +53,10 @@ OURS = [
 @pytest.mark.parametrize("rule", [*OWN, *OURS], ids=repr)
 def test_rules_pass_their_check(rule: tpext.rules.Rule) -> None:
     check_rule(rule)
+
+
+def test_every_rule_of_the_package_is_checked() -> None:
+    assert {type(rule) for rule in OURS} == set(exported_rules())
 
 
 # What is to be found wrong, and what the error must say of it.
@@ -77,28 +86,57 @@ def test_a_feedback_matrix_that_is_not_finite_is_named() -> None:
 
 
 def test_a_propagated_displacement_that_is_not_finite_fails_the_check() -> None:
-    with pytest.raises(AssertionError, match=r"the gradient of .* must be finite"):
+    with pytest.raises(AssertionError, match=r"expected a finite gradient of the input, got NaN or infinity"):
         check_rule(WrongLayer("value"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Forgets(RecurrentRule):
-    """Differs from call to call, so nothing compiled, copied or padded can equal it."""
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: type(broken.rule).__name__)
+def test_a_rule_that_is_broken_in_one_way_fails_that_check(broken: Broken) -> None:
+    with pytest.raises(AssertionError) as error:
+        check_rule(broken.rule)
+    found = str(error.value)
+    assert found.startswith(f"{broken.rule}: {broken.check}: expected ")
+    assert broken.says in found
+    assert ", got " in found
+    if "expected no error" in found:
+        assert type(error.value.__cause__).__name__ in found
+    for name, check in _rule_checks(broken.rule, "tanh", None):
+        # gradients are checked in float32 and in float64
+        if broken.alone and name.split(" (")[0] != broken.check.split(" (")[0]:
+            check()
 
-    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
-        return torch.randn_like(weight_hh)
+
+def test_the_caller_chooses_the_activation() -> None:
+    check_rule(DividesByTheSlope(), activation="tanh")
+    with pytest.raises(AssertionError, match=r"gradients \(layer.*expected a finite gradient of the input, got NaN"):
+        check_rule(DividesByTheSlope(), activation="relu")
+    check_rule(SignSymmetry(), nonlinearity="relu")
+    with pytest.raises(AssertionError, match=r"gradients \(recurrent.*needs nonlinearity='tanh', got 'relu'") as error:
+        check_rule(tpext.LearnedInverse(), nonlinearity="relu")
+    assert isinstance(error.value.__cause__, ValueError)
+    with pytest.raises(ValueError, match="check_rule: nonlinearity must be one of 'tanh', 'relu', 'identity', got 'g"):
+        check_rule(SignSymmetry(), nonlinearity="gelu")
+    with pytest.raises(ValueError, match=r"nonlinearity belongs to rules of recurrent layers, got PseudoInverseTarg"):
+        check_rule(PseudoInverseTargets(), nonlinearity="relu")
+    with pytest.raises(ValueError, match=r"check_rule: activation belongs to rules of feed-forward layers, got Sign"):
+        check_rule(SignSymmetry(), activation="relu")
+
+
+def test_a_check_leaves_the_random_numbers_alone() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    check_rule(SignSymmetry())
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_rules_that_are_no_values_fail_the_check() -> None:
-    with pytest.raises(AssertionError, match=r"Forgets.* of the network: the gradient of"):
-        check_rule(Forgets())
-
     @dataclasses.dataclass(frozen=True)
     class Local(RecurrentRule):
         def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
             return weight_hh
 
-    with pytest.raises(AssertionError, match="its class must stand in a module"):
+    with pytest.raises(AssertionError, match=r"Local.*: value: expected .* a class that stands in a module, got "):
         check_rule(Local())
     with pytest.raises(TypeError, match=r"check_rule: rule must be a tpext.rules.Rule, got 'dtp'"):
         check_rule("dtp")  # type: ignore[arg-type]
@@ -330,10 +368,69 @@ class Twice(Adding):
         return super().batch(seed, 0, batch_size)
 
 
-def test_tasks_pass_their_check_and_bad_ones_do_not() -> None:
-    for name in ("temporal-order", "adding", "random-permutation", "spiral"):
+class Changed(Adding):
+    """Returns its samples with something changed."""
+
+    def sample(self, random: np.random.Generator, size: int) -> Batch:
+        return self.change(super().sample(random, size))
+
+    def change(self, batch: Batch) -> Batch:
+        raise NotImplementedError("unset")
+
+
+class FlatTargets(Changed):
+    """Of one value a sample: against outputs ``[B, 1]`` the squared error would broadcast to ``[B, B]``."""
+
+    def change(self, batch: Batch) -> Batch:
+        return batch._replace(target=batch.target.squeeze(1))
+
+
+class DoubleTargets(Changed):
+    def change(self, batch: Batch) -> Batch:
+        return batch._replace(target=batch.target.double())
+
+
+class BatchFirst(Changed):
+    def change(self, batch: Batch) -> Batch:
+        return batch._replace(input=batch.input.transpose(0, 1))
+
+
+class FlatImages(ImageClasses):
+    """Forgets the planes."""
+
+    def batch(self, seed: int, iteration: int, batch_size: int) -> Batch:
+        images, target = super().batch(seed, iteration, batch_size)
+        return Batch(images.flatten(1), target)
+
+
+def test_tasks_pass_their_check(tmp_path: Path) -> None:
+    for name in ("temporal-order", "adding", "random-permutation", "spiral", "digits-mlp"):
         check_task(make_task(name))
-    with pytest.raises(AssertionError, match="batch must return other samples for another iteration"):
-        check_task(Twice())
+    write_mnist(tmp_path)
+    for name in ("mnist", "mnist-mlp", "mnist-autoencoder"):
+        check_task(make_task(name, data_dir=tmp_path))
+    check_task(ImageClasses("digits"))
+    check_task(ImageClasses("mnist", data_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "says"),
+    [
+        (Twice(), "batch: expected other samples for another iteration, got the same"),
+        (FlatTargets(), "batch: expected target [4, 1] for mse, got [4]"),
+        (DoubleTargets(), "batch: expected target in torch.float32 for mse, got torch.float64"),
+        (BatchFirst(length=30), "batch: expected input [30, 4, 2], got [4, 30, 2]"),
+        (Changed(), "batch: expected no error, got NotImplementedError: unset"),
+        (FlatImages("digits"), "batch: expected input [4, 1, 8, 8], got [4, 64]"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_bad_tasks_do_not(task: tpext.tasks.Task, says: str) -> None:
+    with pytest.raises(AssertionError, match=re.escape(f"{task}: {says}")) as error:
+        check_task(task)
+    assert (error.value.__cause__ is None) is ("no error" not in says)
+
+
+def test_what_is_no_task_is_refused() -> None:
     with pytest.raises(TypeError, match=r"check_task: task must be a tpext.tasks.Task, got 'adding'"):
         check_task("adding")  # type: ignore[arg-type]

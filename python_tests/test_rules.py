@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-import inspect
 import math
 import pickle
 import re
 
 import numpy as np
 import pytest
+from own_rules import exported_rules
 from torch import nn
 
 import tpext
@@ -34,10 +34,6 @@ LAYER_RULES = [
     Kaczmarz(),
 ]
 
-# Every rule of the package, so that none can be forgotten below.
-EXPORTED = [getattr(tpext.rules, name) for name in tpext.rules.__all__]
-EXPORTED = [kind for kind in EXPORTED if inspect.isclass(kind) and issubclass(kind, Rule) and kind.kinds]
-EXPORTED = [kind for kind in EXPORTED if not inspect.isabstract(kind)]
 LAYERS = {
     "recurrent": [lambda rule: tpext.nn.RNN(3, 4, rule=rule), lambda rule: tpext.nn.convert(nn.RNN(3, 4), rule)],
     "layer": [lambda rule: tpext.nn.MLP([3, 4, 2], rule=rule), lambda rule: tpext.nn.TargetLinear(3, 4, rule=rule)],
@@ -46,7 +42,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("rule", EXPORTED, ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", exported_rules(), ids=lambda rule: rule.__name__)
 def test_a_layer_of_another_kind_names_the_rules_kin(rule, kind):
     assert getattr(tpext, rule.__name__) is rule
     if kind in rule.kinds:

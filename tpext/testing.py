@@ -3,7 +3,8 @@
 >>> import tpext
 >>> tpext.testing.check_rule(tpext.RegularizedInverse(reg=10.0))
 
-Each check raises AssertionError with the rule or task, what was expected and what came.
+What does not hold is an AssertionError with the rule or task, the name of the check, what was expected and what came.
+An error from inside the rule is its cause.
 """
 
 from __future__ import annotations
@@ -11,84 +12,170 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tpext.nn import MLP, RNN, TargetSequential
-from tpext.rules import Backprop
+from tpext.nn.linear import as_activation
+from tpext.ops import Activation, Units
+from tpext.ops._library import NONLINEARITIES, check_choice
+from tpext.ops.act_inverse import ActivationName
+from tpext.ops.units import UnitsName
+from tpext.rules import Backprop, LayerRule, RecurrentRule
 from tpext.rules.base import Kind, Rule
+from tpext.tasks import ImageClasses
 from tpext.tasks.base import Batch, Task
 
 _STEPS, _BATCH = 7, 4
 
 
-def check_rule(rule: Rule) -> None:
+def check_rule(
+    rule: Rule,
+    *,
+    nonlinearity: str | None = None,
+    activation: ActivationName | UnitsName | Activation | Units | None = None,
+) -> None:
     """Check that a rule does what every layer of its kind relies on.
 
-    On a small network, in float32 and float64: gradients of every parameter and of the input come, in their shapes, and
-    are finite; ``torch.compile(fullgraph=True)`` gives the same, also after a number of the rule has changed; a second
-    derivative is refused unless the rule is exact; rule and network survive copying and saving. A padded batch of
-    sequences gives the sum of the gradients of the sequences alone.
+    On small networks on the CPU, for each kind of layer that the rule is for:
+
+    ====================  ==================================================================================
+    "value"               copies, pickled ones too, equal the rule; its fields cannot be assigned
+    "gradients"           come for all but the rule's own parameters, finite, in float32 and float64
+    "given tensors"       stay as they are, and a second backward pass gives the same
+    "second derivative"   is refused; of an ``exact`` rule it is back-propagation's
+    "saving"              a copied network, and one that loads the ``state_dict``, give the same gradients
+    "autocast"            puts out bfloat16; gradients are those without it, in their parameters' dtype
+    "lengths"             give for a padded batch what its sequences give alone (recurrent layers)
+    "checkpoint_every"    gives the same gradients (recurrent layers)
+    "own loss"            of a rule that ``learns`` gives gradients to all that it owns, and to nothing else
+    "compile"             ``torch.compile(fullgraph=True)`` gives the same, also after a number has changed
+    ====================  ==================================================================================
 
     Args:
         rule: of recurrent layers, of feed-forward layers or of networks.
+        nonlinearity: of the recurrent layers, None means "tanh".
+        activation: of the feed-forward layers, None means "tanh" ("relu" for a rule that ``takes_units``).
 
     Raises:
-        AssertionError: what does not hold. TypeError: ``rule`` is none.
+        AssertionError: what does not hold. TypeError: ``rule`` is none. ValueError: another argument that is none, or
+        does not belong to the rule.
 
     Cost: seconds, most of them the compiler's.
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"check_rule: rule must be a tpext.rules.Rule, got {rule!r}")
-    _expect(bool(rule.kinds), rule, "must subclass RecurrentRule, LayerRule or NetworkRule")
-    _check_value(rule)
-    for kind in sorted(rule.kinds):
-        for dtype in (torch.float32, torch.float64):
-            _check_gradients(rule, kind, dtype)
-        _check_second_derivative(rule, kind)
-        _check_saving(rule, kind)
-        _check_compiled(rule, kind)
-        if kind == "recurrent":
-            _check_lengths(rule)
+    if nonlinearity is not None:
+        if "recurrent" not in rule.kinds:
+            raise ValueError(f"check_rule: nonlinearity belongs to rules of recurrent layers, got {rule}")
+        check_choice("check_rule", "nonlinearity", nonlinearity, NONLINEARITIES)
+    if activation is not None:
+        if "layer" not in rule.kinds:
+            raise ValueError(f"check_rule: activation belongs to rules of feed-forward layers, got {rule}")
+        activation = as_activation(activation)
+    with torch.random.fork_rng(devices=[]):
+        for name, check in _rule_checks(rule, nonlinearity or "tanh", activation):
+            _run(rule, name, check)
 
 
-def _expect(holds: bool, rule: object, message: str) -> None:
+class _MismatchError(Exception):
+    """What a check found."""
+
+
+def _expect(holds: bool, expected: str, got: object) -> None:
     if not holds:
-        raise AssertionError(f"{rule}: {message}")
+        raise _MismatchError(f"expected {expected}, got {got}")
+
+
+def _run(subject: object, name: str, check: Callable[[], None]) -> None:
+    try:
+        check()
+    except _MismatchError as error:
+        raise AssertionError(f"{subject}: {name}: {error}") from error.__cause__
+    except Exception as error:
+        raise AssertionError(f"{subject}: {name}: expected no error, got {type(error).__name__}: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    """A rule, the kind of layer it is to be checked in, and that layer's activation."""
+
+    rule: Any
+    kind: Kind
+    nonlinearity: str
+    activation: Any
+
+    def network(self, dtype: torch.dtype = torch.float64, rule: Rule | None = None) -> tuple[Any, Tensor]:
+        """A small network under the rule, or another one, and an input."""
+        torch.manual_seed(0)
+        one: Any = self.rule if rule is None else rule
+        if self.kind == "recurrent":
+            sizes: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
+            return RNN(3, 5, nonlinearity=self.nonlinearity, rule=one, dtype=dtype, **sizes), _sequences(dtype)
+        if self.kind == "layer":
+            return MLP([6, 5, 4], self._activation, rule=one, dtype=dtype), torch.randn(_BATCH, 6, dtype=dtype)
+        blocks = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in ((6, 5), (5, 4), (4, 3))]
+        net = TargetSequential(*blocks, rule=one, input_shape=(6,)).to(dtype)
+        return net, torch.randn(_BATCH, 6, dtype=dtype)
+
+    def layer(self, dtype: torch.dtype = torch.float64, **options: Any) -> tuple[Any, Tensor]:
+        """One layer, whose weights the rule is given themselves; a network where the kind is that."""
+        torch.manual_seed(0)
+        if self.kind == "recurrent":
+            return RNN(3, 5, nonlinearity=self.nonlinearity, rule=self.rule, dtype=dtype, **options), _sequences(dtype)
+        if self.kind == "layer":
+            mlp = MLP([6, 5], rule=self.rule, output_activation=self._activation, dtype=dtype)
+            return mlp, torch.randn(_BATCH, 6, dtype=dtype)
+        return self.network(dtype)
+
+    @property
+    def _activation(self) -> Any:
+        return self.activation or ("relu" if self.rule.takes_units else "tanh")
+
+
+def _sequences(dtype: torch.dtype) -> Tensor:
+    return torch.randn(_STEPS, _BATCH, 3, dtype=dtype)
+
+
+def _rule_checks(rule: Rule, nonlinearity: str, activation: Any) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield "value", partial(_check_value, rule)
+    for kind in sorted(rule.kinds):
+        case = _Case(rule, kind, nonlinearity, activation)
+        for dtype in (torch.float32, torch.float64):
+            yield f"gradients ({kind}, {dtype})", partial(_check_gradients, case, dtype)
+        yield f"given tensors ({kind})", partial(_check_given, case)
+        yield f"second derivative ({kind})", partial(_check_second_derivative, case)
+        yield f"saving ({kind})", partial(_check_saving, case)
+        yield f"autocast ({kind})", partial(_check_autocast, case)
+        if kind == "recurrent":
+            yield f"lengths ({kind})", partial(_check_lengths, case)
+            yield f"checkpoint_every ({kind})", partial(_check_checkpoints, case)
+        if kind != "network":
+            yield f"own loss ({kind})", partial(_check_own_loss, case)
+        yield f"compile ({kind})", partial(_check_compiled, case)
 
 
 def _check_value(rule: Rule) -> None:
-    """A rule is a value: equal copies, one hash, no assignment."""
+    _expect(bool(rule.kinds), "a class below RecurrentRule, LayerRule or NetworkRule", "none of them")
     try:
         copies = [copy.deepcopy(rule), pickle.loads(pickle.dumps(rule)), dataclasses.replace(rule)]
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise AssertionError(
-            f"{rule}: must be copied and pickled, so its class must stand in a module: {error}"
+    except Exception as error:
+        raise _MismatchError(
+            "expected a rule that can be copied and pickled, so a class that stands in a module, got "
+            f"{type(error).__name__}: {error}"
         ) from error
     for one in copies:
-        _expect(one == rule and hash(one) == hash(rule), rule, f"a copy must equal it, got {one}")
+        _expect(one == rule and hash(one) == hash(rule), "a copy that equals the rule", one)
     for field in dataclasses.fields(rule):
         try:
             setattr(rule, field.name, getattr(rule, field.name))
         except dataclasses.FrozenInstanceError:
             continue
-        raise AssertionError(f"{rule}: must be a frozen dataclass, {field.name} was assigned")
-
-
-def _network(rule: Any, kind: Kind, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    """A small network under the rule, and an input."""
-    torch.manual_seed(0)
-    if kind == "recurrent":
-        rnn = RNN(3, 5, num_layers=2, bidirectional=True, rule=rule, dtype=dtype)
-        return rnn, torch.randn(_STEPS, _BATCH, 3, dtype=dtype)
-    if kind == "layer":
-        mlp = MLP([6, 5, 4], "relu" if rule.takes_units else "tanh", rule=rule, dtype=dtype)
-        return mlp, torch.randn(_BATCH, 6, dtype=dtype)
-    layers = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in ((6, 5), (5, 4), (4, 3))]
-    return TargetSequential(*layers, rule=rule, input_shape=(6,)).to(dtype), torch.randn(_BATCH, 6, dtype=dtype)
+        raise _MismatchError(f"expected a frozen dataclass, got an assignment of {field.name}")
 
 
 def _output(model: Callable[..., Any], input: Tensor, **options: Any) -> Tensor:
@@ -100,49 +187,128 @@ def _gradients(model: Any, input: Tensor, run: Callable[..., Any] | None = None)
     """What a backward pass gives to the input and each parameter."""
     input = input.clone().requires_grad_()
     model.zero_grad()
-    loss = _output(model if run is None else run, input).square().sum()
-    loss.backward()  # type: ignore[no-untyped-call]
-    grads = {"input": input.grad, **{name: parameter.grad for name, parameter in model.named_parameters()}}
+    _output(model if run is None else run, input).square().sum().backward()  # type: ignore[no-untyped-call]
+    grads = {"the input": input.grad, **{name: parameter.grad for name, parameter in model.named_parameters()}}
     return {name: grad.clone() for name, grad in grads.items() if grad is not None}
 
 
-def _check_gradients(rule: Rule, kind: Kind, dtype: torch.dtype) -> None:
-    model, input = _network(rule, kind, dtype)
-    owned = set(dict(model.named_parameters())) - set(dict(_network(Backprop(), kind, dtype)[0].named_parameters()))
+def _compare(found: dict[str, Tensor], expected: dict[str, Tensor], where: str, tolerance: float = 1e-8) -> None:
+    _expect(found.keys() == expected.keys(), f"gradients of {', '.join(expected)} {where}", ", ".join(found) or "none")
+    for name, grad in expected.items():
+        size = max(float(grad.abs().max()), 1e-12)
+        error = float((found[name] - grad).abs().max()) / size
+        _expect(error < tolerance, f"the same gradient of {name} {where}", f"a difference of {error:.1e} of its size")
+
+
+def _owned(model: nn.Module) -> list[str]:
+    """The names of the parameters that rules in the network own."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in getattr(module, "owned_names", ())
+    ]
+
+
+def _leaves(model: nn.Module, input: Tensor) -> dict[str, Tensor]:
+    """The tensors that are to get a gradient."""
+    owned = _owned(model)
+    named = {name: one for name, one in model.named_parameters() if one.requires_grad and name not in owned}
+    return {"the input": input.requires_grad_(), **named}
+
+
+def _check_gradients(case: _Case, dtype: torch.dtype) -> None:
+    model, input = case.network(dtype)
     found = _gradients(model, input)
-    _expect("input" in found, rule, f"the input must get a gradient ({kind}, {dtype})")
-    for name, parameter in model.named_parameters():
-        if name not in owned and parameter.requires_grad:
-            _expect(name in found, rule, f"{name} must get a gradient ({kind}, {dtype})")
+    for name in _leaves(model, input):
+        _expect(name in found, f"a gradient of {name}", "none")
+    for name in _owned(model):
+        _expect(name not in found, f"no gradient of {name}, which the rule owns", "one")
     for name, grad in found.items():
-        _expect(bool(grad.isfinite().all()), rule, f"the gradient of {name} must be finite ({kind}, {dtype})")
+        _expect(bool(grad.isfinite().all()), f"a finite gradient of {name}", "NaN or infinity")
 
 
-def _check_second_derivative(rule: Rule, kind: Kind) -> None:
-    model, input = _network(rule, kind)
-    input.requires_grad_()
+def _check_given(case: _Case) -> None:
+    unchanged = "that the tensors that the rule is given stay as they are"
+    model, input = case.layer()
+    leaves = _leaves(model, input)
+    output = _output(model, input)
+    gradient = torch.randn_like(output)
+    given = {"the output": output, "its gradient": gradient, "the input": input, **dict(model.named_parameters())}
+    before = {name: tensor.detach().clone() for name, tensor in given.items()}
+    passes = []
+    for retain in (True, False):
+        try:
+            grads = torch.autograd.grad(output, list(leaves.values()), gradient, retain_graph=retain)
+        except RuntimeError as error:
+            # autograd's own watch over what was saved
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise _MismatchError(f"expected {unchanged}, got {error}") from error
+        passes.append(dict(zip(leaves, grads, strict=True)))
+        changed = [name for name, tensor in given.items() if not torch.equal(tensor.detach(), before[name])]
+        _expect(not changed, unchanged, f"a change of {', '.join(changed)}")
+    _compare(passes[1], passes[0], "from a second backward pass")
+    if case.kind == "layer":
+        kept = gradient.clone()
+        model[0].input_displacement(input.detach(), gradient)
+        _expect(torch.equal(gradient, kept), unchanged, "a change of the displacement")
+
+
+def _check_second_derivative(case: _Case) -> None:
+    model, input = case.network()
+    if case.rule.exact:
+        exact = case.network(rule=Backprop())[0]
+        exact.load_state_dict(model.state_dict(), strict=False)
+        _compare(_second(model, input), _second(exact, input), "twice, as the rule is exact")
+        return
     try:
-        torch.autograd.grad(_output(model, input).square().sum(), input, create_graph=True)
+        _second(model, input)
     except RuntimeError as error:
-        _expect(not rule.exact and "Backprop" in str(error), rule, f"create_graph=True must not fail, got: {error}")
+        _expect("not a derivative" in str(error), "the error that says that there is none", error)
     else:
-        _expect(rule.exact, rule, "create_graph=True must be refused, as the rule's backward pass is no derivative")
+        raise _MismatchError("expected create_graph=True to be refused, as the rule is not exact, got a derivative")
 
 
-def _check_saving(rule: Rule, kind: Kind) -> None:
-    model, input = _network(rule, kind)
+def _second(model: nn.Module, input: Tensor) -> dict[str, Tensor]:
+    """The gradients of the squared gradients."""
+    leaves = _leaves(model, input)
+    first = torch.autograd.grad(_output(model, input).square().sum(), list(leaves.values()), create_graph=True)
+    total = torch.stack([grad.square().sum() for grad in first]).sum()
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def _check_saving(case: _Case) -> None:
+    model, input = case.network()
     expected = _gradients(model, input)
     copied = copy.deepcopy(model)
-    loaded = _network(rule, kind)[0]
+    loaded = case.network()[0]
     with torch.no_grad():
         for parameter in loaded.parameters():
             parameter.add_(1)
     loaded.load_state_dict(model.state_dict())
     for what, one in (("deepcopy", copied), ("load_state_dict", loaded)):
-        _compare(rule, _gradients(one, input), expected, f"after {what} of the network")
+        _compare(_gradients(one, input), expected, f"after {what} of the network")
 
 
-def _check_compiled(rule: Rule, kind: Kind) -> None:
+def _check_autocast(case: _Case) -> None:
+    model, input = case.layer(torch.float32)
+    leaves = _leaves(model, input)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = _output(model, input)
+    _expect(output.dtype == torch.bfloat16, "an output in bfloat16", output.dtype)
+    gradient = torch.randn(output.shape).bfloat16()
+    found = torch.autograd.grad(output, list(leaves.values()), gradient)
+    expected = torch.autograd.grad(_output(model, input), list(leaves.values()), gradient.float())
+    for (name, leaf), grad in zip(leaves.items(), found, strict=True):
+        _expect(grad.dtype == leaf.dtype, f"a gradient of {name} in {leaf.dtype}", grad.dtype)
+    # One layer computes in float32; torch's own operations, and blocks, in bfloat16.
+    tolerance = 0.1 if case.kind == "network" or case.rule.exact else 1e-5
+    first, second = (dict(zip(leaves, one, strict=True)) for one in (found, expected))
+    _compare(first, second, "as without autocast", tolerance)
+
+
+def _check_compiled(case: _Case) -> None:
+    rule = case.rule
     changed = [rule]
     for field in dataclasses.fields(rule):
         if isinstance(getattr(rule, field.name), float):
@@ -150,43 +316,80 @@ def _check_compiled(rule: Rule, kind: Kind) -> None:
                 changed.append(dataclasses.replace(rule, **{field.name: 0.75 * getattr(rule, field.name) + 0.0625}))
             except ValueError:
                 continue
-    model: Any
-    model, input = _network(rule, kind)
+    model, input = case.network()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for one in changed:
-        model.rule = one
-        _compare(rule, _gradients(model, input, compiled), _gradients(model, input), f"compiled, with {one}")
-    torch._dynamo.reset()
+    try:
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for one in changed:
+            model.rule = one
+            _compare(_gradients(model, input, compiled), _gradients(model, input), f"compiled, with {one}")
+    finally:
+        torch._dynamo.reset()
 
 
-def _check_lengths(rule: Rule) -> None:
-    model, input = _network(rule, "recurrent")
-    lengths = torch.tensor([_STEPS, 1, _STEPS - 2, 3])
+_LENGTHS = (_STEPS, 1, _STEPS - 2, 3)
+
+
+def _check_lengths(case: _Case) -> None:
+    model, input = case.network()
 
     def padded(x: Tensor) -> Tensor:
-        return _output(model, x, lengths=lengths)
+        return _output(model, x, lengths=torch.tensor(_LENGTHS))
 
     def alone(x: Tensor) -> Tensor:
-        rows = [_output(model, x[:length, row : row + 1]) for row, length in enumerate(lengths.tolist())]
+        rows = [_output(model, x[:length, row : row + 1]) for row, length in enumerate(_LENGTHS)]
         return torch.cat([row.flatten() for row in rows])
 
-    _compare(rule, _gradients(model, input, padded), _gradients(model, input, alone), "with lengths")
+    _compare(_gradients(model, input, padded), _gradients(model, input, alone), "with lengths as without padding")
 
 
-def _compare(rule: Rule, found: dict[str, Tensor], expected: dict[str, Tensor], where: str) -> None:
-    _expect(found.keys() == expected.keys(), rule, f"{where}: gradients of {list(expected)}, got {list(found)}")
-    for name, grad in expected.items():
-        size = max(float(grad.abs().max()), 1e-12)
-        error = float((found[name] - grad).abs().max()) / size
-        _expect(error < 1e-8, rule, f"{where}: the gradient of {name} must be the same, differs by {error:.1e} of it")
+def _check_checkpoints(case: _Case) -> None:
+    model, input = case.layer(return_sequence=False)
+    for lengths in (None, torch.tensor(_LENGTHS)):
+
+        def final(x: Tensor, lengths: Tensor | None = lengths) -> Tensor:
+            return model(x, lengths=lengths)[1]  # type: ignore[no-any-return]
+
+        model.checkpoint_every = None
+        expected = _gradients(model, input, final)
+        for every in (1, 3):
+            model.checkpoint_every = every
+            _compare(_gradients(model, input, final), expected, f"with checkpoint_every={every} as without")
+
+
+def _check_own_loss(case: _Case) -> None:
+    name, base = ("recurrent_loss", RecurrentRule) if case.kind == "recurrent" else ("layer_loss", LayerRule)
+    has_loss = getattr(type(case.rule), name) is not getattr(base, name)
+    if not case.rule.learns:
+        _expect(not has_loss, f"learns = True of a rule with {name}", "False")
+        return
+    # a rule of several kinds may learn in one of them
+    if not has_loss and len(case.rule.kinds) > 1:
+        return
+    model, input = case.network()
+    owned = _owned(model)
+    _expect(bool(owned), "parameters of the rule's own, as it learns", "none")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for noise in (0.0, 0.1):
+        input = input.detach().requires_grad_()
+        model.zero_grad()
+        loss = model.reconstruction_loss(input, noise=noise)
+        _expect(loss.dim() == 0 and bool(loss.isfinite()), "a finite scalar", loss)
+        loss.backward()
+        for name, tensor in (("the input", input), *model.named_parameters()):
+            learns = name in owned and tensor.requires_grad
+            _expect((tensor.grad is not None) is learns, f"{'a' if learns else 'no'} gradient of {name}", tensor.grad)
+            _expect(tensor.grad is None or bool(tensor.grad.isfinite().all()), f"a finite one of {name}", tensor.grad)
+    for name, parameter in model.named_parameters():
+        _expect(torch.equal(parameter, before[name]), f"that {name} stays as it is", "a change in place")
 
 
 def check_task(task: Task) -> None:
     """Check that a task does what a training run relies on.
 
     Batches and test sets are pure functions of their arguments, have the stated shapes and dtypes, and the loss and the
-    share of correct outputs can be taken of them.
+    share of correct outputs can be taken of them. Images of :class:`tpext.tasks.ImageClasses`, which are read where
+    they are not yet, keep their planes.
 
     Args:
         task: any task.
@@ -201,30 +404,43 @@ def check_task(task: Task) -> None:
     if not isinstance(task, Task):
         raise TypeError(f"check_task: task must be a tpext.tasks.Task, got {task!r}")
     draws: dict[str, Callable[[int], Batch]] = {
-        "batch": lambda seed: task.batch(seed, 3, _BATCH),
-        "test_set": lambda seed: task.test_set(seed, _BATCH),
+        "batch": lambda iteration: task.batch(1, iteration, _BATCH),
+        "test_set": lambda iteration: task.test_set(1, _BATCH),
     }
+    _run(task, "value", partial(_check_task_value, task))
     for name, draw in draws.items():
-        first, again = draw(1), draw(1)
-        same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-        _expect(same, task, f"{name} must return the same samples for the same arguments")
-        _check_batch(task, name, first)
-    other = task.batch(1, 4, _BATCH)
-    moves = not torch.equal(other.input, task.batch(1, 3, _BATCH).input)
-    _expect(moves, task, "batch must return other samples for another iteration")
-    _expect(pickle.loads(pickle.dumps(task)) == task, task, "must be pickled to an equal task")
+        _run(task, name, partial(_check_samples, task, draw, name == "batch"))
 
 
-def _check_batch(task: Task, name: str, batch: Batch) -> None:
-    input, target = batch
-    shape = (_BATCH, task.input_size) if task.length is None else (task.length, _BATCH, task.input_size)
-    _expect(tuple(input.shape) == shape, task, f"{name}: input must be {list(shape)}, got {list(input.shape)}")
-    _expect(input.dtype == torch.float32, task, f"{name}: input must be float32, got {input.dtype}")
-    if task.criterion == "cross_entropy":
-        _expect(target.dtype == torch.int64, task, f"{name}: target must be int64 classes, got {target.dtype}")
+def _check_task_value(task: Task) -> None:
+    copied = pickle.loads(pickle.dumps(task))
+    _expect(copied == task, "a pickled copy that equals the task", copied)
+
+
+def _check_samples(task: Task, draw: Callable[[int], Batch], by_iteration: bool) -> None:
+    first, again = draw(3), draw(3)
+    same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    _expect(same, "the same samples for the same arguments", "others")
+    if by_iteration:
+        _expect(not torch.equal(draw(4).input, first.input), "other samples for another iteration", "the same")
+    input, target = first
+    shape: tuple[int, ...] = (_BATCH, task.input_size)
+    if isinstance(task, ImageClasses):
+        shape = (_BATCH, *task.shape)
+    elif task.length is not None:
+        shape = (task.length, _BATCH, task.input_size)
+    _expect(input.shape == shape, f"input {list(shape)}", list(input.shape))
+    _expect(input.dtype == torch.float32, "input in float32", input.dtype)
+    classes = task.criterion == "cross_entropy"
+    # of another shape the loss would broadcast, and be another one
+    shape = (_BATCH,) if classes else (_BATCH, task.output_size)
+    _expect(target.shape == shape, f"target {list(shape)} for {task.criterion}", list(target.shape))
+    dtype = torch.int64 if classes else torch.float32
+    _expect(target.dtype == dtype, f"target in {dtype} for {task.criterion}", target.dtype)
+    if classes:
         inside = bool(((target >= 0) & (target < task.output_size)).all())
-        _expect(inside, task, f"{name}: classes must lie in 0..{task.output_size - 1}")
+        _expect(inside, f"classes in 0..{task.output_size - 1}", target.tolist())
     output = torch.zeros(_BATCH, task.output_size)
     loss, correct = task.loss(output, target), task.correct(output, target)
-    _expect(loss.dim() == 0 and bool(loss.isfinite()), task, f"loss must be a finite scalar, got {loss}")
-    _expect(tuple(correct.shape) == (_BATCH,), task, f"correct must be [B={_BATCH}], got {list(correct.shape)}")
+    _expect(loss.dim() == 0 and bool(loss.isfinite()), "a finite scalar for loss", loss)
+    _expect(tuple(correct.shape) == (_BATCH,), f"correct [B={_BATCH}]", list(correct.shape))
