@@ -85,6 +85,20 @@ def test_a_feedback_matrix_that_is_not_finite_is_named() -> None:
         output.sum().backward()
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_feedback_matrix_that_is_not_finite_is_named_in_a_compiled_layer(backend: str) -> None:
+    def train(rule: RecurrentRule) -> None:
+        # of a compiled network the forward graph may compute the matrix already
+        rnn = torch.compile(tpext.nn.RNN(3, 4, rule=rule), fullgraph=True, backend=backend)
+        rnn(torch.randn(5, 2, 3))[0].sum().backward()
+
+    torch._dynamo.reset()
+    train(SignSymmetry())
+    with pytest.raises(RuntimeError, match=r"^Wrong\.feedback must return finite numbers, got NaN or infinity"):
+        train(Wrong("value"))
+    torch._dynamo.reset()
+
+
 def test_a_propagated_displacement_that_is_not_finite_fails_the_check() -> None:
     with pytest.raises(AssertionError, match=r"expected a finite gradient of the input, got NaN or infinity"):
         check_rule(WrongLayer("value"))

@@ -113,7 +113,9 @@ class RecurrentRule(Rule, ABC):
 
         Returns:
             ``[S, H, H]``, of the dtype and on the device of ``weight_hh``: row vectors go ``z P``, so that ``P = W``
-            is the transpose of the forward map.
+            is the transpose of the forward map. Finite numbers: where they are not, the backward pass raises
+            ValueError on the CPU (compiled: RuntimeError, from the forward pass if that computes the matrix). On CUDA,
+            where looking would wait for the device, nothing raises, and gradients are NaN.
         """
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
@@ -168,11 +170,15 @@ class RecurrentRule(Rule, ABC):
         given = cast(weight, torch.float32)
         matrix = getattr(self, method)(given, *(cast(one, torch.float32) for one in owned))
         require_result(self, method, matrix, given)
-        # a compiler cannot look, and on CUDA looking would wait for the device
-        if weight.is_cpu and are_plain((matrix,)) and not bool(matrix.isfinite().all()):
+        wrong = f"{type(self).__name__}.{method} must return finite numbers, got NaN or infinity"
+        # on CUDA looking would wait for the device
+        if weight.is_cpu and torch.compiler.is_compiling():
+            # a graph cannot branch on data, but it can fail
+            torch._assert_async(matrix.isfinite().all(), f"{wrong}, or the layer's weights are not finite")
+        elif weight.is_cpu and are_plain((matrix,)) and not bool(matrix.isfinite().all()):
             if not bool(given.isfinite().all()):
                 raise ValueError(f"{type(self).__name__}: the layer's weights must be finite, got NaN or infinity")
-            raise ValueError(f"{type(self).__name__}.{method} must return finite numbers, got NaN or infinity")
+            raise ValueError(wrong)
         return matrix.to(weight.dtype)  # type: ignore[no-any-return]
 
     def composite(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
