@@ -51,6 +51,15 @@ class ScalesTheWeights(SignSymmetry):
         return weight_hh.mul_(0.5)
 
 
+class ClampsTheWeights(PseudoInverseTargets):
+    """In the forward pass."""
+
+    def run_layer(self, call: LayerCall) -> Tensor:
+        with torch.no_grad():
+            call.weight.clamp_(-0.1, 0.1)
+        return super().run_layer(call)
+
+
 class ScalesWhatItOwns(FeedbackAlignment):
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return owned[0].mul_(0.5)
@@ -214,6 +223,7 @@ BROKEN = [
     Broken(Wrong("dtype"), "gradients (recurrent, torch.float32)", "no error, got ValueError: Wrong.feed", alone=False),
     Broken(WrongLayer("value"), "gradients (layer, torch.float32)", "finite gradient of the input, got ", alone=False),
     Broken(ScalesTheWeights(), "given tensors (recurrent)", "as they are, got a change of weight_hh_l0", alone=False),
+    Broken(ClampsTheWeights(), "given tensors (layer)", "as they are, got a change of 0.weight", alone=False),
     Broken(ScalesWhatItOwns(), "given tensors (recurrent)", "got a change of feedback_weight_l0", alone=False),
     Broken(ScalesThePreactivation(), "given tensors (layer)", "modified by an inplace operation", alone=False),
     Broken(ScalesTheOutput(), "given tensors (layer)", "as they are, got a change of the output", alone=False),
@@ -227,9 +237,9 @@ BROKEN = [
     Broken(RoundsUnderAutocast(), "autocast (layer)", "gradient of the input as without autocast, got a "),
     Broken(IgnoresLengths(), "lengths (recurrent)", "with lengths as without padding, got a difference of "),
     Broken(KeepsOnePiece(), "checkpoint_every (recurrent)", "with checkpoint_every=1 as without, got a difference of "),
-    Broken(TrainsTheWeights(), "own loss (layer)", "expected no gradient of 0.weight, got "),
-    Broken(TrainsTheRecurrentWeights(), "own loss (recurrent)", "expected no gradient of weight_hh_l0, got "),
-    Broken(TrainsHalf(), "own loss (layer)", "expected a gradient of 0.reverse_bias, got None"),
+    Broken(TrainsTheWeights(), "own loss (layer)", "expected no gradient of 0.weight, got one"),
+    Broken(TrainsTheRecurrentWeights(), "own loss (recurrent)", "expected no gradient of weight_hh_l0, got one"),
+    Broken(TrainsHalf(), "own loss (layer)", "expected a gradient of 0.reverse_bias, got none"),
     Broken(HasNoLoss(), "own loss (recurrent)", "expected no error, got RuntimeError: RNN.reconstruction_loss needs"),
     Broken(HidesItsLoss(), "own loss (layer)", "expected learns = True of a rule with layer_loss, got False"),
     Broken(HidesItsRecurrentLoss(), "own loss (recurrent)", "learns = True of a rule with recurrent_loss, got False"),

@@ -231,10 +231,12 @@ def _check_given(case: _Case) -> None:
     unchanged = "that the tensors that the rule is given stay as they are"
     model, input = case.layer()
     leaves = _leaves(model, input)
+    given = {"the input": input, **dict(model.named_parameters())}
+    before = {name: tensor.detach().clone() for name, tensor in given.items()}
     output = _output(model, input)
     gradient = torch.randn_like(output)
-    given = {"the output": output, "its gradient": gradient, "the input": input, **dict(model.named_parameters())}
-    before = {name: tensor.detach().clone() for name, tensor in given.items()}
+    given |= {"the output": output, "its gradient": gradient}
+    before |= {"the output": output.detach().clone(), "its gradient": gradient.clone()}
     passes = []
     for retain in (True, False):
         try:
@@ -377,9 +379,11 @@ def _check_own_loss(case: _Case) -> None:
         _expect(loss.dim() == 0 and bool(loss.isfinite()), "a finite scalar", loss)
         loss.backward()
         for name, tensor in (("the input", input), *model.named_parameters()):
-            learns = name in owned and tensor.requires_grad
-            _expect((tensor.grad is not None) is learns, f"{'a' if learns else 'no'} gradient of {name}", tensor.grad)
-            _expect(tensor.grad is None or bool(tensor.grad.isfinite().all()), f"a finite one of {name}", tensor.grad)
+            if name in owned and tensor.requires_grad:
+                _expect(tensor.grad is not None, f"a gradient of {name}", "none")
+                _expect(bool(tensor.grad.isfinite().all()), f"a finite gradient of {name}", "NaN or infinity")
+            else:
+                _expect(tensor.grad is None, f"no gradient of {name}", "one")
     for name, parameter in model.named_parameters():
         _expect(torch.equal(parameter, before[name]), f"that {name} stays as it is", "a change in place")
 
