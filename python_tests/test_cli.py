@@ -78,8 +78,8 @@ def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(TASKS) <= set(lines)
     assert "60 steps of 6" in lines["temporal-order"]
     assert "|error| < 0.04" in lines["adding"]
-    assert lines["permuted-mnist"].endswith("regularized, backprop")
-    assert lines["mnist-mlp"].endswith("dtp (lee), kaczmarz (faust), backprop (seely), backprop (lee)")
+    assert lines["permuted-mnist"].endswith("backprop, regularized-inverse")
+    assert lines["mnist-mlp"].endswith("kaczmarz (faust), regularized-least-squares (seely)")
     assert "784 numbers  784 numbers" in " ".join(lines["mnist-autoencoder"].split()).replace("numbers ", "numbers  ")
     assert "2 numbers" in lines["spiral"]
 
@@ -94,7 +94,7 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert names == {"config.json", "metrics.csv", "result.json", "curve.png", "checkpoint.pt", "tensorboard", "lock"}
     config = json.loads((folder / "config.json").read_text())
     assert config["rule"] == {
-        "name": "regularized", "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local",
+        "name": "regularized-inverse", "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local",
         "margin": 1e-3, "normalize": True, "input_rule": "gradient",
         "slope": "inverse", "slope_reg": 0.0,
     }  # fmt: skip
@@ -104,12 +104,13 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_feed_forward_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mnist(tmp_path / "data")
-    line = f"train mnist-autoencoder --data-dir {tmp_path / 'data'} --out {tmp_path / 'run'} --sizes 9 4 9 --rule dtp "
+    line = f"train mnist-autoencoder --data-dir {tmp_path / 'data'} --out {tmp_path / 'run'} --sizes 9 4 9 "
+    line += "--rule difference-target-propagation "
     line += "--schedule alternating --epochs 2 --batch-size 5 --test-size 7 --threads 1 --noise 0.1 --correction none "
     line += "--order sequential_first --train-size 20 --reduction batch --optimizer centred-rmsprop --local-loss post"
     status, out, err = call(line, capsys)
     assert (status, err) == (0, "")
-    assert "mnist-autoencoder, 9-4-9 tanh units, dtp (correction none, target step 1, noise 0.1)" in out
+    assert "mnist-autoencoder, 9-4-9 tanh units, difference-target-propagation (correction none, target step 1" in out
     assert f"reconstructions: {tmp_path / 'run' / 'reconstruction.png'}" in out
     assert "16 iterations" in out
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -158,8 +159,8 @@ def test_direct_weight_solves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_toy_run_draws_its_decision_regions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"train xor-full --rule constrained --iterations 20 --batch-size 5 --test-size 40 --out {tmp_path}"
-    status, out, err = call(f"{line} --sizes 8", capsys)
+    line = "train xor-full --rule constrained-least-squares --sizes 8 --iterations 20 --batch-size 5 --test-size 40"
+    status, out, err = call(f"{line} --out {tmp_path}", capsys)
     assert (status, err) == (0, "")
     assert f"decision regions: {tmp_path / 'decision.png'}" in out
 
@@ -171,7 +172,7 @@ def test_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = f"train temporal-order {SMALL} --rule learned --out {tmp_path / 'run'}"
+    line = f"train temporal-order {SMALL} --rule learned-inverse --out {tmp_path / 'run'}"
     assert call(line, capsys)[0] == 0
     status, _, err = call(line, capsys)
     assert status == 1
@@ -186,13 +187,13 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for rule in ("backprop", "regularized"):
+    for rule in ("backprop", "regularized-inverse"):
         line = f"train adding {SMALL} --rule {rule} --nonlinearity relu --lr 1e30 --out {tmp_path / rule}"
         status, _, err = call(line, capsys)
         assert status == 3
         assert "tpext: diverged at iteration" in err
         assert "Start a new run in another --out with smaller rates (--lr, --head-lr)" in err
-        assert ("--reg" in err) == (rule == "regularized")
+        assert ("--reg" in err) == (rule == "regularized-inverse")
         assert (tmp_path / rule / "checkpoint.pt").exists()
     line = f"train xor --iterations 20 --optimizer sgd --lr 1e38 --out {tmp_path / 'xor'}"
     status, _, err = call(line, capsys)
@@ -292,13 +293,13 @@ def test_too_little_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for rule in ("regularized", "backprop"):
+    for rule in ("regularized-inverse", "backprop"):
         assert call(f"train adding {SMALL} --rule {rule} --out {tmp_path / rule}", capsys)[0] == 0
     picture = tmp_path / "both.png"
-    line = f"compare TP={tmp_path / 'regularized'} {tmp_path / 'backprop'} --out {picture}"
+    line = f"compare TP={tmp_path / 'regularized-inverse'} {tmp_path / 'backprop'} --out {picture}"
     assert call(line, capsys)[0] == 0
     assert picture.exists()
-    (tmp_path / "lr=0.1").symlink_to(tmp_path / "regularized")
+    (tmp_path / "lr=0.1").symlink_to(tmp_path / "regularized-inverse")
     assert call(f"compare {tmp_path / 'lr=0.1'} A=B={tmp_path / 'lr=0.1'} --out {picture}", capsys)[0] == 0
     (tmp_path / "backprop" / "metrics.csv").write_text("iteration,train_loss,test_loss,accuracy,seconds\n")
     for arguments, message in (
@@ -306,7 +307,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("", "runs must name at least one folder"),
         ("A=nowhere", "A=nowhere: there is no such folder"),
         (str(tmp_path / "backprop"), "holds no run with an evaluation"),
-        (f"{tmp_path / 'regularized'} --out y.xyz", "out must end in one of"),
+        (f"{tmp_path / 'regularized-inverse'} --out y.xyz", "out must end in one of"),
     ):
         status, _, err = call(f"compare {arguments}", capsys)
         assert status == 1
@@ -317,15 +318,15 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_only_seeds_of_one_method_share_a_default_label() -> None:
     first = make_config("adding")
     runs = [first, replace(first, seed=2, threads=3), make_config("adding", reg=100.0), make_config("adding", layers=2)]
-    assert default_labels(runs[:2]) == ["regularized", "regularized"]
+    assert default_labels(runs[:2]) == ["regularized-inverse", "regularized-inverse"]
     assert default_labels(runs) == [
-        "regularized, layers 1, reg 1.0",
-        "regularized, layers 1, reg 1.0",
-        "regularized, layers 1, reg 100.0",
-        "regularized, layers 2, reg 1.0",
+        "regularized-inverse, layers 1, reg 1.0",
+        "regularized-inverse, layers 1, reg 1.0",
+        "regularized-inverse, layers 1, reg 100.0",
+        "regularized-inverse, layers 2, reg 1.0",
     ]
     labels = default_labels([first, make_config("adding", rule="backprop", lr=0.1)])
-    assert labels == ["regularized, momentum 0.0, nesterov False", "backprop, momentum 0.9, nesterov True"]
+    assert labels == ["regularized-inverse, momentum 0.0, nesterov False", "backprop, momentum 0.9, nesterov True"]
 
 
 @pytest.mark.parametrize(
@@ -334,7 +335,8 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("", 2, "train"),
         ("train", 2, "required"),
         ("train sorting", 2, "sorting"),
-        ("train adding --rule magic", 1, "rule must be one of regularized, learned, backprop"),
+        ("train adding --rule magic", 1, "rule must be one of backprop, learned-inverse, regularized-inverse"),
+        ("train adding --rule regularized", 1, "regularized is called regularized-inverse now"),
         ("train adding --rule nowhere:Rule", 1, "rule nowhere:Rule: nowhere cannot be imported: ModuleNotFoundError"),
         ("train adding --rule missing.py:Rule", 1, "missing.py cannot be imported: FileNotFoundError"),
         ("train adding --rule own_rules:torch", 1, "torch must be a class that subclasses tpext.rules.RecurrentRule"),
@@ -352,13 +354,13 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("train adding --out /proc/nowhere/run", 1, "No such file"),
         ("train adding --out=", 1, "tpext: --out must not be empty\n"),
         ("train adding --length 3", 1, "length must be >= 10"),
-        ("train mnist --chunk 5", 1, "chunk must divide 784"),
-        ("train mnist --data-dir nowhere", 1, "--data-dir DIR"),
+        ("train sequential-mnist --chunk 5", 1, "chunk must divide 784"),
+        ("train sequential-mnist --data-dir nowhere", 1, "--data-dir DIR"),
         ("train mnist-mlp --data-dir nowhere", 1, "--data-dir DIR"),
         ("train cifar-mlp --data-dir nowhere", 1, "--data-dir DIR"),
         ("train digits-mlp --data-dir nowhere", 1, "data_dir does not belong to digits-mlp"),
-        ("train mnist-mlp --rule learned", 1, "rule=learned does not belong to mnist-mlp"),
-        ("train adding --rule dtp", 1, "rule=dtp does not belong to adding"),
+        ("train mnist-mlp --rule learned-inverse", 1, "rule=learned-inverse does not belong to mnist-mlp"),
+        ("train adding --rule difference-target-propagation", 1, "target-propagation does not belong to adding"),
         ("train mnist-mlp --rule kaczmarz --optimizer adam", 1, "rule=kaczmarz needs optimizer=sgd"),
         ("train mnist-autoencoder --rule kaczmarz", 1, "rule=kaczmarz learns classes of images"),
         ("train mnist-mlp --std 1", 1, "std does not belong to rule=regularized-least-squares"),

@@ -50,6 +50,8 @@ SMALL: dict[str, Any] = {
     "threads": 1,
 }
 
+DTP = "difference-target-propagation"
+
 
 def small(task: str = "temporal-order", **options: Any) -> Config:
     return make_config(task, **{**SMALL, **options})
@@ -59,20 +61,20 @@ def small(task: str = "temporal-order", **options: Any) -> Config:
 
 # Published settings: rule, task, length -> lr, head_lr, momentum, target_step, reg, reverse_lr, noise, iterations, B.
 PUBLISHED = [
-    ("regularized", "temporal-order", 60, (1e-1, 1e-1, 0, 1e-2, 10, None, None, 40_000, 20)),
-    ("regularized", "temporal-order", 120, (1e-2, 1e-2, 0, 1e-2, 1, None, None, 48_000, 20)),
-    ("regularized", "adding", 30, (1e-1, 1e-1, 0, 1e-1, 1, None, None, 24_000, 20)),
-    ("regularized", "mnist", None, (1e-1, 1e-1, 0, 1e-4, 1, None, None, 40_000, 16)),
-    ("regularized", "permuted-mnist", None, (1e-1, 1e-1, 0, 1e-4, 1, None, None, 40_000, 16)),
+    ("regularized-inverse", "temporal-order", 60, (1e-1, 1e-1, 0, 1e-2, 10, None, None, 40_000, 20)),
+    ("regularized-inverse", "temporal-order", 120, (1e-2, 1e-2, 0, 1e-2, 1, None, None, 48_000, 20)),
+    ("regularized-inverse", "adding", 30, (1e-1, 1e-1, 0, 1e-1, 1, None, None, 24_000, 20)),
+    ("regularized-inverse", "sequential-mnist", None, (1e-1, 1e-1, 0, 1e-4, 1, None, None, 40_000, 16)),
+    ("regularized-inverse", "permuted-mnist", None, (1e-1, 1e-1, 0, 1e-4, 1, None, None, 40_000, 16)),
     ("backprop", "temporal-order", 60, (1e-5, 1e-5, 0.9, None, None, None, None, 40_000, 20)),
     ("backprop", "temporal-order", 120, (1e-5, 1e-5, 0.9, None, None, None, None, 48_000, 20)),
     ("backprop", "adding", 30, (1e-3, 1e-3, 0.9, None, None, None, None, 24_000, 20)),
-    ("backprop", "mnist", None, (1e-5, 1e-5, 0, None, None, None, None, 40_000, 16)),
+    ("backprop", "sequential-mnist", None, (1e-5, 1e-5, 0, None, None, None, None, 40_000, 16)),
     ("backprop", "permuted-mnist", None, (1e-4, 1e-4, 0, None, None, None, None, 40_000, 16)),
-    ("learned", "temporal-order", 60, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 40_000, 20)),
-    ("learned", "temporal-order", 120, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 48_000, 20)),
-    ("learned", "adding", 30, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 24_000, 20)),
-    ("learned", "mnist", None, (1e-2 / 16, 1e-2, 0, 1e-7, None, 1e-8, 0.1, 40_000, 16)),
+    ("learned-inverse", "temporal-order", 60, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 40_000, 20)),
+    ("learned-inverse", "temporal-order", 120, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 48_000, 20)),
+    ("learned-inverse", "adding", 30, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 24_000, 20)),
+    ("learned-inverse", "sequential-mnist", None, (1e-2 / 16, 1e-2, 0, 1e-7, None, 1e-8, 0.1, 40_000, 16)),
 ]
 
 
@@ -82,7 +84,7 @@ def test_published_settings(rule: Any, task: str, length: int | None, expected: 
     present = (config.lr, config.head_lr, config.momentum)
     fields = dataclasses.asdict(config.rule)
     present += (fields.get("target_step"), fields.get("reg"))
-    present += (config.reverse_lr if rule == "learned" else None, fields.get("noise"))
+    present += (config.reverse_lr if rule == "learned-inverse" else None, fields.get("noise"))
     assert (*present, config.iterations, config.batch_size) == expected
     assert isinstance(config.rule, RULES[rule])
     assert config.nesterov == (config.momentum > 0)
@@ -97,7 +99,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
     default, full = make_config("temporal-order"), make_config("temporal-order", preset="published")
     assert default == replace(full, preset="default", iterations=4_000)
     assert default.length == 60
-    assert make_config("mnist").iterations == 16_000
+    assert make_config("sequential-mnist").iterations == 16_000
     assert make_config("random-permutation").rule == default.rule
 
 
@@ -105,10 +107,13 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
     ("options", "message"),
     [
         ({"task": "sorting"}, "task must be one of temporal-order"),
-        ({"rule": "magic"}, "rule must be one of regularized, learned, backprop, regularized-least.*, got 'magic'"),
+        (
+            {"rule": "magic"},
+            "rule must be one of backprop, learned-inverse, regularized-inverse, constrained-.*, got 'magic'",
+        ),
         ({"rule": "backprop", "reg": 1.0}, r"reg does not belong to rule=backprop \(options of that rule: none\)"),
-        ({"rule": "learned", "correction": "none"}, "correction does not belong to rule=learned"),
-        ({"reverse_lr": 1.0}, "reverse_lr does not belong to rule=regularized"),
+        ({"rule": "learned-inverse", "correction": "none"}, "correction does not belong to rule=learned-inverse"),
+        ({"reverse_lr": 1.0}, "reverse_lr does not belong to rule=regularized-inverse"),
         ({"reg": -1.0}, r"reg must be a .*number.* >= 0, got -1"),
         ({"width": 3}, "unknown option width"),
         ({"length": 5}, "length must be >= 10"),
@@ -123,7 +128,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"optimizer": "lion"}, "optimizer must be one of sgd, adam"),
         ({"optimizer": "adam", "momentum": 0.9}, "momentum does not belong to optimizer=adam"),
         ({"nesterov": True}, "nesterov needs optimizer=sgd and a momentum above 0"),
-        ({"rule": "learned", "nonlinearity": "relu"}, "rule=learned needs nonlinearity=tanh"),
+        ({"rule": "learned-inverse", "nonlinearity": "relu"}, "rule=learned-inverse needs nonlinearity=tanh"),
         ({"device": "toaster"}, "device must be a torch device"),
         ({"device": "meta"}, "device must be cpu or cuda"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a number > 0, got 0"),
@@ -133,10 +138,13 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"task": "random-permutation", "preset": "published"}, "no settings were published for task=random-perm"),
         ({"length": 61, "preset": "published"}, "no settings were published .*length=61"),
         ({"task": "adding", "length": 60, "preset": "published"}, "no settings were published .*length=60"),
-        ({"task": "mnist", "chunk": 28, "preset": "published"}, "no settings were published .*chunk=28"),
+        ({"task": "sequential-mnist", "chunk": 28, "preset": "published"}, "no settings were published .*chunk=28"),
         ({"preset": "best"}, "preset must be one of default, published"),
         ({"preset": "lee"}, "preset must be one of default, published for temporal-order, got 'lee'"),
-        ({"rule": "dtp"}, r"rule=dtp does not belong to temporal-order \(rules of that task: regularized, learned, b"),
+        (
+            {"rule": DTP},
+            rf"rule={DTP} does not belong to temporal-order \(rules of that task: backprop, learned-inverse, r",
+        ),
         ({"sizes": (3,)}, r"sizes does not belong to temporal-order, got \(3,\)"),
         ({"reduction": "batch"}, "reduction does not belong to temporal-order, got 'batch'"),
         ({"reference_compat": True}, "reference_compat does not belong to temporal-order, got True"),
@@ -145,14 +153,14 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"epochs": 3}, "epochs does not belong to temporal-order, got 3"),
         ({"epochs": 3, "iterations": 3}, "give epochs or iterations, got epochs=3, iterations=3"),
         (
-            {"schedule": "alternating", "rule": "learned"},
-            "schedule=alternating needs a task with epochs and a rule that learns, rule=",
+            {"schedule": "alternating", "rule": "learned-inverse"},
+            "schedule=alternating needs a task with epochs and a rule that learns, got task=temporal-order",
         ),
         ({"order": "shuffled"}, "order does not belong to temporal-order"),
         ({"optimizer": "centred-rmsprop", "momentum": 1.0}, "momentum must be below 1 with optimizer=centred-rmsprop"),
         (
-            {"task": "mnist-mlp", "rule": "learned"},
-            r"rule=learned does not belong to mnist-mlp \(rules .*: regularized-l",
+            {"task": "mnist-mlp", "rule": "learned-inverse"},
+            r"rule=learned-inverse does not belong to mnist-mlp \(rules .*: backprop, constr",
         ),
         ({"task": "mnist-mlp", "preset": "lee"}, "preset must be one of default, seely for task=mnist-mlp, rule=reg"),
         ({"task": "spiral", "preset": "published"}, "preset must be one of default for task=spiral"),
@@ -161,20 +169,20 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"task": "mnist-mlp", "sizes": ()}, r"sizes must be the sizes of at least one hidden layer, got \(\)"),
         ({"task": "mnist-mlp", "sizes": (3, 0)}, "sizes must be an integer >= 1, got 0"),
         ({"task": "mnist-mlp", "order": "random"}, "order must be one of shuffled, sequential_first, sequential, got"),
-        ({"task": "mnist-mlp", "rule": "dtp", "reg": 1.0}, "reg does not belong to rule=dtp"),
+        ({"task": "mnist-mlp", "rule": DTP, "reg": 1.0}, "reg does not belong to rule=difference-target-propagation"),
         ({"task": "mnist-mlp", "reg": -1.0}, "reg must be a .*number.* >= 0, got -1"),
         (
-            {"task": "mnist-mlp", "rule": "dtp", "correction": "linearized"},
+            {"task": "mnist-mlp", "rule": DTP, "correction": "linearized"},
             "correction must be one of 'difference', 'none'",
         ),
-        ({"task": "mnist-mlp", "rule": "dtp", "local_loss": "pre"}, "local_loss must be one of 'post', got 'pre'"),
+        ({"task": "mnist-mlp", "rule": DTP, "local_loss": "pre"}, "local_loss must be one of 'post', got 'pre'"),
         (
             {"task": "mnist-mlp", "schedule": "alternating"},
-            "alternating needs .* rule=learned or dtp, got task=mnist-mlp",
+            "alternating needs .* a rule that learns, got task=mnist-mlp",
         ),
         ({"task": "mnist-mlp", "precision": "bf16"}, "precision of mnist-mlp must be 32 or 64, got bf16"),
         ({"task": "mnist-mlp", "reduction": "mean"}, "reduction must be one of sum, batch, element, got 'mean'"),
-        ({"task": "spiral", "rule": "dtp", "schedule": "alternating"}, "schedule=alternating needs a task with epochs"),
+        ({"task": "spiral", "rule": DTP, "schedule": "alternating"}, "schedule=alternating needs a task with epochs"),
         ({"task": "spiral", "data_dir": "x"}, "data_dir does not belong to spiral"),
         ({"task": "mnist-mlp", "rule": "kaczmarz", "optimizer": "adam"}, "kaczmarz needs optimizer=sgd, .* got adam"),
         ({"task": "mnist-mlp", "rule": "kaczmarz", "lr": 0.5}, "kaczmarz needs lr=1, .* at rate 1, got 0.5"),
@@ -190,7 +198,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ),
         ({"task": "mnist-mlp", "rule": "kaczmarz", "dx": "max"}, "dx must be one of 'mean', 'wnorm', 'regularized'"),
         ({"task": "mnist-mlp", "rule": "kaczmarz", "target_step": 1.0}, "target_step does not belong to rule=kaczmarz"),
-        ({"task": "mnist-mlp", "rule": "dtp", "std": 1.0}, "std does not belong to rule=dtp"),
+        ({"task": "mnist-mlp", "rule": DTP, "std": 1.0}, "std does not belong to rule=difference-target-propagation"),
         ({"task": "mnist-mlp", "rule": "kaczmarz", "preset": "lee"}, "preset must be one of default, faust for task="),
         (
             {"task": "digits-mlp", "rule": "kaczmarz", "preset": "faust"},
@@ -216,13 +224,13 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ),
         ({"margin": 1e-9}, "margin must be at least 1.19e-07 with precision=32, got 1e-09"),
         (
-            {"task": "spiral", "rule": "constrained", "margin": 1e-17, "precision": "64"},
+            {"task": "spiral", "rule": "constrained-least-squares", "margin": 1e-17, "precision": "64"},
             "margin must be at least 2.22e-16 with precision=64, got 1e-17",
         ),
         ({"tied": True}, "tied does not belong to temporal-order, got True"),
         ({"task": "mnist-mlp", "tied": True}, "tied ties the layers of mnist-autoencoder, not of mnist-mlp"),
         ({"task": "mnist-autoencoder", "tied": 1}, "tied must be a bool, got 1"),
-        ({"task": "mnist-autoencoder", "rule": "dtp", "tied": True}, "tied does not belong to rule=dtp, whose head"),
+        ({"task": "mnist-autoencoder", "rule": DTP, "tied": True}, f"tied does not belong to rule={DTP}, whose head"),
         (
             {"task": "mnist-autoencoder", "sizes": (9, 7, 8), "tied": True},
             r"sizes must be an odd number .* with tied=True, got \(9, 7, 8\)",
@@ -254,7 +262,7 @@ def test_lengths_in_between_start_from_the_nearest_published_one() -> None:
     assert make_config("adding", length=60).rule == make_config("adding").rule
 
 
-@pytest.mark.parametrize("rule", ["regularized", "learned"])
+@pytest.mark.parametrize("rule", ["regularized-inverse", "learned-inverse"])
 def test_other_optimizers_get_gradients_of_full_size(rule: Any) -> None:
     assert make_config("temporal-order", rule=rule, optimizer="adam").rule.normalize is True
     assert make_config("temporal-order", rule=rule, optimizer="adam", normalize=False).rule.normalize is False
@@ -262,25 +270,25 @@ def test_other_optimizers_get_gradients_of_full_size(rule: Any) -> None:
 
 
 def test_rates_follow_what_is_given() -> None:
-    config = make_config("temporal-order", rule="learned", lr=0.3)
+    config = make_config("temporal-order", rule="learned-inverse", lr=0.3)
     assert (config.lr, config.head_lr) == (0.3, 0.3)
     config = make_config("temporal-order", lr=0.3, head_lr=0.2, optimizer="sgd", momentum=0.5)
     assert (config.lr, config.head_lr, config.nesterov) == (0.3, 0.2, True)
     config = make_config("temporal-order", rule="backprop", optimizer="adam")
     assert (config.lr, config.head_lr, config.momentum, config.nesterov) == (1e-3, 1e-3, 0.0, False)
-    settings = published("mnist", "learned", batch_size=8)
+    settings = published("sequential-mnist", "learned-inverse", batch_size=8)
     assert settings is not None
     assert settings.lr == 1e-2 / 8
 
 
 def test_differences_name_what_was_asked_for() -> None:
-    saved = small(rule="learned", noise=0.1)
-    same_options = {"task": "temporal-order", "rule": "learned", "noise": 0.1, "hidden_size": 8, "threads": 7}
+    saved = small(rule="learned-inverse", noise=0.1)
+    same_options = {"task": "temporal-order", "rule": "learned-inverse", "noise": 0.1, "hidden_size": 8, "threads": 7}
     assert differences(saved, same_options) == []
     assert differences(saved, saved.options()) == []
     assert differences(saved, {"task": "adding", "rule": "backprop", "noise": 0.2, "reg": 1.0}) == [
         "task is temporal-order there, adding was asked for",
-        "rule is learned there, backprop was asked for",
+        "rule is learned-inverse there, backprop was asked for",
         "noise is 0.1 there, 0.2 was asked for",
         "reg is None there, 1.0 was asked for",
     ]
@@ -344,7 +352,7 @@ def published_step(parameters: dict[str, torch.Tensor], config: Config, input: A
             parameter.grad = None
 
 
-@pytest.mark.parametrize("rule", ["regularized", "learned"])
+@pytest.mark.parametrize("rule", ["regularized-inverse", "learned-inverse"])
 def test_a_run_is_the_published_algorithm(rule: Any, tmp_path: Path) -> None:
     config = small(rule=rule, precision="64", length=20, iterations=6, checkpoint_interval=6, eval_interval=6)
     torch.manual_seed(config.seed)
@@ -406,7 +414,7 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(
 
 
 def test_orthogonal_initialization(tmp_path: Path) -> None:
-    config = small(rule="learned", layers=2)
+    config = small(rule="learned-inverse", layers=2)
     model = SequenceModel(config, config.make_task())
     for name, parameter in model.named_parameters():
         if parameter.ndim == 2:
@@ -477,7 +485,7 @@ def test_a_run_that_cannot_start_leaves_no_folder(tmp_path: Path, monkeypatch: p
         ({"tensorboard": True}, r"tensorboard is not installed: pip install"),
     ):
         with pytest.raises(ConfigError, match=message):
-            train(make_config("mnist", **{**options, **wrong}), tmp_path / "run")
+            train(make_config("sequential-mnist", **{**options, **wrong}), tmp_path / "run")
     monkeypatch.setattr(tpext, "build_info", lambda: {"version": "0", "cuda_architectures": []})
     with pytest.raises(ConfigError, match="this build of tpext has no CUDA kernels"):
         train(small(device="cuda"), tmp_path / "run")
@@ -569,7 +577,10 @@ def tiny(data: Path, task: str = "mnist-mlp", **options: Any) -> Config:
 
 def test_settings_of_seely() -> None:
     for rule, expected in (
-        ("constrained", tpext.ConstrainedLeastSquares(target_step=0.1, normalize=False, local_loss="pre", margin=1e-2)),
+        (
+            "constrained-least-squares",
+            tpext.ConstrainedLeastSquares(target_step=0.1, normalize=False, local_loss="pre", margin=1e-2),
+        ),
         (
             "regularized-least-squares",
             tpext.RegularizedLeastSquares(reg=1e-3, target_step=0.1, normalize=False, local_loss="pre"),
@@ -583,12 +594,12 @@ def test_settings_of_seely() -> None:
         assert (config.batch_size, config.iterations, config.epochs) == (100, 20_000, None)
         assert (config.train_size, config.order, config.reduction) == (50_000, "sequential_first", "element")
         assert (config.clip_grad_norm, config.reference_compat) == (100, True)
-    autoencoder = make_config("mnist-autoencoder", rule="constrained", preset="seely")
+    autoencoder = make_config("mnist-autoencoder", rule="constrained-least-squares", preset="seely")
     assert autoencoder.sizes == (200, 100, 5, 100, 200)
 
 
 def test_settings_of_lee() -> None:
-    config = make_config("mnist-mlp", rule="dtp", preset="lee")
+    config = make_config("mnist-mlp", rule=DTP, preset="lee")
     step, noise = 0.327736332653, 0.359829566008
     assert config.rule == tpext.DifferenceTargetPropagation(target_step=step, noise=noise, normalize=False)
     assert (config.lr, config.head_lr, config.reverse_lr) == (0.0148893490317, 0.0148893490317, 0.00501149118237)
@@ -610,28 +621,48 @@ def test_settings_of_faust() -> None:
     assert (config.batch_size, config.epochs, config.iterations, config.order) == (64, 10, None, "shuffled")
 
 
+def test_rules_have_the_names_of_their_classes() -> None:
+    names = {name.replace("-", ""): kind.__name__ for name, kind in RULES.items()}
+    assert names == {kind.__name__.lower(): kind.__name__ for kind in RULES.values()}
+    assert {"regularized-inverse", "learned-inverse", "backprop"} <= set(SEQUENCE_RULES)
+    assert {"regularized-least-squares", "constrained-least-squares", DTP, "kaczmarz", "backprop"} <= set(LAYER_RULES)
+
+
+def test_the_former_name_of_a_task_or_a_rule_in_a_saved_run_is_named(tmp_path: Path) -> None:
+    RunFolder(tmp_path).create(small())
+    for old, new, message in (
+        ('"temporal-order"', '"mnist"', "mnist is called sequential-mnist now"),
+        ('"regularized-inverse"', '"regularized"', "regularized is called regularized-inverse now"),
+    ):
+        text = (tmp_path / "config.json").read_text()
+        (tmp_path / "config.json").write_text(text.replace(old, new))
+        with pytest.raises(RunError, match=f"config.json: .*{message}"):
+            RunFolder(tmp_path).read_config()
+        (tmp_path / "config.json").write_text(text)
+
+
 def test_where_there_are_presets() -> None:
     found = {(task, rule): published_presets(task, kind) for task in FEED_FORWARD for rule, kind in LAYER_RULES.items()}
     assert {key: value for key, value in found.items() if value} == {
         ("mnist-mlp", "regularized-least-squares"): ["seely"],
-        ("mnist-mlp", "constrained"): ["seely"],
-        ("mnist-mlp", "dtp"): ["lee"],
+        ("mnist-mlp", "constrained-least-squares"): ["seely"],
+        ("mnist-mlp", DTP): ["lee"],
         ("mnist-mlp", "kaczmarz"): ["faust"],
         ("mnist-mlp", "backprop"): ["seely", "lee"],
         ("mnist-autoencoder", "regularized-least-squares"): ["seely"],
-        ("mnist-autoencoder", "constrained"): ["seely"],
+        ("mnist-autoencoder", "constrained-least-squares"): ["seely"],
         ("mnist-autoencoder", "backprop"): ["seely"],
     }
 
 
 def test_another_optimizer_or_duration_than_the_presets() -> None:
-    config = make_config("mnist-mlp", rule="dtp", preset="lee", optimizer="sgd", momentum=0.5, iterations=70)
+    config = make_config("mnist-mlp", rule=DTP, preset="lee", optimizer="sgd", momentum=0.5, iterations=70)
     assert (config.lr, config.head_lr, config.reverse_lr, config.momentum) == (1e-3, 1e-3, 1e-3, 0.5)
     assert config.nesterov
     assert (config.epochs, config.iterations) == (None, 70)
     config = make_config("mnist-mlp", optimizer="centred-rmsprop", epochs=3)
     assert (config.lr, config.momentum, config.epochs, config.iterations) == (1e-3, 0.9, 3, None)
-    config = make_config("mnist", epochs=3)
+    config = make_config("sequential-mnist", epochs=3)
     assert (config.epochs, config.iterations) == (3, None)
 
 
@@ -646,7 +677,7 @@ def rms_step(state: dict[str, torch.Tensor], gradient: torch.Tensor, lr: float) 
 def test_a_run_is_difference_target_propagation_as_published(data: Path, tmp_path: Path) -> None:
     """Two epochs of the alternating schedule, written from the published code's equations with plain autograd."""
     options = {"sizes": (9, 8, 7), "precision": "64", "epochs": 2, "noise": 0.0, "train_size": 25}
-    config = tiny(data, rule="dtp", preset="lee", **options)
+    config = tiny(data, rule=DTP, preset="lee", **options)
     torch.manual_seed(config.seed)
     task = config.make_task()
     start = make_model(config, task).double().state_dict()
@@ -702,7 +733,7 @@ def test_a_run_is_difference_target_propagation_as_published(data: Path, tmp_pat
         torch.testing.assert_close(trained[name], value.detach(), rtol=1e-10, atol=1e-10 * moved.item())
 
 
-@pytest.mark.parametrize("rule", ["constrained", "regularized-least-squares", "backprop"])
+@pytest.mark.parametrize("rule", ["constrained-least-squares", "regularized-least-squares", "backprop"])
 def test_a_run_takes_the_means_of_seely(rule: Any, data: Path, tmp_path: Path) -> None:
     """One step of TensorFlow's RMSProp on the rule's gradients divided by batch and units."""
     config = tiny(data, rule=rule, preset="seely", precision="64", epochs=None, iterations=1, train_size=25)
@@ -723,7 +754,7 @@ def test_a_run_takes_the_means_of_seely(rule: Any, data: Path, tmp_path: Path) -
 
 def test_inverses_learn_by_the_means_of_seely(data: Path, tmp_path: Path) -> None:
     """A step of gradient descent on half the mean of the squared errors over batch and units, a layer a loss."""
-    options = {"rule": "dtp", "reduction": "element", "optimizer": "sgd", "noise": 0.0, "reverse_lr": 0.3}
+    options = {"rule": DTP, "reduction": "element", "optimizer": "sgd", "noise": 0.0, "reverse_lr": 0.3}
     config = tiny(data, **options, precision="64", epochs=None, iterations=1)
     torch.manual_seed(config.seed)
     task = config.make_task()
@@ -786,7 +817,7 @@ def test_initializations_of_feed_forward_networks(data: Path) -> None:
         return make_model(config, config.make_task())
 
     for init, gain in (("orthogonal", 1.0), ("xavier", 0.95)):
-        for name, parameter in model(rule="dtp", init=init).named_parameters():
+        for name, parameter in model(rule=DTP, init=init).named_parameters():
             if parameter.ndim != 2:
                 assert not parameter.any(), name
             elif init == "orthogonal" or "reverse" in name:
@@ -801,7 +832,7 @@ def test_initializations_of_feed_forward_networks(data: Path) -> None:
     assert [layer.activation.reference_compat for layer in model(reference_compat=True).local_layers()] == [True] * 3
 
 
-@pytest.mark.parametrize("rule", ["regularized-least-squares", "constrained", "backprop"])
+@pytest.mark.parametrize("rule", ["regularized-least-squares", "constrained-least-squares", "backprop"])
 @pytest.mark.parametrize("init", ["orthogonal", "torch", "xavier"])
 def test_tied_layers_share_one_parameter(rule: Any, init: Any, data: Path, tmp_path: Path) -> None:
     """One step of SGD: a shared matrix moves by both layers' gradients, once, at ``lr``; the head's bias at its own."""
@@ -897,12 +928,12 @@ def test_an_epoch_is_evaluated_at_its_end(data: Path, tmp_path: Path) -> None:
     options = {"epochs": 3, "batch_size": 10, "test_size": 7, "sizes": (6,), "threads": 1, "data_dir": str(data)}
     train(make_config("mnist-mlp", **options), tmp_path / "parallel")
     assert [int(row["iteration"]) for row in metrics(tmp_path / "parallel")] == [0, 2, 4, 6]
-    train(make_config("mnist-mlp", rule="dtp", schedule="alternating", **options), tmp_path / "alternating")
+    train(make_config("mnist-mlp", rule=DTP, schedule="alternating", **options), tmp_path / "alternating")
     assert [int(row["iteration"]) for row in metrics(tmp_path / "alternating")] == [0, 4, 8, 12]
 
 
 def test_plan_of_the_alternating_schedule(data: Path) -> None:
-    config = tiny(data, rule="dtp", schedule="alternating", epochs=2, eval_interval=None)
+    config = tiny(data, rule=DTP, schedule="alternating", epochs=2, eval_interval=None)
     plan = Plan.of(config, config.make_task())
     assert (plan.iterations, plan.eval_interval) == (20, 10)
     steps = range(20)
@@ -915,7 +946,7 @@ def test_plan_of_the_alternating_schedule(data: Path) -> None:
 
 
 def test_phases_train_what_they_say(data: Path, tmp_path: Path) -> None:
-    config = tiny(data, rule="dtp", schedule="alternating", epochs=None, iterations=5, eval_interval=3)
+    config = tiny(data, rule=DTP, schedule="alternating", epochs=None, iterations=5, eval_interval=3)
     torch.manual_seed(config.seed)
     start = make_model(config, config.make_task()).state_dict()
     train(config, tmp_path / "reverse")
@@ -931,7 +962,9 @@ def test_phases_train_what_they_say(data: Path, tmp_path: Path) -> None:
 
 def test_a_sequence_of_images_runs_by_epochs_too(data: Path, tmp_path: Path) -> None:
     options = {"chunk": 196, "epochs": 2, "batch_size": 5, "test_size": 7, "hidden_size": 6, "threads": 1}
-    config = make_config("mnist", rule="learned", schedule="alternating", data_dir=str(data), **options)
+    config = make_config(
+        "sequential-mnist", rule="learned-inverse", schedule="alternating", data_dir=str(data), **options
+    )
     assert train(config, tmp_path).iterations == 20
 
 
@@ -960,11 +993,11 @@ def test_divergence_of_a_feed_forward_network(
 
     monkeypatch.setattr(train_module._Run, "_step", poisoned)
     with pytest.raises(DivergedError, match=r"at iteration 11: the .* loss is nan"):
-        train(tiny(data, rule="dtp"), tmp_path)
+        train(tiny(data, rule=DTP), tmp_path)
     assert_last_good(tmp_path, 8)
 
 
-@pytest.mark.parametrize("rule", ["constrained", "regularized-least-squares", "backprop"])
+@pytest.mark.parametrize("rule", ["constrained-least-squares", "regularized-least-squares", "backprop"])
 def test_feed_forward_rates_that_are_too_large(rule: Any, data: Path, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"diverged at iteration [123456]: "):
         train(tiny(data, rule=rule, optimizer="sgd", lr=1e38), tmp_path)
@@ -992,7 +1025,7 @@ def test_pictures_are_drawn_again_from_the_folder(data: Path, tmp_path: Path) ->
 @pytest.mark.renders
 def test_feed_forward_runs_share_a_figure(data: Path, tmp_path: Path) -> None:
     runs = {}
-    for rule in ("dtp", "constrained"):
+    for rule in (DTP, "constrained-least-squares"):
         train(tiny(data, rule=rule), tmp_path / rule)
         runs[rule] = [tmp_path / rule]
     assert draw_comparison(runs, tmp_path / "both.png").exists()
@@ -1005,7 +1038,7 @@ def test_feed_forward_runs_share_a_figure(data: Path, tmp_path: Path) -> None:
     "options",
     [
         {},
-        {"rule": "learned", "noise": 0.1, "momentum": 0.9},
+        {"rule": "learned-inverse", "noise": 0.1, "momentum": 0.9},
         {"rule": "backprop", "optimizer": "adam"},
         {"layers": 2, "optimizer": "rmsprop", "precision": "64"},
     ],
@@ -1031,13 +1064,13 @@ def test_resuming_changes_nothing(
     [
         # Iterations of an epoch: 5; of the alternating schedule's: 5 for the inverses, then 5 for the rest. Checkpoints
         # come every 4, so the runs resume in the middle of an epoch, in the middle of a phase and between two phases.
-        ("mnist-mlp", {"rule": "dtp", "schedule": "alternating", "noise": 0.3}, (2, 5, 8, 9, 10, 13, 27)),
-        ("mnist-mlp", {"rule": "dtp", "preset": "lee", "train_size": 25, "checkpoint_interval": 5}, (5, 7, 10, 12)),
-        ("mnist-mlp", {"rule": "constrained", "order": "sequential_first"}, (3, 5, 9)),
+        ("mnist-mlp", {"rule": DTP, "schedule": "alternating", "noise": 0.3}, (2, 5, 8, 9, 10, 13, 27)),
+        ("mnist-mlp", {"rule": DTP, "preset": "lee", "train_size": 25, "checkpoint_interval": 5}, (5, 7, 10, 12)),
+        ("mnist-mlp", {"rule": "constrained-least-squares", "order": "sequential_first"}, (3, 5, 9)),
         ("mnist-autoencoder", {"rule": "regularized-least-squares", "optimizer": "tf-rmsprop"}, (6, 11)),
         ("mnist-autoencoder", {"sizes": (9, 5, 9), "tied": True}, (3, 11)),
-        ("cifar-mlp", {"rule": "dtp", "noise": 0.1, "optimizer": "centred-rmsprop"}, (3, 7)),
-        ("spiral", {"rule": "dtp", "noise": 0.1}, (1, 9, 18)),
+        ("cifar-mlp", {"rule": DTP, "noise": 0.1, "optimizer": "centred-rmsprop"}, (3, 7)),
+        ("spiral", {"rule": DTP, "noise": 0.1}, (1, 9, 18)),
         ("mnist-mlp", {"rule": "kaczmarz", "preset": "faust", "sizes": (9,)}, (3, 7, 18)),
         ("mnist-mlp", {"rule": "kaczmarz", "batch_size": 1, "epochs": 1, "update": "exact"}, (2, 13)),
     ],
@@ -1064,10 +1097,10 @@ def test_resuming_a_feed_forward_run_changes_nothing(
 def test_kill_9_in_mid_run_changes_nothing(tmp_path: Path) -> None:
     """Two kills at arbitrary moments of a process that checkpoints at every iteration, many of them while it writes."""
     options = {**SMALL, "iterations": 1000, "eval_interval": 10, "checkpoint_interval": 1, "noise": 0.1}
-    train(make_config("temporal-order", rule="learned", **options), tmp_path / "whole")
+    train(make_config("temporal-order", rule="learned-inverse", **options), tmp_path / "whole")
 
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "tpext", "train", "temporal-order", "--rule", "learned", "--resume"]
+    command = [sys.executable, "-m", "tpext", "train", "temporal-order", "--rule", "learned-inverse", "--resume"]
     command += ["--out", str(folder)]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -1114,7 +1147,7 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path: Path, monkeypatch: pytest
 
 
 def test_ctrl_c_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = small(rule="learned", noise=0.1)
+    config = small(rule="learned-inverse", noise=0.1)
     train(config, tmp_path / "whole")
     step = train_module._Run._step
 
@@ -1209,7 +1242,7 @@ def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None
     [
         ("length", "10"),
         ("task", 3),
-        ("rule", "learned"),
+        ("rule", "learned-inverse"),
         ("device", 0),
         ("data_dir", 1),
         ("chunk", 1.5),
@@ -1323,7 +1356,7 @@ EDITS = [
 
 
 def test_an_edited_field_of_a_checkpoint_is_named(tmp_path: Path) -> None:
-    config = small(rule="learned", optimizer="adam")
+    config = small(rule="learned-inverse", optimizer="adam")
     train(config, tmp_path)
     (tmp_path / "result.json").unlink()
     assert_edits_are_named(tmp_path, EDITS, lambda: train(config, tmp_path, resume=True))
@@ -1364,7 +1397,7 @@ def assert_last_good(folder: Path, iteration: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("rule", ["regularized", "backprop"])
+@pytest.mark.parametrize("rule", ["regularized-inverse", "backprop"])
 def test_divergence_is_told_at_once(rule: Any, optimizer: Any, tmp_path: Path) -> None:
     config = small("adding", rule=rule, nonlinearity="relu", optimizer=optimizer, lr=1e30)
     with pytest.raises(DivergedError, match=r"diverged at iteration [234]: ") as caught:
@@ -1399,7 +1432,7 @@ def test_what_is_not_finite_is_named(what: str, tmp_path: Path, monkeypatch: pyt
         "reconstruction": "at iteration 11: the reconstruction loss is nan",
     }[what]
     with pytest.raises(DivergedError, match=message):
-        train(small(rule="learned" if what == "reconstruction" else "regularized"), tmp_path)
+        train(small(rule="learned-inverse" if what == "reconstruction" else "regularized-inverse"), tmp_path)
     assert_last_good(tmp_path, 8)
 
 
@@ -1452,7 +1485,7 @@ def test_progress_shows_numbers(terminal: bool, tmp_path: Path) -> None:
         train(small(), tmp_path / "run", console=console)
         file.seek(0)
         text = file.read()
-    assert "temporal-order, T=10, 8 tanh units, regularized" in text
+    assert "temporal-order, T=10, 8 tanh units, regularized-inverse" in text
     assert ("20/20" in text) is terminal
     assert "it/s" in text
     shown = metrics(tmp_path / "run")

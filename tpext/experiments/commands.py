@@ -39,7 +39,15 @@ from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError, Interrupted
 from tpext.experiments.options import DataFolder, Integer, Integers, Number, Switch, option, report_divergence
 from tpext.experiments.progress import say
-from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES, parse_options, rule_options
+from tpext.experiments.rule_names import (
+    DEFAULT_LAYER_RULE,
+    DEFAULT_RULE,
+    LAYER_RULES,
+    RULES,
+    SEQUENCE_RULES,
+    parse_options,
+    rule_options,
+)
 from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.train import train
 from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Slope, Update
@@ -48,7 +56,7 @@ from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, ImageSetName, Order, Task, 
 
 def _default(name: str, metavar: str) -> object:
     """How an option shows in the help whose default no preset of a sequence sets; images may have another there."""
-    default, images = (str(make_config(task).options()[name]) for task in ("temporal-order", "mnist"))
+    default, images = (str(make_config(task).options()[name]) for task in ("temporal-order", "sequential-mnist"))
     return option(metavar, default if images == default else f"{default}, images {images}")
 
 
@@ -70,13 +78,13 @@ class Train:
     rule: Annotated[
         str | None,
         option(
-            "{regularized,learned,backprop,constrained,regularized-least-squares,dtp,kaczmarz,FILE.py:CLASS}",
-            "regularized; feed-forward regularized-least-squares",
+            f"{{{','.join(RULES)},FILE.py:CLASS}}",
+            f"{DEFAULT_RULE}; feed-forward {DEFAULT_LAYER_RULE}",
         ),
     ] = None
     """Target propagation through regularized inverses or learned ones, or back-propagation. Feed-forward: through least
-    squares inverses, constrained or regularized, or learned ones (dtp), or direct weight solves (kaczmarz), or
-    back-propagation. Or a rule of your own, as module:Class or file.py:Class (docs/own-rules.md)."""
+    squares inverses or learned ones, or direct weight solves, or back-propagation. Or a rule of your own,
+    as module:Class or file.py:Class (docs/own-rules.md)."""
     rule_options: Annotated[tuple[str, ...] | None, option("NAME=VALUE ...", "the rule's own defaults")] = None
     """Options of a rule of your own."""
     preset: Annotated[Preset | None, option("{default,published,seely,lee,faust}", "default")] = None
@@ -95,32 +103,35 @@ class Train:
     """Pixels per step of a sequence of images, a divisor of 784: 1 is pixel by pixel, 28 is by rows."""
 
     reg: Number = None
-    """Regularization of the inverse (rules regularized, regularized-least-squares)."""
+    """Regularization of the inverse (rules regularized-inverse, regularized-least-squares)."""
     target_step: Number = None
     """Size of the first displacement, -target_step * gradient (all rules but backprop and kaczmarz)."""
     correction: Annotated[Correction | None, _default("correction", "{linearized,difference,none}")] = None
-    """How displacements pass through the inverse (rules regularized; dtp: difference, by default, or none)."""
+    """How displacements pass through the inverse (rules regularized-inverse; difference-target-propagation: difference,
+    by default, or none)."""
     credit: Annotated[Credit | None, _default("credit", "{through_time,local}")] = None
-    """Local losses back-propagated through the unrolled layer, or each alone (rules regularized, learned)."""
+    """Local losses back-propagated through the unrolled layer, or each alone (rules regularized-inverse,
+    learned-inverse)."""
     margin: Annotated[float | None, _default("margin", "FLOAT")] = None
-    """Distance kept from the edges of the activation's range (rules regularized; least squares, there 0.01)."""
+    """Distance kept from the edges of the activation's range (rules regularized-inverse; least squares, there 0.01)."""
     normalize: Annotated[bool | None, option("{True,False}", "False with sgd, as published, else True")] = None
     """Divide the local gradients by target_step (all rules but backprop and kaczmarz)."""
     input_rule: Annotated[InputRule | None, _default("input_rule", "{gradient,target}")] = None
-    """What the layer below gets, where there are several (rule regularized)."""
+    """What the layer below gets, where there are several (rule regularized-inverse)."""
     slope: Annotated[Slope | None, _default("slope", "{inverse,derivative,one}")] = None
     """How the linearized correction passes the activation: by its inverse slope as published, its derivative, or not at
-    all (rule regularized)."""
+    all (rule regularized-inverse)."""
     slope_reg: Annotated[float | None, _default("slope_reg", "FLOAT")] = None
-    """Regularization of slope inverse (rule regularized)."""
+    """Regularization of slope inverse (rule regularized-inverse)."""
     noise: Number = None
-    """Standard deviation of the noise in the reconstruction loss (rules learned, dtp)."""
+    """Standard deviation of the noise in the reconstruction loss (rules learned-inverse,
+    difference-target-propagation)."""
     reverse_lr: Number = None
-    """Learning rate of the reverse layers (rules learned, dtp)."""
+    """Learning rate of the reverse layers (rules learned-inverse, difference-target-propagation)."""
     form: Annotated[Form | None, _layer_default("form", "{proximal,ridge}")] = None
     """Which distance: from the current input, or from zero (rule regularized-least-squares)."""
     local_loss: Annotated[LocalLoss | None, _layer_default("local_loss", "{pre,post}")] = None
-    """Local losses before the activation or after it (rules constrained, regularized-least-squares)."""
+    """Local losses before the activation or after it (rules constrained-least-squares, regularized-least-squares)."""
     relaxation: Number = None
     """Factor of every update, above 0 and below 2 (rule kaczmarz)."""
     damping: Number = None
@@ -153,7 +164,7 @@ class Train:
     """Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."""
     tied: Annotated[bool | None, _layer_default("tied", "{True,False}")] = None
     """Tie the decoder's weights to the encoder's, the last layer's to the first's and so on; they learn at --lr
-    (mnist-autoencoder; not rule dtp, --reduction sum only)."""
+    (mnist-autoencoder; not rule difference-target-propagation, --reduction sum only)."""
 
     optimizer: Annotated[
         Optimizer | None,
@@ -162,7 +173,7 @@ class Train:
     """With another optimizer than the preset's, rates start at 1e-3. Rule kaczmarz has sgd at rate 1 only."""
     lr: Number = None
     """Learning rate of the hidden layers, and of the head unless --head-lr is given.
-    For rule learned the preset's is the published 1e-2 divided by the batch size."""
+    For rule learned-inverse the preset's is the published 1e-2 divided by the batch size."""
     head_lr: Number = None
     """Learning rate of the output layer, which learns by plain gradients (not under the least squares rules)."""
     momentum: Number = None
@@ -175,7 +186,8 @@ class Train:
     """How local losses are averaged (feed-forward): sum: half the sum of squares; batch: their mean over the batch, as
     in Lee's code; element: half their mean over batch and units, as in Seely's."""
     schedule: Annotated[Schedule | None, _default("schedule", "{parallel,alternating}")] = None
-    """Reverse layers learn at every step, or an epoch before the others (rules learned, dtp)."""
+    """Reverse layers learn at every step, or an epoch before the others (rules learned-inverse,
+    difference-target-propagation)."""
 
     epochs: Integer = None
     """Passes through the training images, in place of --iterations."""

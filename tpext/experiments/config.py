@@ -15,6 +15,8 @@ import torch
 
 from tpext.experiments.feed_forward import KACZMARZ_TASKS, feed_forward_values, published_presets
 from tpext.experiments.rule_names import (
+    DEFAULT_LAYER_RULE,
+    DEFAULT_RULE,
     LAYER_RULES,
     RULES,
     SEQUENCE_RULES,
@@ -26,7 +28,7 @@ from tpext.experiments.rule_names import ConfigError as ConfigError
 from tpext.nn import TargetLinear
 from tpext.ops import Activation
 from tpext.rules import Backprop, Kaczmarz, LayerRule, LearnedInverse, RegularizedInverse, Rule
-from tpext.tasks import FEED_FORWARD, IMAGES, SYNTHETIC, TASKS, VECTORS, Order, Task, TaskName, make_task
+from tpext.tasks import FEED_FORWARD, IMAGES, SYNTHETIC, VECTORS, Order, Task, check_task_name, make_task
 
 Preset = Literal["default", "published", "seely", "lee", "faust"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "tf-rmsprop", "centred-rmsprop"]
@@ -73,7 +75,7 @@ def published(
     temporal-order, T = 60        1e-1, 1e-2, 10                 1e-5, momentum .9     1e-2, 1e-1, 1e-3
     temporal-order, T = 120       1e-2, 1e-2, 1                  1e-5, momentum .9     1e-2, 1e-1, 1e-3
     adding, T = 30                1e-1, 1e-1, 1                  1e-3, momentum .9     1e-2, 1e-1, 1e-3
-    mnist, pixel by pixel         1e-1, 1e-4, 1                  1e-5                  1e-2, 1e-7, 1e-8, noise .1
+    sequential-mnist              1e-1, 1e-4, 1                  1e-5                  1e-2, 1e-7, 1e-8, noise .1
     permuted-mnist                1e-1, 1e-4, 1                  1e-4                  none
     ============================  =============================  ====================  ============================
 
@@ -85,7 +87,7 @@ def published(
 
     Args:
         task: a sequence task's name.
-        rule: "regularized", "learned" or "backprop".
+        rule: the name of a recurrent rule.
         length: number of steps of a synthetic task; None is the task's default.
         chunk: pixels per step of an image task; published is 1.
         batch_size: 0 means the published one (20, MNIST 16).
@@ -93,7 +95,7 @@ def published(
     if task not in (*SYNTHETIC, *IMAGES) or rule not in SEQUENCE_RULES:
         return None
     if task in IMAGES:
-        known = chunk == 1 and (task, rule) != ("permuted-mnist", "learned")
+        known = chunk == 1 and (task, rule) != ("permuted-mnist", "learned-inverse")
     else:
         lengths = PUBLISHED_LENGTHS.get(task, ())
         known = bool(lengths) if length is None else length in lengths
@@ -102,23 +104,23 @@ def published(
 
 def _starting_settings(task: str, rule: str, length: int, chunk: int, batch_size: int) -> Settings:
     """Published settings, or for what was never published the nearest: those of T = 60 hold below T = 120."""
-    if task == "permuted-mnist" and (chunk != 1 or rule == "learned"):
-        task = "mnist"
+    if task == "permuted-mnist" and (chunk != 1 or rule == "learned-inverse"):
+        task = "sequential-mnist"
     elif task not in ("temporal-order", "adding", *IMAGES):
         task = "temporal-order"
     images = task in IMAGES
     batch_size = batch_size or (16 if images else 20)
     long = task == "temporal-order" and length >= 120
     iterations = 24_000 if task == "adding" else 48_000 if long else 40_000
-    if rule == "regularized":
+    if rule == "regularized-inverse":
         reg = 10.0 if task == "temporal-order" and not long else 1.0
         step = 1e-4 if images else 1e-1 if task == "adding" else 1e-2
         lr = 1e-2 if long else 1e-1
         return Settings(RegularizedInverse(reg=reg, target_step=step, normalize=False), lr, lr, iterations, batch_size)
     if rule == "backprop":
-        lr = {"temporal-order": 1e-5, "adding": 1e-3, "mnist": 1e-5, "permuted-mnist": 1e-4}[task]
+        lr = {"temporal-order": 1e-5, "adding": 1e-3, "sequential-mnist": 1e-5, "permuted-mnist": 1e-4}[task]
         return Settings(Backprop(), lr, lr, iterations, batch_size, momentum=0.0 if images else 0.9)
-    if rule != "learned":
+    if rule != "learned-inverse":
         return Settings(_default(rule), 1e-3, 1e-3, iterations, batch_size)
     learned = LearnedInverse(target_step=1e-7 if images else 1e-1, normalize=False, noise=0.1 if images else 0.0)
     return Settings(learned, 1e-2 / batch_size, 1e-2, iterations, batch_size, reverse_lr=1e-8 if images else 1e-3)
@@ -189,7 +191,6 @@ class Config:
         if self.data_dir is not None and not isinstance(self.data_dir, str):
             raise ConfigError(f"data_dir must be a path or None, got {self.data_dir!r}")
         for name, choices in (
-            ("task", TaskName),
             ("preset", Preset),
             ("nonlinearity", Nonlinearity),
             ("init", Initialization),
@@ -201,6 +202,7 @@ class Config:
             if getattr(self, name) not in get_args(choices):
                 allowed = ", ".join(get_args(choices))
                 raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        _check_task(self.task)
         check_device_name(self.device)
         if self.momentum and self.optimizer not in ("sgd", "rmsprop", "tf-rmsprop", "centred-rmsprop"):
             raise ConfigError(
@@ -212,7 +214,7 @@ class Config:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ConfigError("nesterov needs optimizer=sgd and a momentum above 0")
         if isinstance(self.rule, LearnedInverse) and self.nonlinearity != "tanh":
-            raise ConfigError(f"rule=learned needs nonlinearity=tanh, got {self.nonlinearity}")
+            raise ConfigError(f"rule=learned-inverse needs nonlinearity=tanh, got {self.nonlinearity}")
         margin, least = getattr(self.rule, "margin", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
         if margin < least:
             raise ConfigError(f"margin must be at least {least:.3g} with precision={self.precision}, got {margin:g}")
@@ -283,7 +285,7 @@ class Config:
         if self.task != "mnist-autoencoder":
             raise ConfigError(f"tied ties the layers of mnist-autoencoder, not of {self.task}")
         if isinstance(self.rule, LayerRule) and self.rule.ordinary_head:
-            raise ConfigError("tied does not belong to rule=dtp, whose head is an ordinary layer")
+            raise ConfigError(f"tied does not belong to rule={self.rule_name}, whose head is an ordinary layer")
         if len(self.sizes) % 2 == 0 or self.sizes != self.sizes[::-1]:
             raise ConfigError(
                 f"sizes must be an odd number of sizes, the same from both ends, with tied=True, got {self.sizes}"
@@ -322,7 +324,7 @@ class Config:
             check_integer("eval_interval", self.eval_interval, 1)
         if self.schedule == "alternating" and not (has_epochs and self.rule.learns):
             raise ConfigError(
-                "schedule=alternating needs a task with epochs and a rule that learns, rule=learned or dtp, "
+                "schedule=alternating needs a task with epochs and a rule that learns, "
                 f"got task={self.task}, rule={self.rule_name}"
             )
 
@@ -382,9 +384,9 @@ def make_config(task: str, *, rule: str | None = None, preset: Preset = "default
 
     Args:
         task: one of :data:`tpext.tasks.TASKS`.
-        rule: for a sequence "regularized" (default), "learned" or "backprop"; for a feed-forward task
-            "regularized-least-squares" (default), "constrained", "dtp", "kaczmarz" or "backprop"; or the import path
-            of a rule of your own, "module:Class" or "file.py:Class".
+        rule: the name of a rule's class in kebab case, one of :data:`tpext.experiments.rule_names.RULES` (default for a
+            sequence "regularized-inverse", for a feed-forward task "regularized-least-squares"); or the import path of
+            a rule of your own, "module:Class" or "file.py:Class".
         preset: for a sequence "published": the published settings (see :func:`published`), number of iterations
             included, and a ConfigError where none were published; or "default": the same rates and sizes for fewer
             iterations (4,000; MNIST 16,000), and those of the nearest published task or length where none were
@@ -401,13 +403,12 @@ def make_config(task: str, *, rule: str | None = None, preset: Preset = "default
 
     >>> make_config("adding", rule="backprop", preset="published").lr
     0.001
-    >>> make_config("mnist-mlp", rule="dtp", preset="lee").reverse_lr
+    >>> make_config("mnist-mlp", rule="difference-target-propagation", preset="lee").reverse_lr
     0.00501149118237
     """
-    if task not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    _check_task(task)
     if rule is None:
-        rule = next(iter(LAYER_RULES if task in FEED_FORWARD else SEQUENCE_RULES))
+        rule = DEFAULT_LAYER_RULE if task in FEED_FORWARD else DEFAULT_RULE
     own = rule_options(rule)
     taken = {field.name for field in fields(Config)} & set(own) - {"reverse_lr"}
     if taken:
@@ -512,7 +513,6 @@ def _sequence(task: str, made: Task, rule: str, preset: Preset, given: dict[str,
 def _feed_forward(task: str, rule: str, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
     """The fields that the preset of a feed-forward task sets, and that the rule's ``normalize`` is to stay as it is."""
     kind = find_rule(rule)
-    assert issubclass(kind, LayerRule)
     known = ["default", *published_presets(task, kind)]
     if preset not in known:
         raise ConfigError(f"preset must be one of {', '.join(known)} for task={task}, rule={rule}, got {preset!r}")
@@ -558,6 +558,13 @@ def differences(saved: HasOptions, asked: Mapping[str, object]) -> list[str]:
         for name, value in asked.items()
         if name not in FREE_FIELDS and present.get(name) != value
     ]
+
+
+def _check_task(name: str) -> None:
+    try:
+        check_task_name(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_rule(task: str, rule: str) -> None:

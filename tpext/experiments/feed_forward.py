@@ -9,8 +9,8 @@ from tpext.rules import (
     ConstrainedLeastSquares,
     DifferenceTargetPropagation,
     Kaczmarz,
-    LayerRule,
     RegularizedLeastSquares,
+    Rule,
 )
 from tpext.tasks import TOYS
 
@@ -28,7 +28,7 @@ TOY_ITERATIONS = 3_000
 
 # The best of a few tried on mnist-mlp and the spiral. Exact inverses blow up what saturated units and small singular
 # values let through; a wide margin and a small rate keep such a run from collapsing.
-DEFAULT_RULES: dict[type[LayerRule], LayerRule] = {
+DEFAULT_RULES: dict[type[Rule], Rule] = {
     Backprop: Backprop(),
     ConstrainedLeastSquares: ConstrainedLeastSquares(margin=0.4),
     RegularizedLeastSquares: RegularizedLeastSquares(reg=1.0),
@@ -51,7 +51,7 @@ KACZMARZ: dict[str, Any] = {
 
 # J. Seely, "tensorflow-target-prop", tprop_train.py and its sweeps (wrapper.py). It drew reg, step and rates at
 # random and stored no best ones: these are the defaults of its train_net.
-SEELY_RULES: dict[type[LayerRule], LayerRule] = {
+SEELY_RULES: dict[type[Rule], Rule] = {
     Backprop: Backprop(),
     ConstrainedLeastSquares: ConstrainedLeastSquares(target_step=0.1, margin=1e-2, normalize=False, local_loss="pre"),
     RegularizedLeastSquares: RegularizedLeastSquares(
@@ -72,7 +72,7 @@ SEELY: dict[str, Any] = {
 }
 
 # Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015: conti_dtp.py and its back-propagation baseline.
-LEE_RULES: dict[type[LayerRule], LayerRule] = {
+LEE_RULES: dict[type[Rule], Rule] = {
     Backprop: Backprop(),
     DifferenceTargetPropagation: DifferenceTargetPropagation(
         target_step=0.327736332653, noise=0.359829566008, normalize=False
@@ -99,7 +99,7 @@ LEE_BACKPROP: dict[str, Any] = {"lr": 0.000804436870084}
 FAUST: dict[str, Any] = {"rule": Kaczmarz(), "sizes": (32,), "epochs": 10}
 
 
-def published_presets(task: str, kind: type[LayerRule]) -> list[str]:
+def published_presets(task: str, kind: type[Rule]) -> list[str]:
     """Return which of the presets "seely", "lee" and "faust" there are for a feed-forward task and a rule.
 
     ``"seely"``
@@ -129,7 +129,7 @@ def published_presets(task: str, kind: type[LayerRule]) -> list[str]:
     return presets
 
 
-def feed_forward_values(task: str, kind: type[LayerRule], preset: str) -> dict[str, Any]:
+def feed_forward_values(task: str, kind: type[Rule], preset: str) -> dict[str, Any]:
     """Return the fields of a configuration that a preset sets, the rule among them."""
     toy = task in TOYS
     lr = 3e-3 if toy else 3e-4 if kind is ConstrainedLeastSquares else 1e-3

@@ -42,7 +42,7 @@ class SequenceModel(nn.Module):
         return output
 
     def reconstruction_loss(self, input: Tensor) -> Tensor:
-        """Return the loss of the reverse layers (rule learned)."""
+        """Return the loss of the reverse layers."""
         return self.rnn.reconstruction_loss(input)
 
     def local_layers(self) -> list[TargetLinear]:
@@ -88,7 +88,7 @@ class FeedForwardModel(nn.Module):
         return output
 
     def reconstruction_loss(self, input: Tensor) -> Tensor:
-        """Return the loss of the reverse layers (rule dtp)."""
+        """Return the loss of the reverse layers."""
         return self.layers.reconstruction_loss(input)
 
     def local_layers(self) -> list[TargetLinear]:

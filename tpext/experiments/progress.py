@@ -138,8 +138,8 @@ def describe(config: Config) -> str:
     >>> from tpext.experiments import make_config
     >>> describe(make_config("adding", rule="backprop"))
     'adding, T=30, 100 tanh units, backprop, sgd 0.001 momentum 0.9, batch 20, seed 1'
-    >>> describe(make_config("spiral", rule="constrained"))
-    'spiral, 64-64-64 leaky_relu units, constrained (target step 1), adam 0.003, batch 100, seed 1'
+    >>> describe(make_config("spiral", rule="constrained-least-squares"))
+    'spiral, 64-64-64 leaky_relu units, constrained-least-squares (target step 1), adam 0.003, batch 100, seed 1'
     """
     rule = config.rule_name
     fields = {field.name for field in dataclasses.fields(config.rule)}

@@ -1,45 +1,56 @@
-"""The names that rules have on the command line: our own, and the import path of a user's."""
+"""The names that rules have on the command line: those of our classes, and the import path of a user's."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from tpext.rules import (
-    Backprop,
-    ConstrainedLeastSquares,
-    DifferenceTargetPropagation,
-    Kaczmarz,
-    LayerRule,
-    LearnedInverse,
-    RecurrentRule,
-    RegularizedInverse,
-    RegularizedLeastSquares,
-    Rule,
-)
+import tpext.rules
+from tpext.rules import Rule
+from tpext.rules.base import Kind
 
-SEQUENCE_RULES: dict[str, type[RecurrentRule]] = {
-    "regularized": RegularizedInverse,
-    "learned": LearnedInverse,
-    "backprop": Backprop,
+
+def _kebab(name: str) -> str:
+    """Return a class's name as it is on the command line.
+
+    >>> _kebab("RegularizedInverse")
+    'regularized-inverse'
+    """
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name).lower()
+
+
+def _named(kind: Kind) -> dict[str, type[Rule]]:
+    """All rules of the package for a kind of layer, by their names."""
+    classes: list[Any] = [getattr(tpext.rules, name) for name in tpext.rules.__all__]
+    rules = [one for one in classes if inspect.isclass(one) and issubclass(one, Rule) and not inspect.isabstract(one)]
+    return {_kebab(one.__name__): one for one in rules if kind in one.kinds}
+
+
+SEQUENCE_RULES = _named("recurrent")
+"""The rules of the sequence tasks."""
+
+LAYER_RULES = _named("layer")
+"""The rules of the feed-forward tasks."""
+
+DEFAULT_RULE, DEFAULT_LAYER_RULE = "regularized-inverse", "regularized-least-squares"
+
+RULES = {**SEQUENCE_RULES, **LAYER_RULES}
+
+FORMER_NAMES = {
+    "regularized": "regularized-inverse",
+    "learned": "learned-inverse",
+    "constrained": "constrained-least-squares",
+    "dtp": "difference-target-propagation",
 }
-"""The rules of the sequence tasks, the default first."""
-
-LAYER_RULES: dict[str, type[LayerRule]] = {
-    "regularized-least-squares": RegularizedLeastSquares,
-    "constrained": ConstrainedLeastSquares,
-    "dtp": DifferenceTargetPropagation,
-    "kaczmarz": Kaczmarz,
-    "backprop": Backprop,
-}
-"""The rules of the feed-forward tasks, the default first."""
-
-RULES: dict[str, type[Rule]] = {**SEQUENCE_RULES, **LAYER_RULES}
+"""What rules were called in earlier versions."""
 
 # Rules of users, by the import path they were named by.
 _OWN: dict[str, type[Rule]] = {}
@@ -66,9 +77,10 @@ def find_rule(name: str) -> type[Rule]:
     if name not in _OWN:
         place, _, attribute = str(name).rpartition(":")
         if not place or not attribute:
+            former = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else ""
             raise ConfigError(
                 f"rule must be one of {', '.join(RULES)}, or module:Class or file.py:Class for one of your own, "
-                f"got {name!r}"
+                f"got {name!r}{former}"
             )
         kind = getattr(_import(name, place), attribute, None)
         if not isinstance(kind, type) or not issubclass(kind, Rule) or not kind.kinds & {"recurrent", "layer"}:
@@ -129,7 +141,7 @@ def parse_options(name: str, texts: tuple[str, ...]) -> dict[str, object]:
     Raises:
         ConfigError: no such option, or a text that is no value of it.
 
-    >>> parse_options("regularized", ("reg=10", "normalize=false"))
+    >>> parse_options("regularized-inverse", ("reg=10", "normalize=false"))
     {'reg': 10.0, 'normalize': False}
     """
     kinds = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(find_rule(name))}

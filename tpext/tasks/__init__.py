@@ -30,7 +30,7 @@ from tpext.tasks.synthetic import Adding, RandomPermutation, TemporalOrder
 from tpext.tasks.toys import ToyName, ToySet
 
 SyntheticName = Literal["temporal-order", "temporal-order-3bit", "adding", "random-permutation"]
-ImageName = Literal["mnist", "permuted-mnist"]
+ImageName = Literal["sequential-mnist", "permuted-mnist"]
 VectorName = Literal["digits-mlp", "mnist-mlp", "cifar-mlp", "mnist-autoencoder"]
 TaskName = Literal[SyntheticName, ImageName, VectorName, ToyName]
 
@@ -60,6 +60,17 @@ _VECTOR_TASKS: dict[str, type[ImageTask]] = {
 }
 
 
+FORMER_NAMES = {"mnist": "sequential-mnist"}
+"""What tasks were called in earlier versions."""
+
+
+def check_task_name(name: str) -> None:
+    """Raise ValueError unless there is a task of that name."""
+    if name not in TASKS:
+        former = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else ""
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{former}")
+
+
 def make_task(
     name: str,
     *,
@@ -82,11 +93,10 @@ def make_task(
     Raises:
         ValueError: an unknown name, an argument that the task does not have, or one out of its range.
 
-    >>> make_task("mnist", chunk=28).length
+    >>> make_task("sequential-mnist", chunk=28).length
     28
     """
-    if name not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    check_task_name(name)
     if name in IMAGES and length is not None:
         raise ValueError(f"length does not belong to {name}: it is 784 / chunk")
     reads_files = name in IMAGES or (name in VECTORS and name != "digits-mlp")
@@ -141,6 +151,7 @@ __all__ = [
     "TaskName",
     "TemporalOrder",
     "ToySet",
+    "check_task_name",
     "load_cifar10",
     "load_digits",
     "load_fashion_mnist",
