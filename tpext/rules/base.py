@@ -86,6 +86,9 @@ class Rule:
     """Whether the backward pass is the chain rule."""
     learns: ClassVar[bool] = False
     """Whether the rule has a loss of its own, which trains parameters that it owns."""
+    solves_weights: ClassVar[bool] = False
+    """Whether its gradients are whole updates, for ``torch.optim.SGD(lr=1)``, made from a loss whose gradient is the
+    output minus its target (:class:`tpext.nn.HotTargetLoss`)."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

@@ -63,6 +63,7 @@ class Kaczmarz(LayerRule):
 
     reads_identity: ClassVar[bool] = False
     takes_units: ClassVar[bool] = True
+    solves_weights: ClassVar[bool] = True
 
     relaxation: float = number(1.0, low=0.0, high=2.0)
     damping: float = number(0.0, low=0.0, low_allowed=True)
