@@ -15,7 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tpext.experiments.config import Config, ConfigError, make_config, published
+from tpext.experiments.checks import ConfigError
+from tpext.experiments.config import Config, make_config, published
 from tpext.experiments.images import ImageConfig, make_image_config
 
 if TYPE_CHECKING:

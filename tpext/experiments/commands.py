@@ -17,9 +17,9 @@ import tyro
 from rich.console import Console
 
 import tpext
+from tpext.experiments.checks import ConfigError
 from tpext.experiments.config import (
     FREE_FIELDS,
-    ConfigError,
     HasOptions,
     Initialization,
     Nonlinearity,

@@ -6,13 +6,11 @@ preset and the values that differ from it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, Protocol, TypeAlias, get_args
 
-import torch
-
+from tpext.experiments.checks import ConfigError, check_device_name, check_integer, check_number
 from tpext.experiments.feed_forward import KACZMARZ_TASKS, feed_forward_values, published_presets
 from tpext.experiments.rule_names import (
     DEFAULT_LAYER_RULE,
@@ -24,7 +22,6 @@ from tpext.experiments.rule_names import (
     name_of,
     rule_options,
 )
-from tpext.experiments.rule_names import ConfigError as ConfigError
 from tpext.nn import TargetLinear
 from tpext.ops import Activation
 from tpext.rules import Backprop, Kaczmarz, LayerRule, LearnedInverse, RegularizedInverse, Rule
@@ -576,25 +573,3 @@ def _check_rule(task: str, rule: str) -> None:
 def _check_belongs(task: str, name: str, value: object, only: object) -> None:
     if value != only:
         raise ConfigError(f"{name} does not belong to {task}, got {value!r}")
-
-
-def check_integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name} must be an integer >= {low}, got {value!r}")
-    if value > high:
-        raise ConfigError(f"{name} must be at most {high}, got {value}")
-
-
-def check_number(name: str, value: object, *, above: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-    if not number or (above and value == 0):
-        raise ConfigError(f"{name} must be a number {'>' if above else '>='} 0, got {value!r}")
-
-
-def check_device_name(name: str) -> None:
-    try:
-        kind = torch.device(name).type
-    except RuntimeError as error:
-        raise ConfigError(f"device must be a torch device such as cpu or cuda:0, got {name!r}") from error
-    if kind not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be cpu or cuda, got {name!r}")

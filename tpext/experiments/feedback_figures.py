@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import nn
 
 from tpext.diagnostics import gradient_angles
-from tpext.experiments.config import ConfigError, check_integer, check_number
+from tpext.experiments.checks import ConfigError, check_integer, check_number
 from tpext.experiments.feedback_presets import one_or_all
 from tpext.experiments.figures import COLOURS, INK, save, style
 from tpext.experiments.loop import DivergedError, check_device, torch_state

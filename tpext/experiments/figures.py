@@ -14,7 +14,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tpext.experiments.config import Config, ConfigError
+from tpext.experiments.checks import ConfigError
+from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import Model, make_model

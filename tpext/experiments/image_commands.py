@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from tpext.experiments.config import ConfigError
+from tpext.experiments.checks import ConfigError
 from tpext.experiments.feedback_presets import METHODS
 from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.image_train import train_images

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import tpext
 from tpext.diagnostics import feedback_angles, gradient_angles
-from tpext.experiments.config import ConfigError
+from tpext.experiments.checks import ConfigError
 from tpext.experiments.figures import draw_image_run
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
 from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig

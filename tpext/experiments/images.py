@@ -18,7 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from tpext.experiments.config import ConfigError, OptionValue, check_device_name, check_integer, check_number
+from tpext.experiments.checks import ConfigError, check_device_name, check_integer, check_number
+from tpext.experiments.config import OptionValue
 from tpext.experiments.feedback_presets import METHODS
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS, Case, Values
 from tpext.feedback import FeedbackTrainer, Indices, Pixels, layered_feedback

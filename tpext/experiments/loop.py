@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import nn
 
 import tpext
-from tpext.experiments.config import Config, ConfigError, check_device_name, check_integer, check_number
+from tpext.experiments.checks import ConfigError, check_device_name, check_integer, check_number
+from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageResult, ImageRow
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.progress import Progress, say

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpext.experiments.config import Config, ConfigError
+from tpext.experiments.checks import ConfigError
+from tpext.experiments.config import Config
 from tpext.tasks import Task
 
 

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import tpext.rules
+from tpext.experiments.checks import ConfigError
 from tpext.rules import Rule
 from tpext.rules.base import Kind
 
@@ -54,10 +55,6 @@ FORMER_NAMES = {
 
 # Rules of users, by the import path they were named by.
 _OWN: dict[str, type[Rule]] = {}
-
-
-class ConfigError(ValueError):
-    """A setting that is unknown, out of its range, or in conflict with another."""
 
 
 def find_rule(name: str) -> type[Rule]:

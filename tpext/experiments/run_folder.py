@@ -29,7 +29,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_or
 
 import torch
 
-from tpext.experiments.config import FREE_FIELDS, Config, ConfigError, differences
+from tpext.experiments.checks import ConfigError
+from tpext.experiments.config import FREE_FIELDS, Config, differences
 
 CHECKPOINT_FORMAT = 1
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import tpext
-from tpext.experiments.config import Config, ConfigError
+from tpext.experiments.checks import ConfigError
+from tpext.experiments.config import Config
 from tpext.experiments.figures import draw_run, draw_task
 from tpext.experiments.loop import DivergedError, Run, carry_out, versions
 from tpext.experiments.model import Model, local_scales, make_model, split_parameters
