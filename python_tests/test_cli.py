@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from tpext.experiments.commands import Train, default_labels
 from tpext.experiments.config import Config, make_config
 from tpext.experiments.model import make_model, split_parameters
 from tpext.experiments.rule_names import RULES, rule_options
+from tpext.experiments.run_folder import RunFolder
+from tpext.experiments.task_names import task_options
 from tpext.tasks import TASKS
 
 SMALL = "--length 10 --hidden-size 8 --batch-size 5 --test-size 40 --iterations 20 --eval-interval 10 --threads 1"
@@ -51,14 +54,18 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for name in TASKS:
         assert name in out
     shown = " ".join(out.replace("│", " ").split())
-    samples, interval = "1000, images 10000", "100, images 1000, as vectors an epoch"
-    for default in (samples, interval, "500", "32", "orthogonal", "through_time"):
+    interval, rows = "100, or the task's; with epochs an epoch", "20; feed-forward 100, or the task's"
+    for default in (interval, rows, "500", "32", "orthogonal", "through_time", "sgd; feed-forward adam"):
         assert f"(default: {default})" in shown
+    assert "least squares, regularized-least-squares)." in shown.replace("- ", "-").replace("-squares,", " squares,")
+    assert "Number of steps. (temporal-order, temporal-order-3bit, adding, random-permutation)" in shown
 
 
 def test_options_are_those_of_the_configuration() -> None:
     options_of_rules = {option for name in RULES for option in rule_options(name)}
-    expected = {field.name for field in fields(Config)} | options_of_rules | {"out", "resume", "rule_options"}
+    groups = {field.name for field in fields(Config)}, options_of_rules - {"reverse_lr"}, set(task_options())
+    assert sum(map(len, groups)) == len(set().union(*groups)), "no option of a task or a rule has the name of a run's"
+    expected = set().union(*groups, {"out", "resume", "task_options", "rule_options"})
     assert {field.name for field in fields(Train)} == expected
 
 
@@ -78,7 +85,7 @@ def test_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(TASKS) <= set(lines)
     assert "60 steps of 6" in lines["temporal-order"]
     assert "|error| < 0.04" in lines["adding"]
-    assert lines["permuted-mnist"].endswith("backprop, regularized-inverse")
+    assert lines["permuted-mnist"].endswith("backprop (published), regularized-inverse (published)")
     assert lines["mnist-mlp"].endswith("kaczmarz (faust), regularized-least-squares (seely)")
     assert "784 numbers  784 numbers" in " ".join(lines["mnist-autoencoder"].split()).replace("numbers ", "numbers  ")
     assert "2 numbers" in lines["spiral"]
@@ -93,11 +100,11 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     names = {path.name for path in folder.iterdir()}
     assert names == {"config.json", "metrics.csv", "result.json", "curve.png", "checkpoint.pt", "tensorboard", "lock"}
     config = json.loads((folder / "config.json").read_text())
-    assert config["rule"] == {
-        "name": "regularized-inverse", "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local",
-        "margin": 1e-3, "normalize": True, "input_rule": "gradient",
-        "slope": "inverse", "slope_reg": 0.0,
-    }  # fmt: skip
+    assert config["task"] == {"name": "adding", "options": {"length": 10}}
+    assert config["rule"] == {"name": "regularized-inverse", "options": {
+        "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local", "margin": 1e-3,
+        "normalize": True, "input_rule": "gradient", "slope": "inverse", "slope_reg": 0.0,
+    }}  # fmt: skip
     assert f"curve: {folder / 'curve.png'}" in out
     assert "20 iterations" in out
 
@@ -144,18 +151,15 @@ def test_direct_weight_solves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert (status, err) == (0, "")
     assert "mnist-mlp, 9 relu units, kaczmarz (dx regularized, update exact), sgd 1, batch 5, seed 1" in out
     assert "running training accuracy" in out
-    assert json.loads((run / "config.json").read_text())["rule"] == {
-        "name": "kaczmarz", "relaxation": 0.5, "damping": 1.0, "dx": "regularized", "dx_reg": 2.0, "update": "exact",
-        "batch_reg": 1.0, "first": "weights", "std": 0.1,
-    }  # fmt: skip
+    assert json.loads((run / "config.json").read_text())["rule"] == {"name": "kaczmarz", "options": {
+        "relaxation": 0.5, "damping": 1.0, "dx": "regularized", "dx_reg": 2.0, "update": "exact", "batch_reg": 1.0,
+        "first": "weights", "std": 0.1,
+    }}  # fmt: skip
     result = json.loads((run / "result.json").read_text())
     assert 0 <= result["running_accuracy"] < 0.01
     status, _, err = call(f"{line} --dx mean --std 1e18 --epochs 20 --out {tmp_path / 'far'}", capsys)
     assert status == 3
-    assert (
-        "Start a new run in another --out with --dx regularized, a larger --dx-reg or --batch-reg, or a smaller --std."
-        in err
-    )
+    assert "another --out with --dx regularized, a larger --dx-reg, a larger --batch-reg, or a smaller --std." in err
 
 
 def test_toy_run_draws_its_decision_regions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -334,7 +338,7 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
     [
         ("", 2, "train"),
         ("train", 2, "required"),
-        ("train sorting", 2, "sorting"),
+        ("train sorting", 1, "task must be one of"),
         ("train adding --rule magic", 1, "rule must be one of backprop, learned-inverse, regularized-inverse"),
         ("train adding --rule regularized", 1, "regularized is called regularized-inverse now"),
         ("train adding --rule nowhere:Rule", 1, "rule nowhere:Rule: nowhere cannot be imported: ModuleNotFoundError"),
@@ -362,16 +366,16 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("train mnist-mlp --rule learned-inverse", 1, "rule=learned-inverse does not belong to mnist-mlp"),
         ("train adding --rule difference-target-propagation", 1, "target-propagation does not belong to adding"),
         ("train mnist-mlp --rule kaczmarz --optimizer adam", 1, "rule=kaczmarz needs optimizer=sgd"),
-        ("train mnist-autoencoder --rule kaczmarz", 1, "rule=kaczmarz learns classes of images"),
+        ("train mnist-autoencoder --rule kaczmarz", 1, "rule=kaczmarz learns classes, which mnist-autoencoder has not"),
         ("train mnist-mlp --std 1", 1, "std does not belong to rule=regularized-least-squares"),
         ("train digits-mlp --rule kaczmarz --std 1 --init orthogonal", 1, "std is that of init=torch"),
-        ("train spiral --reference-compat True", 1, "tpext: reference_compat=True does not go with nonlinearity=leaky"),
-        ("train mnist-mlp --tied True", 1, "tied ties the layers of mnist-autoencoder, not of mnist-mlp"),
+        ("train spiral --reference-compat True", 1, "does not go with reference_compat=True, nonlinearity=leaky"),
+        ("train mnist-mlp --tied True", 1, "tied ties the layers of an autoencoder, not of mnist-mlp"),
         ("train mnist-mlp --hidden-size 5", 1, "hidden_size does not belong to mnist-mlp"),
         ("train adding --sizes 5", 1, "sizes does not belong to adding"),
         ("train spiral --sizes big", 2, "big"),
         ("train spiral --epochs 5", 1, "epochs does not belong to spiral"),
-        ("train mnist-mlp --preset lee", 1, "preset must be one of default, seely"),
+        ("train mnist-mlp --preset lee", 1, "(presets there: default, seely)"),
         ("train mnist-mlp --epochs 2 --iterations 2", 1, "give epochs or iterations"),
         ("train random-permutation --preset published", 1, "no settings were published"),
     ],
@@ -544,13 +548,145 @@ def test_a_rule_from_a_file_trains_and_resumes(
     assert status == 0, err
     folder = Path("runs/temporal-order-Signs-1")
     assert json.loads((folder / "config.json").read_text())["rule"] == {
-        "name": "mine.py:Signs", "scale": 0.2, "centred": True
+        "name": "mine.py:Signs", "folder": str(tmp_path), "options": {"scale": 0.2, "centred": True}
     }  # fmt: skip
     status, out, err = call(f"{line} --iterations 20 --resume", capsys)
     assert (status, "complete already" in out) == (0, True), err
     status, out, _ = call("train spiral --rule mine.py:Pseudo --iterations 20 --threads 1 --eval-interval 20", capsys)
     assert status == 0
     assert "mine.py:Pseudo (target step 1)" in out
+
+
+def test_options_of_a_rule_of_ones_own_have_names_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as length, which is the task's as well."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    line = f"train adding {SMALL} --rule mine.py:Long --out run"
+    status, _, err = call(f"{line} --rule-options length=5", capsys)
+    assert status == 0, err
+    config = RunFolder("run").read_config()
+    assert config is not None
+    assert (config.task.length, config.options()["length"]) == (10, 10)
+    assert (config.rule.length, config.options()["rule_options.length"]) == (5, 5)  # type: ignore[attr-defined]
+    status, _, err = call(f"{line} --rule-options length=6 --resume", capsys)
+    assert (status, "rule_options.length is 5 there, 6 was asked for" in err) == (1, True), err
+    status, _, err = call("train adding --rule mine.py:Long --reg 1", capsys)
+    assert (status, "reg does not belong to rule=mine.py:Long" in err) == (1, True), err
+
+
+@pytest.mark.parametrize("path", ["mine.py", "mine_as_a_module"])
+def test_a_run_with_ones_own_rule_resumes_in_another_folder(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    home.mkdir()
+    elsewhere.mkdir()
+    (home / f"{path.removesuffix('.py')}.py").write_text(OWN)
+    line = f"train adding {SMALL} --rule {path}:Signs --iterations 10"
+
+    def run(arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "tpext", *arguments.split()]
+        return subprocess.run(command, env=MODULE_ENVIRONMENT, cwd=folder, capture_output=True, text=True, check=False)
+
+    assert run(f"{line} --out run", home).returncode == 0
+    (home / "run" / "result.json").unlink()
+    done = run(f"train adding --resume --out {home / 'run'}", elsewhere)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after iteration 10" in done.stdout
+    if path == "mine.py":  # named by its path from there, it is still the same rule
+        done = run(f"train adding --rule ../home/mine.py:Signs --resume --out {home / 'run'}", elsewhere)
+        assert (done.returncode, "complete already" in done.stdout) == (0, True), done.stderr
+    # the folder of the rule is gone: what is here serves
+    (home / "run").rename(elsewhere / "run")
+    for file in home.glob("*.py"):
+        file.rename(elsewhere / file.name)
+    for left in home.rglob("*"):
+        assert left.name == "__pycache__" or left.suffix == ".pyc"
+    done = run("train adding --resume --out run", elsewhere)
+    assert (done.returncode, "complete already" in done.stdout) == (0, True), done.stderr
+
+
+OWN_TASK = """
+from dataclasses import dataclass
+from typing import ClassVar
+import numpy as np
+import torch
+from tpext.tasks import Batch, Criterion, SyntheticTask, option
+
+@dataclass(frozen=True)
+class Echo(SyntheticTask):
+    criterion: ClassVar[Criterion] = "cross_entropy"
+    correct_when: ClassVar[str] = "the first symbol comes back"
+    defaults = {"hidden_size": 7, "iterations": 30, "lr": 0.05}
+    length: int = option(4, "Number of steps.")
+    seed: int = option(3, "Of the alphabet; a run has a seed too.")
+    input_size = output_size = 3
+
+    def sample(self, random, size):
+        symbols = random.integers(3, size=(self.length, size))
+        return Batch(torch.eye(3)[torch.from_numpy(symbols)], torch.from_numpy(symbols[0]))
+"""
+
+
+def test_a_task_from_a_file_trains_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tasks.py").write_text(OWN_TASK)
+    line = "train tasks.py:Echo --task-options length=5 --optimizer adam --threads 1 --seed 2 --test-size 20"
+    status, out, err = call(line, capsys)
+    assert status == 0, err
+    assert "tasks.py:Echo, T=5, 7 tanh units" in out
+    assert "30 iterations" in out
+    config = json.loads(Path("runs/Echo-regularized-inverse-2/config.json").read_text())
+    assert config["task"] == {
+        "name": "tasks.py:Echo", "folder": str(tmp_path), "options": {"length": 5, "seed": 3}
+    }  # fmt: skip
+    assert config["seed"] == 2
+    status, out, err = call(f"{line} --resume", capsys)
+    assert (status, "complete already" in out) == (0, True), err
+    for more, message in (
+        ("--resume --task-options length=6", "task_options.length is 5 there, 6 was asked for"),
+        ("--length 6", "length does not belong to tasks.py:Echo, whose options are task_options"),
+        ("--task-options width=6", "task_options must be NAME=VALUE of length, seed, got 'width=6'"),
+        ("--data-dir .", "data_dir does not belong to tasks.py:Echo"),
+        ("--rule kaczmarz", "kaczmarz does not belong to tasks.py:Echo"),
+    ):
+        status, _, err = call(f"{line} {more}", capsys)
+        assert (status, message in err) == (1, True), err
+    status, _, err = call("train tasks.py:np", capsys)
+    assert (status, "np must be a dataclass that subclasses tpext.tasks.Task" in err) == (1, True), err
+
+
+def test_a_task_is_one_file_of_the_package(tmp_path: Path) -> None:
+    """With one file more in a copy of the package, the task is on the command line, and its options in the help."""
+    package = Path(tpext.__file__).parent
+    shutil.copytree(package, tmp_path / "tpext", ignore=shutil.ignore_patterns("__pycache__"))
+    text = (
+        OWN_TASK.replace("from tpext.tasks import Batch, Criterion, SyntheticTask, option", "")
+        .replace(
+            "import torch",
+            "import torch\nfrom tpext.tasks.base import Batch, Criterion, SyntheticTask\n"
+            "from tpext.tasks.registry import option, register",
+        )
+        .replace("@dataclass", '@register("echo", seed=3)\n@dataclass')
+        .replace("length: int", "delay: int = option(1, 'Steps of silence.')\n    length: int")
+    )
+    (tmp_path / "tpext" / "tasks" / "echo.py").write_text(text)
+    for arguments, shown in (
+        ("train --help", "Steps of silence. (echo)"),
+        ("tasks", "the first symbol comes back"),
+        ("train echo --length 6 --delay 2 --threads 1 --test-size 20", "echo, T=6, 7 tanh units"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "tpext", *arguments.split()],
+            env={**MODULE_ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert shown in " ".join(done.stdout.replace("│", " ").split())
 
 
 def test_what_a_rule_owns_stays_as_the_rule_initialises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,7 +713,6 @@ def test_fields_of_a_rule_that_the_command_line_cannot_serve_are_named(
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(OWN)
     for options, message in (
-        ("mine.py:Long", "fields of a rule must not have the names of options of a run, got {'length'}"),
         ("mine.py:Listed --rule-options sizes_of=3", "is a tuple, which cannot be given as a text"),
     ):
         status, _, err = call(f"train adding --rule {options}", capsys)

@@ -15,9 +15,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tpext.experiments.checks import ConfigError
-from tpext.experiments.config import Config, make_config, published
+from tpext.experiments.config import Config, make_config
 from tpext.experiments.images import ImageConfig, make_image_config
+from tpext.experiments.settings import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,6 +41,5 @@ __all__ = [
     "ImageConfig",
     "make_config",
     "make_image_config",
-    "published",
     "train_images",
 ]

@@ -7,9 +7,9 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -17,27 +17,28 @@ import tyro
 from rich.console import Console
 
 import tpext
-from tpext.experiments.checks import ConfigError
-from tpext.experiments.config import (
-    FREE_FIELDS,
-    HasOptions,
-    Initialization,
-    Nonlinearity,
-    Optimizer,
-    Precision,
-    Preset,
-    Reduction,
-    Schedule,
-    make_config,
-    published,
-)
-from tpext.experiments.feed_forward import published_presets
+from tpext.experiments.config import Config, make_config
+from tpext.experiments.defaults import shown_default
 from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.figures import draw_comparison
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError, Interrupted
-from tpext.experiments.options import DataFolder, Integer, Integers, Number, Switch, option, report_divergence
+from tpext.experiments.options import (
+    DEFAULT,
+    DataFolder,
+    Option,
+    OwnOptions,
+    Switch,
+    option,
+    options_of,
+    report_divergence,
+)
+from tpext.experiments.options import (
+    command as make_command,
+)
+from tpext.experiments.own import parse_options
+from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.progress import say
 from tpext.experiments.rule_names import (
     DEFAULT_LAYER_RULE,
@@ -45,204 +46,146 @@ from tpext.experiments.rule_names import (
     LAYER_RULES,
     RULES,
     SEQUENCE_RULES,
-    parse_options,
-    rule_options,
+    find_rule,
 )
-from tpext.experiments.run_folder import RunError, RunFolder
+from tpext.experiments.run_folder import FREE_FIELDS, HasOptions, RunError, RunFolder
+from tpext.experiments.settings import ConfigError, choices_of
+from tpext.experiments.task_names import NOT_OPTIONS, find_task, task_options
 from tpext.experiments.train import train
-from tpext.rules import Correction, Credit, First, Form, InputRule, LocalLoss, Move, Slope, Update
-from tpext.tasks import FEED_FORWARD, IMAGES, TASKS, ImageSetName, Order, Task, TaskName, make_task
+from tpext.rules import Rule
+from tpext.tasks import TASKS, ImageSetName, Task, make_task
+
+_PRESETS = "; ".join(
+    [
+        "default: published rates (those of the nearest task or length where there are none), fewer iterations",
+        *(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
+    ]
+)
+
+RULE_HELP = {
+    "reg": "Regularization of the inverse",
+    "target_step": "Size of the first displacement, -target_step * gradient",
+    "correction": "How displacements pass through the inverse",
+    "credit": "Local losses back-propagated through the unrolled layer, or each alone",
+    "margin": "Distance kept from the edges of the activation's range",
+    "normalize": "Divide the local gradients by target_step; with sgd False, as published",
+    "input_rule": "What the layer below gets, where there are several",
+    "slope": "How the linearized correction passes the activation: by its inverse slope as published, its derivative, "
+    "or not at all",
+    "slope_reg": "Regularization of slope inverse",
+    "noise": "Standard deviation of the noise in the reconstruction loss",
+    "form": "Which distance: from the current input, or from zero",
+    "local_loss": "Local losses before the activation or after it",
+    "relaxation": "Factor of every update, above 0 and below 2",
+    "damping": "Added to the squared norms of the inputs that divide an update",
+    "dx": "How a layer's input moves towards its target: mean is the published way",
+    "dx_reg": "Regularization of --dx regularized",
+    "update": "Each sample's least update, averaged over the batch, or that of the batch as a whole",
+    "batch_reg": "Regularization of --update exact",
+    "first": "What moves first",
+    "std": "Standard deviation of the initial weights and biases, with --init torch",
+}
+"""What the options of rules do; which rules have one, its type and its default are the classes'."""
+
+REMEDIES = {
+    "reg": "a larger --reg",
+    "dx": "--dx regularized",
+    "dx_reg": "a larger --dx-reg",
+    "batch_reg": "a larger --batch-reg",
+    "std": "a smaller --std",
+}
+"""What helps a run that diverged, by the options that its rule has."""
 
 
-def _default(name: str, metavar: str) -> object:
-    """How an option shows in the help whose default no preset of a sequence sets; images may have another there."""
-    default, images = (str(make_config(task).options()[name]) for task in ("temporal-order", "sequential-mnist"))
-    return option(metavar, default if images == default else f"{default}, images {images}")
+def _rule_options() -> dict[str, Option]:
+    kinds: dict[str, list[type[Rule]]] = {}
+    for kind in RULES.values():
+        for field in fields(kind):
+            kinds.setdefault(field.name, []).append(kind)
+    found = {}
+    for name, those in kinds.items():
+        hints = list(dict.fromkeys(get_type_hints(kind)[name] for kind in those))
+        defaults = {field.default for kind in those for field in fields(kind) if field.name == name}
+        # of the numbers presets have their own
+        default = str(*defaults) if len(defaults) == 1 and all(map(choices_of, hints)) else DEFAULT
+        names = ", ".join(rule for rule, kind in RULES.items() if kind in those)
+        found[name] = Option(hints, f"{RULE_HELP.get(name, 'Of the rule')} (rules {names}).", default)
+    return found
 
 
-def _layer_default(name: str, metavar: str) -> object:
-    """The same of an option that only feed-forward tasks have."""
-    return option(metavar, str(make_config("mnist-mlp").options()[name]))
+def _task_options() -> dict[str, Option]:
+    found = {}
+    for name, tasks in task_options().items():
+        entries = [TASKS[task] for task in tasks]
+        hints = list(dict.fromkeys(get_type_hints(entry.kind)[name] for entry in entries))
+        defaults = dict.fromkeys(str(entry.options[name].default) for entry in entries)
+        help = entries[0].options[name].metadata.get("help", "Of the task.")
+        found[name] = Option(hints, f"{help} ({', '.join(tasks)})", " or ".join(defaults))
+    return found
 
 
 @dataclass(frozen=True)
-class Train:
+class _Train:
     """Train a network, recurrent for sequences, else feed-forward; by target propagation unless told otherwise.
 
     `tpext train images` trains convolutional and other networks on images; it has options of its own.
     """
 
-    task: tyro.conf.Positional[TaskName]
-    """What to learn; `tpext tasks` describes them."""
-
+    task: Annotated[
+        tyro.conf.Positional[str],
+        tyro.conf.arg(
+            metavar="TASK",
+            help=f"What to learn: {', '.join(TASKS)}; `tpext tasks` describes them. Or a task of your own, as "
+            "module:Class or file.py:Class.",
+        ),
+    ]
     rule: Annotated[
         str | None,
         option(
             f"{{{','.join(RULES)},FILE.py:CLASS}}",
             f"{DEFAULT_RULE}; feed-forward {DEFAULT_LAYER_RULE}",
+            f"What the backward pass is. Recurrent: {', '.join(SEQUENCE_RULES)}. Feed-forward: "
+            f"{', '.join(LAYER_RULES)}. Or a rule of your own, as module:Class or file.py:Class (docs/own-rules.md).",
         ),
     ] = None
-    """Target propagation through regularized inverses or learned ones, or back-propagation. Feed-forward: through least
-    squares inverses or learned ones, or direct weight solves, or back-propagation. Or a rule of your own,
-    as module:Class or file.py:Class (docs/own-rules.md)."""
-    rule_options: Annotated[tuple[str, ...] | None, option("NAME=VALUE ...", "the rule's own defaults")] = None
+    task_options: OwnOptions = None
+    """Options of a task of your own."""
+    rule_options: OwnOptions = None
     """Options of a rule of your own."""
-    preset: Annotated[Preset | None, option("{default,published,seely,lee,faust}", "default")] = None
-    """default: published rates (those of the nearest task or length where there are none), fewer iterations;
-    feed-forward Adam. published: as published, for temporal-order with 60 or 120 steps, adding with 30, images pixel by
-    pixel. seely, lee, faust: as in these authors' code, for mnist-mlp (seely also mnist-autoencoder; faust for rule
-    kaczmarz)."""
+    preset: Annotated[str | None, option(f"{{default,{','.join(PRESETS)}}}", "default", f"{_PRESETS}.")] = None
     out: Annotated[Path | None, option("DIR", "runs/TASK-RULE-SEED")] = None
     """Folder of the run."""
     resume: Switch = False
     """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
-
-    length: Annotated[int | None, option("INT", "60; adding, random-permutation 30")] = None
-    """Number of steps of a synthetic task."""
-    chunk: Annotated[int | None, option("INT", "1")] = None
-    """Pixels per step of a sequence of images, a divisor of 784: 1 is pixel by pixel, 28 is by rows."""
-
-    reg: Number = None
-    """Regularization of the inverse (rules regularized-inverse, regularized-least-squares)."""
-    target_step: Number = None
-    """Size of the first displacement, -target_step * gradient (all rules but backprop and kaczmarz)."""
-    correction: Annotated[Correction | None, _default("correction", "{linearized,difference,none}")] = None
-    """How displacements pass through the inverse (rules regularized-inverse; difference-target-propagation: difference,
-    by default, or none)."""
-    credit: Annotated[Credit | None, _default("credit", "{through_time,local}")] = None
-    """Local losses back-propagated through the unrolled layer, or each alone (rules regularized-inverse,
-    learned-inverse)."""
-    margin: Annotated[float | None, _default("margin", "FLOAT")] = None
-    """Distance kept from the edges of the activation's range (rules regularized-inverse; least squares, there 0.01)."""
-    normalize: Annotated[bool | None, option("{True,False}", "False with sgd, as published, else True")] = None
-    """Divide the local gradients by target_step (all rules but backprop and kaczmarz)."""
-    input_rule: Annotated[InputRule | None, _default("input_rule", "{gradient,target}")] = None
-    """What the layer below gets, where there are several (rule regularized-inverse)."""
-    slope: Annotated[Slope | None, _default("slope", "{inverse,derivative,one}")] = None
-    """How the linearized correction passes the activation: by its inverse slope as published, its derivative, or not at
-    all (rule regularized-inverse)."""
-    slope_reg: Annotated[float | None, _default("slope_reg", "FLOAT")] = None
-    """Regularization of slope inverse (rule regularized-inverse)."""
-    noise: Number = None
-    """Standard deviation of the noise in the reconstruction loss (rules learned-inverse,
-    difference-target-propagation)."""
-    reverse_lr: Number = None
-    """Learning rate of the reverse layers (rules learned-inverse, difference-target-propagation)."""
-    form: Annotated[Form | None, _layer_default("form", "{proximal,ridge}")] = None
-    """Which distance: from the current input, or from zero (rule regularized-least-squares)."""
-    local_loss: Annotated[LocalLoss | None, _layer_default("local_loss", "{pre,post}")] = None
-    """Local losses before the activation or after it (rules constrained-least-squares, regularized-least-squares)."""
-    relaxation: Number = None
-    """Factor of every update, above 0 and below 2 (rule kaczmarz)."""
-    damping: Number = None
-    """Added to the squared norms of the inputs that divide an update (rule kaczmarz)."""
-    dx: Annotated[Move | None, option("{mean,wnorm,regularized}")] = None
-    """How a layer's input moves towards its target: mean is the published way (rule kaczmarz)."""
-    dx_reg: Number = None
-    """Regularization of --dx regularized (rule kaczmarz)."""
-    update: Annotated[Update | None, option("{average,exact}")] = None
-    """Each sample's least update, averaged over the batch, or that of the batch as a whole (rule kaczmarz)."""
-    batch_reg: Number = None
-    """Regularization of --update exact (rule kaczmarz)."""
-    first: Annotated[First | None, option("{input,weights}")] = None
-    """What moves first (rule kaczmarz)."""
-    std: Number = None
-    """Standard deviation of the initial weights and biases (rule kaczmarz, with --init torch)."""
-
-    hidden_size: Annotated[int | None, _default("hidden_size", "INT")] = None
-    """Units of a recurrent layer."""
-    layers: Annotated[int | None, _default("layers", "INT")] = None
-    """Number of recurrent layers."""
-    sizes: Integers = None
-    """Units of each hidden layer of a feed-forward network."""
-    nonlinearity: Annotated[Nonlinearity | None, _default("nonlinearity", "{tanh,relu,identity,...}")] = None
-    """Activation of the hidden layers; feed-forward also sigmoid and leaky_relu."""
-    init: Annotated[Initialization | None, _default("init", "{orthogonal,torch,xavier}")] = None
-    """orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own (rule kaczmarz: normal,
-    see --std). xavier: uniform (feed-forward)."""
-    reference_compat: Annotated[bool | None, _layer_default("reference_compat", "{True,False}")] = None
-    """Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."""
-    tied: Annotated[bool | None, _layer_default("tied", "{True,False}")] = None
-    """Tie the decoder's weights to the encoder's, the last layer's to the first's and so on; they learn at --lr
-    (mnist-autoencoder; not rule difference-target-propagation, --reduction sum only)."""
-
-    optimizer: Annotated[
-        Optimizer | None,
-        option("{sgd,adam,adamw,rmsprop,adagrad,tf-rmsprop,centred-rmsprop}", "sgd; feed-forward adam"),
-    ] = None
-    """With another optimizer than the preset's, rates start at 1e-3. Rule kaczmarz has sgd at rate 1 only."""
-    lr: Number = None
-    """Learning rate of the hidden layers, and of the head unless --head-lr is given.
-    For rule learned-inverse the preset's is the published 1e-2 divided by the batch size."""
-    head_lr: Number = None
-    """Learning rate of the output layer, which learns by plain gradients (not under the least squares rules)."""
-    momentum: Number = None
-    """Momentum (sgd and the three rmsprop)."""
-    nesterov: Annotated[bool | None, option("{True,False}", "True where sgd has a momentum")] = None
-    """Nesterov's momentum (sgd)."""
-    clip_grad_norm: Annotated[float | None, _default("clip_grad_norm", "FLOAT")] = None
-    """Bound on the norm of all gradients together, above 0."""
-    reduction: Annotated[Reduction | None, _layer_default("reduction", "{sum,batch,element}")] = None
-    """How local losses are averaged (feed-forward): sum: half the sum of squares; batch: their mean over the batch, as
-    in Lee's code; element: half their mean over batch and units, as in Seely's."""
-    schedule: Annotated[Schedule | None, _default("schedule", "{parallel,alternating}")] = None
-    """Reverse layers learn at every step, or an epoch before the others (rules learned-inverse,
-    difference-target-propagation)."""
-
-    epochs: Integer = None
-    """Passes through the training images, in place of --iterations."""
-    iterations: Integer = None
-    """Number of training steps."""
-    batch_size: Integer = None
-    """Samples per step."""
-    train_size: Annotated[int | None, option("INT", "all")] = None
-    """Number of training images, the first ones (feed-forward)."""
-    order: Annotated[Order | None, _layer_default("order", "{shuffled,sequential_first,sequential}")] = None
-    """Order of an epoch's images: shuffled, as stored in the first epoch, or always as stored (feed-forward)."""
-    test_size: Annotated[int | None, _default("test_size", "INT")] = None
-    """Samples of the test set."""
-    eval_interval: Annotated[int | None, option("INT", "100, images 1000, as vectors an epoch")] = None
-    """Iterations between evaluations."""
-    checkpoint_interval: Annotated[int | None, _default("checkpoint_interval", "INT")] = None
-    """Iterations between checkpoints."""
-    seed: Annotated[int | None, _default("seed", "INT")] = None
-    """Seed of the initialization, the data and the noise."""
-    precision: Annotated[Precision | None, _default("precision", "{32,64,bf16}")] = None
-    """Float type; bf16 is mixed precision."""
-    device: Annotated[str | None, _default("device", "NAME")] = None
-    """A torch device."""
-    threads: Annotated[int | None, option("INT", "1 for digits and drawn samples, up to 4 for images")] = None
-    """CPU threads."""
     data_dir: DataFolder = None
     """Folder with the image task's files; without it MNIST is downloaded once."""
     tensorboard: Switch = False
     """Write TensorBoard events too."""
 
-    def carry_out(self, console: Console) -> int:
-        options = asdict(self)
-        out, resume = options.pop("out"), options.pop("resume")
+    def _given(self) -> dict[str, Any]:
+        """The options that were given, as :func:`make_config` takes them."""
+        options: dict[str, Any] = {**asdict(self), "tensorboard": self.tensorboard or None}
+        del options["out"], options["resume"]
         options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
-        options["tensorboard"] = self.tensorboard or None
-        texts = options.pop("rule_options") or ()
-        given = {name: value for name, value in options.items() if value is not None}
-        if texts:
-            if self.rule is None or self.rule in RULES:
-                raise ConfigError("rule_options belong to a rule of your own, ours have options of their own names")
-            given |= parse_options(self.rule, tuple(texts))
+        if self.task_options and self.task not in TASKS:
+            options["task_options"] = parse_options("task", self.task, find_task(self.task).kind, self.task_options)
+        if self.rule_options and self.rule is not None and self.rule not in RULES:
+            options["rule_options"] = parse_options("rule", self.rule, find_rule(self.rule), self.rule_options)
+        return {name: value for name, value in options.items() if value is not None}
+
+    def carry_out(self, console: Console) -> int:
+        given = self._given()
+        out = self.out
         if out is None:
             wanted = make_config(**given)
-            out = Path("runs") / f"{wanted.task}-{wanted.rule_name.rpartition(':')[2]}-{wanted.seed}"
+            names = (name.rpartition(":")[2] for name in (wanted.task_name, wanted.rule_name))
+            out = Path("runs") / "-".join([*names, str(wanted.seed)])
         folder = RunFolder(out)
-        config = (folder.continued(given) if resume else None) or make_config(**given)
+        config = (folder.continued(given) if self.resume else None) or make_config(**given)
         try:
-            result = train(config, out, resume=resume, console=console)
+            result = train(config, out, resume=self.resume, console=console)
         except DivergedError as error:
-            rates = "--lr, --head-lr, --reverse-lr" if config.rule.learns else "--lr, --head-lr"
-            reg = ", or a larger --reg" if "reg" in rule_options(config.rule_name) else ""
-            remedy = f"smaller rates ({rates}){reg}"
-            if config.rule_name == "kaczmarz":
-                remedy = "--dx regularized, a larger --dx-reg or --batch-reg, or a smaller --std"
-            return report_divergence(error, remedy)
+            return report_divergence(error, _remedy(config))
         running = (
             "" if (mean := result.running_accuracy) is None else f"running training accuracy (from zero) {mean:.2%}, "
         )
@@ -259,6 +202,28 @@ class Train:
             if picture.exists():
                 say(console, f"{name}: {picture}")
         return 0
+
+
+# The options of tasks, rules and runs are fields of the command; each says of itself what it is.
+Train = make_command(
+    "Train",
+    _Train,
+    {
+        **_task_options(),
+        **_rule_options(),
+        **options_of(Config, ("task", "rule", "preset", *NOT_OPTIONS, "tensorboard"), shown_default),
+    },
+)
+
+
+def _remedy(config: Config) -> str:
+    """What helps a run that diverged."""
+    own = {field.name for field in fields(config.rule)}
+    found = [text for name, text in REMEDIES.items() if name in own]
+    if not config.rule.solves_weights:
+        rates = "--lr, --head-lr, --reverse-lr" if config.rule.learns else "--lr, --head-lr"
+        found.insert(0, f"smaller rates ({rates})")
+    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])}, or {found[-1]}"
 
 
 @dataclass(frozen=True)
@@ -317,17 +282,18 @@ class Tasks:
 
     def carry_out(self, console: Console) -> int:
         lines = [("task", "input", "output", "correct when", "published settings for")]
-        for name in TASKS:
-            task = make_task(name)
-            steps = "784 / chunk steps of chunk" if name in IMAGES else f"{task.length} steps of {task.input_size}"
-            shown = f"{task.input_size} numbers" if name in FEED_FORWARD else steps
-            known: list[str] = [rule for rule in SEQUENCE_RULES if published(name, rule) is not None]
-            if name in FEED_FORWARD:
-                known = [
-                    f"{rule} ({preset})"
-                    for rule, kind in LAYER_RULES.items()
-                    for preset in published_presets(name, kind)
-                ]
+        made = {name: make_task(name) for name in TASKS}
+        for name, task in sorted(made.items(), key=lambda item: item[1].length is None):
+            if "chunk" in TASKS[name].options:
+                shown = f"{task.length} / chunk steps of chunk"
+            else:
+                size = task.input_size
+                shown = f"{size} numbers" if task.length is None else f"{task.length} steps of {size}"
+            known = [
+                f"{rule} ({preset})"
+                for rule, kind in (LAYER_RULES if task.length is None else SEQUENCE_RULES).items()
+                for preset in presets_of(Case(name, task, kind))
+            ]
             lines.append((name, shown, _output(task), task.correct_when, ", ".join(known) or "-"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         for line in lines:
@@ -373,7 +339,7 @@ class Info:
         return 0
 
 
-Command = (
+Command: Any = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[FigureCommand, tyro.conf.subcommand("figure")]
@@ -388,7 +354,7 @@ def run(arguments: Sequence[str]) -> int:
     That is 0, 1 for an error, 2 for wrong arguments, 3 for a run that diverged, and for an interrupted one 130 for
     Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
-    command: Train | TrainImages | Compare | FigureCommand | Tasks | Info
+    command: Any
     try:
         if list(arguments[:2]) == ["train", "images"]:
             command = tyro.cli(TrainImages, args=list(arguments[2:]), prog="tpext train images")
@@ -403,7 +369,8 @@ def run(arguments: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else 2
     try:
         _check_not_empty(arguments)
-        return command.carry_out(Console())
+        status: int = command.carry_out(Console())
+        return status
     except BrokenPipeError:
         raise  # for the caller, who knows that nothing is left to say
     except (ConfigError, RunError, tpext.SingularError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The configuration of a run, and the published settings it starts from.
+"""The configuration of a run.
 
 A :class:`Config` holds every number of a run, none left to a default elsewhere; :func:`make_config` makes one from a
 preset and the values that differ from it.
@@ -8,280 +8,191 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, Protocol, TypeAlias, get_args
+from types import NoneType
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
-from tpext.experiments.checks import ConfigError, check_device_name, check_integer, check_number
-from tpext.experiments.feed_forward import KACZMARZ_TASKS, feed_forward_values, published_presets
-from tpext.experiments.rule_names import (
-    DEFAULT_LAYER_RULE,
-    DEFAULT_RULE,
-    LAYER_RULES,
-    RULES,
-    SEQUENCE_RULES,
-    find_rule,
-    name_of,
-    rule_options,
+from tpext.experiments import rule_names, task_names
+from tpext.experiments.defaults import FEED_FORWARD, RATE, RUN, SEQUENCE, starting_values
+from tpext.experiments.presets import PRESETS, Case, presets_of
+from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, RULES, SEQUENCE_RULES, find_rule
+from tpext.experiments.settings import (
+    ConfigError,
+    check_device_name,
+    check_integer,
+    check_number,
+    choices_of,
+    described,
 )
-from tpext.nn import TargetLinear
+from tpext.nn import RNN, TargetLinear
 from tpext.ops import Activation
-from tpext.rules import Backprop, Kaczmarz, LayerRule, LearnedInverse, RegularizedInverse, Rule
-from tpext.tasks import FEED_FORWARD, IMAGES, SYNTHETIC, VECTORS, Order, Task, check_task_name, make_task
+from tpext.rules import LayerRule, RecurrentRule, Rule
+from tpext.tasks import TASKS, Task
 
-Preset = Literal["default", "published", "seely", "lee", "faust"]
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "tf-rmsprop", "centred-rmsprop"]
 Nonlinearity = Literal["tanh", "relu", "identity", "sigmoid", "leaky_relu"]
 Initialization = Literal["orthogonal", "torch", "xavier"]
 Reduction = Literal["sum", "batch", "element"]
 Schedule = Literal["parallel", "alternating"]
 Precision = Literal["32", "64", "bf16"]
-OptionValue: TypeAlias = int | float | str | bool | tuple[int, ...] | None
+OptionValue: TypeAlias = int | float | str | bool | tuple[int, ...] | Mapping[str, Any] | None
 
-
-@dataclass(frozen=True)
-class Settings:
-    """What a publication fixes for one task and one rule.
-
-    ``lr`` is the rate of the recurrent layer, ``head_lr`` the output layer's, ``reverse_lr`` the reverse layer's. The
-    optimizer is SGD; ``momentum``, where there is any, is Nesterov's.
-    """
-
-    rule: Rule
-    lr: float
-    head_lr: float
-    iterations: int
-    batch_size: int
-    momentum: float = 0.0
-    reverse_lr: float = 0.0
-
-
-PUBLISHED_LENGTHS = {"temporal-order": (60, 120), "adding": (30,)}
-"""Numbers of steps of the synthetic tasks that settings were published for, the tasks' defaults first."""
-
-
-def published(
-    task: str, rule: str, *, length: int | None = None, chunk: int = 1, batch_size: int = 0
-) -> Settings | None:
-    """Return the published settings of a task for a rule, or None where none were published.
-
-    They are Roulet and Harchaoui's ("Target Propagation via Regularized Inversion for Recurrent Neural Networks", 2023;
-    their released code): 100 tanh units, one layer, orthogonal initialisation, zero biases, SGD.
-
-    ============================  =============================  ====================  ============================
-    task                          regularized: lr, step, reg     backprop: lr          learned: lr, step, reverse lr
-    ============================  =============================  ====================  ============================
-    temporal-order, T = 60        1e-1, 1e-2, 10                 1e-5, momentum .9     1e-2, 1e-1, 1e-3
-    temporal-order, T = 120       1e-2, 1e-2, 1                  1e-5, momentum .9     1e-2, 1e-1, 1e-3
-    adding, T = 30                1e-1, 1e-1, 1                  1e-3, momentum .9     1e-2, 1e-1, 1e-3
-    sequential-mnist              1e-1, 1e-4, 1                  1e-5                  1e-2, 1e-7, 1e-8, noise .1
-    permuted-mnist                1e-1, 1e-4, 1                  1e-4                  none
-    ============================  =============================  ====================  ============================
-
-    The published step is ``lr`` times the plain sum of the local gradients, so the rules here have ``normalize=False``:
-    with the linearised correction, the recurrent layer moves at ``lr * target_step`` in back-propagation's units. The
-    output layer is in the same optimizer, with the loss's own gradient: it moves at ``lr``, ``1 / target_step`` times
-    faster. For the learned inverse the published code divides the local losses by the batch size once more; here that
-    is ``lr = 1e-2 / batch_size`` beside ``head_lr = 1e-2``.
-
-    Args:
-        task: a sequence task's name.
-        rule: the name of a recurrent rule.
-        length: number of steps of a synthetic task; None is the task's default.
-        chunk: pixels per step of an image task; published is 1.
-        batch_size: 0 means the published one (20, MNIST 16).
-    """
-    if task not in (*SYNTHETIC, *IMAGES) or rule not in SEQUENCE_RULES:
-        return None
-    if task in IMAGES:
-        known = chunk == 1 and (task, rule) != ("permuted-mnist", "learned-inverse")
-    else:
-        lengths = PUBLISHED_LENGTHS.get(task, ())
-        known = bool(lengths) if length is None else length in lengths
-    return _starting_settings(task, rule, length or 0, chunk, batch_size) if known else None
-
-
-def _starting_settings(task: str, rule: str, length: int, chunk: int, batch_size: int) -> Settings:
-    """Published settings, or for what was never published the nearest: those of T = 60 hold below T = 120."""
-    if task == "permuted-mnist" and (chunk != 1 or rule == "learned-inverse"):
-        task = "sequential-mnist"
-    elif task not in ("temporal-order", "adding", *IMAGES):
-        task = "temporal-order"
-    images = task in IMAGES
-    batch_size = batch_size or (16 if images else 20)
-    long = task == "temporal-order" and length >= 120
-    iterations = 24_000 if task == "adding" else 48_000 if long else 40_000
-    if rule == "regularized-inverse":
-        reg = 10.0 if task == "temporal-order" and not long else 1.0
-        step = 1e-4 if images else 1e-1 if task == "adding" else 1e-2
-        lr = 1e-2 if long else 1e-1
-        return Settings(RegularizedInverse(reg=reg, target_step=step, normalize=False), lr, lr, iterations, batch_size)
-    if rule == "backprop":
-        lr = {"temporal-order": 1e-5, "adding": 1e-3, "sequential-mnist": 1e-5, "permuted-mnist": 1e-4}[task]
-        return Settings(Backprop(), lr, lr, iterations, batch_size, momentum=0.0 if images else 0.9)
-    if rule != "learned-inverse":
-        return Settings(_default(rule), 1e-3, 1e-3, iterations, batch_size)
-    learned = LearnedInverse(target_step=1e-7 if images else 1e-1, normalize=False, noise=0.1 if images else 0.0)
-    return Settings(learned, 1e-2 / batch_size, 1e-2, iterations, batch_size, reverse_lr=1e-8 if images else 1e-3)
+WITH_MOMENTUM = ("sgd", "rmsprop", "tf-rmsprop", "centred-rmsprop")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that a run depends on. :func:`make_config` fills it; ``tpext train --help`` explains the fields."""
+    """Everything that a run depends on. :func:`make_config` fills it."""
 
-    task: str
-    length: int | None
-    chunk: int | None
+    task: Task
     rule: Rule
-    preset: Preset
-    hidden_size: int | None
-    layers: int | None
-    sizes: tuple[int, ...] | None
-    nonlinearity: Nonlinearity
-    init: Initialization
-    reference_compat: bool
-    tied: bool
-    optimizer: Optimizer
-    lr: float
-    head_lr: float
-    reverse_lr: float
-    momentum: float
-    nesterov: bool
-    clip_grad_norm: float | None
-    reduction: Reduction
-    schedule: Schedule
-    epochs: int | None
-    iterations: int | None
-    batch_size: int
-    train_size: int | None
-    order: Order | None
-    test_size: int
-    eval_interval: int | None
-    checkpoint_interval: int
-    seed: int
-    precision: Precision
-    device: str
-    threads: int | None
-    data_dir: str | None
-    tensorboard: bool
+    preset: str
+    hidden_size: int | None = described("Units of a recurrent layer.")
+    layers: int | None = described("Number of recurrent layers.")
+    sizes: tuple[int, ...] | None = described("Units of each hidden layer of a feed-forward network.")
+    nonlinearity: Nonlinearity = described(
+        "Activation of the hidden layers; sigmoid and leaky_relu are feed-forward only."
+    )
+    init: Initialization = described(
+        "orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own (rule kaczmarz: "
+        "normal, see --std). xavier: uniform (feed-forward)."
+    )
+    reference_compat: bool = described(
+        "Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."
+    )
+    tied: bool = described(
+        "Tie the decoder's weights to the encoder's, the last layer's to the first's and so on; they learn at --lr "
+        "(mnist-autoencoder; not under rules with an ordinary head, --reduction sum only)."
+    )
+    optimizer: Optimizer = described(
+        "With another optimizer than the preset's, rates start at 1e-3. Rule kaczmarz has sgd at rate 1 only."
+    )
+    lr: float = described(
+        "Learning rate of the hidden layers, and of the head unless --head-lr is given. For rule learned-inverse the "
+        "preset's is the published 1e-2 divided by the batch size."
+    )
+    head_lr: float = described(
+        "Learning rate of the output layer, which learns by plain gradients (not under the least squares rules)."
+    )
+    reverse_lr: float = described("Learning rate of what a rule learns, such as reverse layers.")
+    momentum: float = described("Momentum (sgd and the three rmsprop).")
+    nesterov: bool = described("Nesterov's momentum (sgd).", "True where sgd has a momentum")
+    clip_grad_norm: float | None = described("Bound on the norm of all gradients together, above 0.")
+    reduction: Reduction = described(
+        "How local losses are averaged (feed-forward): sum: half the sum of squares; batch: their mean over the batch, "
+        "as in Lee's code; element: half their mean over batch and units, as in Seely's."
+    )
+    schedule: Schedule = described(
+        "Reverse layers learn at every step, or an epoch before the others (rules that learn)."
+    )
+    epochs: int | None = described("Passes through the training images, in place of --iterations.")
+    iterations: int | None = described("Number of training steps.")
+    batch_size: int = described("Samples per step.")
+    test_size: int = described("Samples of the test set.", "the task's")
+    eval_interval: int | None = described("Iterations between evaluations.", "100, or the task's; with epochs an epoch")
+    checkpoint_interval: int = described("Iterations between checkpoints.")
+    seed: int = described("Seed of the initialization, the data and the noise.")
+    precision: Precision = described("Float type; bf16 is mixed precision.")
+    device: str = described("A torch device.")
+    threads: int | None = described("CPU threads.", "1 for digits and drawn samples, up to 4 for images")
+    data_dir: str | None = described("Folder with the image task's files; without it MNIST is downloaded once.")
+    tensorboard: bool = described("Write TensorBoard events too.")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "test_size", "checkpoint_interval"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("seed", self.seed, 0, 2**64 - 1)
-        for name in ("chunk", "epochs", "iterations", "train_size", "eval_interval"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), 1)
-        if self.threads is not None:
-            check_integer("threads", self.threads, 1, 1024)
-        for name in ("lr", "head_lr", "reverse_lr", "momentum"):
-            check_number(name, getattr(self, name))
-        if self.clip_grad_norm is not None:
-            check_number("clip_grad_norm", self.clip_grad_norm, above=True)
-        for name, kind in (
-            ("nesterov", bool),
-            ("tensorboard", bool),
-            ("device", str),
-            ("reference_compat", bool),
-            ("tied", bool),
-        ):
-            if not isinstance(getattr(self, name), kind):
-                raise ConfigError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        if self.data_dir is not None and not isinstance(self.data_dir, str):
-            raise ConfigError(f"data_dir must be a path or None, got {self.data_dir!r}")
-        for name, choices in (
-            ("preset", Preset),
-            ("nonlinearity", Nonlinearity),
-            ("init", Initialization),
-            ("optimizer", Optimizer),
-            ("reduction", Reduction),
-            ("schedule", Schedule),
-            ("precision", Precision),
-        ):
-            if getattr(self, name) not in get_args(choices):
-                allowed = ", ".join(get_args(choices))
-                raise ConfigError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        _check_task(self.task)
-        check_device_name(self.device)
-        if self.momentum and self.optimizer not in ("sgd", "rmsprop", "tf-rmsprop", "centred-rmsprop"):
-            raise ConfigError(
-                f"momentum does not belong to optimizer={self.optimizer}, only to sgd, rmsprop, tf-rmsprop and "
-                "centred-rmsprop"
-            )
-        if self.optimizer in ("rmsprop", "tf-rmsprop", "centred-rmsprop") and self.momentum >= 1:
-            raise ConfigError(f"momentum must be below 1 with optimizer={self.optimizer}, got {self.momentum:g}")
-        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
-            raise ConfigError("nesterov needs optimizer=sgd and a momentum above 0")
-        if isinstance(self.rule, LearnedInverse) and self.nonlinearity != "tanh":
-            raise ConfigError(f"rule=learned-inverse needs nonlinearity=tanh, got {self.nonlinearity}")
+        if not isinstance(self.task, Task) or not isinstance(self.rule, Rule):
+            raise ConfigError(f"task and rule must be a Task and a Rule, got {self.task!r}, {self.rule!r}")
+        if self.preset not in ("default", *PRESETS):
+            raise ConfigError(f"preset must be one of default, {', '.join(PRESETS)}, got {self.preset!r}")
+        self._check_types()
+        self._check_optimizer()
         margin, least = getattr(self.rule, "margin", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
         if margin < least:
             raise ConfigError(f"margin must be at least {least:.3g} with precision={self.precision}, got {margin:g}")
-        if self.task in FEED_FORWARD:
-            self._check_feed_forward()
-        else:
-            self._check_sequence()
+        _check_rule(self.task_name, self.task, type(self.rule))
+        self._check_network()
+        self._check_layer()
+        if self.rule.solves_weights:
+            self._check_weight_solves()
         self._check_duration()
-        try:
-            task = self.make_task()
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        if task.length != self.length:
-            raise ConfigError(f"length of {self.task} must be {task.length} = 784 / chunk, got {self.length}")
+        self.make_task()
 
-    def _check_sequence(self) -> None:
-        for name in ("length", "hidden_size", "layers"):
-            check_integer(name, getattr(self, name), 1)
-        _check_rule(self.task, self.rule_name)
-        for name, only in (
-            ("sizes", None),
-            ("reference_compat", False),
-            ("tied", False),
-            ("reduction", "sum"),
-            ("train_size", None),
-            ("order", None),
-        ):
-            _check_belongs(self.task, name, getattr(self, name), only)
-        if self.nonlinearity not in ("tanh", "relu", "identity"):
-            raise ConfigError(f"nonlinearity of {self.task} must be tanh, relu or identity, got {self.nonlinearity}")
-        if self.init == "xavier":
-            raise ConfigError(f"init of {self.task} must be orthogonal or torch, got xavier")
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(Config).items():
+            value, choices, kinds = getattr(self, name), choices_of(hint), (hint, *get_args(hint))
+            if value is None and NoneType in kinds:
+                continue
+            if choices and value not in choices:
+                raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+            for kind in (bool, str):
+                if kind in kinds and not isinstance(value, kind):
+                    raise ConfigError(f"{name} must be a {kind.__name__}, got {value!r}")
+            if int in kinds:
+                high = {"seed": 2**64 - 1, "threads": 1024}.get(name, 2**31 - 1)
+                check_integer(name, value, 0 if name == "seed" else 1, high)
+            if float in kinds:
+                check_number(name, value, above=name == "clip_grad_norm")
+        check_device_name(self.device)
 
-    def _check_feed_forward(self) -> None:
-        for name in ("length", "chunk", "hidden_size", "layers"):
-            _check_belongs(self.task, name, getattr(self, name), None)
-        _check_rule(self.task, self.rule_name)
-        if not isinstance(self.sizes, tuple) or not self.sizes:
-            raise ConfigError(f"sizes must be the sizes of at least one hidden layer, got {self.sizes!r}")
-        for size in self.sizes:
-            check_integer("sizes", size, 1)
-        if self.task not in VECTORS:
-            _check_belongs(self.task, "order", self.order, None)
-        elif self.order not in get_args(Order):
-            raise ConfigError(f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}")
-        if self.precision == "bf16":
-            raise ConfigError(f"precision of {self.task} must be 32 or 64, got bf16")
-        if isinstance(self.rule, Kaczmarz):
-            self._check_kaczmarz()
-        if self.reference_compat:
-            self._check_reference_compat()
-        if self.tied:
-            self._check_tied()
-
-    def _check_reference_compat(self) -> None:
-        assert isinstance(self.rule, LayerRule)
-        activation = Activation(self.nonlinearity, reference_compat=True)
-        try:
-            TargetLinear(1, 1, activation=activation, rule=self.rule, device="meta")
-        except ValueError as error:
+    def _check_optimizer(self) -> None:
+        if self.momentum and self.optimizer not in WITH_MOMENTUM:
             raise ConfigError(
-                f"reference_compat=True does not go with nonlinearity={self.nonlinearity}, rule={self.rule_name}: "
-                + str(error).removeprefix("TargetLinear: ")
+                f"momentum does not belong to optimizer={self.optimizer}, only to {', '.join(WITH_MOMENTUM)}"
+            )
+        if self.optimizer in WITH_MOMENTUM[1:] and self.momentum >= 1:
+            raise ConfigError(f"momentum must be below 1 with optimizer={self.optimizer}, got {self.momentum:g}")
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ConfigError("nesterov needs optimizer=sgd and a momentum above 0")
+
+    def _check_network(self) -> None:
+        """Check the options that one kind of network has and the other has not."""
+        kind = FEED_FORWARD if self.feed_forward else SEQUENCE
+        for name in ("hidden_size", "layers", "sizes"):
+            if kind[name] is None:
+                self._check_belongs(name, None)
+            elif name != "sizes":
+                check_integer(name, getattr(self, name), 1)
+        if self.feed_forward:
+            if not isinstance(self.sizes, tuple) or not self.sizes:
+                raise ConfigError(f"sizes must be the sizes of at least one hidden layer, got {self.sizes!r}")
+            for size in self.sizes:
+                check_integer("sizes", size, 1)
+            if self.precision == "bf16":
+                raise ConfigError(f"precision of {self.task_name} must be 32 or 64, got bf16")
+            if self.tied:
+                self._check_tied()
+            return
+        for name in ("reference_compat", "tied", "reduction"):
+            self._check_belongs(name, RUN[name])
+        if self.nonlinearity not in ("tanh", "relu", "identity"):
+            raise ConfigError(
+                f"nonlinearity of {self.task_name} must be tanh, relu or identity, got {self.nonlinearity}"
+            )
+        if self.init == "xavier":
+            raise ConfigError(f"init of {self.task_name} must be orthogonal or torch, got xavier")
+
+    def _check_belongs(self, name: str, only: object) -> None:
+        if getattr(self, name) != only:
+            raise ConfigError(f"{name} does not belong to {self.task_name}, got {getattr(self, name)!r}")
+
+    def _check_layer(self) -> None:
+        """Let the rule say whether it can serve such a layer."""
+        try:
+            if isinstance(self.rule, LayerRule) and self.feed_forward:
+                activation = Activation(self.nonlinearity, reference_compat=self.reference_compat)
+                TargetLinear(1, 1, activation=activation, rule=self.rule, device="meta")
+            elif isinstance(self.rule, RecurrentRule):
+                RNN(1, 1, nonlinearity=self.nonlinearity, rule=self.rule, device="meta")
+        except ValueError as error:
+            compat = "reference_compat=True, " if self.reference_compat else ""
+            raise ConfigError(
+                f"rule={self.rule_name} does not go with {compat}nonlinearity={self.nonlinearity}: "
+                + str(error).removeprefix("TargetLinear: ").removeprefix("RNN: ")
             ) from error
 
     def _check_tied(self) -> None:
         assert self.sizes is not None
-        if self.task != "mnist-autoencoder":
-            raise ConfigError(f"tied ties the layers of mnist-autoencoder, not of {self.task}")
-        if isinstance(self.rule, LayerRule) and self.rule.ordinary_head:
+        if self.task.input_size != self.task.output_size:
+            raise ConfigError(f"tied ties the layers of an autoencoder, not of {self.task_name}")
+        if getattr(self.rule, "ordinary_head", False):
             raise ConfigError(f"tied does not belong to rule={self.rule_name}, whose head is an ordinary layer")
         if len(self.sizes) % 2 == 0 or self.sizes != self.sizes[::-1]:
             raise ConfigError(
@@ -292,11 +203,9 @@ class Config:
                 f"reduction must be sum with tied=True, as one parameter has two local losses, got {self.reduction}"
             )
 
-    def _check_kaczmarz(self) -> None:
-        if self.task not in KACZMARZ_TASKS:
-            raise ConfigError(f"rule=kaczmarz learns classes of images: {', '.join(KACZMARZ_TASKS)}, not {self.task}")
-        if self.nonlinearity not in ("relu", "identity"):
-            raise ConfigError(f"rule=kaczmarz needs nonlinearity=relu or identity, got {self.nonlinearity}")
+    def _check_weight_solves(self) -> None:
+        if self.task.criterion != "cross_entropy":
+            raise ConfigError(f"rule={self.rule_name} learns classes, which {self.task_name} has not")
         for name, only in (
             ("optimizer", "sgd"),
             ("lr", 1),
@@ -304,57 +213,68 @@ class Config:
             ("momentum", 0),
             ("clip_grad_norm", None),
             ("reduction", "sum"),
-            ("reference_compat", False),
         ):
             if getattr(self, name) != only:
                 raise ConfigError(
-                    f"rule=kaczmarz needs {name}={only}, as its update is a plain step of sgd at rate 1, "
+                    f"rule={self.rule_name} needs {name}={only}, as its update is a plain step of sgd at rate 1, "
                     f"got {getattr(self, name)}"
                 )
 
     def _check_duration(self) -> None:
-        has_epochs = self.task in IMAGES or self.task in VECTORS
         if (self.epochs is None) == (self.iterations is None):
             raise ConfigError(f"give epochs or iterations, got epochs={self.epochs}, iterations={self.iterations}")
-        if not has_epochs:
-            _check_belongs(self.task, "epochs", self.epochs, None)
+        if not self.task.has_epochs:
+            self._check_belongs("epochs", None)
             check_integer("eval_interval", self.eval_interval, 1)
-        if self.schedule == "alternating" and not (has_epochs and self.rule.learns):
+        if self.schedule == "alternating" and not (self.task.has_epochs and self.rule.learns):
             raise ConfigError(
                 "schedule=alternating needs a task with epochs and a rule that learns, "
-                f"got task={self.task}, rule={self.rule_name}"
+                f"got task={self.task_name}, rule={self.rule_name}"
             )
 
     @property
-    def title(self) -> str:
-        """The task and, for sequences, its length: what runs must share to be compared."""
-        return self.task if self.length is None else f"{self.task}, T={self.length}"
+    def feed_forward(self) -> bool:
+        """Whether the network is feed-forward, else recurrent."""
+        return self.task.length is None
+
+    @property
+    def task_name(self) -> str:
+        """The task's name on the command line."""
+        return task_names.name_of(self.task)
 
     @property
     def rule_name(self) -> str:
         """The rule's name on the command line."""
-        return name_of(type(self.rule))
+        return rule_names.name_of(type(self.rule))
+
+    @property
+    def title(self) -> str:
+        """The task and, for sequences, its length: what runs must share to be compared."""
+        return self.task_name if self.feed_forward else f"{self.task_name}, T={self.task.length}"
 
     def make_task(self) -> Task:
-        """Return the task, which reads no data yet."""
-        if self.task in IMAGES:
-            return make_task(self.task, chunk=self.chunk, data_dir=self.data_dir)
-        if self.task in VECTORS:
-            return make_task(self.task, data_dir=self.data_dir, train_size=self.train_size, order=self.order)
-        return make_task(self.task, length=self.length)
+        """Return the task with its data folder; it reads no data yet."""
+        return task_names.with_data(self.task, self.data_dir)
 
     def options(self) -> dict[str, Any]:
-        """Return the value of every option of :func:`make_config` by its name, the rule's beside the others."""
+        """Return the value of every option of :func:`make_config` by its name, the task's and the rule's beside the
+        others; those of a user's task or rule after ``task_options.`` and ``rule_options.``.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if not self.rule.learns:
             del values["reverse_lr"]
-        return {**values, "rule": self.rule_name, **asdict(self.rule)}
+        values |= {"task": self.task_name, "rule": self.rule_name}
+        for what, own, of_it in (
+            ("task", task_names.is_own(self.task), task_names.options_of(self.task)),
+            ("rule", rule_names.is_own(type(self.rule)), asdict(self.rule)),
+        ):
+            values |= {f"{what}_options.{name}" if own else name: value for name, value in of_it.items()}
+        return values
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as config.json holds them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        values["rule"] = {"name": self.rule_name, **asdict(self.rule)}
-        return values
+        return {**values, "task": task_names.task_to_dict(self.task), "rule": rule_names.rule_to_dict(self.rule)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
@@ -364,33 +284,41 @@ class Config:
             ConfigError: a field is missing, unknown or out of its range.
         """
         try:
-            rule = dict(values["rule"])
-            kind = find_rule(rule.pop("name"))
+            values = dict(values)
+            if isinstance(values["task"], str):  # as earlier versions had it: the tasks' options among the others
+                flat = {name: values.pop(name) for name in ("length", "chunk", "train_size", "order")}
+                known = task_names.find_task(values["task"]).options
+                options = {name: value for name, value in flat.items() if name in known}
+                values["task"] = {"name": values["task"], "options": options}
             sizes = None if values["sizes"] is None else tuple(values["sizes"])
-            return cls(**{**values, "rule": kind(**rule), "sizes": sizes})
-        except (KeyError, TypeError, ValueError) as error:
+            task, rule = task_names.task_from_dict(values["task"]), rule_names.rule_from_dict(values["rule"])
+            return cls(**{**values, "task": task, "rule": rule, "sizes": sizes})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not the configuration of a run of this version: {error}") from error
 
 
-FREE_FIELDS = ("device", "threads", "data_dir", "tensorboard")
-"""Fields that say how a run is carried out, not what it computes: a resumed run may change them."""
-
-
-def make_config(task: str, *, rule: str | None = None, preset: Preset = "default", **options: OptionValue) -> Config:
+def make_config(
+    task: str,
+    *,
+    rule: str | None = None,
+    preset: str = "default",
+    task_options: Mapping[str, Any] | None = None,
+    rule_options: Mapping[str, Any] | None = None,
+    **options: OptionValue,
+) -> Config:
     """Return the configuration of a run: a preset, and the options that differ from it.
 
     Args:
-        task: one of :data:`tpext.tasks.TASKS`.
+        task: one of :data:`tpext.tasks.TASKS`; or the import path of a task of your own, "module:Class" or
+            "file.py:Class".
         rule: the name of a rule's class in kebab case, one of :data:`tpext.experiments.rule_names.RULES` (default for a
             sequence "regularized-inverse", for a feed-forward task "regularized-least-squares"); or the import path of
-            a rule of your own, "module:Class" or "file.py:Class".
-        preset: for a sequence "published": the published settings (see :func:`published`), number of iterations
-            included, and a ConfigError where none were published; or "default": the same rates and sizes for fewer
-            iterations (4,000; MNIST 16,000), and those of the nearest published task or length where none were
-            published. For a feed-forward task "seely", "lee" or "faust" (see
-            :func:`tpext.experiments.feed_forward.published_presets`); or "default": Adam, for few epochs (kaczmarz:
-            SGD at rate 1, its only optimizer).
-        options: any field of :class:`Config` or of the rule; None means "as in the preset". ``lr`` alone sets
+            a rule of your own.
+        preset: one of :data:`tpext.experiments.presets.PRESETS`, all settings as published, and a ConfigError where
+            none were; or "default": for a sequence the published rates, or the nearest, for fewer iterations; else what
+            :mod:`tpext.experiments.defaults` has.
+        task_options, rule_options: of a task and a rule of your own.
+        options: any field of :class:`Config`, of a task or of a rule; None means "as in the preset". ``lr`` alone sets
             ``head_lr`` too, ``iterations`` takes the place of ``epochs`` and the other way round. With an optimizer
             other than the preset's, rates start at 1e-3, and for a sequence ``normalize`` is True: gradients times
             ``target_step`` would be lost beside Adam's epsilon.
@@ -403,173 +331,93 @@ def make_config(task: str, *, rule: str | None = None, preset: Preset = "default
     >>> make_config("mnist-mlp", rule="difference-target-propagation", preset="lee").reverse_lr
     0.00501149118237
     """
-    _check_task(task)
-    if rule is None:
-        rule = DEFAULT_LAYER_RULE if task in FEED_FORWARD else DEFAULT_RULE
-    own = rule_options(rule)
-    taken = {field.name for field in fields(Config)} & set(own) - {"reverse_lr"}
-    if taken:
-        raise ConfigError(f"rule {rule}: fields of a rule must not have the names of options of a run, got {taken}")
-    _check_rule(task, rule)
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    rule_fields = {option for name in RULES for option in rule_options(name)} | set(own)
-    for name in given:
-        if name not in rule_fields and name not in {field.name for field in fields(Config)}:
-            raise ConfigError(f"unknown option {name}")
-        if name in rule_fields and name not in own:
-            known = ", ".join(own) or "none"
-            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {known})")
-
-    options_of_task = ("length", "chunk", "data_dir", "train_size", "order")
-    try:
-        made = make_task(task, **{name: given.get(name) for name in options_of_task})
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    for_task = _of_task(task, given, task_options)
+    made = task_names.make_task(task, for_task)
+    if rule is None:
+        rule = DEFAULT_RULE if made.length is not None else DEFAULT_LAYER_RULE
+    kind = find_rule(rule)
+    _check_rule(task, made, kind)
+    for_rule = _of_rule(rule, given, rule_options)
+    batch_size = given.get("batch_size", 0)
+    check_integer("batch_size", batch_size, 0)
+    case = Case(task, made, kind, int(batch_size))
+    values = starting_values(case)
+    if preset != "default":
+        values |= _preset(preset, case)
+    of_preset = {name: values.pop(name) for name in task_names.task_options() if name in values}
+    if of_preset:
+        made = task_names.make_task(task, {**of_preset, **for_task})
+    optimizer = given.get("optimizer", values["optimizer"])
+    if optimizer != values["optimizer"]:
+        momentum = 0.9 if optimizer == "centred-rmsprop" else 0.0
+        values |= {"lr": RATE, "head_lr": RATE, "reverse_lr": RATE, "momentum": momentum}
+        if made.length is not None and not rule_names.is_own(kind) and "normalize" in rule_names.rule_options(rule):
+            for_rule.setdefault("normalize", True)
+    for name in ("head_lr", "reverse_lr"):
+        values.setdefault(name, values["lr"])
     if "lr" in given:
         given.setdefault("head_lr", given["lr"])
     if "epochs" in given:
         given.setdefault("iterations", None)
     elif "iterations" in given:
         given["epochs"] = None
-    values = (
-        _feed_forward(task, rule, preset, given) if task in FEED_FORWARD else _sequence(task, made, rule, preset, given)
-    )
-    if "std" in given and given.get("init", values["init"]) != "torch":
-        raise ConfigError(
-            f"std is that of init=torch, got std={given['std']}, init={given.get('init', values['init'])}"
-        )
-    of_rule = {name: given.pop(name) for name in own if name in given and name != "reverse_lr"}
-    if not values.pop("keeps_normalize") and "normalize" in own:
-        of_rule.setdefault("normalize", True)
+    values |= given
+    values.setdefault("nesterov", optimizer == "sgd" and values["momentum"] != 0)
+    if "std" in for_rule and values["init"] != "torch":
+        raise ConfigError(f"std is that of init=torch, got std={for_rule['std']}, init={values['init']}")
+    start = values.pop("rule", None)
     try:
-        values["rule"] = replace(values["rule"], **of_rule)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(str(error)) from error
-    shared: dict[str, Any] = {
-        "test_size": made.default_test_size,
-        "checkpoint_interval": 500,
-        "seed": 1,
-        "precision": "32",
-        "device": "cpu",
-        "threads": None,
-        "data_dir": None,
-        "tensorboard": False,
-    }
-    return Config(**{**shared, **values, **given, "task": task, "preset": preset, "length": made.length})
-
-
-def _sequence(task: str, made: Task, rule: str, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields that the preset of a sequence sets, and whether the rule's ``normalize`` is to stay as it is."""
-    if preset not in ("default", "published"):
-        raise ConfigError(f"preset must be one of default, published for {task}, got {preset!r}")
-    images = task in IMAGES
-    chunk = made.input_size if images else 1
-    batch_size = given.get("batch_size", 0)
-    check_integer("batch_size", batch_size, 0)
-    settings = _starting_settings(task, rule, made.length or 0, chunk, int(batch_size))
-    if preset == "published" and published(task, rule, length=made.length, chunk=chunk) is None:
-        raise ConfigError(
-            f"no settings were published for task={task}, rule={rule}, "
-            + (f"chunk={chunk}" if images else f"length={made.length}")
-        )
-    # nothing is known of a user's own rule: Adam at its usual rate
-    optimizer = "sgd" if rule in RULES else "adam"
-    sgd = given.get("optimizer", optimizer) == "sgd" and rule in RULES
-    momentum = given.get("momentum", settings.momentum if sgd else 0.0)
-    if images:
-        given["chunk"] = chunk
-    return {
-        "rule": settings.rule,
-        "keeps_normalize": sgd,
-        "chunk": None,
-        "hidden_size": 100,
-        "layers": 1,
-        "sizes": None,
-        "nonlinearity": "tanh",
-        "init": "orthogonal",
-        "reference_compat": False,
-        "tied": False,
-        "optimizer": optimizer,
-        "lr": settings.lr if sgd else 1e-3,
-        "head_lr": settings.head_lr if sgd else 1e-3,
-        "reverse_lr": settings.reverse_lr if sgd or not settings.rule.learns else 1e-3,
-        "momentum": momentum,
-        "nesterov": sgd and momentum != 0,
-        "clip_grad_norm": None,
-        "reduction": "sum",
-        "schedule": "parallel",
-        "epochs": None,
-        "iterations": settings.iterations if preset == "published" else 16_000 if images else 4_000,
-        "batch_size": settings.batch_size,
-        "train_size": None,
-        "order": None,
-        "eval_interval": 1_000 if images else 100,
-    }
-
-
-def _feed_forward(task: str, rule: str, preset: Preset, given: dict[str, Any]) -> dict[str, Any]:
-    """The fields that the preset of a feed-forward task sets, and that the rule's ``normalize`` is to stay as it is."""
-    kind = find_rule(rule)
-    known = ["default", *published_presets(task, kind)]
-    if preset not in known:
-        raise ConfigError(f"preset must be one of {', '.join(known)} for task={task}, rule={rule}, got {preset!r}")
-    values = feed_forward_values(task, kind, preset)
-    if rule not in RULES:
-        values["rule"] = _default(rule)
-    optimizer = given.get("optimizer", values["optimizer"])
-    if optimizer != values["optimizer"]:
-        momentum = 0.9 if optimizer == "centred-rmsprop" else 0.0
-        values |= {"lr": 1e-3, "reverse_lr": 1e-3, "momentum": momentum}
-    momentum = given.get("momentum", values["momentum"])
-    return {
-        **values,
-        "keeps_normalize": True,
-        "head_lr": values["lr"],
-        "nesterov": optimizer == "sgd" and momentum != 0,
-        "chunk": None,
-        "hidden_size": None,
-        "layers": None,
-    }
-
-
-def _default(rule: str) -> Any:
-    """A user's own rule with the defaults of its fields."""
-    try:
-        return find_rule(rule)()
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"rule {rule}: every field must have a default: {error}") from error
-
-
-class HasOptions(Protocol):
-    """A configuration, as far as :func:`differences` looks at it."""
-
-    def options(self) -> dict[str, Any]:
-        """Return the value of every option by its name."""
-
-
-def differences(saved: HasOptions, asked: Mapping[str, object]) -> list[str]:
-    """Return how options asked for differ from a saved configuration, one sentence each, :data:`FREE_FIELDS` apart."""
-    present = saved.options()
-    return [
-        f"{name} is {present.get(name)} there, {value} was asked for"
-        for name, value in asked.items()
-        if name not in FREE_FIELDS and present.get(name) != value
-    ]
-
-
-def _check_task(name: str) -> None:
-    try:
-        check_task_name(name)
+        values["rule"] = rule_names.make_rule(kind, for_rule) if start is None else replace(start, **for_rule)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    return Config(**{**values, "task": made, "preset": preset})
 
 
-def _check_rule(task: str, rule: str) -> None:
-    kind, own = ("layer", LAYER_RULES) if task in FEED_FORWARD else ("recurrent", SEQUENCE_RULES)
-    if kind not in find_rule(rule).kinds:
-        raise ConfigError(f"rule={rule} does not belong to {task} (rules of that task: {', '.join(own)})")
+def _of_task(task: str, given: dict[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Take the options of the task out of those given."""
+    if own and task in TASKS:
+        raise ConfigError("task_options belong to a task of your own, ours have options of their own names")
+    found = {name: given.pop(name) for name in task_names.task_options() if name in given}
+    if found and task not in TASKS:
+        raise ConfigError(f"{next(iter(found))} does not belong to {task}, whose options are task_options")
+    return {**found, **(own or {})}
 
 
-def _check_belongs(task: str, name: str, value: object, only: object) -> None:
-    if value != only:
-        raise ConfigError(f"{name} does not belong to {task}, got {value!r}")
+def _of_rule(rule: str, given: dict[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Take the options of the rule out of those given."""
+    if own and rule in RULES:
+        raise ConfigError("rule_options belong to a rule of your own, ours have options of their own names")
+    known = rule_names.rule_options(rule)
+    of_rules = {option for name in RULES for option in rule_names.rule_options(name)}
+    for name in given:
+        if name not in of_rules and name not in get_type_hints(Config):
+            raise ConfigError(f"unknown option {name}")
+        if name in of_rules and name not in known:
+            raise ConfigError(
+                f"{name} does not belong to rule={rule} (options of that rule: {', '.join(known) or 'none'})"
+            )
+    return {**{name: given.pop(name) for name in known if name in given and name != "reverse_lr"}, **(own or {})}
+
+
+def _preset(name: str, case: Case) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise ConfigError(f"preset must be one of default, {', '.join(PRESETS)}, got {name!r}")
+    found = PRESETS[name].values(case)
+    if found is None:
+        options = "".join(f", {option}={value}" for option, value in task_names.options_of(case.task).items())
+        known = ", ".join(["default", *presets_of(case)])
+        raise ConfigError(
+            f"no settings were published for preset={name}, task={case.name}{options}, "
+            f"rule={rule_names.name_of(case.rule)} (presets there: {known})"
+        )
+    return found
+
+
+def _check_rule(name: str, task: Task, kind: type[Rule]) -> None:
+    """Raise ConfigError unless a rule is for the network of a task."""
+    layers, rules = ("layer", LAYER_RULES) if task.length is None else ("recurrent", SEQUENCE_RULES)
+    if layers not in kind.kinds:
+        raise ConfigError(
+            f"rule={rule_names.name_of(kind)} does not belong to {name} (rules of that task: {', '.join(rules)})"
+        )

@@ -22,12 +22,12 @@ from rich.console import Console
 from torch import nn
 
 from tpext.diagnostics import gradient_angles
-from tpext.experiments.checks import ConfigError, check_integer, check_number
 from tpext.experiments.feedback_presets import one_or_all
 from tpext.experiments.figures import COLOURS, INK, save, style
 from tpext.experiments.loop import DivergedError, check_device, torch_state
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import write_whole
+from tpext.experiments.settings import ConfigError, check_integer, check_number
 from tpext.feedback import (
     LDRL,
     DifferenceReconstruction,

@@ -14,7 +14,6 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from tpext.experiments.checks import ConfigError
 from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.images import ImageConfig
@@ -22,7 +21,8 @@ from tpext.experiments.model import Model, make_model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
 from tpext.experiments.saved_state import field, load
-from tpext.tasks import ImageTask, MnistAutoencoder, Task, ToySet
+from tpext.experiments.settings import ConfigError
+from tpext.tasks import Task
 
 # Colours that stay apart in print and for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -81,9 +81,9 @@ def draw_task(folder: str | Path) -> Path | None:
     if config is None:
         raise RunError(f"{folder} holds no run")
     task = config.make_task()
-    autoencoder = task if isinstance(task, MnistAutoencoder) else None
-    if autoencoder is None and not (isinstance(task, ToySet) and task.input_size == 2):
+    if task.picture is None:
         return None
+    images = task.picture == "reconstruction"
     state = run.load_checkpoint()
     if state is None:
         raise RunError(f"{folder} holds no run with a checkpoint")
@@ -95,14 +95,14 @@ def draw_task(folder: str | Path) -> Path | None:
     except ValueError as error:
         raise RunError(f"{run.checkpoint}: not a checkpoint of this run: {error}") from error
     title, _, settings = describe(config).partition(", ")
-    figure = Figure(figsize=(6, 5.6) if autoencoder is None else (10, 2.1), layout="constrained")
+    figure = Figure(figsize=(10, 2.1) if images else (6, 5.6), layout="constrained")
     figure.suptitle(f"{title}, iteration {iteration}", fontsize=13, color=INK)
-    if autoencoder is None:
-        _draw_plane(figure, model, task, config)
+    if images:
+        _draw_reconstructions(figure, model, task, config)
     else:
-        _draw_reconstructions(figure, model, autoencoder, config)
-    figure.supxlabel(_wrap(settings, 80 if autoencoder is None else 150), fontsize=8, color="#777777")
-    return save(figure, run.decision if autoencoder is None else run.reconstruction)
+        _draw_plane(figure, model, task, config)
+    figure.supxlabel(_wrap(settings, 150 if images else 80), fontsize=8, color="#777777")
+    return save(figure, run.reconstruction if images else run.decision)
 
 
 @torch.no_grad()
@@ -128,13 +128,14 @@ def _draw_plane(figure: Figure, model: Model, task: Task, config: Config) -> Non
 
 
 @torch.no_grad()
-def _draw_reconstructions(figure: Figure, model: Model, task: ImageTask, config: Config, count: int = 20) -> None:
+def _draw_reconstructions(figure: Figure, model: Model, task: Task, config: Config, count: int = 20) -> None:
     input = task.test_set(config.seed, min(config.test_size, count)).input
     made = model(input).sigmoid()
+    shape = getattr(task, "shape", (1, -1))
     rows = figure.subplots(2, len(input), squeeze=False)
     for images, axes, label in ((input, rows[0], "image"), (made, rows[1], "made")):
         for image, place in zip(images, axes, strict=True):
-            place.imshow(image.reshape(task.shape).numpy(), cmap="gray_r", vmin=0, vmax=1)
+            place.imshow(image.reshape(shape).numpy(), cmap="gray_r", vmin=0, vmax=1)
             place.set_xticks([])
             place.set_yticks([])
         axes[0].set_ylabel(label, color=INK, fontsize=9)

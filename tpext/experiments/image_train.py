@@ -12,13 +12,13 @@ from torch.nn import functional
 
 import tpext
 from tpext.diagnostics import feedback_angles, gradient_angles
-from tpext.experiments.checks import ConfigError
 from tpext.experiments.figures import draw_image_run
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
 from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
 from tpext.experiments.loop import DivergedError, Run, carry_out, versions
 from tpext.experiments.run_folder import AnyRunFolder, RunError
 from tpext.experiments.saved_state import load
+from tpext.experiments.settings import ConfigError
 from tpext.nn import TargetSequential
 from tpext.tasks import Batch, ImageClasses
 

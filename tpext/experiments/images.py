@@ -13,15 +13,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import nn
 
-from tpext.experiments.checks import ConfigError, check_device_name, check_integer, check_number
 from tpext.experiments.config import OptionValue
 from tpext.experiments.feedback_presets import METHODS
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS, Case, Values
+from tpext.experiments.settings import (
+    ConfigError,
+    check_device_name,
+    check_integer,
+    check_number,
+    choices_of,
+    described,
+)
 from tpext.feedback import FeedbackTrainer, Indices, Pixels, layered_feedback
 from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
@@ -56,54 +63,82 @@ class ImageConfig:
     network: NetworkName
     rule: str
     preset: ImagePreset
-    channels: tuple[int, ...]
-    hidden_size: int | None
-    batchnorm: bool
-    target_step: float | None
-    normalize: bool | None
-    reduction: Reduction | None
-    damping: float | None
-    feedback_units: int | None
-    iterations: tuple[int, ...] | None
-    feedback_scale: float | None
-    noise: tuple[float, ...] | None
-    feedback_lr: tuple[float, ...] | None
-    samples: int | None
-    feedback_optimizer: ImageOptimizer | None
-    feedback_momentum: float | None
-    feedback_weight_decay: float | None
-    feedback_betas: tuple[float, float] | None
-    feedback_eps: float | None
-    second_term: SecondTerm | None
-    indices: Indices | None
-    pixels: Pixels | None
-    decay: float | None
-    feedback_first: bool | None
-    feedback_start: int | None
-    feedback_epochs: int | None
-    extra_feedback_epochs: int | None
-    optimizer: ImageOptimizer
-    lr: tuple[float, ...]
-    momentum: float
-    weight_decay: float
-    betas: tuple[float, float] | None
-    eps: tuple[float, ...] | None
-    schedule: ImageSchedule
-    schedule_epochs: int | None
-    lr_min: float
-    epochs: int
-    batch_size: int
-    normalization: Normalization
-    augment: bool
-    validation: float | None
-    train_size: int | None
-    eval_interval: int | None
-    checkpoint_interval: int
-    seed: int
-    precision: ImagePrecision
-    device: str
-    threads: int | None
-    data_dir: str | None
+    channels: tuple[int, ...] = described(
+        "Channels of each convolution (of each stage of a resnet); units of each hidden layer of the mlp."
+    )
+    hidden_size: int | None = described("Units of the hidden linear layer (lenet, meulemans-convnet).")
+    batchnorm: bool = described("Batch normalisation; by default in rule fw-dtp alone.")
+    target_step: float | None = described(
+        "Size of the first displacement, -target_step * gradient (all rules but backprop)."
+    )
+    normalize: bool | None = described(
+        "Divide the local gradients by target_step; published: False (all rules but backprop)."
+    )
+    reduction: Reduction | None = described(
+        "sum: displacements are target_step times the gradient of the mean loss, as Meulemans et al. have it,"
+        " not of each sample's own loss (all rules but backprop)."
+    )
+    damping: float | None = described("Of the pseudo-inverse of the Jacobian (rule gnt).")
+    feedback_units: int | None = described("Units of the fixed hidden layer (rule ddtp-rhl).")
+    iterations: tuple[int, ...] | None = described(
+        "Steps of the feedback a batch; of rule running-ldrl, draws of noise."
+    )
+    feedback_scale: float | None = described("Factor of --iterations, such as 0.1; the results are rounded up.")
+    noise: tuple[float, ...] | None = described("Standard deviation of the noise that trains the feedback.")
+    feedback_lr: tuple[float, ...] | None = described("Learning rate of the feedback.")
+    samples: int | None = described("Draws of noise that a step of the feedback averages.")
+    feedback_optimizer: ImageOptimizer | None = described("Optimizer of the feedback.")
+    feedback_momentum: float | None = described("Its momentum (sgd).")
+    feedback_weight_decay: float | None = described("Its weight decay.")
+    feedback_betas: tuple[float, float] | None = described("Its decay rates (adam).")
+    feedback_eps: float | None = described("Its small number (adam).")
+    second_term: SecondTerm | None = described(
+        "The loss's second term by noise, as published, or in expectation (rules ldrl, parallel-ldrl)."
+    )
+    indices: Indices | None = described(
+        "Places of maxima of the noisy pass, as published, or of the clean one (local losses)."
+    )
+    pixels: Pixels | None = described(
+        "Noise before convolutions on all pixels, or on a grid of one in every k x k, which costs less "
+        "(second term expected, or rule running-ldrl)."
+    )
+    decay: float | None = described("Of the running means (rule running-ldrl).")
+    feedback_first: bool | None = described("Whether the feedback learns from a batch before the blocks do, or after.")
+    feedback_start: int | None = described(
+        "Batches that train the feedback alone, before the first step of the blocks."
+    )
+    feedback_epochs: int | None = described("Epochs of that, besides.")
+    extra_feedback_epochs: int | None = described("Epochs that train the feedback alone after each epoch.")
+    optimizer: ImageOptimizer = described("Optimizer of the blocks.")
+    lr: tuple[float, ...] = described("Its learning rate, one for all blocks or one for each.")
+    momentum: float = described("Its momentum (sgd).")
+    weight_decay: float = described("Its weight decay.")
+    betas: tuple[float, float] | None = described("Its decay rates (adam).")
+    eps: tuple[float, ...] | None = described("Its small number, one for all blocks or one for each (adam).")
+    schedule: ImageSchedule = described(
+        "Of the learning rate, epoch by epoch. cosine-torch rises again after --schedule-epochs, as the "
+        "published runs do; step divides by ten every --schedule-epochs."
+    )
+    schedule_epochs: int | None = described(
+        "Epochs of the cosine down to --lr-min, by default 85 / 90 of all; or of a step."
+    )
+    lr_min: float = described("Where the cosine ends.")
+    epochs: int = described("Passes through the training images.")
+    batch_size: int = described("Images per step.")
+    normalization: Normalization = described("Mean and standard deviation that images are brought to.")
+    augment: bool = described("Change training images at random: mirrored, moved.")
+    validation: float | None = described(
+        "Share of the training images that evaluations are on; with 0 they are on the test set.",
+        "as published: 0.1; imagenet32 50 images a class",
+    )
+    train_size: int | None = described("Number of training images.", "all")
+    eval_interval: int | None = described("Steps of the blocks between evaluations.", "an epoch")
+    checkpoint_interval: int = described("Steps between checkpoints.")
+    seed: int = described("Seed of the initialization, the data and the noise.")
+    precision: ImagePrecision = described("Float type.")
+    device: str = described("A torch device.")
+    threads: int | None = described("CPU threads.", "1 for digits, else up to 4")
+    data_dir: str | None = described("Folder with the data set's files.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -382,6 +417,11 @@ _SHARED: Values = {
 }
 
 
+def shown_default(name: str) -> str | None:
+    """Return how the default of an option shows in the help, None if the methods have their own."""
+    return str(_SHARED[name]) if name in _SHARED else None
+
+
 def _other_optimizer(name: str) -> Values:
     adam = name == "adam"
     return {
@@ -436,22 +476,10 @@ def _initialize_feedback(net: TargetSequential) -> None:
 
 
 def _check_choices(config: ImageConfig) -> None:
-    for name, choices in (
-        ("dataset", ImageSetName),
-        ("network", NetworkName),
-        ("preset", ImagePreset),
-        ("optimizer", ImageOptimizer),
-        ("schedule", ImageSchedule),
-        ("precision", ImagePrecision),
-        ("second_term", SecondTerm),
-        ("indices", Indices),
-        ("pixels", Pixels),
-        ("reduction", Reduction),
-        ("feedback_optimizer", ImageOptimizer),
-    ):
-        value = getattr(config, name)
-        if value not in get_args(choices) and not (name in METHOD_OPTIONS and value is None):
-            raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+    for name, hint in get_type_hints(ImageConfig).items():
+        value, choices = getattr(config, name), choices_of(hint)
+        if choices and value not in choices and not (name in METHOD_OPTIONS and value is None):
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     if config.rule not in METHODS:
         raise ConfigError(f"rule must be one of {', '.join(METHODS)}, got {config.rule!r}")
     own = METHODS[config.rule].options

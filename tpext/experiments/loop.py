@@ -19,13 +19,13 @@ from rich.console import Console
 from torch import nn
 
 import tpext
-from tpext.experiments.checks import ConfigError, check_device_name, check_integer, check_number
 from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageResult, ImageRow
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunError
 from tpext.experiments.saved_state import check_type, field, load, read_rows, shown
+from tpext.experiments.settings import ConfigError, check_device_name, check_integer, check_number
 from tpext.tasks import Batch
 
 

@@ -1,29 +1,95 @@
-"""What the options of all training commands have in common."""
+"""The options of the training commands, derived from the fields of configurations, tasks and rules."""
 
 from __future__ import annotations
 
+import functools
+import operator
 import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 
 from tpext.experiments.loop import DivergedError
+from tpext.experiments.settings import choices_of
+
+DEFAULT = "the preset's"
 
 
-def option(metavar: str, default: str = "the preset's") -> object:
+def option(metavar: str, default: str = DEFAULT, help: str | None = None) -> Any:
     """How an option that may be left out shows in the help."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})", help=help)
 
 
 Integer = Annotated[int | None, option("INT")]
-Integers = Annotated[tuple[int, ...] | None, option("INT [INT ...]")]
-Number = Annotated[float | None, option("FLOAT")]
-Numbers = Annotated[tuple[float, ...] | None, option("FLOAT [FLOAT ...]")]
-Pair = Annotated[tuple[float, float] | None, option("FLOAT FLOAT")]
-Flag = Annotated[bool | None, option("{True,False}")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 DataFolder = Annotated[Path | None, option("DIR", "$TPEXT_DATA or the cache folder")]
+OwnOptions = Annotated[tuple[str, ...] | None, option("NAME=VALUE ...", "its own defaults")]
+
+
+def metavar(hint: Any) -> str:
+    """Return how the values of an annotation show.
+
+    >>> from typing import Literal
+    >>> metavar(Literal["pre", "post"] | None), metavar(tuple[int, ...] | None), metavar(tuple[float, float])
+    ('{pre,post}', 'INT [INT ...]', 'FLOAT FLOAT')
+    """
+    if choices := choices_of(hint):
+        return f"{{{','.join(map(str, choices))}}}"
+    kind = next(one for one in get_args(hint) if one is not NoneType) if NoneType in get_args(hint) else hint
+    if get_origin(kind) is tuple:
+        one, *more = map(metavar, (part for part in get_args(kind) if part is not ...))
+        return " ".join([one, *more]) if more else f"{one} [{one} ...]"
+    return {bool: "{True,False}", int: "INT", float: "FLOAT"}.get(kind, "TEXT")
+
+
+class Option:
+    """An option of a command, from fields of one or more classes that have it.
+
+    Args:
+        hints: the annotations of the fields; choices are put together.
+        help: its line of help.
+        default: what is shown.
+    """
+
+    def __init__(self, hints: Iterable[Any], help: str, default: str) -> None:
+        self.hint = functools.reduce(operator.or_, hints) | None
+        self.help, self.default = help, default
+
+    def field(self, name: str) -> tuple[str, Any, Any]:
+        """Return it as a field of a command's dataclass."""
+        shown = option(metavar(self.hint), self.default, self.help)
+        return name, Annotated[self.hint, shown], field(default=None)
+
+
+def options_of(
+    config: type[Any], skipped: Iterable[str], default: Callable[[str], str | None] = lambda name: None
+) -> dict[str, Option]:
+    """Return the options that are the fields of a configuration.
+
+    Args:
+        config: its class, whose fields have their help.
+        skipped: fields that are not options, or options of another form.
+        default: returns what is shown as the default of a field that does not say it; None is "the preset's".
+    """
+    hints = get_type_hints(config)
+    return {
+        one.name: Option(
+            [hints[one.name]], one.metadata["help"], one.metadata["default"] or default(one.name) or DEFAULT
+        )
+        for one in fields(config)
+        if one.name not in skipped
+    }
+
+
+def command(name: str, base: type[Any], options: Mapping[str, Option]) -> Any:
+    """Return a command's dataclass: the fields of ``base``, then the options."""
+    made = make_dataclass(name, [one.field(key) for key, one in options.items()], bases=(base,), frozen=True)
+    made.__doc__ = base.__doc__
+    return made
 
 
 def report_divergence(error: DivergedError, remedy: str) -> int:

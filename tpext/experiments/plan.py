@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tpext.experiments.checks import ConfigError
 from tpext.experiments.config import Config
+from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
 
 

@@ -151,12 +151,12 @@ def describe(config: Config) -> str:
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"
     if config.sizes is None:
         layers = f" x {config.layers} layers" if config.layers != 1 else ""
-        network = [f"T={config.length}", f"{config.hidden_size} {config.nonlinearity} units{layers}"]
+        network = [f"T={config.task.length}", f"{config.hidden_size} {config.nonlinearity} units{layers}"]
     else:
         tied = ", tied" if config.tied else ""
         network = [f"{'-'.join(map(str, config.sizes))} {config.nonlinearity} units{tied}"]
     parts = [
-        config.task,
+        config.task_name,
         *network,
         rule + (f" ({', '.join(options)})" if options else ""),
         f"{config.optimizer} {rates}" + (f" momentum {config.momentum:g}" if config.momentum else ""),

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import re
-import sys
-from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import tpext.rules
-from tpext.experiments.checks import ConfigError
+from tpext.experiments.own import find_own, is_path, place_of
+from tpext.experiments.settings import ConfigError
 from tpext.rules import Rule
 from tpext.rules.base import Kind
 
@@ -53,15 +49,13 @@ FORMER_NAMES = {
 }
 """What rules were called in earlier versions."""
 
-# Rules of users, by the import path they were named by.
-_OWN: dict[str, type[Rule]] = {}
 
-
-def find_rule(name: str) -> type[Rule]:
+def find_rule(name: str, folder: str | None = None) -> type[Rule]:
     """Return the class of a rule.
 
     Args:
         name: one of :data:`RULES`, or where a rule of a user's own stands: ``module:Class`` or ``file.py:Class``.
+        folder: where that was typed; None is the working directory.
 
     Raises:
         ConfigError: there is none, or it cannot be imported.
@@ -71,45 +65,33 @@ def find_rule(name: str) -> type[Rule]:
     """
     if name in RULES:
         return RULES[name]
-    if name not in _OWN:
-        place, _, attribute = str(name).rpartition(":")
-        if not place or not attribute:
-            former = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else ""
-            raise ConfigError(
-                f"rule must be one of {', '.join(RULES)}, or module:Class or file.py:Class for one of your own, "
-                f"got {name!r}{former}"
-            )
-        kind = getattr(_import(name, place), attribute, None)
-        if not isinstance(kind, type) or not issubclass(kind, Rule) or not kind.kinds & {"recurrent", "layer"}:
-            raise ConfigError(
-                f"rule {name}: {attribute} must be a class that subclasses tpext.rules.RecurrentRule or LayerRule, "
-                f"got {kind!r}"
-            )
-        _OWN[name] = kind
-    return _OWN[name]
+    if not is_path(name):
+        former = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else ""
+        raise ConfigError(
+            f"rule must be one of {', '.join(RULES)}, or module:Class or file.py:Class for one of your own, "
+            f"got {name!r}{former}"
+        )
+    return find_own_rule(name, {"recurrent": "RecurrentRule", "layer": "LayerRule"}, folder)
 
 
-def _import(name: str, place: str) -> ModuleType:
-    try:
-        if not place.endswith(".py"):
-            # A console script, other than `python -m`, does not look in the current folder. Only for this import: what
-            # stays in the path, processes that are started later inherit.
-            sys.path.insert(0, str(Path.cwd()))
-            try:
-                return importlib.import_module(place)
-            finally:
-                sys.path.remove(str(Path.cwd()))
-        path = Path(place).resolve()
-        spec = importlib.util.spec_from_file_location(f"_rule_of_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # where dataclasses and pickle look for it
-        spec.loader.exec_module(module)
-        return module
-    # whatever a user's file raises
-    except Exception as error:
-        raise ConfigError(f"rule {name}: {place} cannot be imported: {type(error).__name__}: {error}") from error
+def find_own_rule(name: str, bases: Mapping[Kind, str], folder: str | None = None) -> type[Rule]:
+    """Return the class of a user's rule.
+
+    Args:
+        name: where it stands.
+        bases: the kinds that it may be for, and the protocols of these, for errors.
+        folder: see :func:`find_rule`.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    kind = find_own("rule", name, folder)
+    if not isinstance(kind, type) or not issubclass(kind, Rule) or not kind.kinds & set(bases):
+        raise ConfigError(
+            f"rule {name}: {name.rpartition(':')[2]} must be a class that subclasses "
+            f"tpext.rules.{' or '.join(bases.values())}, got {kind!r}"
+        )
+    return kind
 
 
 def name_of(kind: type[Rule]) -> str:
@@ -118,45 +100,57 @@ def name_of(kind: type[Rule]) -> str:
     Raises:
         ConfigError: it was not found by a name.
     """
-    for names in (RULES, _OWN):
-        for name, one in names.items():
-            if one is kind:
-                return name
-    raise ConfigError(f"rule {kind.__name__} has no name here: find_rule must find it first")
+    for name, one in RULES.items():
+        if one is kind:
+            return name
+    place = place_of(kind)
+    if place is None:
+        raise ConfigError(f"rule {kind.__name__} has no name here: find_rule must find it first")
+    return place.name
+
+
+def is_own(kind: type[Rule]) -> bool:
+    """Whether a rule is a user's, whose options have a name space of their own."""
+    return kind not in RULES.values()
 
 
 def rule_options(name: str) -> tuple[str, ...]:
-    """Return the options that a rule has: its fields, and ``reverse_lr`` if it learns."""
+    """Return the options of a rule that stand among those of a run: its fields, and ``reverse_lr`` if it learns."""
     kind = find_rule(name)
-    own = tuple(field.name for field in fields(kind))
+    own = () if is_own(kind) else tuple(field.name for field in fields(kind))
     return (*own, "reverse_lr") if kind.learns else own
 
 
-def parse_options(name: str, texts: tuple[str, ...]) -> dict[str, object]:
-    """Return the values of options of a user's rule that are given as ``NAME=VALUE``, by the types of its fields.
+def make_rule(kind: type[Rule], options: Mapping[str, object]) -> Any:
+    """Return a user's rule.
 
     Raises:
-        ConfigError: no such option, or a text that is no value of it.
-
-    >>> parse_options("regularized-inverse", ("reg=10", "normalize=false"))
-    {'reg': 10.0, 'normalize': False}
+        ConfigError: an option that it does not have, one out of its range, or a field without a default.
     """
-    kinds = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(find_rule(name))}
-    readers: dict[str, Callable[[str], object]] = {
-        "float": float,
-        "int": int,
-        "str": str,
-        "bool": lambda value: {"true": True, "false": False}[value.lower()],
-    }
-    values: dict[str, object] = {}
-    for text in texts:
-        option, separator, value = text.partition("=")
-        if not separator or option not in kinds:
-            raise ConfigError(f"rule_options must be NAME=VALUE of {', '.join(kinds) or 'none'}, got {text!r}")
-        if kinds[option] not in readers:
-            raise ConfigError(f"{option} of rule {name} is a {kinds[option]}, which cannot be given as a text")
-        try:
-            values[option] = readers[kinds[option]](value)
-        except (KeyError, ValueError) as error:
-            raise ConfigError(f"{option} of rule {name} must be a {kinds[option]}, got {value!r}") from error
-    return values
+    name, known = name_of(kind), [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"{option} does not belong to rule={name} (rule_options: {', '.join(known) or 'none'})")
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ConfigError(f"rule {name}: every field must have a default or be in rule_options: {error}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def rule_to_dict(rule: Rule) -> dict[str, Any]:
+    """Return plain values, as config.json holds them."""
+    place = place_of(type(rule))
+    return {"name": name_of(type(rule)), "options": asdict(rule), **({} if place is None else {"folder": place.folder})}
+
+
+def rule_from_dict(values: Mapping[str, Any]) -> Any:
+    """Return the rule that :func:`rule_to_dict` wrote; earlier versions had the options beside the name.
+
+    Raises:
+        ConfigError: there is no such rule.
+        KeyError, TypeError, ValueError: other values than were written.
+    """
+    options = values["options"] if "options" in values else {k: v for k, v in values.items() if k != "name"}
+    return find_rule(values["name"], values.get("folder"))(**options)

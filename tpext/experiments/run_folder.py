@@ -29,10 +29,14 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_or
 
 import torch
 
-from tpext.experiments.checks import ConfigError
-from tpext.experiments.config import FREE_FIELDS, Config, differences
+from tpext.experiments.config import Config
+from tpext.experiments.own import find_own, is_path, place_of
+from tpext.experiments.settings import ConfigError
 
 CHECKPOINT_FORMAT = 1
+
+FREE_FIELDS = ("device", "threads", "data_dir", "tensorboard")
+"""Fields that say how a run is carried out, not what it computes: a resumed run may change them."""
 
 
 class Row(NamedTuple):
@@ -100,6 +104,33 @@ class RunConfig(Protocol):
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option by its name."""
+
+
+class HasOptions(Protocol):
+    """A configuration, as far as :func:`differences` looks at it."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the value of every option by its name."""
+
+
+def differences(saved: HasOptions, asked: Mapping[str, object]) -> list[str]:
+    """Return how options asked for differ from a saved configuration, one sentence each, :data:`FREE_FIELDS` apart."""
+    present, flat = saved.options(), dict(asked)
+    for group in ("task_options", "rule_options"):
+        own = flat.pop(group, None)
+        if isinstance(own, Mapping):
+            flat |= {f"{group}.{name}": value for name, value in own.items()}
+    found = []
+    for name, value in flat.items():
+        if name in FREE_FIELDS or present.get(name) == value:
+            continue
+        if is_path(value) and name in ("task", "rule", "dataset"):
+            # one class may be named by several paths; the saved one was found first
+            place = place_of(find_own(name, str(value)))
+            value = value if place is None else place.name
+        if present.get(name) != value:
+            found.append(f"{name} is {present.get(name)} there, {value} was asked for")
+    return found
 
 
 class RunRow(Protocol):

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hint
 import torch
 from torch import Tensor
 
-from tpext.experiments.checks import check_integer, check_number
+from tpext.experiments.settings import check_integer, check_number
 
 RowT = TypeVar("RowT", bound=NamedTuple)
 

@@ -13,7 +13,6 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import tpext
-from tpext.experiments.checks import ConfigError
 from tpext.experiments.config import Config
 from tpext.experiments.figures import draw_run, draw_task
 from tpext.experiments.loop import DivergedError, Run, carry_out, versions
@@ -21,11 +20,11 @@ from tpext.experiments.model import Model, local_scales, make_model, split_param
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder
+from tpext.experiments.settings import ConfigError
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop
-from tpext.rules import Kaczmarz
-from tpext.tasks import IMAGES, VECTORS, Batch
+from tpext.tasks import Batch
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -61,14 +60,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
 
 
 def default_threads(config: Config) -> int:
-    """Return the CPU threads of a run that names none: 1 for digits and drawn samples, torch's up to 4 for images.
-
-    A step of a synthetic task takes a few milliseconds. A second thread gains little there on an idle machine; on a
-    busy one the waits for it made such a run four times slower than one thread. An image task's few batch rows do not
-    keep more than 4 busy.
-    """
-    large = config.task in IMAGES or (config.task in VECTORS and config.task != "digits-mlp")
-    return min(torch.get_num_threads(), 4) if large else 1
+    """Return the CPU threads of a run that names none: torch's up to the task's ``max_threads``."""
+    return min(torch.get_num_threads(), config.task.max_threads)
 
 
 def make_optimizer(config: Config, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -123,9 +116,9 @@ class _Run(Run[Config, Row, Result]):
             make_optimizer(config, [{"params": reverse, "lr": config.reverse_lr}]) if config.rule.learns else None
         )
         self.parts = {"model": self.model, "optimizer": self.optimizer, "reverse_optimizer": self.reverse_optimizer}
-        by_targets = isinstance(config.rule, Kaczmarz)
+        by_targets = config.rule.solves_weights
         self.criterion = hot_target_loss if by_targets else task.loss
-        # The layers of that rule take the gradient of the sum over the batch, and average themselves.
+        # The layers of such a rule take the gradient of the sum over the batch, and average themselves.
         self.loss_gradient = (
             torch.tensor(float(config.batch_size), dtype=self.dtype, device=self.device) if by_targets else None
         )
@@ -254,7 +247,7 @@ class _Run(Run[Config, Row, Result]):
         last = self.rows[-1]
         best = max(self.rows[1:], key=lambda row: row.accuracy)
         return Result(
-            task=self.config.task,
+            task=self.config.task_name,
             rule=self.config.rule_name,
             seed=self.config.seed,
             iterations=last.iteration,

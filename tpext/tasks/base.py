@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 from torch import Tensor
 
 Criterion = Literal["cross_entropy", "mse", "sigmoid_cross_entropy"]
+Picture = Literal["decision", "reconstruction"]
+"""Decision regions of points in the plane, or images beside what the network makes of them."""
 Order = Literal["shuffled", "sequential_first", "sequential"]
 """In which order an epoch takes its samples: shuffled, as stored in the first epoch only, or as stored in every one."""
 
@@ -61,8 +65,24 @@ class Task(ABC):
 
     default_test_size: ClassVar[int] = 1000
 
+    defaults: ClassVar[Mapping[str, object]] = MappingProxyType({})
+    """Where options of ``tpext train`` start, if elsewhere than for all tasks, by their names: ``{"lr": 3e-3}``."""
+    max_threads: ClassVar[int] = 1
+    """Most CPU threads of a run that names none. A step of a synthetic task takes a few milliseconds: a second thread
+    gains little there on an idle machine, and on a busy one the waits for it made such a run four times slower."""
+
     length: int | None = None
     """Number of steps T; None for a feed-forward task, whose input has no dimension T."""
+
+    @property
+    def picture(self) -> Picture | None:
+        """What a run draws of what it has learned."""
+        return None
+
+    @property
+    def has_epochs(self) -> bool:
+        """Whether batches run through stored samples; others draw theirs."""
+        return type(self).epoch_length is not Task.epoch_length
 
     @property
     @abstractmethod

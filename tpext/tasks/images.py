@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tpext.tasks.base import Batch, Criterion, Order, Task, epoch_batches, epoch_rows
+from tpext.tasks.base import Batch, Criterion, Order, Picture, Task, epoch_batches, epoch_rows
 from tpext.tasks.idx import PIXELS, Images, MissingDataError, cache_folder, load_mnist
+from tpext.tasks.registry import option, register
 
 CIFAR_PIXELS = 3072
 CIFAR_FOLDER = "cifar-10-batches-bin"
@@ -92,7 +94,8 @@ class ImageTask(Task):
         train_size: number of training images, the first ones; None takes all.
         order: "shuffled": each epoch in an order of its own, fixed by (seed, epoch); "sequential_first": the first
             epoch as stored, the others shuffled; "sequential": every epoch as stored.
-        data_dir: folder of the files, which are read when the first batch is asked for.
+
+    Tasks with files have a ``data_dir`` besides, their folder; they are read when the first batch is asked for.
     """
 
     criterion: ClassVar[Criterion] = "cross_entropy"
@@ -103,9 +106,14 @@ class ImageTask(Task):
     shape: ClassVar[tuple[int, ...]]
     """Height and width of an image, with 3 colour planes before them if it has colours."""
 
-    train_size: int | None = None
-    order: Order = "shuffled"
-    data_dir: Path | None = None
+    max_threads: ClassVar[int] = 4
+
+    train_size: int | None = option(None, "Number of training images, the first ones; by default all.")
+    order: Order = option("shuffled", "Order of an epoch's images: shuffled, as stored in the first epoch, or always.")
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ValueError(f"order must be one of {', '.join(get_args(Order))}, got {self.order!r}")
 
     @abstractmethod
     def load(self) -> Images:
@@ -147,31 +155,39 @@ class ImageTask(Task):
         return Batch(images.to(torch.float32).div_(self.largest), labels)
 
 
+@register("digits-mlp")
 @dataclass(frozen=True)
 class Digits(ImageTask):
-    """Name the digit of an image of 8 x 8 pixels: see :func:`load_digits`; ``data_dir`` must be None.
+    """Name the digit of an image of 8 x 8 pixels: see :func:`load_digits`.
 
     Source: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI repository, its test part.
     """
 
+    defaults: ClassVar[Mapping[str, object]] = {"sizes": (64, 64), "epochs": 60}
     default_test_size: ClassVar[int] = 360
     largest: ClassVar[float] = 16.0
+    max_threads: ClassVar[int] = 1
     shape: ClassVar[tuple[int, ...]] = (8, 8)
 
     def load(self) -> Images:
         return load_digits()
 
 
+@register("mnist-mlp")
 @dataclass(frozen=True)
 class FlatMnist(ImageTask):
     """Name the digit of an image of 28 x 28 pixels; the files are those of :func:`tpext.tasks.load_mnist`."""
 
+    defaults: ClassVar[Mapping[str, object]] = {"sizes": (240, 240, 240, 240)}
     shape: ClassVar[tuple[int, ...]] = (28, 28)
+
+    data_dir: Path | None = None
 
     def load(self) -> Images:
         return load_mnist(self.data_dir)
 
 
+@register("cifar-mlp")
 @dataclass(frozen=True)
 class FlatCifar10(ImageTask):
     """Name the class of a colour image of 32 x 32 pixels; the files are those of :func:`load_cifar10`.
@@ -180,12 +196,16 @@ class FlatCifar10(ImageTask):
     Propagation", 2015.
     """
 
+    defaults: ClassVar[Mapping[str, object]] = {"sizes": (1000, 1000, 1000)}
     shape: ClassVar[tuple[int, ...]] = (3, 32, 32)
+
+    data_dir: Path | None = None
 
     def load(self) -> Images:
         return load_cifar10(self.data_dir)
 
 
+@register("mnist-autoencoder")
 @dataclass(frozen=True)
 class MnistAutoencoder(FlatMnist):
     """Reconstruct an image of 28 x 28 pixels: the target is the input, the loss the sigmoid cross-entropy of a pixel.
@@ -193,12 +213,17 @@ class MnistAutoencoder(FlatMnist):
     Source: J. Seely, "tensorflow-target-prop", the autoencoder mode.
     """
 
+    defaults: ClassVar[Mapping[str, object]] = {"sizes": (200, 100, 5, 100, 200)}
     criterion: ClassVar[Criterion] = "sigmoid_cross_entropy"
     correct_when: ClassVar[str] = "share of pixels on the right side of 1/2"
 
     @property
     def output_size(self) -> int:
         return PIXELS
+
+    @property
+    def picture(self) -> Picture | None:
+        return "reconstruction"
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor:
         return ((output > 0) == (target > 0.5)).to(output.dtype).mean(dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +21,7 @@ from tpext.tasks.base import (
     random_generator,
 )
 from tpext.tasks.idx import PIXELS, Images, load_mnist
+from tpext.tasks.registry import option, register
 
 
 @functools.lru_cache(maxsize=2)
@@ -27,6 +29,8 @@ def _pixel_order(seed: int) -> Tensor:
     return torch.from_numpy(random_generator(seed, PERMUTATION_STREAM).permutation(PIXELS))
 
 
+@register("permuted-mnist", permuted=True)
+@register("sequential-mnist", permuted=False)
 @dataclass(frozen=True)
 class SequentialMnist(Task):
     """Name the digit of an image read ``chunk`` pixels at a time.
@@ -47,8 +51,11 @@ class SequentialMnist(Task):
     criterion: ClassVar[Criterion] = "cross_entropy"
     correct_when: ClassVar[str] = "the largest output is the class"
     default_test_size: ClassVar[int] = 10_000
+    defaults: ClassVar[Mapping[str, object]] = {"batch_size": 16, "iterations": 16_000, "eval_interval": 1_000}
+    # the few rows of a batch do not keep more busy
+    max_threads: ClassVar[int] = 4
 
-    chunk: int = 1
+    chunk: int = option(1, "Pixels per step, a divisor of 784: 1 is pixel by pixel, 28 is by rows.")
     permuted: bool = False
     data_dir: Path | None = None
     length: int = field(init=False, default=PIXELS)

@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 
 from tpext.tasks.base import Batch, Criterion, SyntheticTask, one_hot
+from tpext.tasks.registry import option, register
+
+STEPS = "Number of steps."
 
 
+@register("temporal-order-3bit", bits=3)
+@register("temporal-order", bits=1)
 @dataclass(frozen=True)
 class TemporalOrder(SyntheticTask):
     """Name the order of two (or three) marked symbols far apart in noise.
@@ -44,7 +49,7 @@ class TemporalOrder(SyntheticTask):
     criterion: ClassVar[Criterion] = "cross_entropy"
     correct_when: ClassVar[str] = "the largest output is the class"
 
-    length: int = 60
+    length: int = option(60, STEPS)
     bits: int = 1
 
     def __post_init__(self) -> None:
@@ -77,6 +82,7 @@ class TemporalOrder(SyntheticTask):
         return Batch(one_hot(symbols, 6), torch.from_numpy(label))
 
 
+@register("adding")
 @dataclass(frozen=True)
 class Adding(SyntheticTask):
     """Give the mean of two marked numbers.
@@ -94,7 +100,7 @@ class Adding(SyntheticTask):
     criterion: ClassVar[Criterion] = "mse"
     correct_when: ClassVar[str] = "|error| < 0.04"
 
-    length: int = 30
+    length: int = option(30, STEPS)
 
     def __post_init__(self) -> None:
         if self.length < 10:
@@ -124,6 +130,7 @@ class Adding(SyntheticTask):
         return (output - target).abs().squeeze(1) < 0.04
 
 
+@register("random-permutation")
 @dataclass(frozen=True)
 class RandomPermutation(SyntheticTask):
     """Recall the first symbol after noise that never tells it.
@@ -142,7 +149,7 @@ class RandomPermutation(SyntheticTask):
     criterion: ClassVar[Criterion] = "cross_entropy"
     correct_when: ClassVar[str] = "the largest output is the class"
 
-    length: int = 30
+    length: int = option(30, STEPS)
 
     def __post_init__(self) -> None:
         if self.length < 1:

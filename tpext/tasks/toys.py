@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
 
-from tpext.tasks.base import Batch, Criterion, SyntheticTask
+from tpext.tasks.base import Batch, Criterion, Picture, SyntheticTask
+from tpext.tasks.registry import register
 
 ToyName = Literal["sphere", "annulus", "torus", "xor", "xor-full", "spiral"]
 
@@ -42,6 +44,9 @@ class ToySet(SyntheticTask):
     criterion: ClassVar[Criterion] = "cross_entropy"
     correct_when: ClassVar[str] = "the largest output is the class"
 
+    # the best of a few tried on the spiral
+    defaults: ClassVar[Mapping[str, object]] = {"sizes": (64, 64, 64), "nonlinearity": "leaky_relu", "lr": 3e-3}
+
     name: ToyName
 
     def __post_init__(self) -> None:
@@ -55,6 +60,10 @@ class ToySet(SyntheticTask):
     @property
     def output_size(self) -> int:
         return 2
+
+    @property
+    def picture(self) -> Picture | None:
+        return "decision" if self.input_size == 2 else None
 
     def sample(self, random: np.random.Generator, size: int) -> Batch:
         classes = random.integers(2, size=size)
@@ -82,6 +91,10 @@ class ToySet(SyntheticTask):
             else:
                 points = np.where(outer, _torus(random, size), inner)
         return Batch(torch.from_numpy(points.astype(np.float32)), torch.from_numpy(classes))
+
+
+for _name in get_args(ToyName):
+    register(_name, name=_name)(ToySet)
 
 
 def _torus(random: np.random.Generator, size: int) -> np.ndarray:

@@ -1,14 +1,33 @@
-"""Checks of settings, whose errors name the setting."""
+"""What all settings share: how they are declared, and checks whose errors name them."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 
 
 class ConfigError(ValueError):
     """A setting that is unknown, out of its range, or in conflict with another."""
+
+
+def described(help: str, default: str | None = None) -> Any:
+    """Declare a field of a configuration by its line of the command line's help.
+
+    Args:
+        help: the line.
+        default: what it shows as the default, where that is no value of the tables.
+    """
+    return dataclasses.field(metadata={"help": help, "default": default})
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """Return the choices of an annotation, that of None apart; none if it is no ``Literal``."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(choice for one in get_args(hint) if get_origin(one) is Literal for choice in get_args(one))
 
 
 def check_integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:

@@ -1,0 +1,161 @@
+"""What users wrote, by the path that names it on the command line: ``module:NAME`` or ``file.py:NAME``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import ModuleType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from tpext.experiments.settings import ConfigError
+
+
+class Place(NamedTuple):
+    """Where something of a user's is: its path as it was typed, and the folder that it was typed in."""
+
+    name: str
+    folder: str
+
+
+_FOUND: dict[tuple[str, str], Any] = {}
+"""By file (or name) of the module, and by name in it, so that two ways to type a path lead to one class."""
+_PLACES: dict[int, Place] = {}
+"""By the ids of what was found, which stays."""
+
+
+def is_path(name: object) -> bool:
+    """Whether a name on the command line is a path to something of a user's."""
+    place, separator, attribute = str(name).rpartition(":")
+    return bool(place and separator and attribute)
+
+
+def find_own(what: str, name: str, folder: str | None = None) -> Any:
+    """Return what a path names, None if its module has no such name.
+
+    Args:
+        what: for errors, what kind of thing it is.
+        name: the path.
+        folder: where it was typed; None, or one that is no longer there, is the working directory.
+
+    Raises:
+        ConfigError: the module cannot be imported.
+    """
+    place, _, attribute = name.rpartition(":")
+    here = Path.cwd()
+    base = Path(folder) if folder is not None and Path(folder).is_dir() else here
+    try:
+        module = _run_file(base, here, place) if place.endswith(".py") else _import(base, place)
+    # whatever a user's file raises
+    except Exception as error:
+        raise ConfigError(f"{what} {name}: {place} cannot be imported: {type(error).__name__}: {error}") from error
+    key = (getattr(module, "__file__", None) or place, attribute)
+    if key not in _FOUND:
+        found = getattr(module, attribute, None)
+        if found is None:
+            return None
+        _FOUND[key] = found
+        _PLACES[id(found)] = Place(name, str(base))
+    return _FOUND[key]
+
+
+def place_of(found: object) -> Place | None:
+    """Return where something of a user's is; None for what :func:`find_own` has not found."""
+    return _PLACES.get(id(found))
+
+
+def _import(base: Path, place: str) -> ModuleType:
+    # A console script, other than `python -m`, does not look in the current folder. Only for this import: what stays in
+    # the path, processes that are started later inherit.
+    sys.path.insert(0, str(base))
+    try:
+        return importlib.import_module(place)
+    finally:
+        sys.path.remove(str(base))
+
+
+def _run_file(base: Path, here: Path, place: str) -> ModuleType:
+    path = (base / place).resolve()
+    if not path.exists():
+        path = (here / place).resolve()
+    # where dataclasses and pickle look for it
+    name = f"_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def parse_options(what: str, name: str, kind: type[Any], texts: Sequence[str]) -> dict[str, object]:
+    """Return the values of fields of a user's dataclass that are given as ``NAME=VALUE``, by the fields' types.
+
+    Args:
+        what, name: for errors: "rule" or "task", and what it was named by.
+        kind: the class.
+        texts: what was given.
+
+    Raises:
+        ConfigError: no such field, or a text that is no value of it.
+
+    >>> from tpext.rules import RegularizedInverse
+    >>> parse_options("rule", "mine.py:Mine", RegularizedInverse, ["reg=10", "normalize=false"])
+    {'reg': 10.0, 'normalize': False}
+    """
+    hints = get_type_hints(kind)
+    kinds = {field.name: hints[field.name] for field in fields(kind) if field.init}
+    values: dict[str, object] = {}
+    for text in texts:
+        option, separator, value = text.partition("=")
+        if not separator or option not in kinds:
+            raise ConfigError(f"{what}_options must be NAME=VALUE of {', '.join(kinds) or 'none'}, got {text!r}")
+        hint = kinds[option]
+        shown = getattr(hint, "__name__", None) or str(hint)
+        try:
+            values[option] = _read(value, hint)
+        except TypeError as error:
+            raise ConfigError(f"{option} of {what} {name} is a {shown}, which cannot be given as a text") from error
+        except ValueError as error:
+            raise ConfigError(f"{option} of {what} {name} must be a {shown}, got {value!r}") from error
+    return values
+
+
+def _read(text: str, hint: Any) -> object:
+    """Return the value of a text; ValueError if it is none, TypeError if texts cannot be such values."""
+    if get_origin(hint) in (Union, UnionType):
+        wrong: Exception = ValueError()
+        for one in get_args(hint):
+            try:
+                return _read(text, one)
+            except (TypeError, ValueError) as error:
+                wrong = error
+        raise wrong
+    choices: dict[str, object] = {}
+    if get_origin(hint) is Literal:
+        choices = {str(choice): choice for choice in get_args(hint)}
+    elif hint is bool:
+        choices = {"true": True, "false": False}
+        text = text.lower()
+    elif hint is type(None):
+        choices = {"none": None}
+        text = text.lower()
+    elif hint in (int, float, str, Path):
+        value: object = hint(text)
+        return value
+    else:
+        raise TypeError
+    if text not in choices:
+        raise ValueError
+    return choices[text]
