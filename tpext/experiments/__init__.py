@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpext.experiments.config import Config, make_config
-from tpext.experiments.images import ImageConfig, make_image_config
+from tpext.experiments.image_defaults import make_image_config
+from tpext.experiments.images import ImageConfig
 from tpext.experiments.settings import ConfigError
 
 if TYPE_CHECKING:

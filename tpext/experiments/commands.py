@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import numpy as np
 import torch
@@ -53,7 +53,7 @@ from tpext.experiments.settings import ConfigError, choices_of
 from tpext.experiments.task_names import NOT_OPTIONS, find_task, task_options
 from tpext.experiments.train import train
 from tpext.rules import Rule
-from tpext.tasks import TASKS, ImageSetName, Task, make_task
+from tpext.tasks import IMAGE_SETS, TASKS, Task, make_task
 
 _PRESETS = "; ".join(
     [
@@ -299,7 +299,7 @@ class Tasks:
         for line in lines:
             text = "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True))
             say(console, text.rstrip())
-        sets = ", ".join(get_args(ImageSetName))
+        sets = ", ".join(IMAGE_SETS)
         say(console, f"images: tpext train images --dataset NAME, for networks of any layers; NAME is one of {sets}")
         return 0
 

@@ -41,7 +41,7 @@ from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
 from tpext.nn.networks import lenet, simple_vgg
 from tpext.rules import DifferenceTargets
-from tpext.tasks import Batch, ImageClasses, ImageSetName
+from tpext.tasks import IMAGE_SETS, Batch, ImageClasses
 
 Scheme = Literal["random", "DRL", "L-DRL", "symmetric"]
 
@@ -56,7 +56,7 @@ DRL_LR = 1e-3
 class _Setup:
     """What all figures have."""
 
-    dataset: ImageSetName = "cifar10"
+    dataset: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(IMAGE_SETS)}}}")] = "cifar10"
     """The images; one batch of them."""
     out: Path = Path("figures")
     """Folder of the table and the picture."""
@@ -74,8 +74,10 @@ class _Setup:
         for name in ("batch_size", "threads"):
             check_integer(name, getattr(self, name), 1)
         check_device(self.device)
-        if self.dataset == "digits" and self.data_dir is not None:
-            raise ConfigError("data_dir does not belong to digits, which has no files")
+        try:
+            ImageClasses(self.dataset, data_dir=self.data_dir)
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("ImageClasses: ")) from error
         there = next(path for path in (self.out, *self.out.absolute().parents) if path.exists())
         if not there.is_dir():
             raise ConfigError(f"out must be a folder, got {self.out}, where {there} is a file")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from tpext.experiments.feedback_settings import (
     MEULEMANS_NETWORKS,
@@ -36,6 +37,9 @@ from tpext.experiments.feedback_settings import (
     vanilla,
     vanilla_default,
 )
+from tpext.experiments.own import is_path
+from tpext.experiments.rule_names import find_own_rule, make_rule
+from tpext.experiments.settings import ConfigError
 from tpext.feedback import (
     LDRL,
     ClosedForm,
@@ -46,8 +50,18 @@ from tpext.feedback import (
     RunningLDRL,
     Tied,
 )
-from tpext.nn import TargetSequential
-from tpext.rules import Backprop, DifferenceTargets, DirectTargets, GaussNewtonTargets, NetworkRule, Targets
+from tpext.nn import TargetLinear, TargetSequential
+from tpext.nn.networks import Blocks
+from tpext.rules import (
+    Backprop,
+    DifferenceTargets,
+    DirectTargets,
+    GaussNewtonTargets,
+    LayerRule,
+    NetworkRule,
+    Rule,
+    Targets,
+)
 
 if TYPE_CHECKING:
     from tpext.experiments.images import ImageConfig
@@ -64,6 +78,7 @@ class Method:
         options: the fields of a configuration that the method has besides those that all have.
         values: the fields that the default preset sets.
         published: those that the published one sets besides; None where none were published.
+        linear: makes the rule of the linear layers, by which all else learns by back-propagation.
         layered: whether the networks of Meulemans et al. take feedback with its activation last
             (:func:`tpext.feedback.layered_feedback`).
         last_hidden_bias: whether the last hidden layer of Meulemans' network of linear layers has a bias.
@@ -71,10 +86,11 @@ class Method:
 
     summary: str
     rule: Callable[[ImageConfig], NetworkRule | Backprop]
-    trainer: Callable[[TargetSequential, ImageConfig], FeedbackTrainer] | None
+    trainer: Callable[[TargetSequential, ImageConfig], FeedbackTrainer | None] | None
     options: tuple[str, ...]
     values: Callable[[Case], Values]
     published: Callable[[Case], Values | None]
+    linear: Callable[[ImageConfig], LayerRule] | None = None
     layered: bool = False
     last_hidden_bias: bool = True
 
@@ -241,3 +257,70 @@ METHODS: dict[str, Method] = {
     ),
 }  # fmt: skip
 """By the names of ``--rule``; a new method is one more entry."""
+
+
+def find_network_rule(name: str, folder: str | None = None) -> type[Rule]:
+    """Return the class of a user's rule for networks on images; see :func:`find_method`."""
+    return find_own_rule(name, {"network": "NetworkRule", "layer": "LayerRule"}, folder)
+
+
+def find_method(name: str, folder: str | None = None) -> Method:
+    """Return a method, or what trains with a rule of a user's own.
+
+    Args:
+        name: one of :data:`METHODS`, or where the rule stands: ``module:Class`` or ``file.py:Class``.
+        folder: where that was typed; None is the working directory.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if not is_path(name):
+        raise ConfigError(
+            f"rule must be one of {', '.join(METHODS)}, or module:Class or file.py:Class for one of your own, "
+            f"got {name!r}"
+        )
+    kind = find_network_rule(name, folder)
+
+    def make(config: ImageConfig) -> Any:
+        return make_rule(kind, config.rule_options or {})
+
+    if "network" in kind.kinds:
+        options = tuple(option for option in GRADIENT if option not in TARGET)
+        return Method(
+            "a rule of a user's own; its feedback, where it makes any, by the loss of ldrl",
+            make, lambda net, config: _ldrl_trainer(net, config) if len(net.feedback) else None,
+            (*options, "second_term", "indices", "pixels"), backprop, unpublished,
+        )  # fmt: skip
+    if kind.learns or kind.solves_weights:
+        raise ConfigError(f"rule {name}: layer rules that learn or solve for weights are for tpext train TASK")
+    return Method(
+        "a layer rule of a user's own in the linear layers; convolutions learn by back-propagation",
+        lambda config: Backprop(), None, (), backprop, unpublished, linear=make,
+    )  # fmt: skip
+
+
+def set_layer_rule(blocks: Blocks, rule: LayerRule) -> None:
+    """Replace the linear layers of a network by layers of a rule, with the same weights, in place.
+
+    A tanh or relu behind one becomes its activation, through which the rule's inverse goes too. The last layer stays an
+    ordinary one where the rule asks for that.
+    """
+    below: Any = "identity"
+    *_, last = blocks.values()
+    for block in blocks.values():
+        children = list(block.named_children())
+        for (name, linear), (after, behind) in zip(children, [*children[1:], ("", None)], strict=True):
+            if not isinstance(linear, nn.Linear) or (block is last and rule.ordinary_head):
+                continue
+            activation: Any = {nn.Tanh: "tanh", nn.ReLU: "relu"}.get(type(behind), "identity")
+            layer = TargetLinear(
+                linear.in_features, linear.out_features, linear.bias is not None, activation=activation, rule=rule,
+                reverse_activation=below, device=linear.weight.device, dtype=linear.weight.dtype,
+            )  # fmt: skip
+            layer.weight, layer.bias = linear.weight, linear.bias
+            setattr(block, name, layer)
+            if activation != "identity":
+                setattr(block, after, nn.Identity())
+            below = activation

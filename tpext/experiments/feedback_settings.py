@@ -21,6 +21,7 @@ class Case(NamedTuple):
         dataset, network: names.
         layers: number of layers with feedback, all but the first.
         shape: planes, height and width of an image.
+        normalizations: those that the data set knows.
         channels: of each convolution, or units of each hidden layer.
         batch_size: if it was asked for.
     """
@@ -29,8 +30,19 @@ class Case(NamedTuple):
     network: str
     layers: int
     shape: tuple[int, int, int]
+    normalizations: tuple[str, ...]
     channels: tuple[int, ...]
     batch_size: int | None = None
+
+    @property
+    def small(self) -> bool:
+        """Whether images are too small for the published networks, as scikit-learn's digits are."""
+        return is_small(self.shape)
+
+
+def is_small(shape: tuple[int, int, int]) -> bool:
+    """Return whether images are below 16 x 16."""
+    return shape[1] < 16
 
 
 Values = dict[str, Any]
@@ -132,7 +144,7 @@ def ldrl(case: Case) -> Values:
     if case.network in MEULEMANS_NETWORKS:
         return {**start, **ON_MEULEMANS}
     known = VGG
-    if case.dataset == "digits":
+    if case.small:
         known = DIGITS
     elif case.network == "lenet":
         known = LENET
@@ -181,7 +193,7 @@ def vanilla_default(case: Case) -> Values:
     values = ldrl(case)
     if case.network in MEULEMANS_NETWORKS:
         return values
-    if case.dataset == "digits":
+    if case.small:
         return {**values, "feedback_lr": (5e-3,), "lr": (0.01,)}
     rates = tuple(0.1 * rate for rate in values["feedback_lr"])
     counts = tuple(max(1, count // 5) for count in values["iterations"])
@@ -363,7 +375,7 @@ def _adam(tuned: Tuned, case: Case) -> Values:
     package; of a convolution ``F.mse_loss``, so divided by the number of outputs as well. Adam's step stays the same if
     gradients and ``eps`` are multiplied by one number, so ``eps`` has it. The published rate is ``lr / target_step``.
     """
-    batch_size = case.batch_size or (32 if case.dataset == "digits" else 128)
+    batch_size = case.batch_size or (32 if case.small else 128)
     rates, eps = _tuple(tuned.lr), _tuple(tuned.eps)
     if tuned.local:
         scale = [batch_size / 2] * len(eps)
@@ -384,7 +396,7 @@ def _adam(tuned: Tuned, case: Case) -> Values:
         "lr_min": 0.0,
         "epochs": 100,
         "batch_size": batch_size,
-        "normalization": "standard" if case.dataset in ("digits", "imagenet32") else "meulemans",
+        "normalization": "meulemans" if "meulemans" in case.normalizations else "standard",
         "augment": False,
         "validation": 1 / 12 if case.dataset in ("mnist", "fashion-mnist") else None,
         "precision": "64",

@@ -6,20 +6,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from rich.console import Console
 
-from tpext.experiments.feedback_presets import METHODS
+from tpext.experiments.feedback_presets import METHODS, find_network_rule
+from tpext.experiments.image_defaults import make_image_config, shown_default
 from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.image_train import train_images
-from tpext.experiments.images import ImageConfig, ImagePreset, NetworkName, make_image_config, shown_default
+from tpext.experiments.images import ImageConfig, ImagePreset, NetworkName
 from tpext.experiments.loop import DivergedError
-from tpext.experiments.options import DataFolder, Switch, command, option, options_of, report_divergence
+from tpext.experiments.options import DataFolder, OwnOptions, Switch, command, option, options_of, report_divergence
+from tpext.experiments.own import parse_options
 from tpext.experiments.progress import say
 from tpext.experiments.settings import ConfigError
-from tpext.tasks import ImageSetName
+from tpext.tasks import IMAGE_SETS
 
-_METHODS = "\n".join(f"{name}: {method.summary}." for name, method in METHODS.items())
+_METHODS = "\n".join(f"{name}: {method.summary}." for name, method in METHODS.items()) + (
+    "\nOr a rule of your own, as module:Class or file.py:Class: a network rule, or a layer rule for the linear layers."
+)
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,17 @@ class _TrainImages:
     input on; the first layer has none.
     """
 
-    dataset: Annotated[ImageSetName | None, option("{cifar10,mnist,fashion-mnist,digits,imagenet32}", "cifar10")] = None
+    dataset: Annotated[str | None, option(f"{{{','.join(IMAGE_SETS)},FILE.py:NAME}}", "cifar10")] = None
     """What to learn; digits come with scikit-learn and take seconds, MNIST is downloaded, the others are read from
-    --data-dir."""
+    --data-dir. Or one of your own, a tpext.tasks.ImageSet, as module:NAME or file.py:NAME."""
     network: Annotated[
         NetworkName | None,
         option("{simple-vgg,lenet,resnet18,resnet34,meulemans-convnet,mlp}", "simple-vgg; images below 32 x 32 lenet"),
     ] = None
     """The network."""
-    rule: Annotated[str | None, option(f"{{{','.join(METHODS)}}}", "ldrl"), tyro.conf.arg(help=_METHODS)] = None
+    rule: Annotated[str | None, option(f"{{{','.join(METHODS)},FILE.py:CLASS}}", "ldrl", _METHODS)] = None
+    rule_options: OwnOptions = None
+    """Options of a rule of your own."""
     preset: Annotated[ImagePreset | None, option("{default,published}", "default")] = None
     """published: every setting as published, where there are any. default: those or the nearest, with a cosine that
     stays at its end, and 20 batches for the feedback alone first; back-propagation at the rates of L-DRL in its own
@@ -63,10 +68,14 @@ class _TrainImages:
             raise ConfigError("augment and no_augment exclude each other, got both")
         options["augment"] = True if augment else False if no_augment else None
         options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        if self.rule_options and self.rule is not None and self.rule not in METHODS:
+            options["rule_options"] = parse_options("rule", self.rule, find_network_rule(self.rule), self.rule_options)
         given = {name: value for name, value in options.items() if value is not None}
         if out is None:
             wanted = make_image_config(**given)
-            out = Path("runs") / f"{wanted.dataset}-{wanted.network}-{wanted.rule}-{wanted.seed}"
+            out = Path("runs") / "-".join(
+                [*(name.rpartition(":")[2] for name in (wanted.dataset, wanted.network, wanted.rule)), str(wanted.seed)]
+            )
         folder = ImageFolder(out)
         config = (folder.continued(given) if resume else None) or make_image_config(**given)
         try:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import tpext
 from tpext.diagnostics import feedback_angles, gradient_angles
+from tpext.experiments.feedback_settings import is_small
 from tpext.experiments.figures import draw_image_run
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
 from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
@@ -53,8 +54,9 @@ class ImagePlan(NamedTuple):
     extra: int
 
     @classmethod
-    def of(cls, config: ImageConfig, task: ImageClasses) -> ImagePlan:
-        """Return the plan of a configuration; reads the task's data.
+    def of(cls, config: ImageConfig, task: ImageClasses, trains_feedback: bool = True) -> ImagePlan:
+        """Return the plan of a configuration; reads the task's data. Without feedback that is trained, the phases that
+        train it alone are left out.
 
         Raises:
             ConfigError: a batch is larger than the training set.
@@ -64,6 +66,8 @@ class ImagePlan(NamedTuple):
             batches = task.epoch_length(config.batch_size)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if not trains_feedback:
+            return cls(0, batches, config.epochs, 0)
         start = (config.feedback_start or 0) + (config.feedback_epochs or 0) * batches
         return cls(start, batches, config.epochs, config.extra_feedback_epochs or 0)
 
@@ -134,14 +138,14 @@ def train_images(
 
 
 def default_threads(config: ImageConfig) -> int:
-    """Return the CPU threads of a run that names none: 1 for digits, else torch's up to 4."""
-    return 1 if config.dataset == "digits" else min(torch.get_num_threads(), 4)
+    """Return the CPU threads of a run that names none: 1 for small images, else torch's up to 4."""
+    return 1 if is_small(config.make_task().shape) else min(torch.get_num_threads(), 4)
 
 
 def describe(config: ImageConfig) -> str:
     """Return a run's settings on one line.
 
-    >>> from tpext.experiments.images import make_image_config
+    >>> from tpext.experiments import make_image_config
     >>> describe(make_image_config("cifar10", rule="backprop"))
     'cifar10, simple-vgg 128-128-256-256-512, backprop, sgd 0.035 momentum 0.9, batch 128, 90 epochs, seed 1'
     """
@@ -172,8 +176,6 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
         assert isinstance(folder, ImageFolder)
         self.best = folder
         self.task = config.make_task()
-        self.plan = ImagePlan.of(config, self.task)
-        self.iterations = self.plan.iterations
         self.description = describe(config)
         self.evaluated = config.evaluated
         if config.validation != 0 and self.task.split_size("validation") == 0:
@@ -181,6 +183,8 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
 
         self.model = config.make_network().to(self.device)
         self.trainer = config.make_trainer(self.model)
+        self.plan = ImagePlan.of(config, self.task, self.trainer is not None)
+        self.iterations = self.plan.iterations
         self.optimizer = make_optimizer(config, self.model)
         self.parts = {"network": self.model, "optimizer": self.optimizer, "trainer": self.trainer}
         self.rates = [group["lr"] for group in self.optimizer.param_groups]

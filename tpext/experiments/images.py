@@ -1,6 +1,6 @@
 """The configuration of ``tpext train images``: networks of any layers on images, by learned target propagation.
 
->>> from tpext.experiments.images import make_image_config
+>>> from tpext.experiments import make_image_config
 >>> config = make_image_config("cifar10", "simple-vgg", rule="ldrl", feedback_scale=0.1)
 >>> config.counts
 (2, 3, 4, 6, 2)
@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import nn
 
-from tpext.experiments.config import OptionValue
-from tpext.experiments.feedback_presets import METHODS
-from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS, Case, Values
+from tpext.experiments.feedback_presets import METHODS, Method, find_method, set_layer_rule
+from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS
+from tpext.experiments.own import find_own, is_path
 from tpext.experiments.settings import (
     ConfigError,
     check_device_name,
@@ -34,7 +34,7 @@ from tpext.feedback.gradient import SecondTerm
 from tpext.nn import TargetSequential
 from tpext.nn.networks import Blocks, lenet, meulemans_convnet, meulemans_mlp, resnet18, resnet34, simple_vgg
 from tpext.rules import Reduction
-from tpext.tasks import ImageClasses, ImageSetName, Normalization
+from tpext.tasks import IMAGE_SETS, ImageClasses, ImageSet, Normalization
 
 NetworkName = Literal["simple-vgg", "lenet", "resnet18", "resnet34", "meulemans-convnet", "mlp"]
 ImagePreset = Literal["default", "published"]
@@ -48,9 +48,29 @@ HIDDEN_NETWORKS = ("lenet", "meulemans-convnet")
 RESNETS = ("resnet18", "resnet34")
 STEP_FACTOR = 0.1
 """What the step schedule multiplies the rates by."""
-COSINE_SHARE = 85 / 90
-"""Share of the epochs after which the cosine has arrived at ``lr_min``, as published."""
-DIGITS_EPOCHS = 10
+
+
+METHOD_OPTIONS = tuple(dict.fromkeys(option for method in METHODS.values() for option in method.options))
+"""The options that some methods do not have."""
+
+
+def find_image_set(name: str, folder: str | None = None) -> str | ImageSet:
+    """Return the name of a data set of the package, or a user's own, by where it stands: ``file.py:NAME``.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    if name in IMAGE_SETS:
+        return name
+    if not is_path(name):
+        raise ConfigError(
+            f"dataset must be one of {', '.join(IMAGE_SETS)}, or module:NAME or file.py:NAME for one of your own, "
+            f"got {name!r}"
+        )
+    found = find_own("dataset", name, folder)
+    if not isinstance(found, ImageSet):
+        raise ConfigError(f"dataset {name}: {name.rpartition(':')[2]} must be a tpext.tasks.ImageSet, got {found!r}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -59,7 +79,7 @@ class ImageConfig:
     fields. Those that the method does not have are None.
     """
 
-    dataset: ImageSetName
+    dataset: str
     network: NetworkName
     rule: str
     preset: ImagePreset
@@ -139,6 +159,10 @@ class ImageConfig:
     device: str = described("A torch device.")
     threads: int | None = described("CPU threads.", "1 for digits, else up to 4")
     data_dir: str | None = described("Folder with the data set's files.")
+    # of a user's own rule and data set: its options, and where their paths were typed
+    rule_options: Mapping[str, Any] | None = None
+    rule_folder: str | None = None
+    dataset_folder: str | None = None
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -176,8 +200,6 @@ class ImageConfig:
             task = self.make_task()
         except ValueError as error:
             raise ConfigError(str(error).removeprefix("ImageClasses: ")) from error
-        if self.dataset == "digits" and self.data_dir is not None:
-            raise ConfigError("data_dir does not belong to digits, which has no files")
         assert task.output_size
 
     def _check_network(self) -> None:
@@ -251,6 +273,11 @@ class ImageConfig:
         scale = self.feedback_scale or 1.0
         return tuple(max(1, math.ceil(round(count * scale, 9))) for count in self.iterations or ())
 
+    @property
+    def method(self) -> Method:
+        """The method that the rule names."""
+        return find_method(self.rule, self.rule_folder)
+
     @functools.cached_property
     def block_names(self) -> tuple[str, ...]:
         """Names of the network's blocks."""
@@ -259,9 +286,8 @@ class ImageConfig:
     def make_task(self) -> ImageClasses:
         """Return the task, which reads no data yet."""
         folder = None if self.data_dir is None else Path(self.data_dir)
-        return ImageClasses(
-            self.dataset, self.normalization, self.augment, self.validation, self.train_size, data_dir=folder
-        )
+        images = find_image_set(self.dataset, self.dataset_folder)
+        return ImageClasses(images, self.normalization, self.augment, self.validation, self.train_size, data_dir=folder)
 
     def make_blocks(self, device: str = "cpu") -> Blocks:
         """Return the blocks of the network, initialised from torch's random state."""
@@ -273,8 +299,10 @@ class ImageConfig:
         Raises:
             ConfigError: the method does not go with the network.
         """
-        method = METHODS[self.rule]
+        method = self.method
         blocks = self.make_blocks()
+        if method.linear is not None:
+            set_layer_rule(blocks, method.linear(self))
         meulemans = self.network in MEULEMANS_NETWORKS
         feedback = layered_feedback(list(blocks.values())) if method.layered and meulemans else None
         try:
@@ -296,19 +324,24 @@ class ImageConfig:
         Raises:
             ConfigError: the method does not go with the network.
         """
-        make = METHODS[self.rule].trainer
+        make = self.method.trainer
         try:
             return None if make is None else make(net, self)
         except ValueError as error:
             raise ConfigError(f"rule={self.rule} does not go with {self._structure}: {error}") from error
 
     def options(self) -> dict[str, Any]:
-        """Return the value of every option of :func:`make_image_config` by its name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """Return the value of every option of :func:`make_image_config` by its name; those of a user's rule after
+        ``rule_options.``.
+        """
+        values = self.to_dict()
+        del values["rule_folder"], values["dataset_folder"]
+        own = values.pop("rule_options") or {}
+        return {**values, **{f"rule_options.{name}": value for name, value in own.items()}}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as config.json holds them."""
-        return self.options()
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ImageConfig:
@@ -324,135 +357,11 @@ class ImageConfig:
             raise ConfigError(f"not the configuration of a run of this version: {error}") from error
 
 
-_TUPLES = ("channels", "iterations", "noise", "feedback_lr", "lr", "eps", "betas", "feedback_betas")
-
-METHOD_OPTIONS = tuple(dict.fromkeys(option for method in METHODS.values() for option in method.options))
-"""The options that some methods do not have."""
-
-
-def make_image_config(
-    dataset: str = "cifar10",
-    network: str | None = None,
-    *,
-    rule: str = "ldrl",
-    preset: ImagePreset = "default",
-    **options: OptionValue | Sequence[int] | Sequence[float],
-) -> ImageConfig:
-    """Return the configuration of a run: a preset, and the options that differ from it.
-
-    Args:
-        dataset: "cifar10", "mnist", "fashion-mnist", "imagenet32" or "digits".
-        network: a :data:`NetworkName`; None is "lenet" for images below 32 x 32, else "simple-vgg".
-        rule: a method, one of :data:`tpext.experiments.feedback_presets.METHODS`.
-        preset: "published": the settings of the publication, and a ConfigError where there are none. "default": the
-            same where there are any, and the nearest where not, with what :mod:`tpext.experiments.feedback_settings`
-            says it changes: the cosine stays at its end instead of rising again (as torch's does after ``T_max`` = 85
-            of 90 epochs), the feedback trains alone for 20 batches first, and "backprop" takes the rates that L-DRL has
-            in back-propagation's units, ``target_step`` times its own.
-        options: any field of :class:`ImageConfig`; None means "as in the preset". A list may be given as one number.
-
-    Raises:
-        ConfigError: an option is unknown, does not belong to the method, or is out of its range.
-
-    >>> make_image_config("cifar10", "lenet", preset="published").target_step
-    0.4655
-    """
-    given: Values = {name: value for name, value in options.items() if value is not None}
-    known = {field.name for field in fields(ImageConfig)}
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"unknown option {name}")
-    for name, value in (("dataset", dataset), ("network", network), ("preset", preset)):
-        choices = get_args({"dataset": ImageSetName, "network": NetworkName, "preset": ImagePreset}[name])
-        if value not in choices and not (name == "network" and value is None):
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    if rule not in METHODS:
-        raise ConfigError(f"rule must be one of {', '.join(METHODS)}, got {rule!r}")
-    method = METHODS[rule]
-    for name in given:
-        if name in METHOD_OPTIONS and name not in method.options:
-            own = ", ".join(method.options) or "none"
-            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own})")
-    for name in _TUPLES:
-        if name in given:
-            given[name] = tuple(given[name]) if isinstance(given[name], (list, tuple)) else (given[name],)
-    shape = ImageClasses(dataset).shape  # type: ignore[arg-type]
-    if network is None:
-        network = "lenet" if shape[1] < 32 else "simple-vgg"
-    sizes = _sizes(dataset, network)
-    channels: tuple[int, ...] = (sizes | given)["channels"]
-    layers = len(channels) + (1 if network in HIDDEN_NETWORKS or network in RESNETS else 0)
-    for name in ("batch_size", "epochs"):
-        if name in given:
-            check_integer(name, given[name], 1)
-    case = Case(dataset, network, layers, shape, channels, given.get("batch_size"))
-    found = method.values(case)
-    if dataset == "digits":
-        found |= {"epochs": DIGITS_EPOCHS, "batch_size": 32}
-    if preset == "published":
-        published = method.published(case)
-        if published is None:
-            raise ConfigError(f"no settings were published for rule={rule}, dataset={dataset}, network={network}")
-        found = published
-    elif found["schedule"] == "cosine":
-        found["schedule_epochs"] = max(1, round((found | given)["epochs"] * COSINE_SHARE))
-    if "optimizer" in given and given["optimizer"] != found["optimizer"]:
-        found |= _other_optimizer(given["optimizer"])
-    if given.get("feedback_optimizer", found.get("feedback_optimizer")) != found.get("feedback_optimizer"):
-        adam = given["feedback_optimizer"] == "adam"
-        found |= {"feedback_betas": (0.9, 0.999) if adam else None, "feedback_eps": 1e-8 if adam else None}
-        found |= {"feedback_lr": (1e-3,), "feedback_momentum": 0.0 if adam else 0.9}
-    if given.get("schedule") == "constant":
-        found["schedule_epochs"] = None
-    values: Values = {**dict.fromkeys(known), **sizes, **_SHARED}
-    values |= {name: value for name, value in found.items() if name not in METHOD_OPTIONS or name in method.options}
-    return ImageConfig(**{**values, **given, "dataset": dataset, "network": network, "rule": rule, "preset": preset})
-
-
-_SHARED: Values = {
-    "batchnorm": False,
-    "checkpoint_interval": 500,
-    "seed": 1,
-    "device": "cpu",
-}
-
-
-def shown_default(name: str) -> str | None:
-    """Return how the default of an option shows in the help, None if the methods have their own."""
-    return str(_SHARED[name]) if name in _SHARED else None
-
-
-def _other_optimizer(name: str) -> Values:
-    adam = name == "adam"
-    return {
-        "lr": (1e-3,) if adam else (0.01,),
-        "momentum": 0.0 if adam else 0.9,
-        "betas": (0.9, 0.999) if adam else None,
-        "eps": (1e-8,) if adam else None,
-    }
-
-
-def _sizes(dataset: str, network: str) -> Values:
-    """Channels and hidden units: the published ones, small ones for the digits."""
-    small = dataset == "digits"
-    channels: tuple[int, ...]
-    if network == "simple-vgg":
-        channels = (16, 32) if small else (128, 128, 256, 256, 512)[: 5 if dataset in ("cifar10", "imagenet32") else 4]
-    elif network in RESNETS:
-        channels = (8, 16) if small else (64, 128, 256, 512)
-    elif network == "mlp":
-        channels = (64, 64) if small else (1024,) * 3 if dataset in ("cifar10", "imagenet32") else (256,) * 5
-    else:
-        channels = (8, 16) if small else (32, 64)
-    hidden = (64 if small else 512) if network in HIDDEN_NETWORKS else None
-    return {"channels": channels, "hidden_size": hidden}
-
-
 def _blocks(config: ImageConfig, device: str) -> Blocks:
     task = config.make_task()
     common: dict[str, Any] = {"n_classes": task.output_size, "use_batchnorm": config.batchnorm, "device": device}
     if config.network == "mlp":
-        bias = METHODS[config.rule].last_hidden_bias
+        bias = config.method.last_hidden_bias
         return meulemans_mlp(task.input_size, config.channels, last_hidden_bias=bias, **common)
     if config.network in RESNETS:
         build: Any = resnet18 if config.network == "resnet18" else resnet34
@@ -480,9 +389,7 @@ def _check_choices(config: ImageConfig) -> None:
         value, choices = getattr(config, name), choices_of(hint)
         if choices and value not in choices and not (name in METHOD_OPTIONS and value is None):
             raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    if config.rule not in METHODS:
-        raise ConfigError(f"rule must be one of {', '.join(METHODS)}, got {config.rule!r}")
-    own = METHODS[config.rule].options
+    own = config.method.options
     for name in METHOD_OPTIONS:
         if name in own and getattr(config, name) is None and "_betas" not in name and "_eps" not in name:
             raise ConfigError(f"{name} is needed by rule={config.rule}, got None")

@@ -81,7 +81,7 @@ def options_of(
             [hints[one.name]], one.metadata["help"], one.metadata["default"] or default(one.name) or DEFAULT
         )
         for one in fields(config)
-        if one.name not in skipped
+        if one.name not in skipped and one.metadata
     }
 
 

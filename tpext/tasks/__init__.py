@@ -23,7 +23,7 @@ import pkgutil
 
 from tpext.tasks.base import Batch, Criterion, Order, SyntheticTask, Task
 from tpext.tasks.idx import MissingDataError, load_fashion_mnist, load_mnist
-from tpext.tasks.image_sets import ImageClasses, ImageSetName, Normalization, Split
+from tpext.tasks.image_sets import IMAGE_SETS, ImageClasses, ImageSet, Normalization, Split
 from tpext.tasks.imagenet32 import load_imagenet32
 from tpext.tasks.images import Digits, FlatCifar10, FlatMnist, ImageTask, MnistAutoencoder, load_cifar10, load_digits
 from tpext.tasks.mnist import SequentialMnist
@@ -36,6 +36,7 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 __all__ = [
+    "IMAGE_SETS",
     "TASKS",
     "Adding",
     "Batch",
@@ -44,7 +45,7 @@ __all__ = [
     "FlatCifar10",
     "FlatMnist",
     "ImageClasses",
-    "ImageSetName",
+    "ImageSet",
     "ImageTask",
     "MissingDataError",
     "MnistAutoencoder",

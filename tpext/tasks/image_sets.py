@@ -28,7 +28,6 @@ from tpext.tasks.idx import Images, load_fashion_mnist, load_mnist
 from tpext.tasks.imagenet32 import load_imagenet32
 from tpext.tasks.images import load_cifar10, load_digits
 
-ImageSetName = Literal["cifar10", "mnist", "fashion-mnist", "digits", "imagenet32"]
 Normalization = Literal["standard", "3xstd", "meulemans", "none"]
 Split = Literal["train", "validation", "test"]
 
@@ -37,8 +36,17 @@ SPLIT_SEED = 42
 
 
 @dataclass(frozen=True)
-class _ImageSet:
-    """What is fixed about a set: sizes, mean and standard deviation of each plane, augmentation, split."""
+class ImageSet:
+    """What is fixed about a set: sizes, mean and standard deviation of each plane, augmentation, split.
+
+    A new set is one file of this package that adds an ``ImageSet`` to :data:`IMAGE_SETS`; or one outside, which
+    ``tpext train images --dataset file.py:NAME`` names.
+
+    Args:
+        load: returns the images, of the files in a folder; None is the cache folder.
+        shape: planes, height and width of an image.
+        scales: by the names of normalisations, mean and standard deviation of each plane, of pixels in [0, 1].
+    """
 
     load: Callable[[Path | None], Images]
     shape: tuple[int, int, int]
@@ -51,19 +59,15 @@ class _ImageSet:
     padding: int = 4
     held_out_per_class: int | None = None
     """Images of each class in the published validation set; None is a tenth of all."""
-
-
-def _load_digits(data_dir: Path | None) -> Images:
-    if data_dir is not None:
-        raise ValueError("ImageClasses: data_dir does not belong to digits, which has no files")
-    return load_digits()
+    has_files: bool = True
+    """Whether ``load`` reads a folder."""
 
 
 _HALF = ((0.5,), (0.5,))
 _UNCHANGED = ((0.0,), (1.0,))
 
-_SETS: dict[str, _ImageSet] = {
-    "cifar10": _ImageSet(
+IMAGE_SETS: dict[str, ImageSet] = {
+    "cifar10": ImageSet(
         load_cifar10,
         (3, 32, 32),
         {
@@ -73,22 +77,23 @@ _SETS: dict[str, _ImageSet] = {
             "none": _UNCHANGED,
         },
     ),
-    "mnist": _ImageSet(
+    "mnist": ImageSet(
         load_mnist, (1, 28, 28), {"standard": _HALF, "meulemans": ((0.1307,), (0.3081,)), "none": _UNCHANGED}
     ),
-    "fashion-mnist": _ImageSet(
+    "fashion-mnist": ImageSet(
         load_fashion_mnist, (1, 28, 28), {"standard": _HALF, "meulemans": _UNCHANGED, "none": _UNCHANGED}
     ),
-    "digits": _ImageSet(
-        _load_digits,
+    "digits": ImageSet(
+        lambda data_dir: load_digits(),
         (1, 8, 8),
         {"standard": _HALF, "none": _UNCHANGED},
         test_size=360,
         largest=16.0,
         flip=0.0,
         padding=1,
+        has_files=False,
     ),
-    "imagenet32": _ImageSet(
+    "imagenet32": ImageSet(
         load_imagenet32,
         (3, 32, 32),
         {"standard": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "none": _UNCHANGED},
@@ -97,6 +102,7 @@ _SETS: dict[str, _ImageSet] = {
         held_out_per_class=50,
     ),
 }
+"""Every set of images by its name."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +168,7 @@ class ImageClasses(Task):
     criterion: ClassVar[Criterion] = "cross_entropy"
     correct_when: ClassVar[str] = "the largest output is the class"
 
-    dataset: ImageSetName = "cifar10"
+    dataset: str | ImageSet = "cifar10"
     normalization: Normalization = "standard"
     augment: bool = True
     validation: float | None = None
@@ -170,8 +176,10 @@ class ImageClasses(Task):
     data_dir: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.dataset not in _SETS:
-            raise ValueError(f"ImageClasses: dataset must be one of {', '.join(_SETS)}, got {self.dataset!r}")
+        if not isinstance(self.dataset, ImageSet) and self.dataset not in IMAGE_SETS:
+            raise ValueError(f"ImageClasses: dataset must be one of {', '.join(IMAGE_SETS)}, got {self.dataset!r}")
+        if self.data_dir is not None and not self._set.has_files:
+            raise ValueError(f"ImageClasses: data_dir does not belong to {self.dataset}, which has no files")
         if self.normalization not in self._set.scales:
             known = ", ".join(self._set.scales)
             raise ValueError(
@@ -183,8 +191,8 @@ class ImageClasses(Task):
         object.__setattr__(self, "default_test_size", self._set.test_size)
 
     @property
-    def _set(self) -> _ImageSet:
-        return _SETS[self.dataset]
+    def _set(self) -> ImageSet:
+        return IMAGE_SETS[self.dataset] if isinstance(self.dataset, str) else self.dataset
 
     @property
     def shape(self) -> tuple[int, int, int]:
