@@ -433,19 +433,46 @@ def test_neither_environment_nor_terminal_stops_a_run(encoding: str, shown: byte
     assert (out / "curve.png").exists()
 
 
-@pytest.mark.parametrize("module", ["tyro", "rich", "matplotlib", "pandas"])
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("tyro", "tasks"),
+        ("rich", "tasks"),
+        ("matplotlib", "compare runs/A"),
+        ("pandas", "train adding"),
+        ("matplotlib", "train images --dataset digits"),
+        ("matplotlib", "figure pool-indices --dataset digits"),
+    ],
+)
 def test_a_missing_extra_is_one_line(
-    module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    module: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Before a run that draws at its end begins."""
+    monkeypatch.chdir(tmp_path)
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, name)
     for name in ("commands", "train", "figures", "progress"):
         monkeypatch.delitem(sys.modules, f"tpext.experiments.{name}", raising=False)
         monkeypatch.delattr(f"tpext.experiments.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)
-    status, out, err = call("tasks", capsys)
+    status, out, err = call(line, capsys)
     assert (status, out) == (1, "")
+    assert not list(tmp_path.iterdir())
     assert err == f'tpext: {module} is not installed; the command line needs: pip install "tpext[experiments]"\n'
+
+
+def test_help_loads_nothing_that_draws_and_makes_no_configuration(tmp_path: Path) -> None:
+    code = (
+        "import sys; from tpext.experiments.cli import main; from tpext.experiments import Config, ImageConfig\n"
+        "Config.__post_init__ = ImageConfig.__post_init__ = None\n"
+        "for line in ('train --help', 'train images --help', 'tasks'):\n"
+        "    assert main(line.split()) == 0\n"
+        "print({'matplotlib', 'pandas', 'tensorboard'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=MODULE_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "set()\n")
 
 
 def test_python_m_tpext(tmp_path: Path) -> None:
@@ -647,6 +674,13 @@ def test_a_task_from_a_file_trains_and_resumes(
     assert config["seed"] == 2
     status, out, err = call(f"{line} --resume", capsys)
     assert (status, "complete already" in out) == (0, True), err
+    (tmp_path / "elsewhere").mkdir()
+    out = f"--out {tmp_path / 'runs' / 'Echo-regularized-inverse-2'} --resume"
+    done = subprocess.run(
+        [sys.executable, "-m", "tpext", "train", "../tasks.py:Echo", *out.split()],
+        env=MODULE_ENVIRONMENT, cwd=tmp_path / "elsewhere", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "complete already" in done.stdout) == (0, True), done.stderr
     for more, message in (
         ("--resume --task-options length=6", "task_options.length is 5 there, 6 was asked for"),
         ("--length 6", "length does not belong to tasks.py:Echo, whose options are task_options"),
@@ -656,6 +690,10 @@ def test_a_task_from_a_file_trains_and_resumes(
     ):
         status, _, err = call(f"{line} {more}", capsys)
         assert (status, message in err) == (1, True), err
+    hidden = OWN_TASK.replace("length: int", 'length: "Steps"')
+    Path("hidden.py").write_text(hidden)
+    status, _, err = call("train hidden.py:Echo", capsys)
+    assert (status, "annotations of Echo cannot be read: name 'Steps' is not defined" in err) == (1, True), err
     status, _, err = call("train tasks.py:np", capsys)
     assert (status, "np must be a dataclass that subclasses tpext.tasks.Task" in err) == (1, True), err
 

@@ -20,7 +20,6 @@ import tpext
 from tpext.experiments.config import Config, make_config
 from tpext.experiments.defaults import shown_default
 from tpext.experiments.feedback_figures import FigureCommand
-from tpext.experiments.figures import draw_comparison
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError, Interrupted
@@ -238,6 +237,9 @@ class Compare:
     """Its title; empty: the task."""
 
     def carry_out(self, console: Console) -> int:
+        # here, as matplotlib and pandas take longer to load than a help text to print
+        from tpext.experiments.figures import draw_comparison
+
         runs = [_split(run) for run in self.runs]
         configs: list[HasOptions] = []
         for _, path in runs:

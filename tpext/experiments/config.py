@@ -348,22 +348,10 @@ def make_config(
     of_preset = {name: values.pop(name) for name in task_names.task_options() if name in values}
     if of_preset:
         made = task_names.make_task(task, {**of_preset, **for_task})
-    optimizer = given.get("optimizer", values["optimizer"])
-    if optimizer != values["optimizer"]:
-        momentum = 0.9 if optimizer == "centred-rmsprop" else 0.0
-        values |= {"lr": RATE, "head_lr": RATE, "reverse_lr": RATE, "momentum": momentum}
-        if made.length is not None and not rule_names.is_own(kind) and "normalize" in rule_names.rule_options(rule):
-            for_rule.setdefault("normalize", True)
-    for name in ("head_lr", "reverse_lr"):
-        values.setdefault(name, values["lr"])
-    if "lr" in given:
-        given.setdefault("head_lr", given["lr"])
-    if "epochs" in given:
-        given.setdefault("iterations", None)
-    elif "iterations" in given:
-        given["epochs"] = None
-    values |= given
-    values.setdefault("nesterov", optimizer == "sgd" and values["momentum"] != 0)
+    known = "normalize" in rule_names.rule_options(rule)
+    if known and made.length is not None and given.get("optimizer", values["optimizer"]) != values["optimizer"]:
+        for_rule.setdefault("normalize", True)
+    values = _merged(values, given)
     if "std" in for_rule and values["init"] != "torch":
         raise ConfigError(f"std is that of init=torch, got std={for_rule['std']}, init={values['init']}")
     start = values.pop("rule", None)
@@ -372,6 +360,24 @@ def make_config(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Config(**{**values, "task": made, "preset": preset})
+
+
+def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return a preset's values with those given, and what follows from them."""
+    optimizer = given.get("optimizer", values["optimizer"])
+    if optimizer != values["optimizer"]:
+        momentum = 0.9 if optimizer == "centred-rmsprop" else 0.0
+        values = {**values, "lr": RATE, "head_lr": RATE, "reverse_lr": RATE, "momentum": momentum}
+    rates = {name: values.get(name, values["lr"]) for name in ("head_lr", "reverse_lr")}
+    if "lr" in given:
+        rates["head_lr"] = given["lr"]
+    duration: dict[str, Any] = {}
+    if "epochs" in given:
+        duration["iterations"] = None
+    elif "iterations" in given:
+        duration["epochs"] = None
+    merged = {**values, **rates, **duration, **given}
+    return {"nesterov": optimizer == "sgd" and merged["momentum"] != 0, **merged}
 
 
 def _of_task(task: str, given: dict[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:

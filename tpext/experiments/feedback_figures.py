@@ -17,14 +17,12 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import tyro
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
 from tpext.diagnostics import gradient_angles
 from tpext.experiments.feedback_presets import one_or_all
-from tpext.experiments.figures import COLOURS, INK, save, style
-from tpext.experiments.loop import DivergedError, check_device, torch_state
+from tpext.experiments.loop import DivergedError, check_device, require_figures, torch_state
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import write_whole
 from tpext.experiments.settings import ConfigError, check_integer, check_number
@@ -174,6 +172,10 @@ class FeedbackAngle(_LeNet):
     def carry_out(self, console: Console) -> int:
         angles = self.angles()
         table = write_table(self.out / "feedback_angle.csv", ("iteration", "angle"), enumerate(angles))
+        from matplotlib.figure import Figure
+
+        from tpext.experiments.figures import COLOURS, INK, save, style
+
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(range(len(angles)), angles, color=COLOURS[0], lw=1.6)
@@ -294,6 +296,10 @@ def check_finite(net: TargetSequential, iterations: int) -> None:
 def draw_bars(bars: Sequence[Bar], path: Path) -> Path:
     """Draw angles and distances: groups of bars by layer, one a scheme; the mean over the seeds and its spread."""
     layers, schemes = (list(dict.fromkeys(getattr(bar, name) for bar in bars)) for name in ("layer", "scheme"))
+    from matplotlib.figure import Figure
+
+    from tpext.experiments.figures import COLOURS, INK, save, style
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     width = 0.8 / len(schemes)
     for axes, value, label in zip(
@@ -378,6 +384,10 @@ class PoolIndices(_Setup):
             sigma, indices, layer, angle = point
             say(console, f"noise {sigma:<6g}{indices:<6} {layer:<7}{angle:>8.2f} degrees")
         table = write_table(self.out / "pool_indices.csv", ("noise", "indices", "layer", "angle"), points)
+        from matplotlib.figure import Figure
+
+        from tpext.experiments.figures import COLOURS, INK, save, style
+
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
         for number, layer in enumerate(dict.fromkeys(point[2] for point in points)):
@@ -420,6 +430,7 @@ class FigureCommand:
     )
 
     def carry_out(self, console: Console) -> int:
+        require_figures()
         try:
             return self.figure.carry_out(console)
         except DivergedError as error:

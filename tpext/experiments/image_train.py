@@ -10,18 +10,16 @@ import torch
 from rich.console import Console
 from torch.nn import functional
 
-import tpext
 from tpext.diagnostics import feedback_angles, gradient_angles
 from tpext.experiments.feedback_settings import is_small
-from tpext.experiments.figures import draw_image_run
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
 from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
-from tpext.experiments.loop import DivergedError, Run, carry_out, versions
+from tpext.experiments.loop import Run, carry_out
 from tpext.experiments.run_folder import AnyRunFolder, RunError
 from tpext.experiments.saved_state import load
 from tpext.experiments.settings import ConfigError
 from tpext.nn import TargetSequential
-from tpext.tasks import Batch, ImageClasses
+from tpext.tasks import ImageClasses
 
 EVALUATION_BATCH = 500
 TOP = 5
@@ -168,6 +166,7 @@ def describe(config: ImageConfig) -> str:
 class _Run(Run[ImageConfig, ImageRow, ImageResult]):
     row_class = ImageRow
     model: TargetSequential
+    task: ImageClasses
 
     def __init__(
         self, config: ImageConfig, folder: AnyRunFolder[ImageConfig, ImageRow, ImageResult], console: Console
@@ -189,33 +188,26 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
         self.parts = {"network": self.model, "optimizer": self.optimizer, "trainer": self.trainer}
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def _batch(self, number: int) -> Batch:
-        return self._move(self.task.batch(self.config.seed, number, self.config.batch_size))
-
     def _step(self, iteration: int) -> None:
         step = self.plan.step(iteration - 1)
         input, target = self._batch(step.batch)
-        self.iteration = iteration
         if not step.trains_blocks:
             assert self.trainer is not None
             self.trainer.step(input)
             return
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = learning_rate(self.config, rate, step.batch // self.plan.batches)
-        try:
-            trace = self.model.trace(input)
-            loss = functional.cross_entropy(trace.output, target)
-            value = self._watch(loss.item(), "training loss")
-            first = self.config.feedback_first is not False
-            if self.trainer is not None and first:
-                self.trainer.step(trace)
-            self.optimizer.zero_grad()
-            torch.autograd.backward(loss)
-            if self.trainer is not None and not first:
-                self.trainer.step(trace)
-            self.optimizer.step()
-        except (tpext.SingularError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
-            raise DivergedError(iteration, str(error)) from error
+        trace = self.model.trace(input)
+        loss = functional.cross_entropy(trace.output, target)
+        value = self._watch(loss.item(), "training loss")
+        first = self.config.feedback_first is not False
+        if self.trainer is not None and first:
+            self.trainer.step(trace)
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        if self.trainer is not None and not first:
+            self.trainer.step(trace)
+        self.optimizer.step()
         self.losses.append(value)
 
     def _evaluates(self, iteration: int) -> bool:
@@ -279,12 +271,13 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
                     raise ValueError(f"rows[{index}].{name} must be {count} angles, got {getattr(row, name)}")
 
     def _draw(self) -> None:
+        from tpext.experiments.figures import draw_image_run
+
         draw_image_run(self.folder.path)
 
     def _result(self) -> ImageResult:
-        config, last = self.config, self.rows[-1]
+        config, best = self.config, self._best_row()
         test = self._evaluate("test")
-        best = max(self.rows[1:], key=lambda row: row.accuracy)
         # The network's last use: it becomes the best one.
         try:
             load(self.best.load_best(), "network", self.model)
@@ -295,9 +288,7 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
             dataset=config.dataset,
             network=config.network,
             rule=config.rule,
-            seed=config.seed,
             epochs=config.epochs,
-            iterations=last.iteration,
             accuracy=test.accuracy,
             top5=test.top5,
             test_loss=test.loss,
@@ -306,11 +297,8 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
             best_top5=best_test.top5,
             best_iteration=best.iteration,
             best_evaluation=best.accuracy,
-            evaluated_on=self.config.evaluated,
-            train_loss=last.train_loss,
+            evaluated_on=config.evaluated,
             seconds=self._seconds(),
             parameters=sum(parameter.numel() for parameter in self.model.blocks.parameters()),
-            device=str(self.device),
-            threads=torch.get_num_threads(),
-            versions=versions(),
+            **self._outcome(),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import platform
 import signal
@@ -26,7 +27,7 @@ from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunError
 from tpext.experiments.saved_state import check_type, field, load, read_rows, shown
 from tpext.experiments.settings import ConfigError, check_device_name, check_integer, check_number
-from tpext.tasks import Batch
+from tpext.tasks import Batch, Task
 
 
 class DivergedError(RuntimeError):
@@ -35,6 +36,15 @@ class DivergedError(RuntimeError):
     def __init__(self, iteration: int, what: str) -> None:
         super().__init__(f"diverged at iteration {iteration}: {what}")
         self.iteration = iteration
+
+
+def require_figures() -> None:
+    """Load what draws, before a run that draws at its end; a command that draws nothing does without the second.
+
+    Raises:
+        ModuleNotFoundError: it is not installed.
+    """
+    importlib.import_module("tpext.experiments.figures")
 
 
 def check_device(name: str) -> None:
@@ -129,12 +139,14 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         iterations: their number.
         losses: those since the last evaluation; iterations that train feedback alone have none.
         evaluated: name of the set that evaluations are on.
+        task: where the batches come from.
     """
 
     row_class: type[RowT]
     saved: Mapping[str, Any] = MappingProxyType({"iteration": int, "losses": list[float]})
     parts: dict[str, Any]
     model: nn.Module
+    task: Task
     iterations: int
     description: str
     evaluated: str = "test"
@@ -189,7 +201,11 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
                     self._add_row(progress)
                     self._checkpoint()
                 for iteration in range(self.iteration + 1, self.iterations + 1):
-                    self._step(iteration)
+                    self.iteration = iteration
+                    try:
+                        self._step(iteration)
+                    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                        raise DivergedError(iteration, str(error)) from error
                     if signal.SIGHUP in interrupts:
                         self.console.quiet = True  # the terminal is gone, and writing to it an error
                     last = iteration == self.iterations
@@ -209,6 +225,24 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         self._draw()
         self.folder.write_result(result)
         return result
+
+    def _batch(self, number: int) -> Batch:
+        return self._move(self.task.batch(self.config.seed, number, self.config.batch_size))
+
+    def _best_row(self) -> RowT:
+        """The evaluation with the largest accuracy, that before any step apart."""
+        return max(self.rows[1:], key=lambda row: row.accuracy)
+
+    def _outcome(self) -> dict[str, Any]:
+        """What the results of all runs have."""
+        return {
+            "seed": self.config.seed,
+            "iterations": self.rows[-1].iteration,
+            "train_loss": self.rows[-1].train_loss,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
 
     def _move(self, batch: Batch) -> Batch:
         return Batch(batch.input.to(self.device, self.dtype), batch.target.to(self.device))
@@ -282,6 +316,7 @@ def carry_out(
     console: Console | None,
 ) -> ResultT:
     """Make a run and carry it out in its folder, which is there only once the run could be made."""
+    require_figures()
     console = console or Console(quiet=True)
     saved = folder.continued(config.options()) if resume else None
     if saved is None:

@@ -99,6 +99,18 @@ def _run_file(base: Path, here: Path, place: str) -> ModuleType:
     return module
 
 
+def hints_of(what: str, name: str, kind: type[Any]) -> dict[str, Any]:
+    """Return the annotations of a user's class.
+
+    Raises:
+        ConfigError: they name what its module does not have.
+    """
+    try:
+        return get_type_hints(kind)
+    except NameError as error:
+        raise ConfigError(f"{what} {name}: the annotations of {kind.__name__} cannot be read: {error}") from error
+
+
 def parse_options(what: str, name: str, kind: type[Any], texts: Sequence[str]) -> dict[str, object]:
     """Return the values of fields of a user's dataclass that are given as ``NAME=VALUE``, by the fields' types.
 
@@ -114,7 +126,7 @@ def parse_options(what: str, name: str, kind: type[Any], texts: Sequence[str]) -
     >>> parse_options("rule", "mine.py:Mine", RegularizedInverse, ["reg=10", "normalize=false"])
     {'reg': 10.0, 'normalize': False}
     """
-    hints = get_type_hints(kind)
+    hints = hints_of(what, name, kind)
     kinds = {field.name: hints[field.name] for field in fields(kind) if field.init}
     values: dict[str, object] = {}
     for text in texts:
@@ -151,7 +163,7 @@ def _read(text: str, hint: Any) -> object:
     elif hint is type(None):
         choices = {"none": None}
         text = text.lower()
-    elif hint in (int, float, str, Path):
+    elif hint in (int, float, str):
         value: object = hint(text)
         return value
     else:

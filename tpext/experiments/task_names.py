@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from tpext.experiments.own import find_own, is_path, place_of
+from tpext.experiments.own import find_own, hints_of, is_path, place_of
 from tpext.experiments.settings import ConfigError, choices_of
 from tpext.tasks import TASKS, Task, registry
 from tpext.tasks.registry import Entry
@@ -58,7 +58,7 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
 
 def check_types(task: Task) -> None:
     """Raise ConfigError for an option that is not of its type, as a file may have it."""
-    hints = get_type_hints(type(task))
+    hints = hints_of("task", name_of(task), type(task))
     for name, value in options_of(task).items():
         kinds, choices = str(hints[name]), choices_of(hints[name])
         if choices and value not in choices:
@@ -88,10 +88,15 @@ def is_own(task: Task) -> bool:
     return registry.name_of(task) is None
 
 
+def entry_of(task: Task) -> Entry:
+    """Return the entry of a task."""
+    name = registry.name_of(task)
+    return Entry(type(task), {}) if name is None else TASKS[name]
+
+
 def options_of(task: Task) -> dict[str, Any]:
     """Return the options of a task, its data folder apart."""
-    fixed = find_task(name_of(task)).options
-    return {name: getattr(task, name) for name in fixed if name not in NOT_OPTIONS}
+    return {name: getattr(task, name) for name in entry_of(task).options if name not in NOT_OPTIONS}
 
 
 def task_options() -> dict[str, list[str]]:
@@ -112,7 +117,7 @@ def with_data(task: Task, data_dir: str | None) -> Task:
     """
     if data_dir is None:
         return task
-    if "data_dir" not in find_task(name_of(task)).options:
+    if "data_dir" not in entry_of(task).options:
         raise ConfigError(f"data_dir does not belong to {name_of(task)}")
     return dataclasses.replace(task, data_dir=Path(data_dir))  # type: ignore[type-var]
 

@@ -12,10 +12,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-import tpext
 from tpext.experiments.config import Config
-from tpext.experiments.figures import draw_run, draw_task
-from tpext.experiments.loop import DivergedError, Run, carry_out, versions
+from tpext.experiments.loop import DivergedError, Run, carry_out
 from tpext.experiments.model import Model, local_scales, make_model, split_parameters
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
@@ -138,9 +136,8 @@ class _Run(Run[Config, Row, Result]):
                 self.writer.close()
 
     def _step(self, iteration: int) -> None:
-        config, plan = self.config, self.plan
-        input, target = self._move(self.task.batch(config.seed, plan.batch(iteration - 1), config.batch_size))
-        self.iteration = iteration
+        plan = self.plan
+        input, target = self._batch(plan.batch(iteration - 1))
         try:
             if self.reverse_optimizer is not None and plan.trains_reverse(iteration - 1):
                 self.reverse_optimizer.zero_grad()
@@ -165,8 +162,6 @@ class _Run(Run[Config, Row, Result]):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.losses.append(value)
-        except tpext.SingularError as error:
-            raise DivergedError(iteration, str(error)) from error
         except ValueError as error:
             # The regularised inverse refuses NaN and infinite weights; any other refusal is the caller's to see.
             self._check_parameters(error)
@@ -199,7 +194,7 @@ class _Run(Run[Config, Row, Result]):
 
     @torch.no_grad()
     def _first_loss(self) -> float:
-        input, target = self._move(self.task.batch(self.config.seed, 0, self.config.batch_size))
+        input, target = self._batch(0)
         return self.criterion(self._output(input), target).item()
 
     @torch.no_grad()
@@ -240,27 +235,25 @@ class _Run(Run[Config, Row, Result]):
                 self.writer.add_scalar(name, value, row.iteration)
 
     def _draw(self) -> None:
+        from tpext.experiments.figures import draw_run
+
         draw_run(self.folder.path)
 
     def _result(self) -> Result:
+        from tpext.experiments.figures import draw_task
+
         draw_task(self.folder.path)
-        last = self.rows[-1]
-        best = max(self.rows[1:], key=lambda row: row.accuracy)
+        last, best = self.rows[-1], self._best_row()
         return Result(
             task=self.config.task_name,
             rule=self.config.rule_name,
-            seed=self.config.seed,
-            iterations=last.iteration,
             accuracy=last.accuracy,
             error=1 - last.accuracy,
             best_accuracy=best.accuracy,
             best_iteration=best.iteration,
-            train_loss=last.train_loss,
             test_loss=last.test_loss,
             seconds=last.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
-            device=str(self.device),
-            threads=torch.get_num_threads(),
-            versions=versions(),
             running_accuracy=last.running_accuracy,
+            **self._outcome(),
         )
