@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ["own-rules.md"]
+PAGES = ["own-rules.md", "own-tasks.md"]
 
 
 @pytest.mark.skipif(not DOCS.is_dir(), reason="no folder docs beside the tests")
