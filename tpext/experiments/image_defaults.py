@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any, get_args
 
 from tpext.experiments.config import OptionValue
-from tpext.experiments.feedback_presets import METHODS, find_method, find_network_rule
+from tpext.experiments.feedback_presets import METHODS, Method, find_method, find_network_rule
 from tpext.experiments.feedback_settings import Case, Values, is_small
 from tpext.experiments.images import (
     HIDDEN_NETWORKS,
@@ -21,13 +21,11 @@ from tpext.experiments.images import (
 from tpext.experiments.own import place_of
 from tpext.experiments.rule_names import make_rule
 from tpext.experiments.settings import ConfigError, check_integer
-from tpext.tasks import IMAGE_SETS, ImageSet
+from tpext.tasks import IMAGE_SETS
 
 COSINE_SHARE = 85 / 90
 """Share of the epochs after which the cosine has arrived at ``lr_min``, as published."""
 SMALL_EPOCHS = 10
-
-_TUPLES = ("channels", "iterations", "noise", "feedback_lr", "lr", "eps", "betas", "feedback_betas")
 
 
 def make_image_config(
@@ -63,23 +61,13 @@ def make_image_config(
     0.4655
     """
     given: Values = {name: value for name, value in options.items() if value is not None}
-    known = {field.name for field in fields(ImageConfig)} - {"rule_options", "rule_folder", "dataset_folder"}
-    for name in given:
-        if name not in known:
-            raise ConfigError(f"unknown option {name}")
     for name, value, choices in (("network", network, NetworkName), ("preset", preset, ImagePreset)):
         if value not in get_args(choices) and not (name == "network" and value is None):
             raise ConfigError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
     method = find_method(rule)
     if rule_options and rule in METHODS:
         raise ConfigError("rule_options belong to a rule of your own, ours have options of their own names")
-    for name in given:
-        if name in METHOD_OPTIONS and name not in method.options:
-            own = ", ".join(method.options) or "none"
-            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own})")
-    for name in _TUPLES:
-        if name in given:
-            given[name] = tuple(given[name]) if isinstance(given[name], (list, tuple)) else (given[name],)
+    _check_given(given, rule, method)
     images = find_image_set(dataset)
     known_set = IMAGE_SETS[images] if isinstance(images, str) else images
     shape = known_set.shape
@@ -88,17 +76,52 @@ def make_image_config(
     sizes = _sizes(shape, network)
     channels: tuple[int, ...] = (sizes | given)["channels"]
     layers = len(channels) + (1 if network in HIDDEN_NETWORKS or network in RESNETS else 0)
+    case = Case(dataset, network, layers, shape, tuple(known_set.scales), channels, given.get("batch_size"))
+    found = _settings(case, rule, method, preset, given)
+    values: Values = {**dict.fromkeys(_KNOWN), **sizes, **_SHARED}
+    values |= {name: value for name, value in found.items() if name not in METHOD_OPTIONS or name in method.options}
+    values |= {**given, "dataset": dataset, "network": network, "rule": rule, "preset": preset}
+    # what is a user's own has the name by which it was found first
+    if (place := place_of(images)) is not None:
+        values["dataset"], values["dataset_folder"] = place
+    if rule not in METHODS:
+        kind = find_network_rule(rule)
+        values["rule"], values["rule_folder"] = place_of(kind) or (rule, None)
+        values["rule_options"] = asdict(make_rule(kind, rule_options or {}))
+    return ImageConfig(**values)
+
+
+_KNOWN = {field.name for field in fields(ImageConfig)} - {"rule_options", "rule_folder", "dataset_folder"}
+_TUPLES = ("channels", "iterations", "noise", "feedback_lr", "lr", "eps", "betas", "feedback_betas")
+
+
+def _check_given(given: Values, rule: str, method: Method) -> None:
+    """Check the names of options, and make tuples of lists and of single numbers, in place."""
+    for name in given:
+        if name not in _KNOWN:
+            raise ConfigError(f"unknown option {name}")
+        if name in METHOD_OPTIONS and name not in method.options:
+            own = ", ".join(method.options) or "none"
+            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own})")
+    for name in _TUPLES:
+        if name in given:
+            given[name] = tuple(given[name]) if isinstance(given[name], (list, tuple)) else (given[name],)
     for name in ("batch_size", "epochs"):
         if name in given:
             check_integer(name, given[name], 1)
-    case = Case(dataset, network, layers, shape, tuple(known_set.scales), channels, given.get("batch_size"))
+
+
+def _settings(case: Case, rule: str, method: Method, preset: ImagePreset, given: Values) -> Values:
+    """Return the fields that the preset sets, fitted to the optimizers and the schedule given."""
     found = method.values(case)
     if case.small:
         found |= {"epochs": SMALL_EPOCHS, "batch_size": 32}
     if preset == "published":
         published = method.published(case)
         if published is None:
-            raise ConfigError(f"no settings were published for rule={rule}, dataset={dataset}, network={network}")
+            raise ConfigError(
+                f"no settings were published for rule={rule}, dataset={case.dataset}, network={case.network}"
+            )
         found = published
     elif found["schedule"] == "cosine":
         found["schedule_epochs"] = max(1, round((found | given)["epochs"] * COSINE_SHARE))
@@ -110,21 +133,7 @@ def make_image_config(
         found |= {"feedback_lr": (1e-3,), "feedback_momentum": 0.0 if adam else 0.9}
     if given.get("schedule") == "constant":
         found["schedule_epochs"] = None
-    values: Values = {**dict.fromkeys(known), **sizes, **_SHARED}
-    values |= {name: value for name, value in found.items() if name not in METHOD_OPTIONS or name in method.options}
-    of_user: dict[str, Any] = {}
-    if rule not in METHODS:
-        kind = find_network_rule(rule)
-        place = place_of(kind)
-        assert place is not None
-        rule, of_user["rule_folder"] = place
-        of_user["rule_options"] = asdict(make_rule(kind, rule_options or {}))
-    if isinstance(images, ImageSet):
-        place = place_of(images)
-        assert place is not None
-        dataset, of_user["dataset_folder"] = place
-    names = {"dataset": dataset, "network": network, "rule": rule, "preset": preset}
-    return ImageConfig(**{**values, **given, **of_user, **names})
+    return found
 
 
 _SHARED: Values = {
