@@ -698,33 +698,60 @@ def test_a_task_from_a_file_trains_and_resumes(
     assert (status, "np must be a dataclass that subclasses tpext.tasks.Task" in err) == (1, True), err
 
 
-def test_a_task_is_one_file_of_the_package(tmp_path: Path) -> None:
-    """With one file more in a copy of the package, the task is on the command line, and its options in the help."""
-    package = Path(tpext.__file__).parent
-    shutil.copytree(package, tmp_path / "tpext", ignore=shutil.ignore_patterns("__pycache__"))
-    text = (
-        OWN_TASK.replace("from tpext.tasks import Batch, Criterion, SyntheticTask, option", "")
-        .replace(
-            "import torch",
-            "import torch\nfrom tpext.tasks.base import Batch, Criterion, SyntheticTask\n"
-            "from tpext.tasks.registry import option, register",
-        )
-        .replace("@dataclass", '@register("echo", seed=3)\n@dataclass')
-        .replace("length: int", "delay: int = option(1, 'Steps of silence.')\n    length: int")
-    )
-    (tmp_path / "tpext" / "tasks" / "echo.py").write_text(text)
-    for arguments, shown in (
-        ("train --help", "Steps of silence. (echo)"),
-        ("tasks", "the first symbol comes back"),
-        ("train echo --length 6 --delay 2 --threads 1 --test-size 20", "echo, T=6, 7 tanh units"),
+OWN_SET = """
+import torch
+from tpext.tasks.idx import Images
+from tpext.tasks.image_sets import IMAGE_SETS, ImageSet
+
+def load(data_dir):
+    return Images(torch.zeros(40, 256).byte(), torch.arange(40) % 2, torch.zeros(4, 256).byte(), torch.arange(4) % 2)
+
+IMAGE_SETS["blank"] = ImageSet(load, (1, 16, 16), {"standard": ((0.5,), (0.5,))}, n_classes=2, test_size=4)
+"""
+
+OWN_PRESET = """
+from tpext.experiments.presets.base import Preset
+
+PRESET = Preset("elman", "Finding Structure in Time", lambda case: {"hidden_size": 3} if case.name == "echo" else None)
+"""
+
+
+def test_a_task_a_data_set_and_a_preset_are_one_file_each(tmp_path: Path) -> None:
+    """With the files in a copy of the package, all are on the command line and in its help."""
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(tpext.__file__).parent, tmp_path / "tpext", ignore=ignored)
+    task = OWN_TASK.replace("from tpext.tasks import Batch, Criterion, SyntheticTask, option", "")
+    for old, new in (
+        ("import torch", "import torch\nfrom tpext.tasks.base import Batch, Criterion, SyntheticTask"),
+        ("import torch", "import torch\nfrom tpext.tasks.registry import option, register"),
+        ("@dataclass", '@register("echo", seed=3)\n@dataclass'),
+        ("    length: int", '    delay: int = option(1, "Steps of silence.")\n    length: int'),
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "tpext", *arguments.split()],
-            env={**MODULE_ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert shown in " ".join(done.stdout.replace("│", " ").split())
+        task = task.replace(old, new)
+    for name, text in (("tasks/echo", task), ("tasks/blank", OWN_SET), ("experiments/presets/elman", OWN_PRESET)):
+        (tmp_path / "tpext" / f"{name}.py").write_text(text)
+    images = "train images --dataset blank --channels 2 2 --hidden-size 3 --epochs 1 --batch-size 6 --threads 1"
+    expected = (
+        ("train --help", "Steps of silence. (echo)"),
+        ("train --help", "elman: Finding Structure in Time"),
+        ("tasks", "the first symbol comes back backprop (elman), learned-inverse (elman), regularized-inverse (elman)"),
+        ("train echo --length 6 --delay 2 --threads 1 --test-size 20", "echo, T=6, 7 tanh units"),
+        ("train echo --preset elman --threads 1 --test-size 20 --out elman", "echo, T=4, 3 tanh units"),
+        ("train images --help", "imagenet32,blank"),
+        (images, "blank, lenet 2-2, ldrl"),
+    )
+    code = (
+        "import sys; from tpext.experiments.cli import main; sys.exit(max(main(line.split()) for line in sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(line for line, _ in expected)],
+        env={**MODULE_ENVIRONMENT, "PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    output = " ".join(done.stdout.replace("│", " ").split())
+    for _, shown in expected:
+        assert shown in output
 
 
 def test_what_a_rule_owns_stays_as_the_rule_initialises_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
