@@ -350,7 +350,7 @@ class LayerTeams {
                       pauses,
                       barriers_.get() + team};
       const GroupShare<T> share(call_, i, tile, teams.by_columns, memory, space);
-      GroupBackward<T, Step>(share, step).run();
+      if (rows != 0) GroupBackward<T, Step>(share, step).run();
     }
   }
 

@@ -198,7 +198,7 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
     check_lengths("rnn_layer_backward", call.lengths, call.states.shape[1])
     if on_cuda(call.states):
         return _backward_by_products(call)
-    of_input, *of_parameters, disp_h0, credit_h0 = outputs
+    of_input, of_weight_ih, of_weight_hh, of_bias, disp_h0, credit_h0 = outputs
     input, feedback, needs = call.input, call.feedback, call.needs
     # what each member adds, where all share one input
     shared = needs[0] and input.shape[0] < call.states.shape[0]
@@ -230,7 +230,9 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
         call.input_scale,
         call.of_displacement,
         dense(of_member) if needs[0] else None,
-        *(dense(gradient) if need else None for gradient, need in zip(of_parameters, needs[1:], strict=True)),
+        dense(of_weight_ih) if needs[1] else None,
+        dense(of_weight_hh) if needs[2] else None,
+        dense(of_bias) if needs[3] else None,
         dense(disp_h0),
         dense(credit_h0) if call.credit == "through_time" else None,
         execution(call.states),

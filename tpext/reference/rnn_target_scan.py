@@ -416,9 +416,24 @@ def rnn_layer_backward(
         )
         displacement = None
     else:
-        numbers = (correction, credit, target_step, margin, False, True, disp_n, credit_n, slope, slope_reg)
         delta, disp_h0, _, displacement, credit_h0 = rnn_target_scan(
-            grad_states, states, h0, weight_hh, back, pre, *run, *numbers
+            grad_states,
+            states,
+            h0,
+            weight_hh,
+            back,
+            pre,
+            *run,
+            correction,
+            credit,
+            target_step,
+            margin,
+            False,
+            True,
+            disp_n,
+            credit_n,
+            slope,
+            slope_reg,
         )
     rows = displacement if of_displacement else delta
     assert rows is not None

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from tpext.ops._library import are_plain, autocast_outputs, autocasts, cast, check_lengths, full_precision, on_cuda
+from tpext.ops._library import are_plain, check_lengths, full_precision, on_cuda
 from tpext.ops.rnn_layer import rnn_layer, rnn_layer_backward
+from tpext.rules.base import apply_node
 
 if TYPE_CHECKING:
     from tpext.rules.recurrent import RecurrentRule
@@ -115,13 +116,7 @@ def run_pass(rule: RecurrentRule, call: RecurrentCall) -> tuple[Tensor, Tensor]:
     # Owned parameters are detached: a layer of which only they are trainable has no backward pass to run.
     tensors = (*call[:6], *(parameter.detach() for parameter in call.owned))
     settings = (list(call.reverse), call.nonlinearity, call.checkpoint_every, rule)
-    device = call.input.device.type
-    if not autocasts(device):
-        return _RecurrentPass.apply(*settings, *tensors)  # type: ignore[no-any-return,no-untyped-call]
-    dtype = torch.get_autocast_dtype(device) if on_cuda(call.input) else torch.float32
-    with torch.autocast(device, enabled=False):
-        outputs = _RecurrentPass.apply(*settings, *(cast(tensor, dtype) for tensor in tensors))  # type: ignore[no-untyped-call]
-    return autocast_outputs(outputs, device)  # type: ignore[no-any-return]
+    return apply_node(_RecurrentPass, settings, tensors, low_precision=True)  # type: ignore[no-any-return]
 
 
 class _RecurrentPass(torch.autograd.Function):
