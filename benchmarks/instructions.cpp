@@ -29,10 +29,7 @@ std::vector<float> numbers(int64_t count, float scale) {
 // What is counted is this function and all that it calls; the name stands in instructions.py.
 template <class Args>
 __attribute__((noinline)) void run_kernel(const Args& args) {
-  if constexpr (requires { tpext::cpu::kernels()(args, 1); })
-    tpext::cpu::kernels()(args, 1);
-  else
-    tpext::cpu::kernels()(args);
+  tpext::cpu::kernels()(args, 1);
 }
 
 // Of tanh with reg = 0.1: a training step's small displacements of the output, or targets in and beyond the range.

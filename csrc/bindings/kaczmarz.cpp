@@ -154,7 +154,7 @@ void kaczmarz_train(const py::object& input_, const py::object& labels_, const p
                                 kind,
                                 predictions.data<int64_t>()};
     const py::gil_scoped_release release;
-    cpu::kernels()(args);
+    cpu::kernels()(args, 1);
   };
   is_double ? run(double()) : run(float());
 }

@@ -7,66 +7,18 @@
 
 namespace tpext::cpu {
 
-// Each instruction set's objects define their functions in a namespace of its own (see simd.h).
-#define TPEXT_DECLARE(name)                                          \
-  namespace name {                                                   \
-  void act_inverse(const ActInverse<float>&, int);                   \
-  void act_inverse(const ActInverse<double>&, int);                  \
-  void code_difference(const CodeDifference<float>&, int);           \
-  void code_difference(const CodeDifference<double>&, int);          \
-  void counter_normal(const CounterNormal<float>&, int);             \
-  void counter_normal(const CounterNormal<double>&, int);            \
-  void kaczmarz_step(const KaczmarzStep<float>&, int);               \
-  void kaczmarz_step(const KaczmarzStep<double>&, int);              \
-  void kaczmarz_train(const KaczmarzTrain<float>&);                  \
-  void kaczmarz_train(const KaczmarzTrain<double>&);                 \
-  void probe_difference(const ProbeDifference<float>&, int);         \
-  void probe_difference(const ProbeDifference<double>&, int);        \
-  void regularized_inverse(const RegularizedInverse<float>&, int);   \
-  void regularized_inverse(const RegularizedInverse<double>&, int);  \
-  void regularized_solve(const RegularizedSolve<float>&, int);       \
-  void regularized_solve(const RegularizedSolve<double>&, int);      \
-  void rnn_layer_backward(const RnnLayerBackward<float>&, int);      \
-  void rnn_layer_backward(const RnnLayerBackward<double>&, int);     \
-  void rnn_scan(const RnnScan<float>&, int);                         \
-  void rnn_scan(const RnnScan<double>&, int);                        \
-  void rnn_target_scan(const RnnTargetScan<float>&, int);            \
-  void rnn_target_scan(const RnnTargetScan<double>&, int);           \
-  void rnn_weight_gradients(const RnnWeightGradients<float>&, int);  \
-  void rnn_weight_gradients(const RnnWeightGradients<double>&, int); \
-  constexpr Kernels table = {#name,                                  \
-                             act_inverse,                            \
-                             act_inverse,                            \
-                             code_difference,                        \
-                             code_difference,                        \
-                             counter_normal,                         \
-                             counter_normal,                         \
-                             kaczmarz_step,                          \
-                             kaczmarz_step,                          \
-                             kaczmarz_train,                         \
-                             kaczmarz_train,                         \
-                             probe_difference,                       \
-                             probe_difference,                       \
-                             regularized_inverse,                    \
-                             regularized_inverse,                    \
-                             regularized_solve,                      \
-                             regularized_solve,                      \
-                             rnn_layer_backward,                     \
-                             rnn_layer_backward,                     \
-                             rnn_scan,                               \
-                             rnn_scan,                               \
-                             rnn_target_scan,                        \
-                             rnn_target_scan,                        \
-                             rnn_weight_gradients,                   \
-                             rnn_weight_gradients};                  \
-  }
-
-TPEXT_DECLARE(baseline)
+// Each instruction set's objects define their functions in a namespace of its own (see simd.h), and a table of them.
+namespace baseline {
+extern const Kernels table;
+}
 #ifdef TPEXT_X86
-TPEXT_DECLARE(avx2)
-TPEXT_DECLARE(avx512)
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 #endif
-#undef TPEXT_DECLARE
 
 namespace {
 

@@ -9,9 +9,9 @@
 // The weights are copied to rows of whole vectors, filled up with zeros, and back at the end. The first layer is most
 // of the work, and neither its target nor that of any other layer depends on its weights: its update waits until the
 // next sample and is done in one sweep with that one's product, so each weight is read and written once a sample. The
-// pass is one thread's: a sample has too little work to share, and needs the one before. Every sum has one order, that
-// of vectors and then of lanes, so the same samples give the same bits in every call. Memory: a copy of the weights, a
-// few rows a layer, and for the regularised inverse the largest Gram matrix.
+// pass is one thread's, whatever the number: a sample has too little work to share, and needs the one before. Every sum
+// has one order, that of vectors and then of lanes, so the same samples give the same bits in every call. Memory: a
+// copy of the weights, a few rows a layer, and for the regularised inverse the largest Gram matrix.
 //
 // kaczmarz_step: the update of one layer for a batch, by the same equations, averaged: dW = 1/B sum_b c_b x''_b'
 //
@@ -509,7 +509,7 @@ void step(const KaczmarzStep<T>& args, int max_threads) {
 
 void kaczmarz_step(const KaczmarzStep<float>& args, int threads) { step(args, threads); }
 void kaczmarz_step(const KaczmarzStep<double>& args, int threads) { step(args, threads); }
-void kaczmarz_train(const KaczmarzTrain<float>& args) { train(args); }
-void kaczmarz_train(const KaczmarzTrain<double>& args) { train(args); }
+void kaczmarz_train(const KaczmarzTrain<float>& args, int) { train(args); }
+void kaczmarz_train(const KaczmarzTrain<double>& args, int) { train(args); }
 
 }  // namespace tpext::cpu::TPEXT_CAPABILITY
