@@ -221,23 +221,6 @@ inline Vec<T> half_log_ratio(Vec<T> p, Vec<T> q, Vec<T> p_minus_q) {
   return exponent * T(0.34657359027997264) + series;
 }
 
-// atanh(a) - atanh(b) for |a|, |b| < 1, given a - b: no cancellation however small the difference.
-template <class T>
-inline Vec<T> atanh_difference(Vec<T> a, Vec<T> b, Vec<T> a_minus_b) {
-  return half_log_ratio<T>((T(1) + a) * (T(1) - b), (T(1) - a) * (T(1) + b), a_minus_b + a_minus_b);
-}
-
-template <class T>
-inline Vec<T> atanh(Vec<T> a) {
-  return half_log_ratio<T>(T(1) + a, T(1) - a, a + a);
-}
-
-// tanh(q + a) - tanh(q) = tanh(a) (1 - tanh(q) tanh(q + a)), which keeps the precision of a small a.
-template <class T>
-inline Vec<T> tanh_difference(Vec<T> q, Vec<T> a) {
-  return tanh<T>(a) * (T(1) - tanh<T>(q) * tanh<T>(q + a));
-}
-
 // Subnormal operands cost some processors a hundred cycles each, and a displacement that shrinks geometrically spends
 // hundreds of steps among them before it is zero. While this lives, the thread takes them for zero; then its control
 // word is restored.

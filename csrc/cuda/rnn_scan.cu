@@ -46,7 +46,7 @@ struct ForwardStep {
   __device__ void load(Loads& loads, int64_t element, int64_t, bool) const { loads.x = x_proj[element]; }
   __device__ Start start(int64_t) const { return {}; }
   __device__ Result advance(const Loads& loads, const Start&, const Position&, const C (&y)[1]) const {
-    return {{activate(nonlinearity, to_compute(loads.x) + y[0])}};
+    return {{ScalarActivations<C>::activate(nonlinearity, to_compute(loads.x) + y[0])}};
   }
   __device__ void store(const Result& result, const Position& at) const {
     states[at.element] = from_compute<T>(at.valid ? result.carried[0] : C(0));

@@ -23,6 +23,7 @@ template <class T, Credit kCredit>
 struct BackwardStep {
   using Storage = T;
   using C = Compute<T>;
+  using Act = ScalarActivations<C>;
   static constexpr bool kDisplaces = kCredit != Credit::backprop;
   static constexpr int kProducts = kCredit == Credit::through_time ? 2 : 1;
   static constexpr bool kBackward = true;
@@ -90,38 +91,30 @@ struct BackwardStep {
     C credit = C(0);
     if constexpr (kCredit != Credit::local) credit = at.first ? start.credit : y[kProducts - 1];
     if constexpr (!kDisplaces) {
-      result.delta = times_derivative(a, credit + g, h);
+      result.delta = Act::times_derivative(a, credit + g, h);
       result.carried[0] = result.delta;
     } else {
       const C bound = C(1) - arrays.margin, extra = to_compute(loads.extra);
       C displaced = y[0];
-      if (arrays.correction == Correction::learned) displaced = tanh_difference(extra, displaced);
+      if (arrays.correction == Correction::learned) displaced = Act::tanh_difference(extra, displaced);
       if (arrays.correction == Correction::none) displaced -= h;
       if (at.first) displaced = start.displacement;
       const C d = displaced - arrays.target_step * g;
       C z = d;
-      if (arrays.correction == Correction::linearized) z = times_slope(d, h, bound);
-      if (arrays.correction == Correction::difference) z = inverse_difference(a, h, d, bound);
+      if (arrays.correction == Correction::linearized)
+        z = Act::times_slope(arrays.slope, a, d, h, bound, arrays.slope_reg);
+      if (arrays.correction == Correction::difference) z = Act::inverse_difference(a, h, d, bound);
       result.handed_down = z;
       if (arrays.correction == Correction::none) {
-        z = inverse_activate(a, h + d, bound) - extra;
-        if (arrays.displacement != nullptr) result.handed_down = inverse_difference(a, h, d, bound);
+        z = Act::inverse_activate(a, h + d, bound) - extra;
+        if (arrays.displacement != nullptr) result.handed_down = Act::inverse_difference(a, h, d, bound);
       }
       result.displacement = d;
-      result.delta = times_derivative(a, credit - d, h);
+      result.delta = Act::times_derivative(a, credit - d, h);
       result.carried[0] = z;
       if constexpr (kProducts == 2) result.carried[1] = result.delta;
     }
     return result;
-  }
-
-  __device__ C times_slope(C d, C h, C bound) const {
-    const Nonlinearity a = arrays.nonlinearity;
-    if (arrays.slope == Slope::one) return d;
-    if (arrays.slope == Slope::derivative) return times_derivative(a, d, h);
-    // the published choice, in as few operations as it takes
-    if (arrays.slope_reg == C(0)) return over_derivative(a, d, h, bound);
-    return over_derivative(a, d, h, bound, arrays.slope_reg);
   }
 
   __device__ void store(const Result& result, const Position& at) const {
@@ -141,7 +134,7 @@ struct BackwardStep {
     if constexpr (kDisplaces) {
       C d = at.valid ? y[0] : start.displacement;
       if (at.valid && arrays.correction == Correction::learned)
-        d = tanh_difference(to_compute(arrays.extra[at.element]), d);
+        d = Act::tanh_difference(to_compute(arrays.extra[at.element]), d);
       if (at.valid && arrays.correction == Correction::none) d -= to_compute(arrays.h0[at.initial]);
       arrays.disp_h0[at.initial] = from_compute<T>(d);
     }
