@@ -282,8 +282,8 @@ void run_sweep(const RnnSizes& sizes, const RnnExecution& execution, const Step&
         // Either all groups of some members, or some of one member's: what a launch shares lies side by side.
         auto* const workspace = static_cast<char*>(execution.workspace);
         const int64_t before = first * choice.groups + group;
-        args.exchange.counters = reinterpret_cast<uint32_t*>(workspace) + before * kCounterStride;
-        args.exchange.states = workspace + sizes.stack * choice.groups * kCounterStride * 4 + before * group_bytes;
+        args.grid.counters = reinterpret_cast<uint32_t*>(workspace) + before * kCounterStride;
+        args.grid.states = workspace + sizes.stack * choice.groups * kCounterStride * 4 + before * group_bytes;
       }
       launch(variant.kernel,
              {members * args.sizes.groups * choice.shards, kThreads, static_cast<int>(shared_bytes),

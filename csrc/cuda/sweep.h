@@ -10,9 +10,9 @@
 //            the shared memory of all of them, one cluster barrier a step. sm_90.
 //   grid     the same over blocks of a cooperative grid: states go through global memory, a counter is the barrier.
 //
-// The rows of a member of the stack are dealt to groups (a block, or the blocks that share columns), in tiles of as
-// many rows as a product takes; a group does all its tiles at a step, then one barrier. Two copies of the states in
-// turns: what a step writes is read at the next, and nobody still reads what it overwrites.
+// exchange.h has what differs between the three. The rows of a member of the stack are dealt to groups (a block, or the
+// blocks that share columns), in tiles of as many rows as a product takes; a group does all its tiles at a step, then
+// one barrier.
 //
 // Memory of a block: the weights in registers (at most 128 a thread), 2 P rows stride states in shared memory. Traffic
 // a step and row: what the Step says, read `kAhead` items before it is needed. What a step costs predicts
@@ -23,21 +23,10 @@
 #pragma once
 
 #include "core/rnn.h"
+#include "cuda/exchange.h"
 #include "cuda/product.h"
 
 namespace tpext::cuda {
-
-// Members that one launch takes: their directions travel with the arguments.
-constexpr int kMaxMembers = 1024;
-
-struct SweepSizes {
-  int time, batch, hidden, members;
-  int first_group;            // of the launch
-  int groups, tiles, shards;  // groups of rows a member, tiles of rows a group, blocks that share the columns
-  bool through_grid;          // how blocks exchange states
-  const int64_t* lengths;     // [B] or null
-  uint32_t reverse[kMaxMembers / 32];
-};
 
 // What a product multiplies by: M(k, n) is element [k][n], or where transposed [n][k].
 template <class T>
@@ -46,23 +35,10 @@ struct Matrix {
   bool transposed;
 };
 
-// Valid steps of a row of the batch.
-__device__ inline int valid_steps(const SweepSizes& sizes, int row) {
-  const int64_t count = sizes.lengths == nullptr ? sizes.time : sizes.lengths[row];
-  return static_cast<int>(count < 0 ? 0 : count > sizes.time ? sizes.time : count);
-}
-
-// What blocks of the grid regime share: a counter a group, 128 bytes apart, then its states [2][P][rows][stride].
-struct Exchange {
-  uint32_t* counters;
-  void* states;
-};
-constexpr int64_t kCounterStride = 32;
-
 template <class Step>
 struct SweepArgs {
   SweepSizes sizes;
-  Exchange exchange;
+  GridMemory grid;
   Step step;
 };
 
@@ -73,245 +49,317 @@ struct Position {
   bool valid, first;
 };
 
-// Bytes of shared memory of a block: states, the rows' steps, scratch of the products.
-TPEXT_HOST_DEVICE constexpr int64_t state_bytes(int products, int64_t rows, int stride, int element_bytes) {
-  return 2 * products * rows * stride * element_bytes;
+// Valid steps of a row of the batch.
+__device__ inline int valid_steps(const SweepSizes& sizes, int row) {
+  const int64_t count = sizes.lengths == nullptr ? sizes.time : sizes.lengths[row];
+  return static_cast<int>(count < 0 ? 0 : count > sizes.time ? sizes.time : count);
 }
-TPEXT_HOST_DEVICE constexpr int64_t steps_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
+
+__device__ inline bool runs_reversed(const SweepSizes& sizes, int member) {
+  return (sizes.reverse[member / 32] >> (member % 32) & 1) != 0;
+}
+
+// A tile at a step: what a block works on at a time. `base`: of the group's first row in [S, T, B, H].
+struct Item {
+  int j, tile;
+  int64_t base;
+};
+
+// What a block has of a launch: some rows of a member of the stack, and a shard of the columns.
+template <class Product, class Step, bool kShared>
+struct Share {
+  const SweepSizes& sizes;
+  int shard, group, member;  // group: of this launch
+  int tiles, rows;           // of a group; some rows are beyond the batch
+  int row_begin, column_begin;
+  bool reverse, ascends;  // ascends: the sweep goes from step 0 on
+  int64_t plane, next;    // B H; from an element to that of the sweep's next step
+
+  __device__ __forceinline__ explicit Share(const SweepSizes& sizes)
+      : sizes(sizes),
+        shard(block_index() % sizes.shards),
+        group(block_index() / sizes.shards % sizes.groups),
+        member(block_index() / sizes.shards / sizes.groups),
+        tiles(kShared ? sizes.tiles : 1),
+        rows(tiles * Product::kRows),
+        row_begin((sizes.first_group + group) * rows),
+        column_begin(shard * Product::kColumns),
+        reverse(runs_reversed(sizes, member)),
+        ascends(reverse == Step::kBackward),
+        plane(static_cast<int64_t>(sizes.batch) * sizes.hidden),
+        next(ascends ? plane : -plane) {}
+
+  // Of the group's first row, in [S, T, B, H] at step t and in [S, B, H].
+  __device__ __forceinline__ int64_t element(int t) const {
+    return (static_cast<int64_t>(member) * sizes.time + t) * plane + static_cast<int64_t>(row_begin) * sizes.hidden;
+  }
+  __device__ __forceinline__ int64_t initial() const {
+    return static_cast<int64_t>(member) * plane + static_cast<int64_t>(row_begin) * sizes.hidden;
+  }
+
+  __device__ __forceinline__ Item first_item() const { return {0, 0, element(ascends ? 0 : sizes.time - 1)}; }
+  __device__ __forceinline__ void advance(Item& item) const {
+    if (++item.tile == tiles) {
+      item.tile = 0;
+      item.base += next;
+      ++item.j;
+    }
+  }
+};
+
+// The weights, once. Beyond H both are zero, so that padding adds nothing.
+template <class Product, class Step, bool kShared>
+__device__ __forceinline__ void load_weights(const Step& step, const Share<Product, Step, kShared>& share,
+                                             Product (&products)[Step::kProducts]) {
+  using T = typename Product::Storage;
+  const int H = share.sizes.hidden;
+#pragma unroll
+  for (int p = 0; p < Step::kProducts; ++p) {
+    const Matrix<T> matrix = step.matrix(p);
+    const T* const weights = matrix.elements + static_cast<int64_t>(share.member) * H * H;
+    products[p].load([&](int k, int column) {
+      const int n = share.column_begin + column;
+      return k < H && n < H ? weights[matrix.transposed ? n * H + k : k * H + n] : T{};
+    });
+  }
+}
+
+// The first states, the padding of both copies, and the rows' steps.
+template <class Product, class Step, bool kShared>
+__device__ __forceinline__ void fill_memory(const Step& step, const Share<Product, Step, kShared>& share,
+                                            const Memory<Product, Step::kProducts>& memory) {
+  constexpr int kProducts = Step::kProducts, kStride = Product::kStride;
+  const SweepSizes& sizes = share.sizes;
+  const int rows = share.rows;
+  for (int i = thread_index(); i < 2 * kProducts * rows * kStride; i += kThreads) {
+    const int k = i % kStride, row = share.row_begin + i / kStride % rows, turn_product = i / kStride / rows;
+    memory.states[i] =
+        turn_product < kProducts && k < sizes.hidden && row < sizes.batch
+            ? step.first_state((static_cast<int64_t>(share.member) * sizes.batch + row) * sizes.hidden + k)
+            : typename Product::Storage{};
+  }
+  for (int r = thread_index(); r < rows; r += kThreads)
+    memory.steps[r] = share.row_begin + r < sizes.batch ? valid_steps(sizes, share.row_begin + r) : 0;
+}
+
+// The elements that a thread computes in every tile.
+template <class Product, class Step, bool kShared>
+class Elements {
+ public:
+  static constexpr int kOutputs = Product::kOutputs;
+  using Start = typename Step::Start;
+
+  __device__ __forceinline__ Elements(const Step& step, const Share<Product, Step, kShared>& share, const int* steps)
+      : step_(step), share_(share), steps_(steps), ragged_(share.sizes.lengths != nullptr) {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) {
+      const Output output = Product::output(thread_index(), i);
+      row_[i] = output.row;
+      column_[i] = share.column_begin + output.column;
+      owned_[i] = Product::owns(thread_index()) && column_[i] < share.sizes.hidden;
+    }
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i)
+      count_[i] =
+          kShared || !ragged_ || !counts(0, i) ? share.sizes.time : valid_steps(share.sizes, share.row_begin + row_[i]);
+  }
+
+  // Before the sweep: what enters at a row's first step, where a block has one tile.
+  __device__ __forceinline__ void read_starts() {
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i) {
+      starts_[i] = {};
+      if (!kShared && counts(0, i)) starts_[i] = step_.start(share_.initial() + offset(0, i));
+    }
+  }
+
+  // Whether output i is an element: there may be more than H columns, and rows beyond the batch.
+  __device__ __forceinline__ bool counts(int tile, int i) const {
+    return owned_[i] && row(tile, i) < share_.sizes.batch - share_.row_begin;
+  }
+  __device__ __forceinline__ int row(int tile, int i) const { return tile * Product::kRows + row_[i]; }
+  __device__ __forceinline__ int column(int i) const { return column_[i]; }
+  // From the group's first row.
+  __device__ __forceinline__ int offset(int tile, int i) const {
+    return row(tile, i) * share_.sizes.hidden + column_[i];
+  }
+
+  __device__ __forceinline__ Position position(const Item& item, int i) const {
+    const int count = kShared && ragged_ ? steps_[row(item.tile, i)] : count_[i];
+    const int begin = share_.ascends ? 0 : share_.sizes.time - count;
+    return {item.base + offset(item.tile, i), share_.initial() + offset(item.tile, i),
+            static_cast<unsigned>(item.j - begin) < static_cast<unsigned>(count), item.j == begin};
+  }
+
+  // What enters there: with several tiles it is read on the way.
+  __device__ __forceinline__ Start start(const Position& at, int i) const {
+    if (!kShared) return starts_[i];
+    return at.first ? step_.start(at.initial) : Start{};
+  }
+
+ private:
+  const Step& step_;
+  const Share<Product, Step, kShared>& share_;
+  const int* const steps_;
+  const bool ragged_;
+  // A row's steps: where a block has one tile, they stay in registers.
+  int row_[kOutputs], column_[kOutputs], count_[kOutputs];
+  bool owned_[kOutputs];
+  Start starts_[kOutputs];
+};
+
+// What an item needs of global memory, read kAhead items before: a read takes up to 800 cycles, a step of one row some
+// 400, of more rows or blocks longer. A wait for one read is a wait for all that were issued before. So the reads for
+// several items are issued together into a second set, for the items after these; one item's are issued as soon as the
+// last ones are used.
+template <class Product, class Step, bool kShared>
+class Reader {
+ public:
+  static constexpr int kOutputs = Product::kOutputs;
+  static constexpr int kAhead = kShared ? 1 : Product::kRows == 1 ? 4 : 2;
+  using Loads = typename Step::Loads;
+
+  __device__ __forceinline__ Reader(const Step& step, const Share<Product, Step, kShared>& share,
+                                    const Elements<Product, Step, kShared>& elements)
+      : step_(step), share_(share), elements_(elements), ahead_(share.first_item()) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) read(loads_[a]);
+  }
+
+  __device__ __forceinline__ const Loads& of(int a, int i) const { return loads_[a][i]; }
+
+  // Before kAhead items, after each of them, and after all.
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a)
+      if constexpr (kTogether) read(coming_[a]);
+  }
+  __device__ __forceinline__ void used(int a) {
+    if constexpr (!kTogether) read(loads_[a]);
+  }
+  __device__ __forceinline__ void end() {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a)
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i)
+        if constexpr (kTogether) loads_[a][i] = coming_[a][i];
+  }
+
+ private:
+  static constexpr bool kTogether = kAhead > 1;
+
+  __device__ __forceinline__ void read(Loads (&into)[kOutputs]) {
+    if (ahead_.j >= share_.sizes.time) return;
+#pragma unroll
+    for (int i = 0; i < kOutputs; ++i)
+      if (elements_.counts(ahead_.tile, i))
+        step_.load(into[i], ahead_.base + elements_.offset(ahead_.tile, i), share_.next, ahead_.j == 0);
+    share_.advance(ahead_);
+  }
+
+  const Step& step_;
+  const Share<Product, Step, kShared>& share_;
+  const Elements<Product, Step, kShared>& elements_;
+  Item ahead_;  // the next one to be read
+  Loads loads_[kAhead][kOutputs], coming_[kTogether ? kAhead : 1][kOutputs];
+};
+
+template <class Product, int kProducts>
+__device__ __forceinline__ void multiply(Product (&products)[kProducts], const Memory<Product, kProducts>& memory,
+                                         int turn, int tile,
+                                         typename Product::Compute (&y)[kProducts][Product::kOutputs]) {
+#pragma unroll
+  for (int p = 0; p < kProducts; ++p)
+    products[p].product(memory.states + memory.at(turn, p, tile * Product::kRows),
+                        memory.scratch + p * Product::kScratchBytes, y[p]);
+}
+
+// The sums of output i, one a product.
+template <int kProducts, int kOutputs, class C>
+struct Sums {
+  C of[kProducts];
+  __device__ __forceinline__ Sums(const C (&y)[kProducts][kOutputs], int i) {
+#pragma unroll
+    for (int p = 0; p < kProducts; ++p) of[p] = y[p][i];
+  }
+};
+
+// What comes out at the other end. The step that the sweep ended with was the row's first.
+template <class Product, class Step, bool kShared>
+__device__ __forceinline__ void finish(const Step& step, const Share<Product, Step, kShared>& share,
+                                       const Memory<Product, Step::kProducts>& memory,
+                                       const Elements<Product, Step, kShared>& elements,
+                                       Product (&products)[Step::kProducts]) {
+  using C = typename Product::Compute;
+  const int turn = share.sizes.time & 1;
+  for (int tile = 0; tile < share.tiles; ++tile) {
+    C y[Step::kProducts][Product::kOutputs] = {};
+    if constexpr (Step::kBackward) multiply(products, memory, turn, tile, y);
+#pragma unroll
+    for (int i = 0; i < Product::kOutputs; ++i) {
+      if (!elements.counts(tile, i)) continue;
+      const int row = elements.row(tile, i), steps = memory.steps[row], offset = elements.offset(tile, i);
+      const Position first{share.element(share.reverse ? steps - 1 : 0) + offset, share.initial() + offset, steps > 0,
+                           false};
+      step.finish(first, Sums(y, i).of, memory.states[memory.at(turn, 0, row, elements.column(i))]);
+    }
+  }
+}
 
 template <class Product, class Step, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ SweepArgs<Step> args) {
   using T = typename Product::Storage;
   using C = typename Product::Compute;
-  constexpr int kProducts = Step::kProducts, kOutputs = Product::kOutputs, kStride = Product::kStride;
-  // Items (a tile at a step) whose reads of global memory are issued together, as many items ahead of their use: a read
-  // takes up to 800 cycles, a step of one row some 400, of more rows or blocks longer.
-  constexpr int kAhead = kShared ? 1 : Product::kRows == 1 ? 4 : 2;
+  constexpr int kProducts = Step::kProducts, kOutputs = Product::kOutputs;
+  using Exchange = std::conditional_t<kShared, SharedStates<Product, kProducts>, OwnStates<Product, kProducts>>;
   static_assert(kProducts == 1 || kProducts == 2);
-  const SweepSizes& sizes = args.sizes;
   const Step& step = args.step;
-  const int H = sizes.hidden, thread = thread_index();
-
-  const int shard = block_index() % sizes.shards;
-  const int group = block_index() / sizes.shards % sizes.groups;  // of this launch
-  const int member = block_index() / sizes.shards / sizes.groups;
-  const bool reverse = (sizes.reverse[member / 32] >> (member % 32) & 1) != 0;
-  const int tiles = kShared ? sizes.tiles : 1;
-  const int rows = tiles * Product::kRows;  // of a group, some beyond the batch
-  const int row_begin = (sizes.first_group + group) * rows, column_begin = shard * Product::kColumns;
-
-  T* const states = reinterpret_cast<T*>(shared_memory());
-  int* const steps = reinterpret_cast<int*>(states + 2 * kProducts * rows * kStride);
-  char* const scratch = reinterpret_cast<char*>(steps) + steps_bytes(rows);
-  const auto state_at = [&](int turn, int p) { return states + (turn * kProducts + p) * rows * kStride; };
-  T* const exchanged = static_cast<T*>(args.exchange.states) +
-                       static_cast<int64_t>(member * sizes.groups + group) * 2 * kProducts * rows * kStride;
-  uint32_t* const counter =
-      args.exchange.counters + static_cast<int64_t>(member * sizes.groups + group) * kCounterStride;
-
-  // The weights, once. Beyond H both are zero, so that padding adds nothing.
+  const Share<Product, Step, kShared> share(args.sizes);
+  const Memory<Product, kProducts> memory(share.rows);
+  const Exchange exchange(args.sizes, args.grid, memory, share.member * args.sizes.groups + share.group);
   Product products[kProducts];
-#pragma unroll
-  for (int p = 0; p < kProducts; ++p) {
-    const Matrix<T> matrix = step.matrix(p);
-    const T* const weights = matrix.elements + static_cast<int64_t>(member) * H * H;
-    products[p].load([&](int k, int column) {
-      const int n = column_begin + column;
-      return k < H && n < H ? weights[matrix.transposed ? n * H + k : k * H + n] : T{};
-    });
-  }
+  load_weights(step, share, products);
+  Elements<Product, Step, kShared> elements(step, share, memory.steps);
+  fill_memory(step, share, memory);
+  elements.read_starts();
+  Reader<Product, Step, kShared> reader(step, share, elements);
+  exchange.begin();
 
-  // The first states, and the padding of both copies.
-  for (int i = thread; i < 2 * kProducts * rows * kStride; i += kThreads) {
-    const int k = i % kStride, row = row_begin + i / kStride % rows, turn_product = i / kStride / rows;
-    states[i] = turn_product < kProducts && k < H && row < sizes.batch
-                    ? step.first_state((static_cast<int64_t>(member) * sizes.batch + row) * H + k)
-                    : T{};
-  }
-  for (int r = thread; r < rows; r += kThreads) {
-    steps[r] = row_begin + r < sizes.batch ? valid_steps(sizes, row_begin + r) : 0;
-  }
-
-  // The elements that this thread computes in every tile, and whether they count: there may be more than H columns.
-  int row_of[kOutputs], column_of[kOutputs];
-  bool owned[kOutputs];
+  for (Item item = share.first_item(); item.j < args.sizes.time;) {
+    reader.begin();
 #pragma unroll
-  for (int i = 0; i < kOutputs; ++i) {
-    const Output output = Product::output(thread, i);
-    row_of[i] = output.row;
-    column_of[i] = column_begin + output.column;
-    owned[i] = Product::owns(thread) && column_of[i] < H;
-  }
-  const int rows_left = sizes.batch - row_begin;
-  const auto counts = [&](int tile, int i) { return owned[i] && tile * Product::kRows + row_of[i] < rows_left; };
-
-  // Offsets in [S, T, B, H]: of the group's first row at an item's step, and from there.
-  const int64_t plane = static_cast<int64_t>(sizes.batch) * H, group_begin = static_cast<int64_t>(row_begin) * H;
-  const bool ascends = reverse == Step::kBackward;
-  const int64_t next = ascends ? plane : -plane;
-  const auto offset = [&](int tile, int i) { return (tile * Product::kRows + row_of[i]) * H + column_of[i]; };
-  const bool ragged = sizes.lengths != nullptr;
-  // A row's steps and the sweep's number of its first; where a block has one tile, they stay in registers.
-  const auto begin_of = [&](int count) { return ascends ? 0 : sizes.time - count; };
-  int count_of[kOutputs];
-#pragma unroll
-  for (int i = 0; i < kOutputs; ++i)
-    count_of[i] = kShared || !ragged || !counts(0, i) ? sizes.time : valid_steps(sizes, row_begin + row_of[i]);
-  const auto position = [&](int j, int tile, int64_t base, int i) {
-    const int count = kShared && ragged ? steps[tile * Product::kRows + row_of[i]] : count_of[i];
-    return Position{base + offset(tile, i), static_cast<int64_t>(member) * plane + group_begin + offset(tile, i),
-                    static_cast<unsigned>(j - begin_of(count)) < static_cast<unsigned>(count), j == begin_of(count)};
-  };
-  // What enters at a row's first step: read on the way where a block has several tiles, else before all.
-  typename Step::Start starts[kOutputs];
-#pragma unroll
-  for (int i = 0; i < kOutputs; ++i) {
-    starts[i] = {};
-    if (!kShared && counts(0, i))
-      starts[i] = step.start(static_cast<int64_t>(member) * plane + group_begin + offset(0, i));
-  }
-
-  // The item in work, and the next one to be read.
-  struct Item {
-    int j, tile;
-    int64_t base;
-  };
-  Item item{0, 0, (static_cast<int64_t>(member) * sizes.time + (ascends ? 0 : sizes.time - 1)) * plane + group_begin};
-  Item ahead = item;
-  const auto advance = [&](Item& at) {
-    if (++at.tile == tiles) {
-      at.tile = 0;
-      at.base += next;
-      ++at.j;
-    }
-  };
-  // A wait for one read is a wait for all that were issued before. So the reads for several items are issued together
-  // into a second set, for the items after these; one item's are issued as soon as the last ones are used.
-  constexpr bool kTogether = kAhead > 1;
-  typename Step::Loads loads[kAhead][kOutputs], coming[kTogether ? kAhead : 1][kOutputs];
-  const auto load = [&](typename Step::Loads(&into)[kOutputs]) {
-    if (ahead.j >= sizes.time) return;
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i)
-      if (counts(ahead.tile, i)) step.load(into[i], ahead.base + offset(ahead.tile, i), next, ahead.j == 0);
-    advance(ahead);
-  };
-#pragma unroll
-  for (int a = 0; a < kAhead; ++a) load(loads[a]);
-
-  const auto multiply = [&](int turn, int tile, C(&y)[kProducts][kOutputs]) {
-#pragma unroll
-    for (int p = 0; p < kProducts; ++p)
-      products[p].product(state_at(turn, p) + tile * Product::kRows * kStride, scratch + p * Product::kScratchBytes,
-                          y[p]);
-  };
-  const auto pass_on = [&](int turn, int p, int row, int column, T value) {
-    T* const own = state_at(turn, p) + row * kStride + column;
-    if constexpr (!kShared) {
-      *own = value;
-    } else if (sizes.through_grid) {
-      exchanged[((turn * kProducts + p) * rows + row) * static_cast<int64_t>(kStride) + column] = value;
-    } else {
-      for (int s = 0; s < sizes.shards; ++s) *in_cluster(own, s) = value;
-    }
-  };
-
-  // No block may write to another's shared memory before that one is done with its padding.
-  if (kShared && !sizes.through_grid) {
-    cluster_arrive();
-    cluster_wait();
-  } else {
-    block_barrier();
-  }
-
-  while (item.j < sizes.time) {
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-      if constexpr (kTogether) load(coming[a]);
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      if (item.j >= sizes.time) break;
+    for (int a = 0; a < reader.kAhead; ++a) {
+      if (item.j >= args.sizes.time) break;
       const int turn = item.j & 1;
-      const bool ends_step = item.tile + 1 == tiles;
+      const bool ends_step = item.tile + 1 == share.tiles;
       C y[kProducts][kOutputs];
-      multiply(turn, item.tile, y);
+      multiply(products, memory, turn, item.tile, y);
       typename Step::Result results[kOutputs];
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i) {
-        if (!counts(item.tile, i)) continue;
-        const int row = item.tile * Product::kRows + row_of[i];
-        const Position at = position(item.j, item.tile, item.base, i);
-        C sums[kProducts];
-#pragma unroll
-        for (int p = 0; p < kProducts; ++p) sums[p] = y[p][i];
-        typename Step::Start start = starts[i];
-        if (kShared) start = at.first ? step.start(at.initial) : typename Step::Start{};
-        results[i] = step.advance(loads[a][i], start, at, sums);
+        if (!elements.counts(item.tile, i)) continue;
+        const int row = elements.row(item.tile, i), column = elements.column(i);
+        const Position at = elements.position(item, i);
+        results[i] = step.advance(reader.of(a, i), elements.start(at, i), at, Sums(y, i).of);
 #pragma unroll
         for (int p = 0; p < kProducts; ++p) {
           // A row keeps its state before its first step and after its last.
           const T kept =
-              at.valid ? from_compute<T>(results[i].carried[p]) : state_at(turn, p)[row * kStride + column_of[i]];
-          pass_on(turn ^ 1, p, row, column_of[i], kept);
+              at.valid ? from_compute<T>(results[i].carried[p]) : memory.states[memory.at(turn, p, row, column)];
+          exchange.pass_on(turn ^ 1, p, row, column, kept);
         }
       }
-      // What other threads wait for goes before the barrier, what only memory gets after: an arrival among blocks waits
-      // for the writes before it.
-      if constexpr (!kShared) {
-        block_barrier();
-      } else if (ends_step) {
-        if (sizes.through_grid) {
-          block_barrier();
-          if (thread == 0) add_release(counter, 1);
-        } else {
-          cluster_arrive();
-        }
-      }
+      exchange.arrive(ends_step);
 #pragma unroll
       for (int i = 0; i < kOutputs; ++i)
-        if (counts(item.tile, i)) step.store(results[i], position(item.j, item.tile, item.base, i));
-      if constexpr (!kTogether) load(loads[a]);
-      if (kShared && ends_step && !sizes.through_grid) cluster_wait();
-      if (kShared && ends_step && sizes.through_grid) {
-        if (thread == 0)
-          while (load_acquire(counter) < static_cast<uint32_t>(sizes.shards) * static_cast<uint32_t>(item.j + 1))
-            spin();
-        block_barrier();
-        static_assert(kStride * sizeof(T) % sizeof(Words) == 0);
-        const int64_t begin = static_cast<int64_t>(turn ^ 1) * kProducts * rows * kStride;
-        const auto* const from = reinterpret_cast<const Words*>(exchanged + begin);
-        auto* const to = reinterpret_cast<Words*>(state_at(turn ^ 1, 0));
-        const int words = kProducts * rows * kStride * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(Words));
-        for (int i = thread; i < words; i += kThreads) to[i] = load_shared_by_grid(from + i);
-        block_barrier();
-      }
-      advance(item);
+        if (elements.counts(item.tile, i)) step.store(results[i], elements.position(item, i));
+      reader.used(a);
+      exchange.wait(turn ^ 1, item.j + 1, ends_step);
+      share.advance(item);
     }
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-#pragma unroll
-      for (int i = 0; i < kOutputs; ++i)
-        if constexpr (kTogether) loads[a][i] = coming[a][i];
+    reader.end();
   }
-
-  // What comes out at the other end. The step that the sweep ended with was the row's first.
-  const int turn = sizes.time & 1;
-  for (int tile = 0; tile < tiles; ++tile) {
-    C y[kProducts][kOutputs] = {};
-    if constexpr (Step::kBackward) multiply(turn, tile, y);
-#pragma unroll
-    for (int i = 0; i < kOutputs; ++i) {
-      if (!counts(tile, i)) continue;
-      const int row = tile * Product::kRows + row_of[i];
-      const int64_t first_step = static_cast<int64_t>(member) * sizes.time + (reverse ? steps[row] - 1 : 0);
-      C sums[kProducts];
-#pragma unroll
-      for (int p = 0; p < kProducts; ++p) sums[p] = y[p][i];
-      step.finish({first_step * plane + group_begin + offset(tile, i),
-                   static_cast<int64_t>(member) * plane + group_begin + offset(tile, i), steps[row] > 0, false},
-                  sums, state_at(turn, 0)[row * kStride + column_of[i]]);
-    }
-  }
+  finish(step, share, memory, elements, products);
 }
 
 // The elementwise work of one step, number `at_step`, for weights that stay nowhere. A thread an element.
@@ -335,7 +383,7 @@ __global__ void __launch_bounds__(kThreads) single_step(const __grid_constant__ 
   const int64_t element = static_cast<int64_t>(block_index()) * kThreads + thread_index();
   if (element >= sizes.members * plane) return;
   const int member = static_cast<int>(element / plane), row = static_cast<int>(element % plane / sizes.hidden);
-  const bool reverse = (sizes.reverse[member / 32] >> (member % 32) & 1) != 0;
+  const bool reverse = runs_reversed(sizes, member);
   const int count = valid_steps(sizes, row);
   C sums[kProducts];
 #pragma unroll
