@@ -1,4 +1,4 @@
-// Transposition of a square of vectors.
+// Transposition of a square of vectors, and of panels one vector wide through it.
 #pragma once
 
 #include <utility>
@@ -39,6 +39,34 @@ template <class T>
     }
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) square[i] = turned[i];
+  }
+}
+
+// A panel of the transposed of from [rows, depth], rows <= L: panel[k][r] = from[r][k]; the lanes beyond are zero.
+template <class T>
+void pack_transposed(const T* from, int64_t stride, int64_t rows, int64_t depth, T* panel) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k = 0; k < depth; k += L) {
+    const int64_t count = depth - k < L ? depth - k : L;
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r) square[r] = r < rows ? load_part(from + r * stride + k, count) : Vec<T>{};
+    transpose<T>(square);
+    for (int i = 0; i < count; ++i) store(panel + (k + i) * L, square[i]);
+  }
+}
+
+// The way back: to[r][k] = panel[k][r].
+template <class T>
+void unpack_transposed(const T* panel, int64_t rows, int64_t depth, T* to, int64_t stride) {
+  constexpr int L = kLanes<T>;
+  for (int64_t k = 0; k < depth; k += L) {
+    const int64_t count = depth - k < L ? depth - k : L;
+    Vec<T> square[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) square[i] = i < count ? load(panel + (k + i) * L) : Vec<T>{};
+    transpose<T>(square);
+    for (int r = 0; r < rows; ++r) store_part(to + r * stride + k, square[r], count);
   }
 }
 

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// Where a is constant in T's precision, as in cpu/pooled_difference.cpp.
+// Where a is constant in T's precision, as in cpu/pooled_difference.h.
 template <class T>
 constexpr T kFlatElu = sizeof(T) == 4 ? T(17.328679f) : T(37.429947750237048);
 template <class T>

@@ -1,127 +1,21 @@
 // code_difference:   D_k = unpool(a(y_k), indices_k) - unpool(a(y), indices),  (y_k, indices_k) = max_pool(a(z + dz_k))
-// probe_difference:  D_k = unpool(a(y + sigma n_k) - a(y), indices),  n_k normal noise made on the way
-//
-// Definitions and layouts stand in core/pooled_difference.h. Memory is passed over once: z, y and indices are read once
-// for all draws k, dz_k once, D_k is written once, zeros with the rest.
 //
 // Pools of 2 x 2 over even planes run in vectors of windows (windows.h): a block of them is loaded, its activations of
 // y taken once, and its draws follow one another. The maximum is found before a, which rises: one activation a window
-// rather than four. Noise comes in blocks of 4 L windows of a row, as counter_normal makes it.
+// rather than four.
 // Any other pool goes plane by plane: the maxima of each row across, then those of the rows a window has, a vector of
 // windows at a time; zeros, each window's value to its index in raster order, less the clean code, which is made once.
 //
-// Threads take contiguous parts of blocks or planes. A window's value depends on its own elements alone, and a plane's
-// positions are written in raster order by one thread: threads and splits of the batch change no bit. No memory but the
-// arrays, and some planes a thread where pools are not of 2 x 2. An index outside its plane is never followed.
-#include "core/pooled_difference.h"
-
-#include "cpu/microkernel.h"
-#include "cpu/philox.h"
-#include "cpu/threads.h"
-#include "cpu/windows.h"
+// Traffic, threads and why that is deterministic stand in pooled_difference.h. No memory but the arrays, and some
+// planes a thread where pools are not of 2 x 2.
+#include "cpu/pooled_difference.h"
 
 namespace tpext::cpu::TPEXT_CAPABILITY {
 namespace {
 
-// Fewer elements of D than this are not worth a second thread.
-constexpr int64_t kGrain = 16384;
-// Windows of a row that go through all draws before the next do, where planes are not in vectors of windows.
-constexpr int64_t kRun = 4096;
-
-// Below -elu and outside +-tanh a is constant in T's precision: multiples of ln 2 from where the rest is half a unit.
-template <class T>
-struct Flat;
-template <>
-struct Flat<float> {
-  static constexpr float elu = 17.328679f, tanh = 9.010913f;
-};
-template <>
-struct Flat<double> {
-  static constexpr double elu = 37.429947750237048, tanh = 19.061547465398496;
-};
-
 // A lane of Bits.
 template <class T>
 using Lane = std::remove_reference_t<decltype(Bits<T>{}[0])>;
-
-// Kept to where a rises; of a vector or a number. NaN passes.
-template <Activation A, class T, class V>
-inline V keep(V v) {
-  if constexpr (A == Activation::elu) return v < -Flat<T>::elu ? V{} - Flat<T>::elu : v;
-  if constexpr (A == Activation::relu) return v < 0 ? V{} : v;
-  if constexpr (A == Activation::tanh) {
-    v = v < -Flat<T>::tanh ? V{} - Flat<T>::tanh : v;
-    return v > Flat<T>::tanh ? V{} + Flat<T>::tanh : v;
-  }
-  if constexpr (A == Activation::identity) return v;
-}
-
-template <Activation A, class T>
-inline Vec<T> activate(Vec<T> v, T alpha) {
-  if constexpr (A == Activation::elu) {
-    using C = Constants<T>;
-    const Vec<T> x = keep<A, T>(v < 0 ? v : Vec<T>{});
-    const Vec<T> shifted = x * T(1.4426950408889634) + C::round;
-    const Vec<T> n = shifted - C::round;
-    const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
-    const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
-    const Vec<T> scale = power_of_two<T>((Unsigned<T>)shifted);
-    return v < 0 ? (p * scale + (scale - T(1))) * alpha : v;
-  }
-  if constexpr (A == Activation::relu) return v < 0 ? Vec<T>{} : v;
-  if constexpr (A == Activation::tanh) return tanh<T>(v);
-  if constexpr (A == Activation::identity) return v;
-}
-
-template <Activation A>
-struct Chosen {
-  static constexpr Activation value = A;
-};
-
-// run(Chosen<activation>())
-template <class Run>
-inline void with_activation(Activation activation, Run run) {
-  switch (activation) {
-    case Activation::elu: return run(Chosen<Activation::elu>());
-    case Activation::relu: return run(Chosen<Activation::relu>());
-    case Activation::tanh: return run(Chosen<Activation::tanh>());
-    case Activation::identity: return run(Chosen<Activation::identity>());
-  }
-}
-
-// run(Shift<s>()) for the s of PackedWindows that fits the pool; false where none does.
-template <int S>
-struct Shift {
-  static constexpr int value = S;
-};
-template <class T, int S = 1, class Run>
-inline bool with_packed(const Pool& pool, Run run) {
-  if constexpr ((1 << S) <= 2 * kLanes<T>) {
-    if (pool.width == 1 << S) {
-      run(Shift<S>());
-      return true;
-    }
-    return with_packed<T, S + 1>(pool, run);
-  }
-  return false;
-}
-
-// Whether each element is in one of 2 x 2 windows.
-inline bool is_even(const Pool& pool) {
-  return pool.kernel == 2 && pool.stride == 2 && pool.padding == 0 && pool.height % 2 == 0 && pool.width % 2 == 0;
-}
-
-// run(begin, end) of the calling thread's part of `units`, which make up `elements` of D.
-template <class Run>
-inline void in_parts(int64_t units, int64_t elements, int max_threads, Run run) {
-  const int64_t most = elements / kGrain + 1;
-  const int threads = most < max_threads ? static_cast<int>(most) : max_threads;
-#pragma omp parallel num_threads(threads)
-  {
-    const int64_t thread = thread_index(), team = thread_count();
-    run(part_begin(units, team, thread), part_begin(units, team, thread + 1));
-  }
-}
 
 // The largest of what is met one after the other, and its place: of equal ones the first, of NaN the last.
 template <class T>
@@ -336,103 +230,6 @@ struct CodeKernel {
   }
 };
 
-template <class T, Activation A>
-struct ProbeKernel {
-  static constexpr int L = kLanes<T>;
-  const ProbeDifference<T>& args;
-  PhiloxKeys keys;
-  int64_t plane, pooled, row, elements;  // H W, h w, C h w, B C H W
-
-  explicit ProbeKernel(const ProbeDifference<T>& args)
-      : args(args),
-        keys(args.counter.seed),
-        plane(args.pool.height * args.pool.width),
-        pooled(args.pool.pooled_height * args.pool.pooled_width),
-        row(args.channels * pooled),
-        elements(args.rows * args.channels * plane) {}
-
-  // Noise of the 4 L numbers of a row from number `first` on, a multiple of four.
-  inline void noise(int64_t b, int64_t k, int64_t first, Vec<T> (&z)[4]) const {
-    const NoiseCounter& counter = args.counter;
-    const uint32_t stream = counter.stream + static_cast<uint32_t>(k) * args.stream_stride;
-    normals<T>(keys, counter.step, stream, counter.first_row + static_cast<uint32_t>(b), first / 4, z);
-  }
-
-  inline Vec<T> moved(Vec<T> y, Vec<T> z) const { return activate<A, T>(z * args.sigma + y, args.alpha); }
-
-  // Blocks of 4 L windows of a row; S = 0: of elements without a pool.
-  template <int S>
-  void packed(int64_t begin, int64_t end) const {
-    const int64_t blocks = ceil_div(row, 4 * L);
-    for (int64_t at = begin; at < end; ++at) {
-      const int64_t b = at / blocks, first = at % blocks * 4 * L, window = b * row + first;
-      Vec<T> y[4]{}, clean[4]{};
-      Bits<T> place[4]{};
-      for (int i = 0; i < 4; ++i) {
-        const int64_t count = row - first - i * L;
-        if (count <= 0) break;
-        y[i] = load_part(args.output + window + i * L, count);
-        clean[i] = activate<A, T>(y[i], args.alpha);
-        if constexpr (S > 0)
-          place[i] = PackedWindows<T, S>::place(load_indices<T>(args.indices + window + i * L, count));
-      }
-      for (int64_t k = 0; k < args.draws; ++k) {
-        Vec<T> z[4];
-        noise(b, k, first, z);
-        for (int i = 0; i < 4; ++i) {
-          const int64_t left = row - first - i * L, count = left < L ? left : L;
-          if (count <= 0) break;
-          const Vec<T> difference = moved(y[i], z[i]) - clean[i];
-          if constexpr (S > 0) {
-            Quad<T> quad;
-            for (int j = 0; j < 4; ++j) quad.at[j] = place[i] == j ? difference : Vec<T>{};
-            PackedWindows<T, S>::store(args.difference + k * elements + 4 * (window + i * L), quad, count);
-          } else {
-            store_part(args.difference + k * elements + window + i * L, difference, count);
-          }
-        }
-      }
-    }
-  }
-
-  // Planes of [B, C] whatever the pool, in runs within a row.
-  void any_planes(int64_t begin, int64_t end) const {
-    const int64_t longest = pooled < kRun ? kRun / pooled : 1;
-    for (int64_t p = begin; p < end;) {
-      const int64_t b = p / args.channels, c = p % args.channels;
-      int64_t run = args.channels - c < end - p ? args.channels - c : end - p;
-      run = run < longest ? run : longest;
-      for (int64_t k = 0; k < args.draws; ++k) any_run(b, c, run, k);
-      p += run;
-    }
-  }
-
-  void any_run(int64_t b, int64_t c, int64_t run, int64_t k) const {
-    T* to = args.difference + k * elements + (b * args.channels + c) * plane;
-    for (int64_t at = 0; at < run * plane; at += L) store_part(to + at, Vec<T>{}, run * plane - at);
-    const T* const y = args.output + b * row;
-    const int64_t* const indices = args.indices + b * row;
-    const int64_t end = (c + run) * pooled;
-    int64_t window = c * pooled, left = pooled;
-    for (int64_t first = window / 4 * 4; first < end; first += 4 * L) {
-      Vec<T> z[4];
-      noise(b, k, first, z);
-      T lanes[4 * L];
-      for (int i = 0; i < 4; ++i) {
-        const int64_t count = row - first - i * L;
-        if (count <= 0) break;
-        const Vec<T> from = load_part(y + first + i * L, count);
-        store(lanes + i * L, moved(from, z[i]) - activate<A, T>(from, args.alpha));
-      }
-      for (; window < end && window < first + 4 * L; ++window) {
-        const int64_t index = indices[window];
-        if (index >= 0 && index < plane) to[index] = lanes[window - first];
-        if (--left == 0) to += plane, left = pooled;
-      }
-    }
-  }
-};
-
 template <class T>
 void run_code(const CodeDifference<T>& args, int threads) {
   with_activation(args.activation, [&](auto activation) {
@@ -458,27 +255,9 @@ void run_code(const CodeDifference<T>& args, int threads) {
   });
 }
 
-template <class T>
-void run_probe(const ProbeDifference<T>& args, int threads) {
-  with_activation(args.activation, [&](auto activation) {
-    const ProbeKernel<T, decltype(activation)::value> kernel(args);
-    const int64_t all = args.draws * kernel.elements;
-    const auto packed = [&](auto shift) {
-      in_parts(args.rows * ceil_div(kernel.row, 4 * kLanes<T>), all, threads,
-               [&](int64_t begin, int64_t end) { kernel.template packed<decltype(shift)::value>(begin, end); });
-    };
-    if (args.pool.kernel == 0) return packed(Shift<0>());
-    if (is_even(args.pool) && with_packed<T>(args.pool, packed)) return;
-    in_parts(args.rows * args.channels, all, threads,
-             [&](int64_t begin, int64_t end) { kernel.any_planes(begin, end); });
-  });
-}
-
 }  // namespace
 
 void code_difference(const CodeDifference<float>& args, int threads) { run_code(args, threads); }
 void code_difference(const CodeDifference<double>& args, int threads) { run_code(args, threads); }
-void probe_difference(const ProbeDifference<float>& args, int threads) { run_probe(args, threads); }
-void probe_difference(const ProbeDifference<double>& args, int threads) { run_probe(args, threads); }
 
 }  // namespace tpext::cpu::TPEXT_CAPABILITY
