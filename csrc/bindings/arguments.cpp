@@ -71,22 +71,22 @@ void Argument::require() const {
   if (!given()) throw py::type_error(label() + " must be a tensor, got None");
 }
 
-void Argument::require_rank(std::initializer_list<const char*> symbols) const {
+void Argument::require_rank(std::span<const char* const> symbols) const {
   require();
   if (rank() == static_cast<int64_t>(symbols.size())) return;
   std::string expected = "[";
-  for (size_t i = 0; i < symbols.size(); ++i) expected += std::string(i == 0 ? "" : ", ") + symbols.begin()[i];
+  for (size_t i = 0; i < symbols.size(); ++i) expected += std::string(i == 0 ? "" : ", ") + symbols[i];
   throw py::value_error(label() + " must be " + expected + "], got " + shape_text());
 }
 
-void Argument::require_shape(std::initializer_list<Dim> dims) const {
+void Argument::require_shape(std::span<const Dim> dims) const {
   require();
   bool right = rank() == static_cast<int64_t>(dims.size());
-  for (size_t i = 0; right && i < dims.size(); ++i) right = size(static_cast<int64_t>(i)) == dims.begin()[i].size;
+  for (size_t i = 0; right && i < dims.size(); ++i) right = size(static_cast<int64_t>(i)) == dims[i].size;
   if (right) return;
   std::string expected = "[";
   for (size_t i = 0; i < dims.size(); ++i)
-    expected += std::string(i == 0 ? "" : ", ") + dims.begin()[i].symbol + "=" + std::to_string(dims.begin()[i].size);
+    expected += std::string(i == 0 ? "" : ", ") + dims[i].symbol + "=" + std::to_string(dims[i].size);
   throw py::value_error(label() + " must be " + expected + "], got " + shape_text());
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,8 +39,10 @@ class Argument {
   dlpack::Device device() const { return tensor().device; }
 
   void require() const;
-  void require_rank(std::initializer_list<const char*> symbols) const;
-  void require_shape(std::initializer_list<Dim> dims) const;
+  void require_rank(std::span<const char* const> symbols) const;
+  void require_rank(std::initializer_list<const char*> symbols) const { require_rank(std::span(symbols)); }
+  void require_shape(std::span<const Dim> dims) const;
+  void require_shape(std::initializer_list<Dim> dims) const { require_shape(std::span(dims)); }
   // Dense, row-major, of this dtype, on the device of the call's leading tensor.
   void require_dense(dlpack::DataType dtype, const Argument& leading) const;
   // The same, dense along the last axis alone.

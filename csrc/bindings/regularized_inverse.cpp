@@ -7,10 +7,8 @@
 #include <string>
 #include <vector>
 
-#include "bindings/arguments.h"
+#include "bindings/call.h"
 #include "bindings/entries.h"
-#include "bindings/execution.h"
-#include "cpu/kernels.h"
 #include "cuda/kernels.h"
 
 namespace tpext::bindings {
@@ -42,6 +40,12 @@ void require_matrices(const Argument& argument, const Dim& batch, const Dim& row
     argument.require_shape({batch, rows, columns});
 }
 
+void require_status(const Argument& status, const Dim& batch, const Argument& weight, bool needed) {
+  if (!status.given() && !needed) return;
+  status.require_shape({batch});
+  status.require_dense(dlpack::kInt64, weight);
+}
+
 // The status of each matrix where the caller wants none.
 class Statuses {
  public:
@@ -59,91 +63,70 @@ class Statuses {
   std::vector<int64_t> own_;
 };
 
+void require_ridge(const KernelCall& call, double reg) {
+  if (!(reg >= 0)) call.refuse("reg must be >= 0, got " + std::to_string(reg));
+}
+
 // Returns the number of matrices whose status is not ok, so that a caller need not read them; 0 on CUDA.
-int64_t regularized_inverse(const py::object& weight_, double reg, const py::object& inverse_,
-                            const py::object& status_, const py::object& execution_) {
-  constexpr const char* op = "regularized_inverse";
-  const Argument weight(op, "weight", weight_), inverse(op, "inverse", inverse_), status(op, "status", status_);
-  const Execution execution(op, weight, execution_);
+int64_t regularized_inverse(const char* op, const Argument& weight, double reg, const Argument& inverse,
+                            const Argument& status, const py::object& execution) {
+  const KernelCall call(op, weight, execution);
   const Dim batch = require_matrices(weight), M{"M", size_from_last(weight, 2)}, N{"N", size_from_last(weight, 1)};
-  const bool is_double = weight.dtype() == dlpack::kFloat64;
-  const dlpack::DataType dtype = is_double ? dlpack::kFloat64 : dlpack::kFloat32;
-  weight.require_dense(dtype, weight);
+  call.floats(weight);
   require_matrices(inverse, batch, N, M);
-  inverse.require_dense(dtype, weight);
-  if (status.given() || execution.on_cuda()) {
-    status.require_shape({batch});
-    status.require_dense(dlpack::kInt64, weight);
-  }
-  if (!(reg >= 0)) throw py::value_error(std::string(op) + ": reg must be >= 0, got " + std::to_string(reg));
-  if (execution.on_cuda() && std::max(M.size, N.size) > cuda::kLargestInverse)
+  call.written(inverse);
+  require_status(status, batch, weight, call.on_cuda());
+  require_ridge(call, reg);
+  if (call.on_cuda() && std::max(M.size, N.size) > cuda::kLargestInverse)
     throw py::value_error(weight.label() + " must have M and N of at most " + std::to_string(cuda::kLargestInverse) +
                           " on CUDA, got " + weight.shape_text());
   const Statuses statuses(status, batch.size);
-  const auto run = [&]<class T>(T) {
-    const RegularizedInverse<T> args{
-        batch.size, M.size, N.size, static_cast<T>(reg), weight.data<const T>(), inverse.data<T>(), statuses.data()};
-    const py::gil_scoped_release release;
-    if constexpr (kWithCuda) {
-      if (execution.on_cuda()) return cuda::regularized_inverse(args, execution.queue());
-    }
-    inverse.prefer_huge_pages();
-    cpu::kernels()(args, execution.threads());
-  };
-  is_double ? run(double()) : run(float());
-  if (execution.on_cuda()) return 0;
-  return statuses.failures();
+  call.run(
+      [&]<class T>(T) {
+        return RegularizedInverse<T>{
+            batch.size,        M.size,         N.size, static_cast<T>(reg), weight.data<const T>(),
+            inverse.data<T>(), statuses.data()};
+      },
+      [](const auto& args, const auto& queue) { cuda::regularized_inverse(args, queue); });
+  return call.on_cuda() ? 0 : statuses.failures();
 }
 
 // On the CPU only. Returns the number of matrices whose status is not ok.
-int64_t regularized_solve(const py::object& weight_, const py::object& rhs_, double reg, const py::object& solution_,
-                          const py::object& status_, const py::object& execution_) {
-  constexpr const char* op = "regularized_solve";
-  const Argument weight(op, "weight", weight_), rhs(op, "rhs", rhs_), solution(op, "solution", solution_),
-      status(op, "status", status_);
-  const Execution execution(op, weight, execution_);
-  if (execution.on_cuda())
+int64_t regularized_solve(const char* op, const Argument& weight, const Argument& rhs, double reg,
+                          const Argument& solution, const Argument& status, const py::object& execution) {
+  const KernelCall call(op, weight, execution);
+  if (call.on_cuda())
     throw py::value_error(weight.label() + " must be on the CPU: on CUDA the solution comes from the inverse");
   const Dim batch = require_matrices(weight), M{"M", size_from_last(weight, 2)}, N{"N", size_from_last(weight, 1)};
-  const bool is_double = weight.dtype() == dlpack::kFloat64;
-  const dlpack::DataType dtype = is_double ? dlpack::kFloat64 : dlpack::kFloat32;
-  weight.require_dense(dtype, weight);
+  call.floats(weight);
   rhs.require();
   const Dim K{"K", rhs.rank() < 2 ? 0 : size_from_last(rhs, 2)};
   require_matrices(rhs, batch, K, M);
-  rhs.require_dense(dtype, weight);
+  call.floats(rhs);
   require_matrices(solution, batch, K, N);
-  solution.require_dense(dtype, weight);
-  if (status.given()) {
-    status.require_shape({batch});
-    status.require_dense(dlpack::kInt64, weight);
-  }
-  if (!(reg >= 0)) throw py::value_error(std::string(op) + ": reg must be >= 0, got " + std::to_string(reg));
+  call.written(solution);
+  require_status(status, batch, weight, false);
+  require_ridge(call, reg);
   const Statuses statuses(status, batch.size);
-  const auto run = [&]<class T>(T) {
-    const RegularizedSolve<T> args{.batch = batch.size,
-                                   .rows = M.size,
-                                   .columns = N.size,
-                                   .count = K.size,
-                                   .reg = static_cast<T>(reg),
-                                   .weight = weight.data<const T>(),
-                                   .rhs = rhs.data<const T>(),
-                                   .solution = solution.data<T>(),
-                                   .status = statuses.data()};
-    const py::gil_scoped_release release;
-    cpu::kernels()(args, execution.threads());
-  };
-  is_double ? run(double()) : run(float());
+  call.run([&]<class T>(T) {
+    return RegularizedSolve<T>{.batch = batch.size,
+                               .rows = M.size,
+                               .columns = N.size,
+                               .count = K.size,
+                               .reg = static_cast<T>(reg),
+                               .weight = weight.data<const T>(),
+                               .rhs = rhs.data<const T>(),
+                               .solution = solution.data<T>(),
+                               .status = statuses.data()};
+  });
   return statuses.failures();
 }
 
 }  // namespace
 
 void define_regularized_inverse(py::module_& m) {
-  m.def("regularized_inverse", &regularized_inverse, py::arg("weight"), py::arg("reg"), py::arg("inverse"),
-        py::arg("status"), py::arg("execution"));
-  m.def("regularized_solve", &regularized_solve, py::arg("weight"), py::arg("rhs"), py::arg("reg"), py::arg("solution"),
-        py::arg("status"), py::arg("execution"));
+  define(m, "regularized_inverse", regularized_inverse, {"weight", "reg", "inverse", "status", "execution"});
+  define(m, "regularized_solve", regularized_solve, {"weight", "rhs", "reg", "solution", "status", "execution"});
 }
 
 }  // namespace tpext::bindings
