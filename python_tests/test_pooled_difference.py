@@ -6,6 +6,7 @@ Tests that take ``device`` run on a GPU, and on the CPU by the emulation of the 
 from __future__ import annotations
 
 import itertools
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -529,6 +530,17 @@ def test_cuda_equals_the_oracle(
         check_both(case(shape, activation, pool, dtype), device)
         if pool[0]:
             check_both(case(shape, activation, pool, dtype, tied=True), device)
+
+
+def test_the_cuda_entry_takes_planes_without_a_pool(emulated_module: ModuleType) -> None:
+    """Which the op makes one plane of."""
+    z, change = torch.randn(6, 4, 5), torch.randn(2, 6, 4, 5)
+    written = []
+    for module, execution in ((_C, 1), (emulated_module, (0, "auto", None))):
+        difference = torch.full_like(change, torch.nan)
+        module.code_difference(z, change, z.relu(), None, "relu", 1.0, 0, 1, 0, True, difference, execution)
+        written.append(difference)
+    assert torch.equal(*written)
 
 
 def test_cuda_nan_and_infinity_go_where_the_cpu_puts_them(device: torch.device) -> None:

@@ -32,8 +32,8 @@ struct Pool {
 template <class T>
 struct CodeDifference {
   int64_t draws;   // K
-  int64_t planes;  // B C; without a pool 1
-  Pool pool;       // without one height is 1 and width the number of elements
+  int64_t planes;  // B C
+  Pool pool;
   Activation activation;
   T alpha;
   bool noisy;

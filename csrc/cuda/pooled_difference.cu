@@ -114,7 +114,8 @@ __device__ inline T twice(const CodeDifference<T>& args, T v) {
 // A thread an element; no pool.
 template <class T>
 __global__ void __launch_bounds__(kThreads) code_flat(const __grid_constant__ CodeDifference<T> args) {
-  const int64_t at = int64_t{block_index()} * kThreads + thread_index(), elements = plane_size(args.pool);
+  const int64_t at = int64_t{block_index()} * kThreads + thread_index();
+  const int64_t elements = args.planes * plane_size(args.pool);
   if (at >= elements) return;
   const T clean = activate(args.activation, args.alpha, args.output[at]), z = args.preactivation[at];
   for (int64_t k = 0; k < args.draws; ++k)
