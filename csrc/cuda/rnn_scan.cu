@@ -1,12 +1,11 @@
-// rnn_scan:           h_t = a(x_proj_t + h_{t-1} W')
-// rnn_scan_backward:  e_t = (g_t + e_{t+1} W) * a'(h_t),  grad_h0 = e_1 W   (backward_sweep.h)
+// rnn_scan:  h_t = a(x_proj_t + h_{t-1} W')
 //
 // Layouts stand in core/rnn.h, work split, memory and determinism in sweep.h. A step reads x_proj once and writes h
 // once: 2 B H elements a member; 2 B H^2 operations. Predicted by plan.h for an H200 at 1.8 GHz, not measured: H = 100
 // and one row a block 500 cycles a step, 0.28 us; H = 128 and four rows 910, 0.51 us; H = 512 in clusters of 8 and four
 // rows 2400, 1.3 us.
 #include "cuda/activations.h"
-#include "cuda/backward_sweep.h"
+#include "cuda/kernels.h"
 #include "cuda/plan.h"
 
 namespace tpext::cuda {
@@ -59,34 +58,12 @@ struct ForwardStep {
 }  // namespace
 
 template <class T>
-RnnPlan plan_rnn(int products, int64_t stack, int64_t batch, int64_t hidden, int device, Regime wanted) {
-  const RnnSizes sizes{stack, 0, batch, hidden, nullptr, nullptr};
-  return plan_backward_sweep<T>(products == 2 ? Credit::through_time : Credit::local, sizes, device, wanted);
-}
-
-template <class T>
 void rnn_scan(const RnnScan<T>& args, const RnnExecution& execution) {
   const ForwardStep<T> step{args.nonlinearity, args.x_proj, args.h0, args.weight_hh, args.states, args.h_n};
   run_sweep(args.sizes, execution, step);
 }
 
-template <class T>
-void rnn_scan_backward(const RnnScanBackward<T>& args, const RnnExecution& execution) {
-  BackwardArrays<T> arrays{};
-  arrays.nonlinearity = args.nonlinearity;
-  arrays.weight_hh = args.weight_hh;
-  arrays.grad_states = args.grad_states;
-  arrays.credit_n = args.grad_h_n;
-  arrays.states = args.states;
-  arrays.delta = args.grad_x_proj;
-  arrays.credit_h0 = args.grad_h0;
-  run_backward_sweep(Credit::backprop, arrays, args.sizes, execution);
-}
-
-#define TPEXT_INSTANTIATE(T)                                                 \
-  template RnnPlan plan_rnn<T>(int, int64_t, int64_t, int64_t, int, Regime); \
-  template void rnn_scan<T>(const RnnScan<T>&, const RnnExecution&);         \
-  template void rnn_scan_backward<T>(const RnnScanBackward<T>&, const RnnExecution&);
+#define TPEXT_INSTANTIATE(T) template void rnn_scan<T>(const RnnScan<T>&, const RnnExecution&);
 TPEXT_INSTANTIATE(float)
 TPEXT_INSTANTIATE(double)
 TPEXT_INSTANTIATE(Bfloat16)
