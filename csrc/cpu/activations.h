@@ -29,16 +29,6 @@ inline Vec<T> times_derivative(Vec<T> m, Vec<T> h) {
 }
 
 template <Nonlinearity A, class T>
-inline Vec<T> over_derivative(Vec<T> d, Vec<T> h, T bound) {
-  return VectorActivations<T>::over_derivative(A, d, h, bound);
-}
-
-template <Nonlinearity A, class T>
-inline Vec<T> over_derivative(Vec<T> d, Vec<T> h, T bound, T reg) {
-  return VectorActivations<T>::over_derivative(A, d, h, bound, reg);
-}
-
-template <Nonlinearity A, class T>
 inline Vec<T> inverse_activate(Vec<T> v, T bound) {
   return VectorActivations<T>::inverse_activate(A, v, bound);
 }

@@ -27,10 +27,9 @@ struct TargetStep {
   const RnnTargetScan<T>& args;
 
   Vec<T> times_slope(Vec<T> d, Vec<T> h) const {
-    if constexpr (S == Choice::published) return over_derivative<A, T>(d, h, T(1) - args.margin);
-    if constexpr (S == Choice::derivative) return times_derivative<A, T>(d, h);
-    if (args.slope == Slope::one) return d;
-    return over_derivative<A, T>(d, h, T(1) - args.margin, args.slope_reg);
+    const Slope slope = S == Choice::given ? args.slope : S == Choice::derivative ? Slope::derivative : Slope::inverse;
+    return VectorActivations<T>::times_slope(slope, A, d, h, T(1) - args.margin,
+                                             S == Choice::given ? args.slope_reg : T(0));
   }
 
   // What the inverse of step t + 1 adds to the displacement at t.
