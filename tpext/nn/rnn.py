@@ -381,7 +381,7 @@ class RNN(OwnedParameters):
             input: ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` for a single sequence, or a
                 ``PackedSequence``; the parameters' dtype, or any floating one under autocast.
             hx: initial states ``[num_layers * D, B, H]`` (``[num_layers * D, H]`` for a single sequence), D directions;
-                None means zeros.
+                None means zeros. Credit ``"through_time"`` ends here: hand on ``h_n.detach()``.
             lengths: ``[B]`` int64, 0..T: the valid steps of each row of a padded batch; None: all T. The result is
                 that of the packed batch: outputs beyond are zero, the second direction starts at the last valid step,
                 ``h_n`` is the state after the last valid step (``hx`` for a row of length 0). Unlike a

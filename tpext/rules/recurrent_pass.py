@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -116,14 +117,43 @@ def run_pass(rule: RecurrentRule, call: RecurrentCall) -> tuple[Tensor, Tensor]:
     # Owned parameters are detached: a layer of which only they are trainable has no backward pass to run.
     tensors = (*call[:6], *(parameter.detach() for parameter in call.owned))
     settings = (list(call.reverse), call.nonlinearity, call.checkpoint_every, rule)
+    if rule.credit == "through_time" and not torch.compiler.is_compiling() and _ends_a_pass(call.h0):
+        warnings.warn(_LOST_CREDIT, stacklevel=2)
     return apply_node(_RecurrentPass, settings, tensors, low_precision=True)  # type: ignore[no-any-return]
+
+
+_LOST_CREDIT = (
+    "RNN: hx is the h_n of an earlier call, with its graph. Under credit='through_time' the credit of a call ends at "
+    "its hx, so the earlier call's steps learn of the later ones through their displacements alone. Run the sequence "
+    "in one call (checkpoint_every bounds the memory), detach hx, or use credit='local', whose parts add up."
+)
+
+# What rearranges h_n on its way to the next call.
+_REARRANGES = ("View", "Unsqueeze", "Squeeze", "Split", "Select", "Slice", "IndexSelect", "Cat", "Clone", "ToCopy")
+
+
+def _ends_a_pass(h0: Tensor) -> bool:
+    """Whether ``h0`` is the final state of an earlier pass, rearranged perhaps, and not cut off from its graph."""
+    nodes = [h0.grad_fn]
+    # layers and directions are few, and so are the nodes that put them together
+    for _ in range(64):
+        if not nodes:
+            break
+        node = nodes.pop()
+        if node is None:
+            continue
+        if isinstance(node, _RecurrentPass._backward_cls):
+            return True
+        if node.name().startswith(_REARRANGES):
+            nodes.extend(before for before, _ in node.next_functions)
+    return False
 
 
 class _RecurrentPass(torch.autograd.Function):
     """The node. Without ``checkpoint_every`` the whole sequence is one piece.
 
     With it, ``forward`` keeps only the state before each piece and the backward pass computes a piece's states anew:
-    with ``delta`` some ``T / K + 2 K`` states in memory in place of ``2 T``, for one more forward pass.
+    some ``T / K + K`` states in memory in place of ``T``, for one more forward pass.
 
     Contexts are filled in ``forward``, not in a ``setup_context``: with one, torch looks up and binds the signature at
     every call, which takes as long as a small kernel. And without names for the arguments: torch's compiler takes a
