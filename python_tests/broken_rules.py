@@ -151,7 +151,7 @@ class KeepsOnePiece(SignSymmetry):
 
     def run_recurrent(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
         if call.checkpoint_every is not None:
-            call = call._replace(input=call.input[-call.checkpoint_every :], checkpoint_every=None)
+            call = call._replace(input=call.input[:, -call.checkpoint_every :], checkpoint_every=None)
         return super().run_recurrent(call)
 
 

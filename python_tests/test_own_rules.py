@@ -421,7 +421,7 @@ def test_tasks_pass_their_check(tmp_path: Path) -> None:
     for name in ("temporal-order", "adding", "random-permutation", "spiral", "digits-mlp"):
         check_task(make_task(name))
     write_mnist(tmp_path)
-    for name in ("mnist", "mnist-mlp", "mnist-autoencoder"):
+    for name in ("sequential-mnist", "mnist-mlp", "mnist-autoencoder"):
         check_task(make_task(name, data_dir=tmp_path))
     check_task(ImageClasses("digits"))
     check_task(ImageClasses("mnist", data_dir=tmp_path))

@@ -13,7 +13,7 @@ from tpext.ops.rnn_products import final_states, input_projection
 from tpext.rules.base import Kind
 from tpext.rules.layer import LayerCall, LayerRule, through_activation
 from tpext.rules.recurrent import RecurrentRule
-from tpext.rules.recurrent_pass import Gradients, LayerWeights, Linear, Piece, RecurrentCall, Sweep, run_backward
+from tpext.rules.recurrent_pass import Gradients, HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class Backprop(RecurrentRule, LayerRule):
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
         ) -> tuple[Gradients, Tensor, Tensor | None]:
-            # the default numbers: a displacement is minus a gradient, and W its own feedback
-            matrices = (layer.weight_hh, layer.weight_ih, None)
-            return run_backward(layer, piece, Linear(), *matrices, (1.0, 1.0), False, grad_states, arriving, credit)
+            # W is its own feedback, and a displacement minus a gradient; nothing is clipped by a'
+            how = HowBack("linearized", "local", 1.0, 0.5, "derivative", 0.0)
+            matrices, back = (layer.weight_hh, layer.weight_ih, None), (grad_states, arriving, credit)
+            return run_backward(layer, piece, how, *matrices, (1.0, 1.0), False, *back)
 
         return Sweep(run, unit=-1.0, fades=True)
 

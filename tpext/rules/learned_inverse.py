@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tpext.ops.rnn_products import input_projection, valid_steps
 from tpext.rules.base import Kind, number
 from tpext.rules.recurrent import Credit, RecurrentRule
-from tpext.rules.recurrent_pass import Gradients, LayerWeights, Linear, Piece, RecurrentCall, Sweep, run_backward
+from tpext.rules.recurrent_pass import Gradients, HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LearnedInverse(RecurrentRule):
     def start_sweep(self, layer: LayerWeights) -> Sweep:
         reverse_weight, reverse_bias = layer.owned
         step = self.target_step
-        numbers = Linear("learned", self.credit, step, slope="inverse")
+        how = HowBack("learned", self.credit, step, 1e-3, "inverse", 0.0)
         scales = (1 / step if self.normalize else 1.0, 1 / step)
 
         def run(
@@ -87,7 +87,7 @@ class LearnedInverse(RecurrentRule):
             from_input = input_projection(piece.input, layer.weight_ih, reverse_bias).flatten(1, 2)
             pre = torch.baddbmm(from_input, piece.states.flatten(1, 2), reverse_weight.mT).view(piece.states.shape)
             feedback, back = reverse_weight.mT, (grad_states, arriving, credit)
-            return run_backward(layer, piece, numbers, feedback, layer.weight_ih, pre, scales, False, *back)
+            return run_backward(layer, piece, how, feedback, layer.weight_ih, pre, scales, False, *back)
 
         return Sweep(run, -step, fades=True)
 

@@ -26,8 +26,8 @@ from tpext.ops.rnn_products import input_projection
 from tpext.rules.base import Kind, Rule, check_flag, check_positive, require_result
 from tpext.rules.recurrent_pass import (
     Gradients,
+    HowBack,
     LayerWeights,
-    Linear,
     Piece,
     RecurrentCall,
     Sweep,
@@ -150,7 +150,7 @@ class RecurrentRule(Rule, ABC):
         of_displacement = self.input_rule == "target" and layer.needs[0]
         input_feedback = self._matrix("input_feedback", layer.weight_ih) if of_displacement else layer.weight_ih
         step = self.target_step
-        numbers = Linear(self.correction, self.credit, step, self.margin, self.slope, self.slope_reg)
+        how = HowBack(self.correction, self.credit, step, self.margin, self.slope, self.slope_reg)
         scales = (1 / step if self.normalize else 1.0, -1 / step if of_displacement else 1 / step)
 
         def run(
@@ -161,7 +161,7 @@ class RecurrentRule(Rule, ABC):
             if self.correction == "none":
                 pre = input_projection(piece.input, layer.weight_ih, layer.bias)
             back = (grad_states, arriving, credit)
-            return run_backward(layer, piece, numbers, feedback, input_feedback, pre, scales, of_displacement, *back)
+            return run_backward(layer, piece, how, feedback, input_feedback, pre, scales, of_displacement, *back)
 
         return Sweep(run, -step, self.correction != "none")
 

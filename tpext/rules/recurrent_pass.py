@@ -279,21 +279,24 @@ def _cut(input: Tensor, lengths: Tensor | None, begin: int, size: int) -> tuple[
     return part, None if lengths is None else (lengths - begin).clamp(0, part.shape[1])
 
 
-class Linear(NamedTuple):
-    """The numbers of a pass that goes by a matrix, as ``torch.ops.tpext.rnn_target_scan`` explains them."""
+class HowBack(NamedTuple):
+    """How a pass goes back, as ``torch.ops.tpext.rnn_layer_backward`` explains it.
 
-    correction: str = "linearized"
-    credit: str = "local"
-    target_step: float = 1.0
-    margin: float = 1e-3
-    slope: str = "derivative"
-    slope_reg: float = 0.0
+    Without defaults: the compiler takes a float that it reads from a class for one that may change.
+    """
+
+    correction: str
+    credit: str
+    target_step: float
+    margin: float
+    slope: str
+    slope_reg: float
 
 
 def run_backward(
     layer: LayerWeights,
     piece: Piece,
-    numbers: Linear,
+    how: HowBack,
     feedback: Tensor,
     input_feedback: Tensor | None,
     pre: Tensor | None,
@@ -316,7 +319,7 @@ def run_backward(
         piece.lengths,
         layer.reverse,
         layer.nonlinearity,
-        *numbers,
+        *how,
         *scales,
         of_displacement,
         [layer.needs[0], *layer.needs[2:5]],
@@ -326,7 +329,7 @@ def run_backward(
     grads: Gradients = [None] * 5
     for place, gradient in zip((0, 2, 3, 4), found, strict=True):
         grads[place] = gradient if layer.needs[place] else None
-    return grads, first, first_credit if numbers.credit == "through_time" else None
+    return grads, first, first_credit if how.credit == "through_time" else None
 
 
 def _differentiable(
