@@ -267,7 +267,7 @@ def select(inputs: Scan, steps: slice = slice(None), rows: slice = slice(None)) 
     index = {
         **dict.fromkeys(("x_proj", "states", "grad_states"), (slice(None), steps, rows)),
         **dict.fromkeys(("h0", "at_end", "credit_at_end"), (slice(None), rows)),
-        "input": (steps, rows),
+        "input": (slice(None), steps, rows),
         "lengths": (rows,),
     }
     tensors = {key: getattr(inputs, key) for key in index}
@@ -358,7 +358,7 @@ class SameBits:
             x_proj=inputs.x_proj.flip(1),
             states=inputs.states.flip(1),
             grad_states=inputs.grad_states.flip(1),
-            input=inputs.input.flip(0),
+            input=inputs.input.flip(1),
             reverse=[False, False],
         )
         assert_same_bits(self.run(inputs), [output.flip(1) for output in self.run(flipped)])

@@ -94,7 +94,7 @@ def ops_cases() -> list[Case]:
         Case(
             "input_projection",
             ops.input_projection,
-            {name: STACK[name] for name in ("input", "weight_ih", "bias")},
+            {"input": STACK["input"][None], "weight_ih": STACK["weight_ih"], "bias": STACK["bias"]},
             {},
             ("bias",),
         ),

@@ -75,12 +75,33 @@ def op_arguments(op: str, **sizes: int) -> Arguments:
             "reverse": inputs.reverse,
             "scale": 0.5,
         },
+        "rnn_layer_backward": {
+            **backward,
+            "input": scan(**sizes, **options, own_inputs=True).input,
+            "h0": inputs.h0,
+            "weight_hh": inputs.weight_hh,
+            "feedback": inputs.weight_hh.clone(),
+            "input_feedback": layer(**sizes, **options).weight_ih,
+            "pre": inputs.x_proj,
+            **run,
+            "correction": "none",
+            "credit": "through_time",
+            "target_step": 0.5,
+            "margin": 0.01,
+            "slope": "inverse",
+            "slope_reg": 0.0,
+            "scale": 0.5,
+            "input_scale": 2.0,
+            "of_displacement": False,
+            **beyond,
+        },
     }[op]
 
 
 OPTIONAL_OUTPUTS = {
     "rnn_target_scan": {"return_norms": True, "return_displacement": True},
     "rnn_learned_target_scan": {"return_norms": True},
+    "rnn_layer_backward": {"needs": [True] * 4},
 }
 # Each op, and the argument that gives sizes and precision: where it is changed, another is found not to fit it.
 OPS = {
@@ -90,12 +111,12 @@ OPS = {
     "rnn_target_scan": "states",
     "rnn_learned_target_scan": "states",
     "rnn_weight_gradients": "delta",
+    "rnn_layer_backward": "states",
 }
 # Each entry of `_C` with what it writes, in the order of the op's outputs. "rnn_layer" is `_C.rnn_scan` with an input.
 ENTRIES = {
     "rnn_scan": {"states": "STBH"},
     "rnn_layer": {"states": "STBH", "h_n": "SBH"},
-    "rnn_scan_backward": {"grad_x_proj": "STBH", "grad_h0": "SBH"},
     "rnn_target_scan": {
         "delta": "STBH",
         "disp_h0": "SBH",
@@ -105,6 +126,14 @@ ENTRIES = {
     },
     "rnn_learned_target_scan": {"delta": "STBH", "disp_h0": "SBH", "norms": "STB", "credit_h0": "SBH"},
     "rnn_weight_gradients": {"grad_weight_ih": "SHI", "grad_weight_hh": "SHH", "grad_bias": "SH"},
+    "rnn_layer_backward": {
+        "grad_input": "STBI",
+        "grad_weight_ih": "SHI",
+        "grad_weight_hh": "SHH",
+        "grad_bias": "SH",
+        "disp_h0": "SBH",
+        "credit_h0": "SBH",
+    },
 }
 ENTRY_OF = {"rnn_layer": "rnn_scan"}
 LEADING = OPS | {"rnn_scan": "states", "rnn_layer": "states"}
@@ -112,11 +141,16 @@ LEADING = OPS | {"rnn_scan": "states", "rnn_layer": "states"}
 OPTIONAL = {
     "rnn_scan": {"lengths"},
     "rnn_layer": {"bias", "lengths", "h_n"},
-    "rnn_scan_backward": {"grad_states", "grad_h_n", "lengths"},
     "rnn_target_scan": {"grad_states", "disp_n", "credit_n", "lengths", "credit_h0", "norms", "displacement"},
     "rnn_learned_target_scan": {"grad_states", "disp_n", "credit_n", "lengths", "credit_h0", "norms"},
     "rnn_weight_gradients": {"lengths", "grad_weight_ih", "grad_weight_hh", "grad_bias"},
+    "rnn_layer_backward": {
+        *("grad_states", "disp_n", "credit_n", "lengths", "credit_h0"),
+        *("grad_input", "grad_weight_ih", "grad_weight_hh", "grad_bias"),
+    },
 }
+# The entries of what torch's products do on CUDA.
+ON_CPU_ALONE = ("rnn_weight_gradients", "rnn_layer_backward")
 
 
 def entry_arguments(op: str, **sizes: int) -> Arguments:
@@ -130,6 +164,7 @@ def entry_arguments(op: str, **sizes: int) -> Arguments:
         "rnn_layer": {"x_proj": None},
         "rnn_target_scan": {"displacement_of_state": None},
         "rnn_learned_target_scan": {"displacement_of_state": None},
+        "rnn_layer_backward": {"transposed": False},
     }.get(op, {})
     return op_arguments(op, **sizes) | absent | written | {"execution": 2}
 
@@ -245,14 +280,19 @@ def test_entry_takes_what_is_absent_for_zero(op: str) -> None:
             assert torch.equal(absent[output], zero[output]), f"{output} without {argument}"
 
 
-@pytest.mark.parametrize("op", ["rnn_layer", "rnn_weight_gradients"])
-def test_entry_reads_an_input_of_any_strides_in_place(op: str) -> None:
-    plain = entry_arguments(op)
+@pytest.mark.parametrize("op", ["rnn_layer", "rnn_weight_gradients", "rnn_layer_backward"])
+@pytest.mark.parametrize("members", [1, SIZES["S"]])
+def test_entry_reads_an_input_of_any_strides_in_place(op: str, members: int) -> None:
+    input = scan(**SIZES, dtype=torch.float32, ragged=True, own_inputs=members > 1).input
+    plain = entry_arguments(op) | {"input": input}
     call_entry(op, plain)
-    input = plain["input"]
-    T, B, I = input.shape  # noqa: E741
-    gaps = torch.full((B, T + 2, 2 * I), torch.nan).transpose(0, 1)[1:-1, :, :I]
-    for memory in (torch.empty_strided((T, B, I), (I, T * I, 1)), gaps):
+    N, T, B, I = input.shape  # noqa: E741
+    batch_first = torch.empty(N, B, T, I).transpose(1, 2)
+    members_last = torch.empty(T, B, N, I).permute(2, 0, 1, 3)
+    gaps = torch.full((N + 1, B, T + 2, 2 * I), torch.nan).transpose(1, 2)[1:, 1:-1, :, :I]
+    for memory in (batch_first, members_last, gaps):
+        if memory is members_last and N == 1:
+            continue
         arguments = entry_arguments(op) | {"input": memory.copy_(input)}
         assert not arguments["input"].is_contiguous()
         call_entry(op, arguments)
@@ -267,7 +307,7 @@ def test_entry_of_the_scan_needs_a_projection_or_an_input() -> None:
 
 
 def test_local_credit_ignores_what_is_for_the_other() -> None:
-    for op in ("rnn_target_scan", "rnn_learned_target_scan"):
+    for op in ("rnn_target_scan", "rnn_learned_target_scan", "rnn_layer_backward"):
         without = entry_arguments(op) | {"credit": "local", "credit_n": None, "credit_h0": None}
         given = entry_arguments(op) | {"credit": "local"}
         for arguments in (without, given):
@@ -404,7 +444,7 @@ def cuda_arguments(op: str, dtype: torch.dtype = torch.float32, index: int = 0) 
         return Claimed(value.to(dtype) if value.is_floating_point() else value, index=index)
 
     arguments = entry_arguments(op)
-    if op != "rnn_weight_gradients":
+    if op not in ON_CPU_ALONE:
         arguments |= dict.fromkeys(("input", "weight_ih", "bias", "norms") & arguments.keys())
     return {key: claimed(value) for key, value in arguments.items()} | {"execution": CUDA_EXECUTION}
 
@@ -490,7 +530,7 @@ def test_an_execution_on_cuda_is_whole(op: str) -> None:
 
 
 @needs_cuda_build
-@pytest.mark.parametrize("op", ["rnn_scan", "rnn_scan_backward", "rnn_target_scan", "rnn_learned_target_scan"])
+@pytest.mark.parametrize("op", ["rnn_scan", "rnn_target_scan", "rnn_learned_target_scan"])
 def test_a_single_step_is_whole(op: str) -> None:
     products = 2 if "target" in op else 1
     right = torch.zeros(products, *(SIZES[symbol] for symbol in "SBH"))
@@ -517,7 +557,7 @@ def test_every_tensor_is_on_the_leading_ones_device(op: str) -> None:
     if op == "rnn_layer":
         arguments |= {"x_proj": Claimed(torch.zeros_like(arguments["states"].memory))}
     for argument in claimed_of(arguments):
-        if argument == leading or op == "rnn_weight_gradients":
+        if argument == leading or op in ON_CPU_ALONE:
             continue
         memory = arguments[argument].memory
         elsewhere = {"the CPU": memory, "CUDA device 1": Claimed(memory, CUDA, 1)}
@@ -530,7 +570,7 @@ def test_every_tensor_is_on_the_leading_ones_device(op: str) -> None:
 @needs_cuda_build
 def test_what_cuda_computes_otherwise_is_refused_there() -> None:
     refused = {
-        "rnn_scan": {"input": "TBI", "weight_ih": "SHI", "bias": "SH"},
+        "rnn_scan": {"input": "STBI", "weight_ih": "SHI", "bias": "SH"},
         "rnn_target_scan": {"norms": "STB"},
         "rnn_learned_target_scan": {"norms": "STB"},
     }
@@ -543,6 +583,10 @@ def test_what_cuda_computes_otherwise_is_refused_there() -> None:
         call_entry("rnn_scan", cuda_arguments("rnn_scan") | {"x_proj": None})
     with pytest.raises(ValueError, match=r"rnn_weight_gradients: .* on CUDA torch's matrix products"):
         call_entry("rnn_weight_gradients", cuda_arguments("rnn_weight_gradients"))
+    with pytest.raises(
+        ValueError, match=r"rnn_layer_backward: .* on CUDA a pass that leaves delta and torch's products"
+    ):
+        call_entry("rnn_layer_backward", cuda_arguments("rnn_layer_backward"))
 
 
 @pytest.mark.parametrize("op", ["rnn_target_scan", "rnn_learned_target_scan"])
@@ -556,7 +600,7 @@ def test_the_displacement_of_the_state_is_for_cuda(op: str) -> None:
 @needs_cuda_build
 def test_dtypes_of_cuda() -> None:
     """The scans take the 16-bit formats, and all tensors of a call are of one; the inverse does not."""
-    for op in ("rnn_scan", "rnn_scan_backward", "rnn_target_scan", "rnn_learned_target_scan"):
+    for op in ("rnn_scan", "rnn_target_scan", "rnn_learned_target_scan"):
         for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             arguments = cuda_arguments(op, dtype)
             name = str(dtype).removeprefix("torch.")
@@ -656,6 +700,9 @@ WRONG_OPTIONS = {
     "target_step": ["large", None],
     "margin": ["small", None],
     "scale": ["large", None],
+    "input_scale": ["large", None],
+    "of_displacement": ["yes"],
+    "transposed": ["yes"],
 }
 
 
@@ -748,10 +795,14 @@ class Fenced:
 
 def call_entries_between_fences() -> None:
     """Every entry with sizes around those of vectors; ends the process where one reads or writes beside an array."""
-    sizes = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33]
-    for op, H, dtype, against_end in itertools.product(ENTRIES, sizes, [torch.float32, torch.float64], [False, True]):
-        for B, I in [(1, 17), (7, 1), (13, 8)]:  # noqa: E741
-            fenced, arguments = Fenced(against_end), entry_arguments(op, H=H, B=B, I=I)
+    widths = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33]
+    for op, H, dtype, against_end in itertools.product(ENTRIES, widths, [torch.float32, torch.float64], [False, True]):
+        calls = [({"B": 1, "I": 17}, {}), ({"B": 7, "I": 1}, {}), ({"B": 13, "I": 8}, {})]
+        if op == "rnn_layer_backward":
+            # several tiles of time, what is handed down, and a batch that is taken by whole arrays
+            calls += [({"B": 13, "I": 8, "T": 33}, {"of_displacement": True}), ({"B": 150, "I": 3, "T": 2}, {})]
+        for sizes, options in calls:
+            fenced, arguments = Fenced(against_end), entry_arguments(op, H=H, **sizes) | options
             for key in tensors_of(arguments):
                 floating = arguments[key].is_floating_point()
                 arguments[key] = fenced(arguments[key].to(dtype) if floating else arguments[key])
@@ -782,8 +833,9 @@ def test_op_refuses_a_wrong_tensor(op: str, argument: str) -> None:
     if (op, argument) == ("rnn_weight_gradients", "input"):
         # Any number of inputs will do.
         del values["another size"], values["size zero"]
-    # rnn_layer takes its hidden size from h0.
-    named = r"\w+" if argument == OPS[op] or (op, argument) == ("rnn_layer", "h0") else argument
+    # rnn_layer takes its hidden size from h0, rnn_layer_backward the number of inputs from the input.
+    gives_a_size = argument == OPS[op] or (op, argument) in [("rnn_layer", "h0"), ("rnn_layer_backward", "input")]
+    named = r"\w+" if gives_a_size else argument
     assert_refused(call_op, op, arguments, argument, values, f"{op}: {named} must ")
 
 
@@ -881,7 +933,7 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
     tests = Path(__file__).parent
     families = (
         *("counter_normal", "layer_inverse", "pooled_difference", "regularized_inverse"),
-        *("rnn_scan", "rnn_target_scan", "rnn_layer"),
+        *("rnn_scan", "rnn_target_scan", "rnn_layer", "rnn_layer_backward"),
     )
     files = [str(tests / f"test_{family}.py") for family in families]
     selected = (

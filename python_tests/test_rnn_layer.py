@@ -83,7 +83,9 @@ class TestSameBits(SameBits):
 
 
 @pytest.mark.parametrize(
-    "case", pairwise(**SIZES, **FREE, I=[1, 3, 16, 17, 200], bias=[False, True], memory=MEMORY), ids=name
+    "case",
+    pairwise(**SIZES, **FREE, I=[1, 3, 16, 17, 200], bias=[False, True], memory=MEMORY, own_inputs=[False, True]),
+    ids=name,
 )
 def test_equals_the_oracle(case: dict[str, Any]) -> None:
     torch.set_num_threads(case.pop("threads"))
@@ -100,6 +102,7 @@ sizes = {
     "ragged": st.booleans(),
     "direction": st.sampled_from(LAYOUTS["direction"]),
     "memory": st.sampled_from(MEMORY),
+    "own_inputs": st.booleans(),
     "seed": st.integers(0, 2**16),
 }
 
@@ -229,10 +232,10 @@ def test_what_is_not_finite_next_to_a_zero_delta_is_not_lost(dtype: torch.dtype,
     """Where delta is zero for a whole chunk of the sum, the kernel leaves the chunk out."""
     inputs = scan(300, 2, 9, 1, dtype)
     inputs.grad_states[:, :290] = 0
-    tensor = {"states": inputs.states[0], "h0": inputs.h0, "input": inputs.input, "delta": inputs.grad_states[0]}[place]
+    places = {"states": inputs.states[0], "h0": inputs.h0, "input": inputs.input[0], "delta": inputs.grad_states[0]}
     arguments = inputs.grad_states, inputs.states, inputs.h0, inputs.input, None, inputs.reverse, 1.0
     assert all(gradient.isfinite().all() for gradient in rnn_weight_gradients(*arguments))
-    tensor[0, 1, 3] = value
+    places[place][0, 1, 3] = value
     weight_ih, weight_hh, bias = rnn_weight_gradients(*arguments)
     if place == "input":
         assert weight_ih[0, :, 3].isnan().all()
@@ -255,7 +258,7 @@ def test_weight_gradients_of_torch() -> None:
     case = layer(6, 4, 3, 5, 2, direction="mixed")
     parameters = [[getattr(rnn, f"{name}_l0{suffix}") for suffix in ("", "_reverse")] for name in PARAMETERS]
     weight_ih, weight_hh, bias_ih, bias_hh = (torch.stack(pair).detach() for pair in parameters)
-    output, h_n = rnn(case.input, case.h0)
+    output, h_n = rnn(case.input[0], case.h0)
     variables = [case.input, case.h0, weight_ih, weight_hh, bias_ih + bias_hh]
     for variable in variables:
         variable.requires_grad_()
@@ -377,13 +380,13 @@ def test_an_input_that_depends_on_another_is_counted_once(create_graph: bool, sh
         input, h0, *weights = variables_of(case)
         rest = (None, [False], "tanh")
         if shared == "state between pieces":
-            _, between = function(input[:3], h0, *weights, *rest)
-            states, _ = function(input[3:], between, *weights, *rest)
+            _, between = function(input[:, :3], h0, *weights, *rest)
+            states, _ = function(input[:, 3:], between, *weights, *rest)
         elif shared == "layers with the same weights":
             below, _ = function(input, h0, *weights, *rest)
-            states, _ = function(below[0], h0, *weights, *rest)
+            states, _ = function(below, h0, *weights, *rest)
         else:
-            states, _ = function(input, input[:1] * h0, *weights, *rest)
+            states, _ = function(input, input[:, 0] * h0, *weights, *rest)
         found.append(torch.autograd.grad(states.square().sum(), [input, h0, *weights], create_graph=create_graph))
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
@@ -393,7 +396,7 @@ def by_composite(
 ) -> tuple[Tensor, Tensor]:
     """One forward member with tanh and full rows, in torch operations."""
     h, states = h0[0], []
-    for x in input:
+    for x in input[0]:
         h = torch.tanh(x @ weight_ih[0].T + bias[0] + h @ weight_hh[0].T)
         states.append(h)
     return torch.stack(states).unsqueeze(0), h.unsqueeze(0)

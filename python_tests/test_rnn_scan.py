@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tpext import _C, reference
-from tpext.ops.rnn_scan import input_projection
+from tpext.ops.rnn_products import input_projection
 
 rnn_scan = torch.ops.tpext.rnn_scan
 rnn_scan_backward = torch.ops.tpext.rnn_scan_backward
@@ -167,9 +168,11 @@ def test_a_gradient_that_fades_leaves_what_zeros_would(
 
 
 def test_input_projection_is_the_affine_map_of_each_member() -> None:
-    input, weight_ih, bias = torch.randn(4, 3, 2).double(), torch.randn(5, 6, 2).double(), torch.randn(5, 6).double()
-    for b in (bias, None):
-        expected = torch.einsum("tbi,shi->stbh", input, weight_ih) + (0 if b is None else b[:, None, None])
+    weight_ih, bias = torch.randn(5, 6, 2).double(), torch.randn(5, 6).double()
+    for members, b in itertools.product((1, 5), (bias, None)):
+        input = torch.randn(members, 4, 3, 2).double()
+        own = input.expand(5, -1, -1, -1)
+        expected = torch.einsum("stbi,shi->stbh", own, weight_ih) + (0 if b is None else b[:, None, None])
         torch.testing.assert_close(input_projection(input, weight_ih, b), expected, rtol=1e-14, atol=1e-14)
 
 
@@ -185,12 +188,14 @@ def test_layer_gradients_equal_those_of_torch(nonlinearity: str, implementation:
     input, h0, weight_ih, weight_hh, bias_ih, bias_hh = variables
     by_member = grad_states.unflatten(-1, (2, 5)).permute(2, 0, 1, 3)
     if implementation == "op":
-        x_proj = input_projection(input, weight_ih, bias_ih + bias_hh)
+        x_proj = input_projection(input.unsqueeze(0), weight_ih, bias_ih + bias_hh)
         states = rnn_scan(x_proj, h0, weight_hh, None, [False, True], nonlinearity)
         actual = torch.autograd.grad(states, variables, by_member)
     else:
-        arrays = [tensor.detach().numpy() for tensor in (by_member, input, h0, weight_ih, weight_hh, bias_ih + bias_hh)]
+        tensors = (by_member, input.unsqueeze(0), h0, weight_ih, weight_hh, bias_ih + bias_hh)
+        arrays = [tensor.detach().numpy() for tensor in tensors]
         gradients = reference.rnn_gradients(*arrays, None, [False, True], nonlinearity)
+        gradients = gradients._replace(input=gradients.input[0])
         actual = [torch.from_numpy(gradient) for gradient in (*gradients, gradients.bias)]
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -159,7 +159,7 @@ def layer(nonlinearity: str = "tanh", ragged: bool = True) -> Layer:
     lengths = torch.tensor([T, 0, 1, 5]) if ragged else None
     return {
         "grad_states": torch.randn(S, T, B, H).double(),
-        "input": torch.randn(T, B, inputs).double(),
+        "input": torch.randn(1, T, B, inputs).double(),
         "h0": torch.randn(S, B, H).double() / 2,
         "weight_ih": torch.randn(S, H, inputs).double() / inputs**0.5,
         "weight_hh": torch.randn(S, H, H).double() / H**0.5,
@@ -260,7 +260,7 @@ def golden_layer(golden: dict[str, Tensor], enters: str = "states") -> Layer:
     return {
         "grad_states": grad_states if enters == "states" else None,
         "grad_h_n": grad_h_n if enters == "end" else None,
-        "input": golden["x"].transpose(0, 1),
+        "input": golden["x"].transpose(0, 1).unsqueeze(0),
         "h0": golden["h"][None, :, 0].detach(),
         "weight_ih": golden["Wi"][None],
         "weight_hh": golden["Wh"][None],
@@ -294,7 +294,7 @@ def test_states_and_targets_equal_the_published_codes(golden: dict[str, Tensor],
     layer = golden_layer(golden)
     weights = layer["weight_hh"]
     R = torch.ops.tpext.regularized_inverse(weights, golden["r"].item())
-    x_proj = torch.einsum("tbi,shi->stbh", layer["input"], layer["weight_ih"]) + layer["bias"][:, None, None]
+    x_proj = torch.einsum("tbi,shi->stbh", layer["input"][0], layer["weight_ih"]) + layer["bias"][:, None, None]
     step, margin = golden["lr_target"].item(), golden["clip"].item()
     if implementation == "ops":
         scan, target_scan, rtol = torch.ops.tpext.rnn_scan, rnn_target_scan, 1e-10
@@ -618,7 +618,7 @@ def test_layer_without_steps_or_rows_has_zero_gradients(empty: str, ragged: bool
     case = layer()
     case["grad_states"] = case["grad_states"][:, :0] if empty == "T" else case["grad_states"][:, :, :0]
     case["grad_h_n"] = None if empty == "T" else case["grad_h_n"][:, :0]
-    case["input"] = case["input"][:0] if empty == "T" else case["input"][:, :0]
+    case["input"] = case["input"][:, :0] if empty == "T" else case["input"][:, :, :0]
     case["h0"] = case["h0"] if empty == "T" else case["h0"][:, :0]
     case["lengths"] = torch.zeros(case["h0"].shape[1], dtype=torch.int64) if ragged else None
     reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double(), "reverse_bias": torch.randn(2, 6).double()}
@@ -676,13 +676,13 @@ def test_layer_returns_states_and_final_states() -> None:
 @pytest.mark.parametrize("correction", CORRECTIONS)
 def test_what_stands_in_the_padding_reaches_no_gradient(value: float, input_rule: str, correction: str) -> None:
     case = layer()
-    padded = torch.arange(len(case["input"]))[:, None] >= case["lengths"]
+    padded = torch.arange(case["input"].shape[1])[:, None] >= case["lengths"]
     filled = case | {"input": case["input"].masked_fill(padded[..., None], value)}
     options = {"input_rule": input_rule, "correction": correction, "credit": "through_time"}
     actual, expected = by_ops(filled, **options), by_ops(case, **options)
     for a, b in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not actual.input[padded.numpy()].any()
+    assert not actual.input[0][padded.numpy()].any()
     reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double(), "reverse_bias": torch.randn(2, 6).double()}
     options = {**reverse_layer, "target_step": 0.1, "credit": "through_time", "normalize": True}
     for a, b in zip(by_learned_ops(filled, **options), by_learned_ops(case, **options), strict=True):
@@ -728,14 +728,14 @@ def local_losses(
     g[-1] += layer["grad_h_n"][0]
     parameters = [parameter.requires_grad_() for parameter in (U, W, bias)]
     states = [layer["h0"][0]]
-    for x in layer["input"]:
+    for x in layer["input"][0]:
         states.append(torch.tanh(x @ U.T + bias + (states[-1].detach() if credit == "local" else states[-1]) @ W.T))
     with torch.no_grad():
         targets = [states[-1] - step * g[-1]]
         for t in range(len(g), 0, -1):
-            before = inverse(layer["input"][t - 1], targets[0])
+            before = inverse(layer["input"][0, t - 1], targets[0])
             if corrected:
-                before += states[t - 1] - inverse(layer["input"][t - 1], states[t])
+                before += states[t - 1] - inverse(layer["input"][0, t - 1], states[t])
             targets.insert(0, before - step * g[t - 2] if t > 1 else before)
     loss = sum((h - v).square().sum() / 2 for h, v in zip(states[1:], targets[1:], strict=True))
     return [*torch.autograd.grad(loss, parameters), targets[0] - states[0]]
