@@ -116,7 +116,15 @@ def test_a_team_gives_the_same_bits_on_a_busy_machine() -> None:
     def run() -> list[torch.Tensor]:
         states = torch.ops.tpext.rnn_scan(x_proj, h0, weight, None, [False], "tanh")
         back = torch.ops.tpext.rnn_scan_backward(grad, states, weight, None, [False], "tanh")
-        return [states, *back]
+        # a team of which each computes some columns, and one of which each computes some rows
+        found = [states, *back]
+        for rows in (1, 4):
+            arrays = (array.view(1, -1, rows, hidden) for array in (grad, x_proj, states))
+            found += torch.ops.tpext.rnn_layer_backward(
+                *arrays, torch.zeros(1, rows, hidden), weight, weight, weight, None, None, [False], "tanh",
+                "linearized", "through_time", 1.0, 1e-3, "derivative", 0.0, 1.0, 1.0, False, [True] * 4,
+            )  # fmt: skip
+        return found
 
     threads = torch.get_num_threads()
     spin = [sys.executable, "-c", "while True: pass"]

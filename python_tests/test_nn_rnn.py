@@ -99,6 +99,25 @@ def test_backprop_equals_torch(form):
             theirs.zero_grad()
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 33, 128, 300])
+@pytest.mark.parametrize("batch", [1, 5, 70])
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_backprop_equals_torch_at_any_length(steps, batch, num_layers, bidirectional, nonlinearity):
+    """By one tile of time and by many, and where the sequence is too short for tiles."""
+    theirs, ours = pair(num_layers=num_layers, bidirectional=bidirectional, nonlinearity=nonlinearity)
+    x = torch.randn(steps, batch, I, dtype=DOUBLE)
+    found = []
+    for module in (ours, theirs):
+        input = x.clone().requires_grad_()
+        output, h_n = module(input)
+        (output.sin().sum() + h_n.cos().sum()).backward()
+        gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+        found.append({"output": output, "h_n": h_n, "input": input.grad, **gradients})
+    assert_same(*found)
+
+
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_dropout_draws_what_torch_draws(bidirectional):
     theirs, ours = pair(num_layers=3, dropout=0.4, bidirectional=bidirectional)

@@ -180,6 +180,8 @@ def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
         raise ValueError(f"{op}: needs must have 4 values, got {len(needs)}")
     if needs[0] and call.input_feedback is None:
         raise ValueError(f"{op}: input_feedback must be given for a gradient of the input, got None")
+    if call.of_displacement and call.correction == "learned":
+        raise ValueError(f"{op}: of_displacement must be False for correction 'learned', which has no z, got True")
     if call.correction in ("none", "learned") and call.pre is None:
         raise ValueError(f"{op}: pre must be given for correction '{call.correction}', got None")
     return (
@@ -201,7 +203,7 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
     of_input, of_weight_ih, of_weight_hh, of_bias, disp_h0, credit_h0 = outputs
     input, feedback, needs = call.input, call.feedback, call.needs
     # what each member adds, where all share one input
-    shared = needs[0] and input.shape[0] < call.states.shape[0]
+    shared = needs[0] and input.shape[0] != call.states.shape[0]
     of_member = input.new_empty(call.states.shape[0], *input.shape[1:]) if shared else of_input
     # the kernel takes either orientation, so a matrix that came as a transpose is not copied
     transposed = feedback.mT.is_contiguous()
@@ -288,7 +290,7 @@ def _backward_by_products(call: _Backward) -> _Gradients:
         matrix = call.input_feedback if call.input_scale == 1 else call.input_feedback * call.input_scale
         of_member = torch.bmm((displacement if call.of_displacement else delta).flatten(1, 2), matrix)
         of_input = of_member.view(states.shape[0], *input.shape[1:])
-        if input.shape[0] < states.shape[0]:
+        if input.shape[0] != states.shape[0]:
             of_input = of_input.sum(0, keepdim=True)
     if any(needs[1:]):
         found = weight_gradients(delta, states, call.h0, input, call.lengths, call.reverse, call.scale)
