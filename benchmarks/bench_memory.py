@@ -1,7 +1,7 @@
 """Peak memory of a training step, each in a process of its own; long sequences whole and by chunks.
 
 Run as a script, this file is such a process: ``python bench_memory.py MODEL I H B T`` takes one step and prints the
-bytes by which its peak of resident memory exceeds what was resident before it.
+bytes by which its peak of resident memory exceeds what was resident before it. MODEL may end in ", every step".
 """
 
 from __future__ import annotations
@@ -28,15 +28,19 @@ MODELS: dict[str, Callable[[int, int], torch.nn.Module]] = {
         inputs, hidden, return_sequence=False, checkpoint_every=CHECKPOINT_EVERY
     ),
 }
+EVERY_STEP = ", every step"
 SIZES = (1, 128, 512, 784)
 LONG = [(1, 128, 16, 10_000), (1, 128, 16, 100_000)]
 
 
-def step(model: torch.nn.Module, x: torch.Tensor) -> None:
-    """A training step with the loss on the last state; ``output`` lives as long as it does in a user's code."""
+def step(model: torch.nn.Module, x: torch.Tensor, every: bool = False) -> None:
+    """A training step with a loss on the last state or on ``every``; ``output`` lives as long as in a user's code."""
     model.zero_grad()
     output, last = model(x)
-    last.square().mean().backward()
+    if every:
+        output.backward(torch.full_like(output, 1e-6))
+    else:
+        last.square().mean().backward()
     del output
 
 
@@ -49,20 +53,25 @@ def resident(field: str) -> int:
 
 def peak_of_step(name: str, inputs: int, hidden: int, batch: int, time: int) -> int:
     torch.set_num_threads(2)
-    model = MODELS[name](inputs, hidden)
+    every = name.endswith(EVERY_STEP)
+    model = MODELS[name.removesuffix(EVERY_STEP)](inputs, hidden)
     x = torch.rand(time, batch, inputs)
     # What is loaded and allocated once, whatever the size.
-    step(model, x[:4, :4])
+    step(model, x[:4, :4], every)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is resident now
     before = resident("VmRSS")
-    step(model, x)
+    step(model, x, every)
     return resident("VmHWM") - before
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    [(name, SIZES) for name in ("torch.nn.RNN", "local", "through_time", "backprop")]
+    [
+        (name + loss, SIZES)
+        for loss in ("", EVERY_STEP)
+        for name in ("torch.nn.RNN", "local", "through_time", "backprop")
+    ]
     + [(name, sizes) for sizes in LONG for name in ("through_time", "checkpointed")],
     ids=lambda value: value if isinstance(value, str) else "I{}-H{}-B{}-T{}".format(*value),
 )

@@ -85,8 +85,8 @@ class RNN(OwnedParameters):
         return_sequence: False returns ``(None, h_n)``: the outputs are not needed.
         checkpoint_every: K >= 1: for long sequences with ``return_sequence=False``, one layer and one direction, keep
             the state before every K-th step only and compute the others anew in the backward pass, K at a time. The
-            memory of a step falls from about ``2 T`` to ``T / K + 2 K`` states ``[B, H]`` (least at ``K = sqrt(T /
-            2)``), for at most one more forward pass. Gradients are summed piece by piece, equal to rounding; where
+            memory of a step falls from about ``T`` to ``T / K + K`` states ``[B, H]`` (least at ``K = sqrt(T)``), for
+            at most one more forward pass. Gradients are summed piece by piece, equal to rounding; where
             the gradient has faded to nothing the rest is left out (on the CPU), and a NaN or infinity there goes
             unseen. None: keep all.
 
