@@ -6,21 +6,25 @@ namespace tpext::bindings {
 
 namespace {
 
-dlpack::DataType precision(const Argument& leading) {
+// The dtype that all tensors must have: the leading one's if a kernel takes it.
+dlpack::DataType precision(const Argument& leading, bool low) {
   leading.require();
-  return leading.dtype() == dlpack::kFloat64 ? dlpack::kFloat64 : dlpack::kFloat32;
+  const dlpack::DataType dtype = leading.dtype();
+  const bool is_low = dtype == dlpack::kBfloat16 || dtype == dlpack::kFloat16;
+  return dtype == dlpack::kFloat64 || (low && is_low) ? dtype : dlpack::kFloat32;
 }
 
 }  // namespace
 
-KernelCall::KernelCall(const char* op, const Argument& leading, const py::object& execution)
-    : op_(op), leading_(leading), dtype_(precision(leading)) {
-  execution_.emplace(op, leading, execution);
-  threads_ = execution_->threads();
-}
+KernelCall::KernelCall(const char* op, const Argument& leading, const py::object& execution, Storage storage)
+    : op_(op),
+      leading_(leading),
+      execution_(std::in_place, op, leading, execution),
+      dtype_(precision(leading, storage == Storage::any && on_cuda())),
+      threads_(execution_->threads()) {}
 
 KernelCall::KernelCall(const char* op, const Argument& leading)
-    : op_(op), leading_(leading), dtype_(precision(leading)) {
+    : op_(op), leading_(leading), dtype_(precision(leading, false)) {
   if (leading.device().type != dlpack::kCpu)
     throw py::value_error(leading.label() + " must be on the CPU, got " + device_name(leading.device()));
 }
@@ -65,6 +69,15 @@ void KernelCall::check(const Argument& argument, const char* dims, dlpack::DataT
   if (!all_known) argument.require_rank({symbols, static_cast<size_t>(rank)});
   argument.require_shape({expected, static_cast<size_t>(rank)});
   argument.require_dense(dtype, leading_);
+}
+
+void KernelCall::none_on_cuda(const Argument& argument) const {
+  if (on_cuda() && argument.given()) throw py::value_error(argument.label() + " must be None on CUDA, got a tensor");
+}
+
+void KernelCall::none_on_cpu(const Argument& argument) const {
+  if (!on_cuda() && argument.given())
+    throw py::value_error(argument.label() + " must be None on the CPU, got a tensor");
 }
 
 void KernelCall::written(const Argument& argument, const char* dims) {

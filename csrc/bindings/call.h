@@ -14,12 +14,15 @@
 
 namespace tpext::bindings {
 
+// What a kernel on CUDA takes besides float32 and float64: nothing, or what it can store, bfloat16 and float16 as well.
+enum class Storage { full, any };
+
 // Sizes, precision and device are those of the leading tensor. Dims are a letter an axis: the first tensor with a
 // letter says what it stands for, the others must agree.
 class KernelCall {
  public:
   // Runs as `execution` says; or on the CPU alone, on one thread or on a number of them that errors call `threads`.
-  KernelCall(const char* op, const Argument& leading, const py::object& execution);
+  KernelCall(const char* op, const Argument& leading, const py::object& execution, Storage storage = Storage::full);
   KernelCall(const char* op, const Argument& leading);
   KernelCall(const char* op, const Argument& leading, const char* threads, const py::object& value);
 
@@ -35,9 +38,16 @@ class KernelCall {
   void floats(const Argument& argument, const char* dims) { check(argument, dims, dtype_); }
   void integers(const Argument& argument, const char* dims) { check(argument, dims, dlpack::kInt64); }
   void written(const Argument& argument, const char* dims);
-  // The same without dims, which the entry checks itself.
+  void optional(const Argument& argument, const char* dims) {
+    if (argument.given()) floats(argument, dims);
+  }
+  // Tensors that one of the devices does not take.
+  void none_on_cuda(const Argument& argument) const;
+  void none_on_cpu(const Argument& argument) const;
+  // The same without dims, which the entry checks itself; `rows`: dense along the last axis alone.
   void floats(const Argument& argument) const { argument.require_dense(dtype_, leading_); }
   void written(const Argument& argument) const;
+  void rows(const Argument& argument) const { argument.require_dense_rows(dtype_, leading_); }
 
   // make(T()) gives the kernel's arguments for elements of type T, float or double; start(arguments, queue) is the
   // kernel on CUDA. The interpreter's lock is released meanwhile.
@@ -58,15 +68,32 @@ class KernelCall {
   void run(const Make& make) const {
     run(make, [](const auto&, const cuda::Queue&) {});
   }
+  // A scan over the leading tensor's [S, T, B, H] with `products` products a step, of Storage::any:
+  // start(arguments, execution).
+  template <class Make, class Start>
+  void run_scan(int products, const Make& make, [[maybe_unused]] const Start& start) const {
+    if (!on_cuda()) return run(make);
+    if constexpr (kWithCuda) {
+      execution_->require_step(size('T'), products, leading_, *find('S'), *find('B'), *find('H'));
+      with_storage_type(dtype_, [&](auto type) {
+        const auto args = make(type);
+        const py::gil_scoped_release release;
+        start(args, execution_->rnn());
+      });
+    }
+  }
+
+ protected:
+  // Null where the letter is not known.
+  const Dim* find(char letter) const;
 
  private:
-  const Dim* find(char letter) const;
   void check(const Argument& argument, const char* dims, dlpack::DataType dtype);
 
   const char* op_;
   const Argument& leading_;
-  const dlpack::DataType dtype_;
   std::optional<Execution> execution_;
+  const dlpack::DataType dtype_;
   int threads_ = 1;
 
   static constexpr int kMostLetters = 8;
