@@ -231,20 +231,60 @@ int run(const std::string& kernel) {
     tpext::RnnScan<float> args{};
     set_common(args);
     if (kernel == "rnn_scan") args.x_proj = x_proj.data();
-    args.input = {input.data(), I, B * I, I};
+    args.input = {input.data(), I, 0, B * I, I};
     args.weight_ih = weight_ih.data();
     args.bias = weight.data();
     args.h0 = h0.data();
     args.states = large.data();
     run_kernel(args);
   } else if (kernel == "rnn_scan_backward") {
-    tpext::RnnScanBackward<float> args{};
+    // A target pass with P = W and a' for the slope.
+    tpext::RnnTargetScan<float> args{};
     set_common(args);
+    args.correction = tpext::Correction::linearized;
+    args.slope = tpext::Slope::derivative;
+    args.target_step = 1;
+    args.margin = 0.5f;
     args.grad_states = grad_states.data();
     args.states = states.data();
-    args.grad_x_proj = large.data();
-    args.grad_h0 = small.data();
+    args.inverse = weight.data();
+    args.is_feedback = true;
+    args.delta = large.data();
+    args.disp_h0 = small.data();
     run_kernel(args);
+  } else if (kernel.rfind("rnn_layer_backward ", 0) == 0) {
+    const bool through_time = kernel == "rnn_layer_backward through_time";
+    large.resize(static_cast<size_t>(H * H));
+    std::vector<float> grad_input(input.size()), grad_weight_ih(static_cast<size_t>(H * I)),
+        grad_bias(static_cast<size_t>(H)), credit_h0(small.size());
+    tpext::RnnLayerBackward<float> args{};
+    set_common(args.pass);
+    args.pass.correction = tpext::Correction::linearized;
+    args.pass.slope = through_time ? tpext::Slope::inverse : tpext::Slope::derivative;
+    args.pass.through_time = through_time;
+    args.pass.target_step = 1;
+    args.pass.margin = 1e-3f;
+    args.pass.grad_states = grad_states.data();
+    args.pass.states = states.data();
+    args.pass.h0 = h0.data();
+    args.pass.inverse = through_time ? inverse.data() : weight.data();
+    args.pass.is_feedback = true;
+    args.pass.disp_h0 = small.data();
+    args.pass.credit_h0 = through_time ? credit_h0.data() : nullptr;
+    set_sizes(args.parameters.sizes);
+    args.parameters.scale = 1;
+    args.parameters.states = states.data();
+    args.parameters.h0 = h0.data();
+    args.parameters.input = {input.data(), I, 0, B * I, I};
+    args.parameters.grad_weight_ih = grad_weight_ih.data();
+    args.parameters.grad_weight_hh = large.data();
+    args.parameters.grad_bias = grad_bias.data();
+    args.input_feedback = weight_ih.data();
+    args.input_scale = 1;
+    args.grad_input = grad_input.data();
+    run_kernel(args);
+    for (const std::vector<float>* more : {&grad_input, &grad_weight_ih, &grad_bias})
+      large.insert(large.end(), more->begin(), more->end());
   } else if (kernel == "rnn_weight_gradients") {
     large.resize(static_cast<size_t>(H * H));
     small.resize(static_cast<size_t>(H * I));
@@ -255,7 +295,7 @@ int run(const std::string& kernel) {
     args.delta = grad_states.data();
     args.states = states.data();
     args.h0 = h0.data();
-    args.input = {input.data(), I, B * I, I};
+    args.input = {input.data(), I, 0, B * I, I};
     args.grad_weight_ih = small.data();
     args.grad_weight_hh = large.data();
     args.grad_bias = grad_bias.data();

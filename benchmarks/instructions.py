@@ -35,6 +35,8 @@ KERNELS = (
     "regularized_inverse batch",
     "regularized_solve",
     "rnn_layer",
+    "rnn_layer_backward local",
+    "rnn_layer_backward through_time",
     "rnn_scan",
     "rnn_scan_backward",
     "rnn_weight_gradients",

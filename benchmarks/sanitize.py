@@ -32,6 +32,10 @@ def scans(device: str, dtype: torch.dtype, time: int, batch: int, hidden: int) -
         for correction in ("linearized", "none"):
             settings = (lengths, reverse, "tanh", correction, credit, 0.5, 1e-2, True, True)
             found += torch.ops.tpext.rnn_target_scan(gradients, states, h0, weight, inverse, x_proj, *settings)
+        input, input_feedback = randn(1, time, batch, 5), randn(2, hidden, 5)
+        matrices = (h0, weight, inverse, input_feedback, None, lengths, reverse, "tanh")
+        numbers = ("linearized", credit, 0.5, 1e-2, "inverse", 0.0, 2.0, 2.0, False, [True] * 4)
+        found += torch.ops.tpext.rnn_layer_backward(gradients, input, states, *matrices, *numbers)
     return found
 
 

@@ -37,6 +37,9 @@ from comparison import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_rnn_layer import gradient_arguments
+from test_rnn_layer_backward import EACH_PAIR_OF_OPTIONS, case_of
+from test_rnn_layer_backward import backward_arguments as layer_backward_arguments
+from test_rnn_layer_backward import check as check_layer_backward
 from test_rnn_scan import backward_arguments, forward_arguments
 from test_rnn_target_scan import ENTERS, ORACLE_ERROR, PASSES, learned_arguments, target_arguments
 from torch import Tensor, nn
@@ -281,10 +284,16 @@ def test_weight_gradients_in_low_precision(dtype: torch.dtype, device: torch.dev
     arguments = gradient_arguments(scan(700, 9, 12, 1, dtype))
     delta, states, h0, input, *_, scale = arguments
     delta, before = delta[0].flatten(0, 1), torch.cat([h0, states[0, :-1]]).flatten(0, 1)
-    peer = [scale * (delta.mT @ input.flatten(0, 1)), scale * (delta.mT @ before), scale * delta.sum(0)]
+    peer = [scale * (delta.mT @ input[0].flatten(0, 1)), scale * (delta.mT @ before), scale * delta.sum(0)]
     actual = run_on(device, ops.rnn_weight_gradients)(*arguments)
     exact = as_exact(reference.rnn_weight_gradients, arguments)
     assert_no_worse(actual, [gradient[None] for gradient in peer], exact, dtype)
+
+
+@pytest.mark.parametrize("options", EACH_PAIR_OF_OPTIONS[::3], ids=name)
+def test_layer_backward_equals_the_oracle(options: dict[str, Any], device: torch.device) -> None:
+    options = {key: value for key, value in options.items() if key != "threads"}
+    check_layer_backward(case_of(options, T=7, B=5, H=9), run_on(device, ops.rnn_layer_backward))
 
 
 @pytest.mark.parametrize("empty", ["T", "B", "H", "S"])
@@ -324,7 +333,18 @@ def every_output(inputs: Scan, device: torch.device) -> list[Tensor]:
     found = [states, *run_on(device, ops.rnn_scan_backward)(*backward_arguments(inputs))]
     found += run_on(device, ops.rnn_target_scan)(*pass_arguments(inputs, ("difference", "through_time")))
     found += run_on(device, ops.rnn_learned_target_scan)(*pass_arguments(inputs, ("learned", "through_time")))
+    found += layer_backward(inputs, device)
     return [output.unsqueeze(1) if output.shape == inputs.h0.shape else output for output in found]
+
+
+def layer_backward(inputs: Scan, device: torch.device) -> list[Tensor]:
+    """What of a layer's backward pass belongs to a row, with the input's gradient for each member."""
+    exact = inputs._replace(**{key: as_dtype(value, torch.float64) for key, value in inputs._asdict().items()})
+    exact = exact._replace(input=exact.input.expand(exact.states.shape[0], -1, -1, -1))
+    arguments = layer_backward_arguments(exact, ("difference", "through_time", True))
+    arguments = tuple(as_dtype(argument, inputs.states.dtype) for argument in arguments)
+    grad_input, *_, disp_h0, credit_h0 = run_on(device, ops.rnn_layer_backward)(*arguments)
+    return [grad_input, disp_h0, credit_h0]
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bfloat16])
@@ -679,6 +699,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
         ops.rnn_scan_backward: backward_arguments(inputs),
         ops.rnn_target_scan: target_arguments(inputs, "difference", "through_time"),
         ops.rnn_learned_target_scan: learned_arguments(inputs, "local"),
+        ops.rnn_layer_backward: layer_backward_arguments(inputs, ("difference", "through_time", True)),
     }
     for op, exact in arguments.items():
         on_gpu = moved(tuple(as_dtype(argument, dtype) for argument in exact), torch.device("cuda"))
