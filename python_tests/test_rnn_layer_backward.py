@@ -225,7 +225,7 @@ def in_double(*arguments: Any) -> tuple[Any, ...]:
 
 # Several groups of rows, several tiles of time, cuts that leave a rest; the last ones by whole arrays.
 LARGE = [
-    {"T": 300, "B": 100, "H": 100, "S": 2, "I": 17},
+    {"T": 150, "B": 100, "H": 100, "S": 1, "I": 17},
     {"T": 61, "B": 64, "H": 257, "S": 1, "I": 3},
     {"T": 200, "B": 45, "H": 33, "S": 3, "I": 130},
     {"T": 150, "B": 256, "H": 31, "S": 1, "I": 0},
