@@ -8,6 +8,7 @@ import itertools
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -1006,3 +1007,41 @@ def test_learned_state_dicts():
     with pytest.raises(RuntimeError, match=r"Unexpected key.*reverse_weight_hh_l0"):
         plain.load_state_dict(rnn.state_dict())
     plain.load_state_dict(rnn.to_torch().state_dict())
+
+
+def lost_credit(run: Callable[[], object]) -> bool:
+    """Whether ``run`` warns of credit that ends between calls."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return any("the credit of a call ends at its hx" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_warns_where_credit_ends_between_parts_of_a_sequence(bidirectional: bool) -> None:
+    rnn = tpext.nn.RNN(3, 4, num_layers=2, bidirectional=bidirectional)
+    x = torch.randn(5, 2, 3)
+    output, h_n = rnn(x)
+    assert lost_credit(lambda: rnn(x, h_n))
+    assert lost_credit(lambda: rnn(x, torch.stack([h.clone() for h in h_n.unbind()])))
+    if not bidirectional:
+        assert lost_credit(lambda: rnn(x, torch.cat([h_n[:1], output[-1:]])))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rnn(x, h_n)
+    assert caught[0].filename == __file__
+
+
+def test_does_not_warn_where_no_credit_is_lost() -> None:
+    rnn, decoder = tpext.nn.RNN(3, 4), tpext.nn.RNN(3, 4)
+    x = torch.randn(5, 2, 3)
+    h_n = rnn(x)[1]
+    assert not lost_credit(lambda: decoder(x, h_n))
+    assert not lost_credit(lambda: rnn(x, h_n.detach()))
+    assert not lost_credit(lambda: rnn(x, torch.zeros(1, 2, 4, requires_grad=True)))
+    with torch.no_grad():
+        assert not lost_credit(lambda: rnn(x, h_n))
+    for rule in (tpext.Backprop(), tpext.RegularizedInverse(credit="local")):
+        other = tpext.nn.RNN(3, 4, rule=rule)
+        handed_on = other(x)[1]
+        assert not lost_credit(lambda other=other, handed_on=handed_on: other(x, handed_on))

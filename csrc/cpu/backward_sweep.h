@@ -355,7 +355,7 @@ void sweep_whole(Backward<T>& call, T* delta, T* displacement, int max_threads, 
         const bool reverse = sizes.reverse[tile.member] != 0;
         const int64_t row_size = sizes.hidden, step_size = (reverse ? 1 : -1) * sizes.batch * row_size;
         const int64_t last = tile.member * sizes.time + (reverse ? 0 : sizes.time - 1);
-        const int64_t first = (last * sizes.batch + tile.row) * row_size;
+        const int64_t first = sizes.time == 0 ? 0 : (last * sizes.batch + tile.row) * row_size;
         TileSweep<T, std::decay_t<decltype(step)>> sweep(call, step, tile,
                                                          scratch.get() + team * call.scratch_rows() * plane, plane,
                                                          turns.get() + team * tile.parts * 2);

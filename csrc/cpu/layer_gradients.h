@@ -7,7 +7,8 @@
 // threads. A thread takes a group through all of time and waits for nobody; where there are fewer groups than threads a
 // team takes one: each sweeps some of its rows (or, where these are fewer, some columns of all), all meet, and each
 // computes some rows of the sums. Two tiles of delta take turns, so that they meet once a tile. Memory: the packed
-// matrices, a group's sums, and per team two tiles of delta and two rows of z for each of its rows.
+// matrices, every group's sums, per team two tiles of delta (and of z, where the input's gradient is of it) and two
+// rows of z for each of its rows, and per thread a packed chunk of either side of the sums' product.
 //
 // States and inputs further back than a displacement reaches are not read.
 #pragma once
@@ -84,6 +85,9 @@ __attribute__((noinline)) void input_gradient(const RnnLayerBackward<T>& args, c
   }
 }
 
+// A tile of time has at least one position of a group, and is one chunk of the sums.
+static_assert(kTileRows <= kChunk);
+
 // How many groups the rows of a member are cut into: enough for many threads, of as many rows as weights that fit the
 // second-level cache pay for, and so that all sums together take no more than a quarter of the states. 0: there is no
 // such cut, as the sequence is short.
@@ -114,7 +118,7 @@ inline GroupTeams share_groups(const RnnSizes& sizes, int64_t groups, int produc
     if (members > static_cast<double>(parts)) members = static_cast<double>(parts);
     return members < 2 ? 1 : static_cast<int>(members);
   };
-  const int by_rows = worth(row * kChunk, rows);
+  const int by_rows = worth(row * kChunk, sizes.batch / groups);  // the least that a group has
   const int by_columns = worth(row * static_cast<double>(rows), panel_units<T>(sizes.hidden));
   return by_columns > by_rows ? GroupTeams{all, by_columns, true} : GroupTeams{all, by_rows, false};
 }
@@ -130,9 +134,7 @@ struct LayerCall {
         sum_stride(panel_count<T>(columns) * kLanes<T>),
         groups(group_count(args.pass.sizes, columns)),
         group_rows(groups == 0 ? 0 : ceil_div(args.pass.sizes.batch, groups)),
-        positions(group_rows == 0       ? 0
-                  : group_rows < kChunk ? kChunk / group_rows
-                                        : 1),
+        positions(group_rows == 0 ? 0 : kChunk / group_rows),
         sums(args.pass.sizes.stack * groups * args.pass.sizes.hidden * sum_stride) {}
 
   bool of_displacement() const { return args.grad_input != nullptr && args.of_displacement; }
@@ -210,12 +212,9 @@ class GroupShare {
       const uintptr_t states = address(call_.args.pass.states, next);
       const Upcoming upcoming{{states, gradient == nullptr ? states : address(gradient, next), states},
                               team_.rows * H * int64_t{sizeof(T)}};
-      const int64_t chunks = ceil_div(count, kChunk);
-      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const int64_t first = part_begin(count, chunks, chunk), size = part_begin(count, chunks, chunk + 1) - first;
-        add_chunk(rows, memory_.delta + offset + first * H, H, first, size, from, to, upcoming, space_,
+      if (count != 0)
+        add_chunk(rows, memory_.delta + offset, H, 0, count, from, to, upcoming, space_,
                   sums_ + from * call_.sum_stride);
-      }
     }
     if (call_.args.grad_input != nullptr)
       input_gradient(call_.args, call_.input, team_.member, order,
@@ -320,7 +319,7 @@ class LayerTeams {
         barriers_(threads_, true),
         turns_(2 * threads_),
         faded_(2 * threads_),
-        memory_(threads_ * (team_size_ + space_size_), true) {}
+        memory_(threads_ * (team_size_ + space_size_)) {}
 
   int threads() const { return threads_; }
 
@@ -336,8 +335,10 @@ class LayerTeams {
     const TeamMemory<T> memory(call_, shared, turns_.get() + 2 * team * teams.members,
                                faded_.get() + 2 * team * teams.members);
     const ChunkSpace<T> space(own, panel_count<T>(call_.columns));
+    std::memset(space.line, 0, static_cast<size_t>(panel_count<T>(call_.columns) * kLanes<T>) * sizeof(T));
     const double work = step_operations(sizes, call_.sweep.products()) * kChunk / teams.members;
     const int pauses = 1000 + (work < 1e8 ? static_cast<int>(work / 100) : 1000000);
+    // A team of several members has one group: should it dissolve, it meets no more.
     for (int64_t i = part_begin(groups_, teams.teams, team); i < part_begin(groups_, teams.teams, team + 1); ++i) {
       const int64_t row = part_begin(sizes.batch, call_.groups, i % call_.groups);
       const int64_t rows = part_begin(sizes.batch, call_.groups, i % call_.groups + 1) - row;
@@ -349,8 +350,8 @@ class LayerTeams {
                       teams.members,
                       pauses,
                       barriers_.get() + team};
-      const GroupShare<T> share(call_, i, tile, teams.by_columns, memory, space);
-      if (rows != 0) GroupBackward<T, Step>(share, step).run();
+      const GroupShare<T> part(call_, i, tile, teams.by_columns, memory, space);
+      if (rows != 0) GroupBackward<T, Step>(part, step).run();
     }
   }
 
@@ -412,7 +413,9 @@ void layer_backward_whole(LayerCall<T>& call, int max_threads, const Visit& visi
   if (call.args.grad_input == nullptr) return;
   const T* const from = call.of_displacement() ? handed.get() : delta.get();
   const int64_t rows = sizes.time * sizes.batch, cuts = ceil_div(rows, kChunk);
-#pragma omp parallel num_threads(max_threads)
+  const double most = 2e-6 * static_cast<double>(size) * static_cast<double>(call.args.parameters.input.size) + 1;
+  const int threads = most < max_threads ? static_cast<int>(most) : max_threads;
+#pragma omp parallel num_threads(threads)
   {
     const FlushSubnormals flush;
     call.input.pack();

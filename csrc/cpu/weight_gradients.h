@@ -101,7 +101,8 @@ class WeightRows {
   }
 
   void put(T* to, const T* sum, int64_t count) const {
-    for (int64_t i = 0; i < count; ++i) to[i] = args_.scale * sum[i];
+    // Plus zero: a sum that underflowed is -0 or, had a chunk of zeros been added, +0.
+    for (int64_t i = 0; i < count; ++i) to[i] = args_.scale * sum[i] + T(0);
   }
 
   const RnnWeightGradients<T>& args_;
@@ -138,7 +139,7 @@ inline void pack_delta(const T* delta, int64_t stride, int64_t count, int64_t co
 template <class T>
 class ChunkSpace {
  public:
-  // Numbers for at most `most_rows` rows of the result, with `panels` panels; the memory must begin as zeros.
+  // Numbers for at most `most_rows` rows of the result, with `panels` panels; `line` must begin as zeros.
   static int64_t size(int64_t most_rows, int64_t panels) {
     return panels * kPanelStride<T> + ceil_div(most_rows, kMaxRows) * kChunk * kMaxRows + panels * kLanes<T>;
   }

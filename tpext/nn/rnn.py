@@ -22,10 +22,16 @@ from tpext.nn.torchscript import refuse_script, refuse_trace
 from tpext.ops._library import are_plain, autocasts, check_lengths, check_tensor, full_precision
 from tpext.rules import RecurrentCall, RecurrentRule, RegularizedInverse
 from tpext.rules.base import require_rule
+from tpext.rules.recurrent_pass import comes_of_a_pass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_LOST_CREDIT = (
+    "RNN: hx comes of an earlier call of this layer, with its graph. Under credit='through_time' the credit of a call "
+    "ends at its hx, so the earlier call's steps learn of this one through its displacements alone. Run the sequence "
+    "in one call (checkpoint_every bounds the memory), detach hx, or use credit='local', whose parts add up."
+)
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -381,7 +387,8 @@ class RNN(OwnedParameters):
             input: ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` for a single sequence, or a
                 ``PackedSequence``; the parameters' dtype, or any floating one under autocast.
             hx: initial states ``[num_layers * D, B, H]`` (``[num_layers * D, H]`` for a single sequence), D directions;
-                None means zeros. Credit ``"through_time"`` ends here: hand on ``h_n.detach()``.
+                None means zeros. Credit ``"through_time"`` ends here: for a later part of the same sequence hand on
+                ``h_n.detach()``.
             lengths: ``[B]`` int64, 0..T: the valid steps of each row of a padded batch; None: all T. The result is
                 that of the packed batch: outputs beyond are zero, the second direction starts at the last valid step,
                 ``h_n`` is the state after the last valid step (``hx`` for a row of length 0). Unlike a
@@ -402,6 +409,7 @@ class RNN(OwnedParameters):
         """
         refuse_trace(self)
         self._check_checkpointing()
+        self._warn_of_lost_credit(hx)
         rows, hx, steps = self._time_major(input, hx, lengths)
         output, h_n = self._run(rows, hx, steps)
         if isinstance(input, PackedSequence) and input.unsorted_indices is not None:
@@ -536,6 +544,16 @@ class RNN(OwnedParameters):
         if hx is None:
             return [input.new_zeros(directions, input.size(1), self.hidden_size)] * self.num_layers
         return [hx] if self.num_layers == 1 else torch.split(hx, directions)
+
+    def _warn_of_lost_credit(self, hx: Tensor | None) -> None:
+        """Warn where a sequence is fed in parts, with the graph, under a credit that ends with each part."""
+        if torch.compiler.is_compiling() or not isinstance(hx, Tensor) or hx.grad_fn is None:
+            return
+        if self._rule.credit != "through_time" or not torch.is_grad_enabled():
+            return
+        if comes_of_a_pass(hx, self.get_parameter("weight_hh_l0")):
+            # the line of the user's that called the module
+            warnings.warn(_LOST_CREDIT, stacklevel=5)
 
     def _run(self, input: Tensor, hx: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         output, finals = input, []

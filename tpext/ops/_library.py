@@ -70,8 +70,8 @@ def define(
 
     def call(*args: Any) -> Any:
         plain = (
-            # not another object, such as a tracer's
-            isinstance(args[0], Tensor)
+            # not another object, such as a tracer's; a first argument that may be None has a tensor behind it
+            isinstance(args[1] if args[0] is None else args[0], Tensor)
             and not torch._C._is_any_autocast_enabled()
             and are_plain(args, recorded=torch.is_grad_enabled())
         )

@@ -26,10 +26,11 @@ torch's. ``h_n [S, B, H]`` is the state after each row's last valid step, ``h0``
 
 Stack, ``reverse``, ``lengths``, dtypes and determinism are those of ``rnn_scan``. These ops have no derivative of
 their own: ``tpext.nn.RNN(rule=Backprop())``, which is made of them, has, of every order. Where ``grad_states`` is None
-and the displacement has faded to nothing, the pass may end, and does on the CPU; it then does not read states and
-inputs further back.
+and the displacement has faded to nothing, the pass may end, and does on the CPU without ``lengths`` (correction "none"
+never fades); it then does not read states and inputs further back, so that what is not finite there goes unseen.
 
-Cost, of a row and step: ``2 H (H + I)`` operations forward, ``2 H (2 H + I)`` backward, ``2 H^2`` more through time.
+Cost, of a row and step: ``2 H (H + I)`` operations forward, ``2 H (2 H + I)`` backward, ``2 H^2`` more through time
+and ``2 H I`` for the input's gradient.
 
 Raises:
     ValueError: as ``rnn_scan`` and ``rnn_target_scan`` do.

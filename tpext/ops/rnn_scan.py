@@ -1,4 +1,4 @@
-"""``rnn_scan`` and its kin: the recurrence of a simple (Elman) RNN, its back-propagation, its weight gradients.
+"""``rnn_scan`` and ``rnn_scan_backward``: the recurrence of a simple (Elman) RNN and its back-propagation.
 
 ``torch.ops.tpext.rnn_scan(x_proj, h0, weight_hh, lengths, reverse, nonlinearity)``::
 
@@ -147,6 +147,7 @@ def _rnn_scan_backward(
     # Back-propagation is the target pass with P = W, slope a' and a step of 1: d is minus the gradient.
     back = (weight_hh, weight_hh.mT, None, lengths, reverse, nonlinearity, "linearized", "local")
     at_end = None if grad_h_n is None else -grad_h_n
+    # in the place of h0, which this correction does not read, stands what has its shape
     grad_x_proj, disp_h0, *_ = rnn_target_scan(
         grad_states, states, grad_h0, *back, 1.0, 0.5, False, False, at_end, None, "derivative"
     )

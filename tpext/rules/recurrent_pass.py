@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -117,24 +116,19 @@ def run_pass(rule: RecurrentRule, call: RecurrentCall) -> tuple[Tensor, Tensor]:
     # Owned parameters are detached: a layer of which only they are trainable has no backward pass to run.
     tensors = (*call[:6], *(parameter.detach() for parameter in call.owned))
     settings = (list(call.reverse), call.nonlinearity, call.checkpoint_every, rule)
-    if rule.credit == "through_time" and not torch.compiler.is_compiling() and _ends_a_pass(call.h0):
-        warnings.warn(_LOST_CREDIT, stacklevel=2)
     return apply_node(_RecurrentPass, settings, tensors, low_precision=True)  # type: ignore[no-any-return]
 
 
-_LOST_CREDIT = (
-    "RNN: hx is the h_n of an earlier call, with its graph. Under credit='through_time' the credit of a call ends at "
-    "its hx, so the earlier call's steps learn of the later ones through their displacements alone. Run the sequence "
-    "in one call (checkpoint_every bounds the memory), detach hx, or use credit='local', whose parts add up."
+# What rearranges states on their way to the next call.
+_REARRANGES = (
+    *("View", "Unsqueeze", "Squeeze", "Split", "Unbind", "Select", "Slice", "Index", "Cat", "Stack", "Clone", "ToCopy"),
+    *("Permute", "Transpose", "T0", "Expand"),
 )
 
-# What rearranges h_n on its way to the next call.
-_REARRANGES = ("View", "Unsqueeze", "Squeeze", "Split", "Select", "Slice", "IndexSelect", "Cat", "Clone", "ToCopy")
 
-
-def _ends_a_pass(h0: Tensor) -> bool:
-    """Whether ``h0`` is the final state of an earlier pass, rearranged perhaps, and not cut off from its graph."""
-    nodes = [h0.grad_fn]
+def comes_of_a_pass(state: Tensor, weight: Tensor) -> bool:
+    """Whether ``state`` is one of a recorded pass on this weight_hh, rearranged perhaps, and still in its graph."""
+    nodes = [state.grad_fn]
     # layers and directions are few, and so are the nodes that put them together
     for _ in range(64):
         if not nodes:
@@ -142,11 +136,22 @@ def _ends_a_pass(h0: Tensor) -> bool:
         node = nodes.pop()
         if node is None:
             continue
+        before = [earlier for earlier, _ in node.next_functions]
         if isinstance(node, _RecurrentPass._backward_cls):
-            return True
-        if node.name().startswith(_REARRANGES):
-            nodes.extend(before for before, _ in node.next_functions)
+            if any(_leads_to(edge, weight) for edge in before):
+                return True
+        elif node.name().startswith(_REARRANGES):
+            nodes.extend(before)
     return False
+
+
+def _leads_to(node: Any, leaf: Tensor) -> bool:
+    """Whether a parameter gets what a node is given, itself or as a member of a stack."""
+    if node is None:
+        return False
+    if node.name().startswith(("Unsqueeze", "Stack")):
+        return any(_leads_to(earlier, leaf) for earlier, _ in node.next_functions)
+    return getattr(node, "variable", None) is leaf
 
 
 class _RecurrentPass(torch.autograd.Function):
