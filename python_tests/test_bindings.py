@@ -933,7 +933,7 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
     tests = Path(__file__).parent
     families = (
         *("counter_normal", "layer_inverse", "pooled_difference", "regularized_inverse"),
-        *("rnn_scan", "rnn_target_scan", "rnn_layer", "rnn_layer_backward"),
+        *("rnn_scan", "rnn_target_scan", "rnn_layer"),
     )
     files = [str(tests / f"test_{family}.py") for family in families]
     selected = (
@@ -942,6 +942,12 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
         "or block_edges or same_bits or status or equal_rows"
     )
     finished = run_with(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *files)
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    # the backward pass of a layer has too many options for all of them here
+    backward = str(tests / "test_rnn_layer_backward.py")
+    finished = run_with(
+        capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "random_sizes", backward
+    )
     assert finished.returncode == 0, finished.stdout[-4000:]
 
 
