@@ -8,7 +8,7 @@
 
 #define TPEXT_CAPABILITY baseline
 #define TPEXT_VECTOR_BYTES 16
-#include "cpu/sweep.h"
+#include "cpu/layer_gradients.h"
 
 using namespace tpext::cpu::baseline;
 
@@ -58,6 +58,25 @@ void columns_of_a_team() {
     }
 }
 
+// Wherever a team shares the rows of a group, each member has one, on any number of processors.
+template <class T>
+void rows_of_a_team() {
+  for (int64_t batch = 1; batch <= 130; ++batch)
+    for (const int64_t time : {1, 20, 200, 5000})
+      for (const int64_t hidden : {1, 8, 32, 100, 300}) {
+        const tpext::RnnSizes sizes{1, time, batch, hidden, nullptr, nullptr};
+        const int64_t groups = group_count(sizes, 2 * hidden);
+        if (groups == 0) continue;
+        for (int threads = 1; threads <= 96; ++threads) {
+          const GroupTeams teams = share_groups<T>(sizes, groups, 1, threads, threads);
+          expect(teams.members >= 1 && teams.teams * teams.members <= threads, "no more places than threads");
+          expect(teams.members == 1 || teams.teams == groups, "a team of several has one group");
+          if (!teams.by_columns) expect(teams.members <= batch / groups, "a member has a row of every group");
+          if (teams.by_columns) expect(teams.members <= panel_units<T>(hidden), "a member has a column");
+        }
+      }
+}
+
 // Rounds until a team of two dissolved, at most `rounds`; the second thread comes late by so much.
 int meet(int rounds, int pauses, std::chrono::microseconds late) {
   Barrier barrier;
@@ -93,6 +112,9 @@ int main(int count, char** names) {
   } else if (wanted("columns_of_a_team")) {
     columns_of_a_team<float>();
     columns_of_a_team<double>();
+  } else if (wanted("rows_of_a_team")) {
+    rows_of_a_team<float>();
+    rows_of_a_team<double>();
   } else if (wanted("barrier")) {
     barrier();
   } else {

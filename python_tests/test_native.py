@@ -31,7 +31,7 @@ def checks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
-@pytest.mark.parametrize("check", ["lanes_without_numbers", "columns_of_a_team", "barrier"])
+@pytest.mark.parametrize("check", ["lanes_without_numbers", "columns_of_a_team", "rows_of_a_team", "barrier"])
 def test_tools(checks: Path, check: str) -> None:
     finished = subprocess.run([str(checks), check], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stdout + finished.stderr
