@@ -37,7 +37,7 @@ from comparison import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_rnn_layer import gradient_arguments
-from test_rnn_layer_backward import EACH_PAIR_OF_OPTIONS, case_of
+from test_rnn_layer_backward import EACH_PAIR_OF_OPTIONS, case_of, with_argument
 from test_rnn_layer_backward import backward_arguments as layer_backward_arguments
 from test_rnn_layer_backward import check as check_layer_backward
 from test_rnn_scan import backward_arguments, forward_arguments
@@ -342,6 +342,8 @@ def layer_backward(inputs: Scan, device: torch.device) -> list[Tensor]:
     exact = inputs._replace(**{key: as_dtype(value, torch.float64) for key, value in inputs._asdict().items()})
     exact = exact._replace(input=exact.input.expand(exact.states.shape[0], -1, -1, -1))
     arguments = layer_backward_arguments(exact, ("difference", "through_time", True))
+    # a member's is to be the same where it is alone
+    arguments = with_argument(arguments, input_feedback=exact.weight_hh[..., : exact.input.shape[-1]])
     arguments = tuple(as_dtype(argument, inputs.states.dtype) for argument in arguments)
     grad_input, *_, disp_h0, credit_h0 = run_on(device, ops.rnn_layer_backward)(*arguments)
     return [grad_input, disp_h0, credit_h0]
