@@ -110,7 +110,7 @@ def _rnn_scan_fake(
     return x_proj.new_empty(x_proj.shape)
 
 
-def _prepare_scan_backward(
+def _check_scan_backward(
     grad_states: Tensor | None,
     states: Tensor,
     weight_hh: Tensor,
@@ -118,8 +118,8 @@ def _prepare_scan_backward(
     reverse: Sequence[bool],
     nonlinearity: str,
     grad_h_n: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments and return empty outputs: all that the fake implementation does."""
+) -> Tensor:
+    """Check the arguments and return an empty ``grad_h0``."""
     tensors = {
         "states": (states, "STBH"),
         "grad_states": (grad_states, "STBH"),
@@ -128,7 +128,7 @@ def _prepare_scan_backward(
     }
     check_scan("rnn_scan_backward", "states", tensors, lengths, reverse, nonlinearity)
     stack, _, batch, hidden = states.shape
-    return states.new_empty(states.shape), states.new_empty(stack, batch, hidden)
+    return states.new_empty(stack, batch, hidden)
 
 
 def _rnn_scan_backward(
@@ -140,9 +140,7 @@ def _rnn_scan_backward(
     nonlinearity: str,
     grad_h_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    grad_x_proj, grad_h0 = _prepare_scan_backward(
-        grad_states, states, weight_hh, lengths, reverse, nonlinearity, grad_h_n
-    )
+    grad_h0 = _check_scan_backward(grad_states, states, weight_hh, lengths, reverse, nonlinearity, grad_h_n)
     check_lengths("rnn_scan_backward", lengths, states.shape[1])
     # Back-propagation is the target pass with P = W, slope a' and a step of 1: d is minus the gradient.
     back = (weight_hh, weight_hh.mT, None, lengths, reverse, nonlinearity, "linearized", "local")
@@ -152,6 +150,10 @@ def _rnn_scan_backward(
         grad_states, states, grad_h0, *back, 1.0, 0.5, False, False, at_end, None, "derivative"
     )
     return grad_x_proj, torch.neg(disp_h0, out=grad_h0)
+
+
+def _rnn_scan_backward_fake(grad_states: Tensor | None, states: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return states.new_empty(states.shape), _check_scan_backward(grad_states, states, *rest)
 
 
 def _scan_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -232,7 +234,7 @@ rnn_scan_backward = define(
     "rnn_scan_backward(Tensor? grad_states, Tensor states, Tensor weight_hh, Tensor? lengths, bool[] reverse, "
     "str nonlinearity, Tensor? grad_h_n=None) -> (Tensor grad_x_proj, Tensor grad_h0)",
     _rnn_scan_backward,
-    _prepare_scan_backward,
+    _rnn_scan_backward_fake,
     cast_outputs=True,
     low_precision=True,
 )
