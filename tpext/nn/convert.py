@@ -7,14 +7,18 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
-from tpext.nn.rnn import RNN, check_replaceable
+from tpext.nn.recurrent import RecurrentLayers
+from tpext.nn.recurrent_parameters import check_replaceable, sharing_parameters
+from tpext.nn.rnn import RNN
 from tpext.rules import RecurrentRule, RegularizedInverse
 from tpext.rules.base import require_rule
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_OURS: dict[type[nn.RNNBase], type[RecurrentLayers]] = {nn.RNN: RNN}
 
-def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RNN:
+
+def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RecurrentLayers:
     """Make every recurrent network inside ``model`` train by ``rule``, in place, sharing its parameters.
 
     Each ``torch.nn.RNN`` (that type itself, not its subclasses) among the registered submodules is replaced by a
@@ -47,17 +51,16 @@ def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RNN:
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     rule = RegularizedInverse() if rule is None else rule
     require_rule("convert", rule, "recurrent")
-    replacements: dict[nn.Module, RNN] = {}
-    kept: dict[RNN, dict[str, nn.Parameter] | None] = {}
+    replacements: dict[nn.Module, RecurrentLayers] = {}
+    kept: dict[RecurrentLayers, dict[str, nn.Parameter] | None] = {}
     # everything that can fail comes before the first change
     for name, module in model.named_modules():
-        if isinstance(module, RNN):
+        if isinstance(module, RecurrentLayers):
             module._check_replace_rule(rule)
             kept[module] = module._new_parameters(rule)
-        # a parametrized module has a class of its own and would otherwise pass for a subclass, to be left alone
-        elif type(module) is nn.RNN or (isinstance(module, nn.RNN) and parametrize.is_parametrized(module)):
+        elif isinstance(module, nn.RNNBase) and (ours := _replacement(module)) is not None:
             check_replaceable(module, f"convert: module {name!r}" if name else "convert: the module")
-            replacements[module] = _from_torch(module, rule)
+            replacements[module] = _from_torch(module, ours, rule)
     for module, parameters in kept.items():
         module._replace_rule(rule, parameters)
     for parent in list(model.modules()):
@@ -67,24 +70,17 @@ def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RNN:
     return replacements.get(model, model)
 
 
-def _from_torch(module: nn.RNN, rule: RecurrentRule) -> RNN:
-    # on the meta device there are no random draws and no memory for parameters about to be replaced
-    rnn = RNN(
-        module.input_size,
-        module.hidden_size,
-        module.num_layers,
-        module.nonlinearity,
-        module.bias,
-        module.batch_first,
-        bidirectional=module.bidirectional,
-        device="meta",
-        dtype=module.all_weights[0][0].dtype,
-    )
-    # set afterwards: the constructor would repeat torch's warning about a dropout without effect
-    rnn.dropout = module.dropout
-    for names in module._all_weights:
-        for name in names:
-            setattr(rnn, name, getattr(module, name))
-    rnn._check_replace_rule(rule)
-    rnn._replace_rule(rule, rnn._new_parameters(rule))
-    return rnn.train(module.training)
+def _replacement(module: nn.Module) -> type[RecurrentLayers] | None:
+    """The class of the module that takes the place of one of torch's; None for any other module."""
+    for theirs, ours in _OURS.items():
+        # a parametrized module has a class of its own and would otherwise pass for a subclass, to be left alone
+        if type(module) is theirs or (isinstance(module, theirs) and parametrize.is_parametrized(module)):
+            return ours
+    return None
+
+
+def _from_torch(module: nn.RNNBase, ours: type[RecurrentLayers], rule: RecurrentRule) -> RecurrentLayers:
+    layers = sharing_parameters(module, ours, ours._made_with)
+    layers._check_replace_rule(rule)
+    layers._replace_rule(rule, layers._new_parameters(rule))
+    return layers

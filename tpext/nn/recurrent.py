@@ -1,0 +1,145 @@
+"""What every recurrent network shares: it runs layer by layer, the rule's backward pass in each.
+
+The layer loop is Python; each layer is one call forward and one backward, both directions in one through the leading
+stack axis S of the ops.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.utils.rnn import PackedSequence
+
+from tpext.nn.recurrent_input import as_given, check_device, time_major
+from tpext.nn.recurrent_parameters import RecurrentParameters
+from tpext.nn.torchscript import refuse_script, refuse_trace
+from tpext.rules import RecurrentCall, RegularizedInverse
+from tpext.rules.recurrent_pass import comes_of_a_pass
+
+
+class RecurrentLayers(RecurrentParameters):
+    """Layers and directions of a recurrent cell, with the interface of ``torch.nn``'s recurrent modules.
+
+    A subclass is one cell: it has the constructor and the docstrings of torch's module, hands the arguments on, and
+    says what a layer is to the rule (:meth:`_call`). Between them states are a tuple: ``(h,)``, or ``(h, c)`` for a
+    cell of two.
+    """
+
+    def _call(self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None) -> RecurrentCall:
+        """One layer on its input ``[T, B, I]`` and initial states ``[S, B, H]``."""
+        raise NotImplementedError
+
+    __prepare_scriptable__ = refuse_script
+
+    def _forward(
+        self, input: Tensor | PackedSequence, states: tuple[Tensor, ...] | None, lengths: Tensor | None
+    ) -> tuple[Tensor | PackedSequence | None, tuple[Tensor, ...]]:
+        """What ``forward`` does: outputs (None unless wanted) and final states, in the form of the input."""
+        refuse_trace(self)
+        self._check_checkpointing()
+        self._warn_of_lost_credit(states)
+        output, finals = self._run(*time_major(self, input, states, lengths))
+        return as_given(self, input, output, finals)
+
+    def _warn_of_lost_credit(self, states: tuple[Tensor, ...] | None) -> None:
+        """Warn where a sequence is fed in parts, with the graph, under a credit that ends with each part."""
+        if states is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if self._rule.credit != "through_time":
+            return
+        weight = self.get_parameter("weight_hh_l0")
+        if any(isinstance(s, Tensor) and s.grad_fn is not None and comes_of_a_pass(s, weight) for s in states):
+            warnings.warn(
+                f"{self._kind}: hx comes of an earlier call of this layer, with its graph. Under credit='through_time' "
+                "the credit of a call ends at its hx, so the earlier call's steps learn of this one through its "
+                "displacements alone. Run the sequence in one call (checkpoint_every bounds the memory), detach hx, or "
+                "use credit='local', whose parts add up.",
+                # the line of the user's that called the module
+                stacklevel=6,
+            )
+
+    def _layer_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Stacked ``weight_ih`` [S, H, I], ``weight_hh`` [S, H, H] and the sum of both biases [S, H] of one layer."""
+        directions = len(self._reverse)
+        columns: list[list[Tensor]] = [[], [], []]
+        for names in self._all_weights[layer * directions : (layer + 1) * directions]:
+            parameters = [getattr(self, name) for name in names]
+            for parameter in parameters:
+                check_device("parameter", parameter, input)
+            columns[0].append(parameters[0])
+            columns[1].append(parameters[1])
+            if self.bias:
+                columns[2].append(parameters[2] + parameters[3])
+        return _stack(columns[0]), _stack(columns[1]), _stack(columns[2]) if self.bias else None
+
+    def _owned_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, ...]:
+        """The rule's own parameters of one layer, stacked ``[S, ...]``."""
+        directions = len(self._reverse)
+        members = self._owned_names[layer * directions : (layer + 1) * directions]
+        owned = []
+        for names in zip(*members, strict=True):
+            parameters = [getattr(self, name) for name in names]
+            for parameter in parameters:
+                check_device("parameter", parameter, input)
+            owned.append(_stack(parameters))
+        return tuple(owned)
+
+    def _initial_states(self, states: tuple[Tensor, ...] | None, input: Tensor) -> Sequence[tuple[Tensor, ...]]:
+        """The initial states of each layer, ``[S, B, H]`` of each kind."""
+        directions = len(self._reverse)
+        if states is None:
+            zeros = input.new_zeros(directions, input.size(1), self.hidden_size)
+            return [(zeros,) * self._kinds_of_state] * self.num_layers
+        if self.num_layers == 1:
+            return [states]
+        return list(zip(*(torch.split(state, directions) for state in states), strict=True))
+
+    def _run(
+        self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run all layers: the outputs ``[T, B, D*H]`` of the last and the final states ``[L*D, B, H]``."""
+        output, finals = input, []
+        for layer, starts in enumerate(self._initial_states(states, input)):
+            if layer > 0:
+                output = self._between_layers(output)
+            states_of_layer, *last = self._rule.run_recurrent(self._call(layer, output, starts, lengths))
+            output = states_of_layer if self.checkpoint_every is not None else join_directions(states_of_layer)
+            finals.append(last)
+        return output, tuple(kind[0] if len(kind) == 1 else torch.cat(kind) for kind in zip(*finals, strict=True))
+
+    def _between_layers(self, output: Tensor) -> Tensor:
+        return functional.dropout(output, self.dropout) if self.training and self.dropout > 0 else output
+
+    def extra_repr(self) -> str:
+        """Sizes and every option that differs from its default."""
+        parts = [str(self.input_size), str(self.hidden_size)]
+        options: dict[str, object] = {
+            "num_layers": 1,
+            "nonlinearity": "tanh",
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0.0,
+            "bidirectional": False,
+            "rule": RegularizedInverse(),
+            "return_sequence": True,
+            "checkpoint_every": None,
+        }
+        for name, default in options.items():
+            # a cell with gates has no nonlinearity to choose
+            value = getattr(self, name, default)
+            if value != default:
+                parts.append(f"{name}={value}")
+        return ", ".join(parts)
+
+
+def _stack(members: list[Tensor]) -> Tensor:
+    return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
+
+
+def join_directions(states: Tensor) -> Tensor:
+    """``[S, T, B, H] -> [T, B, S*H]``."""
+    return states.squeeze(0) if states.size(0) == 1 else states.permute(1, 2, 0, 3).flatten(2)
