@@ -28,6 +28,8 @@ from tpext.tasks import (
     load_digits,
     load_mnist,
     make_task,
+    register,
+    registry,
 )
 from tpext.tasks.idx import MNIST, STEMS, read_idx
 from tpext.tasks.images import CIFAR_FILES, CIFAR_FOLDER
@@ -173,6 +175,17 @@ def test_sizes_agree_with_the_data(name: str, mnist_folder: Path) -> None:
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_task(**arguments)
+
+
+def test_a_name_belongs_to_one_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TASKS", {})
+    register("order", bits=1)(TemporalOrder)
+    with pytest.raises(ValueError, match=r"'order' for .*\.Adding\(\), it is .*\.TemporalOrder\(bits=1\)'s$"):
+        register("order")(Adding)
+    with pytest.raises(ValueError, match=r"'order' for .*\.TemporalOrder\(bits=3\), it is .*\(bits=1\)'s$"):
+        register("order", bits=3)(TemporalOrder)
+    register("order", bits=1)(TemporalOrder)  # as by a module that is loaded again
+    assert registry.find_task("order") == (TemporalOrder, {"bits": 1})
 
 
 def test_negative_seed_is_refused() -> None:

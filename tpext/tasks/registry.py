@@ -28,6 +28,11 @@ class Entry(NamedTuple):
     kind: type[Task]
     fixed: Mapping[str, object]
 
+    def __str__(self) -> str:
+        """Where the class is, with the fields that are set."""
+        fixed = ", ".join(f"{name}={value!r}" for name, value in self.fixed.items())
+        return f"{self.kind.__module__}.{self.kind.__qualname__}({fixed})"
+
     @property
     def options(self) -> dict[str, dataclasses.Field[Any]]:
         """The fields that a run may set, by their names."""
@@ -67,10 +72,18 @@ def register(name: str, /, **fixed: object) -> Callable[[type[TaskT]], type[Task
     Args:
         name: a class may have several.
         fixed: fields that the name sets, so that a run does not.
+
+    Raises:
+        ValueError: another class, or the same one with other fields, has the name.
     """
 
     def add(kind: type[TaskT]) -> type[TaskT]:
-        TASKS[name] = Entry(kind, fixed)
+        new = Entry(kind, fixed)
+        known = TASKS.get(name)
+        # a module that is loaded again, as notebooks do, defines its classes again
+        if known is not None and str(known) != str(new):
+            raise ValueError(f"register: name must be one that no task has, got {name!r} for {new}, it is {known}'s")
+        TASKS[name] = new
         return kind
 
     return add
