@@ -1,7 +1,7 @@
 // act_inverse:       x = argmin_x (a(x) - y)^2 + reg (x - c)^2, elementwise, a = tanh or sigmoid
 // act_displacement:  u = x - c for y = a(c) + d, with the precision of u rather than of x
 //
-// The global minimiser, by the argument of tpext/ops/layer_inverse.py: of y >= tanh c and its mirror image, the cost
+// The global minimiser, by the argument in tpext/ops/act_inverse.py: of y >= tanh c and its mirror image, the cost
 // has at most one minimum on either side of a point, the fold, and each has a bracket in closed form. The zero of half
 // the descent in a bracket is found by Halley's steps, or the bracket's middle where such a step leaves it or is not
 // below half of the step before: at worst as slow as bisection. A lane that has converged keeps its number while those
