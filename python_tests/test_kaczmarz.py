@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tpext.ops import Activation, SingularError, Units, kaczmarz_step, kaczmarz_
 from tpext.ops.kaczmarz import KaczmarzStep, _step_by_torch, _train_by_torch, running_accuracy
 from tpext.ops.units import hot_target, n_hot
 from tpext.reference import kaczmarz as oracle
+from tpext.rules import LayerCall, LayerRule
 from tpext.tasks.idx import load_mnist
 
 op = torch.ops.tpext.kaczmarz_train
@@ -864,13 +867,36 @@ def streamed(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize("rule", [None, Backprop(), RegularizedLeastSquares()])
-def test_only_this_rule_has_a_stream(rule: Any) -> None:
-    with pytest.raises(RuntimeError, match=r"MLP\.stream needs rule=tpext\.Kaczmarz\(\)"):
+def test_only_this_rule_of_ours_has_a_stream(rule: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"MLP\.stream needs rule=tpext\.Kaczmarz\(\), or .* with learn_stream"):
         streamed(rule=rule)
     mixed = MLP([3, 2, 2], "relu", rule=Kaczmarz())
     mixed[1].rule = Kaczmarz(0.5)
-    with pytest.raises(RuntimeError, match="one for all layers"):
+    with pytest.raises(RuntimeError, match="one rule for all layers"):
         mixed.stream(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class Counting(LayerRule):
+    """Adds to the biases how often each class came, and predicts the class that came before."""
+
+    def propagate(self, call: LayerCall, displacement: Tensor) -> Tensor:
+        return displacement @ call.weight
+
+    def learn_stream(self, layers: Sequence[Any], input: Tensor, labels: Tensor, output: str) -> Tensor:
+        with torch.no_grad():
+            for layer in layers:
+                layer.bias += labels.bincount(minlength=len(layer.bias))
+        return labels.roll(1)
+
+
+def test_a_rule_of_ones_own_may_have_a_stream() -> None:
+    model = MLP([3, 2, 2], rule=Counting())
+    before = [layer.bias.detach().clone() for layer in model]
+    result = model.stream(torch.zeros(4, 3), torch.tensor([0, 1, 1, 1]))
+    assert torch.equal(result.predictions, torch.tensor([1, 0, 1, 1]))
+    for layer, old in zip(model, before, strict=True):
+        torch.testing.assert_close(layer.bias, old + torch.tensor([1.0, 3.0]))
 
 
 @pytest.mark.parametrize(

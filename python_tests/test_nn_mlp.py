@@ -912,6 +912,17 @@ def test_bad_sizes_are_named() -> None:
         MLP([5])
 
 
+def test_rules_of_other_layers_are_named_with_the_network() -> None:
+    expected = "^MLP: rule must be for feed-forward layers "
+    for sizes in ([3, 2], [3, 4, 2]):
+        with pytest.raises(TypeError, match=expected):
+            MLP(sizes, rule=RegularizedInverse())  # type: ignore[arg-type]
+    net = MLP([3, 4, 2])
+    with pytest.raises(TypeError, match=expected):
+        net.rule = RegularizedInverse()  # type: ignore[assignment]
+    assert [layer.rule for layer in net] == [RegularizedLeastSquares()] * 2
+
+
 def test_bad_inputs_are_named() -> None:
     layer = TargetLinear(4, 3, activation="tanh")
     for x, message in [

@@ -15,10 +15,10 @@ from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import autocasts, check_tensor, full_precision
 from tpext.ops.act_inverse import ActivationName
 from tpext.ops.activation import Activation
-from tpext.ops.kaczmarz import kaczmarz_train, running_accuracy
+from tpext.ops.kaczmarz import running_accuracy
 from tpext.ops.units import Output, Units, UnitsName
-from tpext.rules import Kaczmarz, LayerRule
-from tpext.rules.kaczmarz import as_units
+from tpext.rules import LayerRule
+from tpext.rules.base import require_rule
 
 
 class MLP(nn.Sequential):
@@ -67,6 +67,8 @@ class MLP(nn.Sequential):
     ) -> None:
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be two or more, got {list(sizes)}")
+        if rule is not None:
+            require_rule("MLP", rule, "layer")
         # checked even if there is no layer in between
         activation = as_activation(activation)
         if tied and (len(sizes) % 2 == 0 or list(sizes) != list(sizes)[::-1]):
@@ -113,6 +115,7 @@ class MLP(nn.Sequential):
 
     @rule.setter
     def rule(self, rule: LayerRule) -> None:
+        require_rule("MLP", rule, "layer")
         layers = list(self._layers())
         # none is changed if one of them refuses
         for layer in layers:
@@ -160,7 +163,8 @@ class MLP(nn.Sequential):
     def stream(self, input: Tensor, labels: Tensor, output: Output = "clamp", start: float = 0.0) -> StreamResult:
         """Learn samples one after another in a single call, the parameters updated in place after each.
 
-        The same as ``B = 1`` steps of :class:`HotTargetLoss` and ``torch.optim.SGD(lr=1)``, to rounding.
+        The same as ``B = 1`` steps of :class:`HotTargetLoss` and ``torch.optim.SGD(lr=1)``, to rounding. For rules with
+        a call of their own for it (:meth:`tpext.rules.LayerRule.learn_stream`).
 
         Args:
             input: ``[K, N]``, in the order in which they are to be learnt.
@@ -172,10 +176,11 @@ class MLP(nn.Sequential):
             Predictions and the running accuracy, of decay 0.999 (:func:`tpext.ops.running_accuracy`).
 
         Raises:
-            RuntimeError: the layers' rule is not one ``Kaczmarz``, or there are other modules among them.
-            ValueError: it has not ``update="average"`` and ``first="input"``; activations other than relu, and the
-            identity for the last; tied layers or frozen parameters; a shape, dtype, device or label that
-            :func:`tpext.ops.kaczmarz_train` does not take. Weights that overflow, or have no inverse where
+            RuntimeError: the layers' rule is not one for all, or has no such call, as only :class:`tpext.Kaczmarz` of
+            ours has; or there are other modules among the layers.
+            ValueError: tied layers or frozen parameters. Under ``Kaczmarz``: it has not ``update="average"`` and
+            ``first="input"``; activations other than relu, and the identity for the last; a shape, dtype, device or
+            label that :func:`tpext.ops.kaczmarz_train` does not take. Weights that overflow, or have no inverse where
             ``dx="regularized"`` and ``dx_reg=0`` ask for one, become NaN without an error.
 
         >>> import torch, tpext
@@ -186,33 +191,16 @@ class MLP(nn.Sequential):
         check_tensor("MLP.stream", "input", input, "[K, N]")
         check_tensor("MLP.stream", "labels", labels, "[K]")
         layers = list(self._layers())
-        rule, last = layers[0].rule, layers[-1]
-        if not isinstance(rule, Kaczmarz) or any(layer.rule != rule for layer in layers):
-            raise RuntimeError(f"MLP.stream needs rule=tpext.Kaczmarz(), one for all layers, the rule is {self.rule}")
+        rule = layers[0].rule
+        if any(layer.rule != rule for layer in layers):
+            raise RuntimeError(f"MLP.stream needs one rule for all layers, got {[layer.rule for layer in layers]}")
         if len(layers) < len(self):
             other = next(module for module in self if not isinstance(module, TargetLinear))
             raise RuntimeError(f"MLP.stream needs a network of TargetLinear alone, got a {type(other).__name__} in it")
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 raise ValueError(f"MLP.stream: {name} must require grad, as it is changed, got a frozen parameter")
-        for name, only in (("update", "average"), ("first", "input")):
-            if getattr(rule, name) != only:
-                raise ValueError(f"MLP.stream: rule must have {name}={only!r}, got {getattr(rule, name)!r}")
-        for layer in layers:
-            if layer.transposed:
-                raise ValueError("MLP.stream: layers must have weights of their own, got tied ones")
-            which, units = ("output_activation", Units("identity")) if layer is last else ("activation", Units("relu"))
-            if as_units(layer.activation) != units:
-                raise ValueError(f"MLP.stream: {which} must be {units.name!r}, got {layer.activation}")
-        predictions = kaczmarz_train(
-            input,
-            labels,
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers if layer.bias is not None],
-            relaxation=rule.relaxation,
-            damping=rule.damping,
-            dx=rule.dx,
-            dx_reg=rule.dx_reg,
-            output=output,
-        )
+        if any(layer.transposed for layer in layers):
+            raise ValueError("MLP.stream: layers must have weights of their own, got tied ones")
+        predictions = rule.learn_stream(layers, input, labels, output)
         return StreamResult(predictions, running_accuracy(predictions == labels, start=start))

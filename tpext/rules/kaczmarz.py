@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from tpext.ops._library import check_choice
 from tpext.ops.activation import Activation
-from tpext.ops.kaczmarz import KaczmarzStep, kaczmarz_step
-from tpext.ops.units import Units, UnitsName
+from tpext.ops.kaczmarz import KaczmarzStep, kaczmarz_step, kaczmarz_train
+from tpext.ops.units import Output, Units, UnitsName
 from tpext.rules.base import number
 from tpext.rules.layer import LayerCall, LayerRule
 
@@ -107,6 +108,28 @@ class Kaczmarz(LayerRule):
             call.input - step.input if needs_input else None,
             -step.weight if needs_weight else None,
             -step.bias if needs_bias and step.bias is not None else None,
+        )
+
+    def learn_stream(self, layers: Sequence[Any], input: Tensor, labels: Tensor, output: Output) -> Tensor:
+        for name, only in (("update", "average"), ("first", "input")):
+            if getattr(self, name) != only:
+                raise ValueError(f"MLP.stream: rule must have {name}={only!r}, got {getattr(self, name)!r}")
+        for layer in layers:
+            which, units = (
+                ("output_activation", Units("identity")) if layer is layers[-1] else ("activation", Units("relu"))
+            )
+            if as_units(layer.activation) != units:
+                raise ValueError(f"MLP.stream: {which} must be {units.name!r}, got {layer.activation}")
+        return kaczmarz_train(
+            input,
+            labels,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers if layer.bias is not None],
+            relaxation=self.relaxation,
+            damping=self.damping,
+            dx=self.dx,
+            dx_reg=self.dx_reg,
+            output=output,
         )
 
     def _step(self, call: LayerCall, displacement: Tensor) -> KaczmarzStep:

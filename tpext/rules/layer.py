@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from tpext.ops._library import NOT_A_DERIVATIVE, full_precision, refuse_forward_mode
 from tpext.ops.activation import Activation
-from tpext.ops.units import Units
+from tpext.ops.units import Output, Units
 from tpext.rules.base import Kind, Rule, apply_node, check_flag, check_positive, require_result
 
 
@@ -159,6 +160,24 @@ class LayerRule(Rule, ABC):
         raise RuntimeError(
             "TargetLinear.reconstruction_loss needs rule=tpext.DifferenceTargetPropagation(), or a rule of your own "
             f"with layer_loss, the rule is {self}"
+        )
+
+    def learn_stream(self, layers: Sequence[Any], input: Tensor, labels: Tensor, output: Output) -> Tensor:
+        """Learn samples one after another in a single call: what :meth:`tpext.nn.MLP.stream` stands on.
+
+        Args:
+            layers: each a :class:`tpext.nn.TargetLinear` of weights of its own; to be updated in place.
+            input, labels, output: as in :meth:`tpext.nn.MLP.stream`.
+
+        Returns:
+            The predictions ``[K]``, each before its sample's update.
+
+        Raises:
+            RuntimeError: the rule has no such call.
+        """
+        raise RuntimeError(
+            "MLP.stream needs rule=tpext.Kaczmarz(), or a rule of your own with learn_stream, one for all layers, the "
+            f"rule is {self}"
         )
 
 
