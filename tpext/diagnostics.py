@@ -14,7 +14,7 @@ from tpext.feedback.trainer import weight_alignment
 from tpext.nn.linear import TargetLinear
 from tpext.nn.sequential import TargetSequential
 from tpext.ops._library import check_tensor
-from tpext.rules import Backprop, NetworkRule
+from tpext.rules import Backprop
 
 # A layer's gradient, as one vector, and its (input, output, gradient of the output) at each of its calls.
 _Layers = dict[str, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]]
@@ -206,7 +206,7 @@ def gradient_angles(
     """
     _check_network("gradient_angles", net, input)
     by_rule = _double(net)
-    if isinstance(net.rule, NetworkRule):
+    if not net.rule.exact:
         step = net.rule.target_step if target_step is None else target_step
         by_rule.rule = replace(net.rule, normalize=True, target_step=step)
     by_backprop = copy.deepcopy(by_rule)

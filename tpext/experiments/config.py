@@ -25,7 +25,7 @@ from tpext.experiments.settings import (
 )
 from tpext.nn import RNN, TargetLinear
 from tpext.ops import Activation
-from tpext.rules import LayerRule, RecurrentRule, Rule
+from tpext.rules import Rule
 from tpext.tasks import TASKS, Task
 
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "tf-rmsprop", "centred-rmsprop"]
@@ -175,12 +175,13 @@ class Config:
 
     def _check_layer(self) -> None:
         """Let the rule say whether it can serve such a layer."""
+        rule: Any = self.rule  # for layers of this kind, as has been checked
         try:
-            if isinstance(self.rule, LayerRule) and self.feed_forward:
+            if self.feed_forward:
                 activation = Activation(self.nonlinearity, reference_compat=self.reference_compat)
-                TargetLinear(1, 1, activation=activation, rule=self.rule, device="meta")
-            elif isinstance(self.rule, RecurrentRule):
-                RNN(1, 1, nonlinearity=self.nonlinearity, rule=self.rule, device="meta")
+                TargetLinear(1, 1, activation=activation, rule=rule, device="meta")
+            else:
+                RNN(1, 1, nonlinearity=self.nonlinearity, rule=rule, device="meta")
         except ValueError as error:
             compat = "reference_compat=True, " if self.reference_compat else ""
             raise ConfigError(

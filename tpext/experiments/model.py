@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from tpext.experiments.config import Config
 from tpext.nn import MLP, RNN, TargetLinear
 from tpext.ops import Activation
-from tpext.rules import LayerRule, RecurrentRule
 from tpext.tasks import Task
 
 
@@ -22,12 +21,10 @@ class SequenceModel(nn.Module):
 
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__()
-        assert isinstance(config.rule, RecurrentRule)
+        rule: Any = config.rule  # for recurrent layers, as the configuration has checked
         assert config.hidden_size is not None
         assert config.layers is not None
-        self.rnn = RNN(
-            task.input_size, config.hidden_size, config.layers, nonlinearity=config.nonlinearity, rule=config.rule
-        )
+        self.rnn = RNN(task.input_size, config.hidden_size, config.layers, nonlinearity=config.nonlinearity, rule=rule)
         # The layer has two biases that only ever act as their sum, the published model one. Training both would move
         # the sum at twice the rate, so one of them stays zero.
         for name, parameter in self.rnn.named_parameters():
@@ -60,8 +57,7 @@ class FeedForwardModel(nn.Module):
 
     def __init__(self, config: Config, task: Task) -> None:
         super().__init__()
-        rule = config.rule
-        assert isinstance(rule, LayerRule)
+        rule: Any = config.rule  # for feed-forward layers, as the configuration has checked
         assert config.sizes is not None
         compat = config.reference_compat
         activation = Activation(config.nonlinearity, reference_compat=compat)

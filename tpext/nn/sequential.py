@@ -125,7 +125,7 @@ class TargetSequential(nn.Module):
             raise ValueError(
                 "TargetSequential: feedback and feedback_init do not belong to rule=Backprop(), which has none"
             )
-        if isinstance(rule, NetworkRule):
+        if not rule.exact:
             self._add_feedback(self._make_feedback(rule, input_shape) if feedback is None else feedback)
 
     def _make_feedback(self, rule: NetworkRule, input_shape: Sequence[int] | None) -> Sequence[Feedback | None]:
@@ -214,7 +214,7 @@ class TargetSequential(nn.Module):
         [(5, 3), (5, 2)]
         """
         check_tensor("TargetSequential", "input", input, "[B, ...]")
-        if isinstance(self.rule, NetworkRule):
+        if not self.rule.exact:
             self._check_precision()
             self.rule.check(self)
         if torch._C._are_functorch_transforms_active():

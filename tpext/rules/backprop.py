@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class Backprop(RecurrentRule, LayerRule):
 
     # of networks too, though no NetworkRule: there it is the network itself
     kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent", "layer", "network"})
-    exact: ClassVar[bool] = True
+    exact: ClassVar[Literal[True]] = True
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return weight_hh

@@ -61,6 +61,7 @@ class NetworkRule(Rule, ABC):
     reduction: Reduction = "mean"
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"network"})
+    exact: ClassVar[Literal[False]] = False
     needs_shapes: ClassVar[bool] = False
     """Whether :meth:`make_feedback` has to know the shapes of the states."""
 
