@@ -73,7 +73,7 @@ from tpext.rules.learned_inverse import LearnedInverse
 from tpext.rules.least_squares import ConstrainedLeastSquares, LocalLoss, RegularizedLeastSquares
 from tpext.rules.network import DifferenceTargets, DirectTargets, GaussNewtonTargets, NetworkRule, Reduction, Targets
 from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule, Slope
-from tpext.rules.recurrent_pass import LayerWeights, Piece, RecurrentCall, Sweep
+from tpext.rules.recurrent_pass import HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward
 from tpext.rules.regularized_inverse import RegularizedInverse
 
 __all__ = [
@@ -87,6 +87,7 @@ __all__ = [
     "First",
     "Form",
     "GaussNewtonTargets",
+    "HowBack",
     "InputRule",
     "Kaczmarz",
     "LayerCall",
@@ -109,4 +110,5 @@ __all__ = [
     "Targets",
     "Update",
     "number",
+    "run_backward",
 ]

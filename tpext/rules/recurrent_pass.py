@@ -285,9 +285,17 @@ def _cut(input: Tensor, lengths: Tensor | None, begin: int, size: int) -> tuple[
 
 
 class HowBack(NamedTuple):
-    """How a pass goes back, as ``torch.ops.tpext.rnn_layer_backward`` explains it.
+    """How a pass goes back, as ``torch.ops.tpext.rnn_layer_backward`` (:mod:`tpext.ops.rnn_layer`) explains it.
 
     Without defaults: the compiler takes a float that it reads from a class for one that may change.
+
+    Attributes:
+        correction: "linearized", "difference", "none" or "learned".
+        credit: "local" or "through_time".
+        target_step: ``d_T = -target_step * g_T``, > 0.
+        margin: distance kept from the edges of the activation's range, 0 < margin < 1.
+        slope: "inverse", "derivative" or "one", of "linearized"; "inverse" with the others.
+        slope_reg: regularisation of slope "inverse", >= 0; 0 with the others.
     """
 
     correction: str
@@ -311,7 +319,26 @@ def run_backward(
     arriving: Tensor | None,
     credit: Tensor | None,
 ) -> tuple[Gradients, Tensor, Tensor | None]:
-    """One ``torch.ops.tpext.rnn_layer_backward``: what :attr:`Sweep.run` returns; ``scales``: parameters', input's."""
+    """Take a piece back by the fused kernels, one ``torch.ops.tpext.rnn_layer_backward``: for :attr:`Sweep.run`.
+
+    Args:
+        layer, piece: as the sweep gets them.
+        how: what the displacement goes through.
+        feedback: the matrix ``P [S, H, H]``; with correction "learned" the reverse layer's ``V^T``.
+        input_feedback: F, ``[S, H, I]``, which makes the input's gradient: ``weight_ih``, or for ``of_displacement``
+            what :meth:`RecurrentRule.input_feedback` returns. None if that gradient is not wanted.
+        pre: ``[S, t, B, H]``: correction "none" takes the input's projection, "learned" what the reverse layer makes
+            of the states before its tanh; None with the others.
+        scales: of the parameters' gradients, and of the input's.
+        of_displacement: whether the input's gradient is made of ``z_t`` rather than of ``e_t``.
+        grad_states, arriving, credit: as the sweep gets them.
+
+    Returns:
+        What :attr:`Sweep.run` returns.
+
+    Raises:
+        ValueError: as the op does.
+    """
     *found, first, first_credit = rnn_layer_backward(
         grad_states,
         piece.input,
