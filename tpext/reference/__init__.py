@@ -7,6 +7,8 @@ Nothing in here imports the rest of the package, and only tests and documentatio
 """
 
 from tpext.reference.counter_normal import counter_normal, philox4x32
+from tpext.reference.gated_scan import GatedStates, gated_scan
+from tpext.reference.gated_target_pass import GatedPass, gated_feedback, gated_target_pass
 from tpext.reference.layer_inverse import (
     act_displacement,
     act_inverse,
@@ -39,6 +41,8 @@ from tpext.reference.rnn_target_scan import (
 )
 
 __all__ = [
+    "GatedPass",
+    "GatedStates",
     "RNNGradients",
     "act_displacement",
     "act_inverse",
@@ -46,6 +50,9 @@ __all__ = [
     "bias_inverse",
     "code_difference",
     "counter_normal",
+    "gated_feedback",
+    "gated_scan",
+    "gated_target_pass",
     "layer_inverse",
     "learned_target_rnn_gradients",
     "linear_inverse",
