@@ -59,6 +59,8 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"(default: {default})" in shown
     assert "least squares, regularized-least-squares)." in shown.replace("- ", "-").replace("-squares,", " squares,")
     assert "Number of steps. (temporal-order, temporal-order-3bit, adding, random-permutation)" in shown
+    assert "What the layer below receives, always in gradient units (rules regularized-inverse)." in shown
+    assert "Of the rule" not in shown, "every field of our rules is told of in its docstring"
 
 
 def test_options_are_those_of_the_configuration() -> None:
@@ -517,16 +519,25 @@ def test_ctrl_c_in_other_programs_is_theirs(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-OWN = """
+OWN = '''
 from dataclasses import dataclass
 import torch
 from tpext.rules import LayerRule, LearnedInverse, RecurrentRule
 
 @dataclass(frozen=True)
 class Signs(RecurrentRule):
+    """Feedback by the weights' signs.
+
+    Args:
+        scale: factor of the signs
+            in ``feedback``. The rest is not shown.
+        credit: see :class:`tpext.rules.RecurrentRule`.
+    """
+
     slope = "derivative"
     scale: float = 0.1
     centred: bool = False
+    "Whether they have mean 0. Not shown."
 
     def feedback(self, weight_hh, *owned):
         return self.scale * weight_hh.sign()
@@ -546,6 +557,10 @@ class Learned(LearnedInverse):
     pass
 
 @dataclass(frozen=True)
+class Noisy(LearnedInverse):
+    extra: float = 0.0
+
+@dataclass(frozen=True)
 class Long(Gain):
     length: int = 3
 
@@ -559,7 +574,7 @@ class Pseudo(LayerRule):
 
     def propagate(self, call, displacement):
         return call.activation.derivative(displacement, call.preactivation) @ torch.linalg.pinv(call.weight).T
-"""
+'''
 
 
 def test_a_rule_from_a_file_trains_and_resumes(
@@ -582,6 +597,33 @@ def test_a_rule_from_a_file_trains_and_resumes(
     status, out, _ = call("train spiral --rule mine.py:Pseudo --iterations 20 --threads 1 --eval-interval 20", capsys)
     assert status == 0
     assert "mine.py:Pseudo (target step 1)" in out
+
+
+def test_options_of_ones_own_show_their_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    Path("tasks.py").write_text(OWN_TASK)
+    for line, shown in (
+        (
+            "adding --rule mine.py:Signs --rule-options help",
+            "rule_options must be NAME=VALUE of scale, centred, got 'help'\n"
+            "  scale: Factor of the signs in feedback\n"
+            "  centred: Whether they have mean 0\n",
+        ),
+        (
+            "adding --rule mine.py:Noisy --rule-options help",
+            "noise, extra, got 'help'\n"
+            "  target_step: Size of the first displacement, d_T = -target_step * g_T, > 0\n"
+            "  credit: ",
+        ),
+        ("adding --rule mine.py:Long --rule-options help", "NAME=VALUE of length, got 'help'\n"),
+        ("tasks.py:Echo --task-options help", "of length, seed, got 'help'\n  length: Number of steps.\n"),
+    ):
+        status, _, err = call(f"train {line}", capsys)
+        assert (status, shown in err) == (1, True), err
+        assert "ot shown" not in err
 
 
 def test_options_of_a_rule_of_ones_own_have_names_of_their_own(

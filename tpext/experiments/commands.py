@@ -20,6 +20,7 @@ import tpext
 from tpext.experiments.config import Config, make_config
 from tpext.experiments.defaults import shown_default
 from tpext.experiments.feedback_figures import FigureCommand
+from tpext.experiments.field_help import help_of
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import DivergedError, Interrupted
@@ -61,31 +62,6 @@ _PRESETS = "; ".join(
     ]
 )
 
-RULE_HELP = {
-    "reg": "Regularization of the inverse",
-    "target_step": "Size of the first displacement, -target_step * gradient",
-    "correction": "How displacements pass through the inverse",
-    "credit": "Local losses back-propagated through the unrolled layer, or each alone",
-    "margin": "Distance kept from the edges of the activation's range",
-    "normalize": "Divide the local gradients by target_step; with sgd False, as published",
-    "input_rule": "What the layer below gets, where there are several",
-    "slope": "How the linearized correction passes the activation: by its inverse slope as published, its derivative, "
-    "or not at all",
-    "slope_reg": "Regularization of slope inverse",
-    "noise": "Standard deviation of the noise in the reconstruction loss",
-    "form": "Which distance: from the current input, or from zero",
-    "local_loss": "Local losses before the activation or after it",
-    "relaxation": "Factor of every update, above 0 and below 2",
-    "damping": "Added to the squared norms of the inputs that divide an update",
-    "dx": "How a layer's input moves towards its target: mean is the published way",
-    "dx_reg": "Regularization of --dx regularized",
-    "update": "Each sample's least update, averaged over the batch, or that of the batch as a whole",
-    "batch_reg": "Regularization of --update exact",
-    "first": "What moves first",
-    "std": "Standard deviation of the initial weights and biases, with --init torch",
-}
-"""What the options of rules do; which rules have one, its type and its default are the classes'."""
-
 REMEDIES = {
     "reg": "a larger --reg",
     "dx": "--dx regularized",
@@ -108,7 +84,7 @@ def _rule_options() -> dict[str, Option]:
         # of the numbers presets have their own
         default = str(*defaults) if len(defaults) == 1 and all(map(choices_of, hints)) else DEFAULT
         names = ", ".join(rule for rule, kind in RULES.items() if kind in those)
-        found[name] = Option(hints, f"{RULE_HELP.get(name, 'Of the rule')} (rules {names}).", default)
+        found[name] = Option(hints, f"{help_of(those[0], name) or 'Of the rule'} (rules {names}).", default)
     return found
 
 

@@ -64,7 +64,8 @@ class Config:
         "(mnist-autoencoder; not under rules with an ordinary head, --reduction sum only)."
     )
     optimizer: Optimizer = described(
-        "With another optimizer than the preset's, rates start at 1e-3. Rule kaczmarz has sgd at rate 1 only."
+        "With another optimizer than the preset's, rates start at 1e-3, and of sequences --normalize at True. Rule "
+        "kaczmarz has sgd at rate 1 only."
     )
     lr: float = described(
         "Learning rate of the hidden layers, and of the head unless --head-lr is given. For rule learned-inverse the "

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from tpext.experiments.field_help import help_of
 from tpext.experiments.settings import ConfigError
 
 
@@ -120,7 +121,7 @@ def parse_options(what: str, name: str, kind: type[Any], texts: Sequence[str]) -
         texts: what was given.
 
     Raises:
-        ConfigError: no such field, or a text that is no value of it.
+        ConfigError: no such field, with the help of those that there are, or a text that is no value of it.
 
     >>> from tpext.rules import RegularizedInverse
     >>> parse_options("rule", "mine.py:Mine", RegularizedInverse, ["reg=10", "normalize=false"])
@@ -132,7 +133,8 @@ def parse_options(what: str, name: str, kind: type[Any], texts: Sequence[str]) -
     for text in texts:
         option, separator, value = text.partition("=")
         if not separator or option not in kinds:
-            raise ConfigError(f"{what}_options must be NAME=VALUE of {', '.join(kinds) or 'none'}, got {text!r}")
+            lines = "".join(f"\n  {name}: {help}" for name in kinds if (help := help_of(kind, name)))
+            raise ConfigError(f"{what}_options must be NAME=VALUE of {', '.join(kinds) or 'none'}, got {text!r}{lines}")
         hint = kinds[option]
         shown = getattr(hint, "__name__", None) or str(hint)
         try:

@@ -38,9 +38,9 @@ class DifferenceTargetPropagation(LayerRule):
     Args:
         target_step: size of the displacement, ``d = -target_step * g``, > 0.
         noise: standard deviation, >= 0, of the noise that the reconstruction loss adds to the input by default.
-        correction: "difference" or "none".
+        correction: how displacements pass through the inverse, "difference" or "none".
         normalize: True divides the parameter gradients by ``target_step``.
-        local_loss: "post" (see the module's head), the only one that needs no inverse of the activation.
+        local_loss: local losses after the activation, the only ones that need no inverse of it. See the module's head.
 
     Raises:
         ValueError: an argument out of its range, named.

@@ -41,15 +41,16 @@ class Kaczmarz(LayerRule):
 
     Args:
         relaxation: factor of every update, > 0 and < 2, the range in which repeated projections converge; 1 projects.
-        damping: added to the squared norms of "average", >= 0.
-        dx: how the input moves: "mean" (published; diverges where the weights are large: beyond ``s_max(W)^2 > 2 M`` it
-            moves the output away from the target; small weights hardly move it, so that with more than one hidden layer
-            the lower ones learn late), "wnorm" or "regularized".
-        dx_reg: regularisation of "regularized", >= 0.
-        update: "average" or "exact".
-        batch_reg: regularisation of "exact", >= 0; 0 needs linearly independent rows ``[x'' 1]``.
-        first: "input"; or "weights", the published second version: first the weights by the input as it is, then the
-            input is moved by the updated weights for what is left of ``d``.
+        damping: added to the inputs' squared norms that divide the updates of "average", >= 0.
+        dx: how the input moves towards its target, "mean" (published), "wnorm" or "regularized". "mean" diverges where
+            the weights are large: beyond ``s_max(W)^2 > 2 M`` it moves the output away from the target; small weights
+            hardly move it, so that with more than one hidden layer the lower ones learn late.
+        dx_reg: regularisation of ``dx="regularized"``, >= 0.
+        update: each sample's least update, averaged over the batch ("average"), or that of the batch as a whole
+            ("exact").
+        batch_reg: regularisation of ``update="exact"``, >= 0; 0 needs linearly independent rows ``[x'' 1]``.
+        first: what moves first, the input or the weights. "weights" is the published second version: first the weights
+            by the input as it is, then the input is moved by the updated weights for what is left of ``d``.
         std: standard deviation, >= 0, of the weights and biases that a layer made with this rule draws, normal with
             mean 0.
 

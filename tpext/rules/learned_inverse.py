@@ -33,8 +33,9 @@ class LearnedInverse(RecurrentRule):
 
     Args:
         target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0.
-        credit: "through_time" or "local" (see the module's head).
-        normalize: True divides the parameter gradients by ``target_step``.
+        credit: local losses back-propagated through the unrolled layer ("through_time"), or each alone ("local"). See
+            the module's head.
+        normalize: True divides the parameter gradients by ``target_step``; False gives the published scaling.
         noise: standard deviation, >= 0, of the noise that the reconstruction loss adds to the states by default.
 
     Raises:

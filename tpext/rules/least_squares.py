@@ -93,7 +93,8 @@ class ConstrainedLeastSquares(_LeastSquares):
         target_step: size of the displacement, ``d = -target_step * g``, > 0.
         margin: distance kept from the edges of the range of tanh and sigmoid before inverting them, 0 < margin < 0.5.
         normalize: True divides the parameter gradients by ``target_step``.
-        local_loss: "post", or "pre" as published (see the module's head).
+        local_loss: local losses after the activation ("post"), or before it ("pre", as published). See the module's
+            head.
 
     Raises:
         ValueError: an argument out of its range, named.
@@ -133,11 +134,12 @@ class RegularizedLeastSquares(_LeastSquares):
             ``local_loss="post"`` the layer's own gradients stay as they are. Published are 1e-2 (the operation) and
             1e-3 (the training), which do not settle at the published rates. 0 is
             ``ConstrainedLeastSquares(margin=margin)``, in form "ridge" about zero.
-        form: "proximal" or "ridge".
+        form: which distance ``reg`` weighs, from the current input ("proximal") or from zero ("ridge").
         target_step: size of the displacement, ``d = -target_step * g``, > 0.
         margin: for ``reg = 0`` alone: as in ``ConstrainedLeastSquares``.
         normalize: True divides the parameter gradients by ``target_step``.
-        local_loss: "post", or "pre" as published (see the module's head).
+        local_loss: local losses after the activation ("post"), or before it ("pre", as published). See the module's
+            head.
 
     Raises:
         ValueError: an argument out of its range, named.

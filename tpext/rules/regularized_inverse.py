@@ -35,21 +35,22 @@ class RegularizedInverse(RecurrentRule):
             back-propagation's. 0 asks for the plain inverse, and singular weights raise ``tpext.SingularError``.
         target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0. With the linearised correction
             and ``normalize=True`` it cancels.
-        correction: "linearized", "difference" or "none".
-        credit: "through_time" or "local".
+        correction: how displacements pass through the inverse, "linearized", "difference" or "none".
+        credit: local losses back-propagated through the unrolled layer ("through_time"), or each alone ("local").
         margin: distance kept from the edges of the activation's range before inverting it (tanh: ``|h| <= 1 -
             margin``), 0 < margin < 1. The slope ``a'`` of the weight gradients is not clipped.
         normalize: True divides the parameter gradients by ``target_step``, which gives them back-propagation's scale,
             so that a learning rate carries over; False gives the published scaling.
-        input_rule: what the layer below receives, always in gradient units: "gradient" gives ``e_t U / target_step``,
+        input_rule: what the layer below receives, always in gradient units. "gradient" gives ``e_t U / target_step``,
             "target" the displacement that the regularised inverse of ``U`` asks of the input,
             ``-(z_t P_U) / target_step`` with ``P_U = U (U^T U + reg I)^-1`` and ``z_t`` the factor before ``P`` above
             ("none" uses the ``z_t`` of "difference").
-        slope: ``D`` of the linearised correction: "inverse" is ``a' / (a'^2 + slope_reg)``, as published ``1 / a'``,
-            with ``a' = 1 - clip(h)^2`` for tanh, ``1[h > 0]`` for relu (where it is 0, ``D`` is 0), 1 for identity;
-            "derivative" is ``a'`` of the state itself, as in back-propagation; "one" is 1.
-        slope_reg: regularisation of the activation's inverse as ``reg`` is the matrix's, >= 0: units near the edges of
-            the range, whose exact inverse explodes, pass little.
+        slope: how the linearised correction passes the activation: by its inverse slope as published, its derivative,
+            or not at all. ``D`` is for "inverse" ``a' / (a'^2 + slope_reg)``, as published ``1 / a'``, with ``a' = 1 -
+            clip(h)^2`` for tanh, ``1[h > 0]`` for relu (where it is 0, ``D`` is 0), 1 for identity; for "derivative"
+            ``a'`` of the state itself, as in back-propagation; for "one" 1.
+        slope_reg: regularisation of slope "inverse", >= 0, as ``reg`` is the matrix's. Units near the edges of the
+            range, whose exact inverse explodes, pass little.
 
     Raises:
         ValueError: an argument out of its range, named.
