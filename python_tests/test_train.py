@@ -18,6 +18,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from runs import DELETED, Killed, assert_edits_are_named, assert_same_run, checkpoint, kill_after, metrics
 from test_tasks import write_cifar10, write_mnist
@@ -1508,6 +1509,22 @@ def test_figures(tmp_path: Path) -> None:
         train(other, folder)
         with pytest.raises(ConfigError, match="runs of different tasks cannot share a figure: temporal-order, T=10; "):
             draw_comparison({**runs, "other": [folder]}, tmp_path / "y.png")
+
+
+def test_28_curves_can_be_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in (1, 2):
+        train(small(seed=seed), tmp_path / str(seed))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: drawn.append(figure))
+    draw_comparison({str(number): [tmp_path / "1", tmp_path / "2"] for number in range(28)}, tmp_path / "all.png")
+    drawn[0].draw_without_rendering()  # lays the figure out
+    for axes in drawn[0].axes:
+        curves = [line for line in axes.get_lines() if line.get_linewidth() == 2]
+        assert len({(line.get_color(), line.get_linestyle()) for line in curves}) == len(curves) == 28
+        assert {line.get_linestyle() for line in curves[:7]} == {"-"}
+        assert axes.get_window_extent().height > 0.4 * drawn[0].bbox.height
+    (legend,) = drawn[0].legends
+    assert [text.get_text().split()[0] for text in legend.get_texts()] == [str(number) for number in range(28)]
 
 
 def test_a_figure_of_a_run_that_was_cut_short(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -26,6 +28,8 @@ from tpext.tasks import Task
 
 # Colours that stay apart in print and for colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOOKS = cycler(ls=["-", "--", "-.", ":"]) * cycler(color=COLOURS)
+"""Of curves side by side: the colours, then again with every other style of lines."""
 INK = "#333333"
 CHANCE_LABEL = "chance"
 
@@ -164,14 +168,14 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
     if len(tasks) > 1:
         raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
     ((name, config),) = tasks.items()
-    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    # beyond the third line the legend gets room of its own
+    figure = Figure(figsize=(10, 4.4 + 0.2 * max(0, (len(groups) + 1) // 2 - 3)), layout="constrained")
     path = Path(out)
     formats = figure.canvas.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise ConfigError(f"out must end in one of .{', .'.join(formats)}, got {str(out)!r}")
     losses, accuracy = figure.subplots(1, 2)
-    for index, (label, members) in enumerate(groups.items()):
-        colour = COLOURS[index % len(COLOURS)]
+    for look, (label, members) in zip(LOOKS(), groups.items(), strict=False):
         mean = pd.concat([metrics for _, metrics in members]).groupby("iteration").mean()
         counts = pd.concat([metrics for _, metrics in members]).groupby("iteration").size()
         mean = mean[counts == len(members)]
@@ -179,8 +183,8 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
         for axes, column in ((losses, "test_loss"), (accuracy, "accuracy")):
             if len(members) > 1:
                 for _, metrics in members:
-                    axes.plot(metrics.iteration, metrics[column], color=colour, lw=0.7, alpha=0.4)
-            axes.plot(mean.index, mean[column], color=colour, lw=2, label=f"{label} ({final:.1%})")
+                    axes.plot(metrics.iteration, metrics[column], **look, lw=0.7, alpha=0.4)
+            axes.plot(mean.index, mean[column], **look, lw=2, label=f"{label} ({final:.1%})")
     evaluated, unit = (config.evaluated, "epoch") if isinstance(config, ImageConfig) else ("test", "iteration")
     _style_loss(losses, f"{evaluated} loss")
     _style_accuracy(accuracy, config, evaluated)
@@ -189,9 +193,8 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
     figure.suptitle(title or name, fontsize=13, color=INK)
     handles, labels = accuracy.get_legend_handles_labels()
     kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != CHANCE_LABEL]
-    figure.legend(
-        [handle for handle, _ in kept], [label for _, label in kept], loc="outside lower center", ncols=2, frameon=False
-    )
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "frameon": False, "handlelength": 3}
+    figure.legend([handle for handle, _ in kept], [label for _, label in kept], **place)
     path.parent.mkdir(parents=True, exist_ok=True)
     return save(figure, path)
 
@@ -241,10 +244,11 @@ def draw_image_run(folder: str | Path) -> tuple[Path, Path]:
         (panels[0], "feedback to the block's transposed weights", [row.feedback_angles for row in rows]),
         (panels[1], "gradient to back-propagation's", [row.gradient_angles for row in rows]),
     ):
-        for index, (name, line) in enumerate(zip(config.block_names, zip(*angles, strict=True), strict=True)):
+        blocks = zip(config.block_names, zip(*angles, strict=True), strict=True)
+        for look, (name, line) in zip(LOOKS(), blocks, strict=False):
             if any(angle is not None for angle in line):
                 values = [np.nan if angle is None else angle for angle in line]
-                axes.plot(epochs, values, color=COLOURS[index % len(COLOURS)], lw=1.6, label=name)
+                axes.plot(epochs, values, **look, lw=1.6, label=name)
         style(axes)
         axes.set_title(label, fontsize=10, color=INK)
         axes.set_xlabel("epoch", color=INK)
