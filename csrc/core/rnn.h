@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "core/low_precision.h"
+#include "core/member_number.h"
 
 namespace tpext {
 
