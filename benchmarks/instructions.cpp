@@ -26,6 +26,10 @@ std::vector<float> numbers(int64_t count, float scale) {
   return values;
 }
 
+// Numbers that the members of a stack have in common.
+constexpr float kOne = 1, kHalf = 0.5f, kSmall = 1e-3f;
+tpext::MemberNumber<float> of_all(const float& value) { return {&value, 1}; }
+
 // What is counted is this function and all that it calls; the name stands in instructions.py.
 template <class Args>
 __attribute__((noinline)) void run_kernel(const Args& args) {
@@ -193,7 +197,7 @@ int run(const std::string& kernel) {
     tpext::RegularizedInverse<float> args{};
     args.batch = 1;
     args.rows = args.columns = H;
-    args.reg = 1;
+    args.reg = of_all(kOne);
     args.weight = weight.data();
     args.inverse = large.data();
     args.status = &status;
@@ -221,7 +225,7 @@ int run(const std::string& kernel) {
       args.batch = B;
       args.rows = M;
       args.columns = N;
-      args.reg = 1;
+      args.reg = of_all(kOne);
       args.weight = weight.data();
       args.inverse = large.data();
       args.status = status.data();
@@ -243,8 +247,8 @@ int run(const std::string& kernel) {
     set_common(args);
     args.correction = tpext::Correction::linearized;
     args.slope = tpext::Slope::derivative;
-    args.target_step = 1;
-    args.margin = 0.5f;
+    args.target_step = of_all(kOne);
+    args.margin = of_all(kHalf);
     args.grad_states = grad_states.data();
     args.states = states.data();
     args.inverse = weight.data();
@@ -262,8 +266,8 @@ int run(const std::string& kernel) {
     args.pass.correction = tpext::Correction::linearized;
     args.pass.slope = through_time ? tpext::Slope::inverse : tpext::Slope::derivative;
     args.pass.through_time = through_time;
-    args.pass.target_step = 1;
-    args.pass.margin = 1e-3f;
+    args.pass.target_step = of_all(kOne);
+    args.pass.margin = of_all(kSmall);
     args.pass.grad_states = grad_states.data();
     args.pass.states = states.data();
     args.pass.h0 = h0.data();
@@ -272,7 +276,7 @@ int run(const std::string& kernel) {
     args.pass.disp_h0 = small.data();
     args.pass.credit_h0 = through_time ? credit_h0.data() : nullptr;
     set_sizes(args.parameters.sizes);
-    args.parameters.scale = 1;
+    args.parameters.scale = of_all(kOne);
     args.parameters.states = states.data();
     args.parameters.h0 = h0.data();
     args.parameters.input = {input.data(), I, 0, B * I, I};
@@ -280,7 +284,7 @@ int run(const std::string& kernel) {
     args.parameters.grad_weight_hh = large.data();
     args.parameters.grad_bias = grad_bias.data();
     args.input_feedback = weight_ih.data();
-    args.input_scale = 1;
+    args.input_scale = of_all(kOne);
     args.grad_input = grad_input.data();
     run_kernel(args);
     for (const std::vector<float>* more : {&grad_input, &grad_weight_ih, &grad_bias})
@@ -291,7 +295,7 @@ int run(const std::string& kernel) {
     std::vector<float> grad_bias(static_cast<size_t>(H));
     tpext::RnnWeightGradients<float> args{};
     set_sizes(args.sizes);
-    args.scale = 1;
+    args.scale = of_all(kOne);
     args.delta = grad_states.data();
     args.states = states.data();
     args.h0 = h0.data();
@@ -308,8 +312,8 @@ int run(const std::string& kernel) {
                                                              : tpext::Correction::linearized;
     args.reverse_pre = x_proj.data();
     args.through_time = kernel == "rnn_target_scan through_time";
-    args.target_step = 1;
-    args.margin = 1e-3f;
+    args.target_step = of_all(kOne);
+    args.margin = of_all(kSmall);
     args.grad_states = grad_states.data();
     args.states = states.data();
     args.h0 = h0.data();

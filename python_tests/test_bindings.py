@@ -149,6 +149,8 @@ OPTIONAL = {
         *("grad_input", "grad_weight_ih", "grad_weight_hh", "grad_bias"),
     },
 }
+# What is one number or one for each member.
+NUMBERS = ("target_step", "margin", "slope_reg", "scale", "input_scale")
 # The entries of what torch's products do on CUDA.
 ON_CPU_ALONE = ("rnn_weight_gradients", "rnn_layer_backward")
 
@@ -166,7 +168,9 @@ def entry_arguments(op: str, **sizes: int) -> Arguments:
         "rnn_learned_target_scan": {"displacement_of_state": None},
         "rnn_layer_backward": {"transposed": False},
     }.get(op, {})
-    return op_arguments(op, **sizes) | absent | written | {"execution": 2}
+    of_op = op_arguments(op, **sizes)
+    numbers = {key: [of_op[key]] for key in NUMBERS if key in of_op}
+    return of_op | numbers | absent | written | {"execution": 2}
 
 
 class Unexported:
@@ -456,7 +460,7 @@ def claimed_of(arguments: Arguments) -> list[str]:
 def inverse_arguments() -> Arguments:
     weight, inverse, status = torch.zeros(2, 3, 4), torch.zeros(2, 4, 3), torch.zeros(2).long()
     tensors = {"weight": weight, "inverse": inverse, "status": status}
-    return {key: Claimed(tensor) for key, tensor in tensors.items()} | {"reg": 1.0, "execution": CUDA_EXECUTION}
+    return {key: Claimed(tensor) for key, tensor in tensors.items()} | {"reg": [1.0], "execution": CUDA_EXECUTION}
 
 
 @each_tensor_of_an_entry
@@ -690,17 +694,13 @@ def test_entry_refuses_what_cannot_be_exported(op: str, argument: str) -> None:
 
 
 WRONG_OPTIONS = {
+    **{number: [["large"], None, 1.0, [], [1.0] * 3] for number in NUMBERS},
     "nonlinearity": ["sigmoid", "", None, 3],
     "correction": ["quadratic", None],
     "credit": ["global", None],
     "slope": ["steep", None],
-    "slope_reg": ["small", None],
     "reverse": [[True], [True] * 3, "ab", None],
     "execution": [0, -1, 2**40, 2**80, 1.0, "two", None, (0, "auto", None)],
-    "target_step": ["large", None],
-    "margin": ["small", None],
-    "scale": ["large", None],
-    "input_scale": ["large", None],
     "of_displacement": ["yes"],
     "transposed": ["yes"],
 }
@@ -944,10 +944,9 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
     finished = run_with(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *files)
     assert finished.returncode == 0, finished.stdout[-4000:]
     # the backward pass of a layer has too many options for all of them here
-    backward = str(tests / "test_rnn_layer_backward.py")
-    finished = run_with(
-        capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "random_sizes", backward
-    )
+    files = [str(tests / f"test_{name}.py") for name in ("rnn_layer_backward", "member_numbers")]
+    selected = "random_sizes or test_passes or test_inverses or equal_numbers"
+    finished = run_with(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *files)
     assert finished.returncode == 0, finished.stdout[-4000:]
 
 

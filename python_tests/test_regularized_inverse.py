@@ -123,12 +123,12 @@ def test_status_of_each_matrix_and_no_harm_to_its_neighbours(n: int, threads: in
     weight[4, :, n // 2] = 0
     weight[5] *= torch.finfo(dtype).max ** 0.75
     inverse, status = torch.full_like(weight, 7.0), torch.full((7,), -1)
-    assert _C.regularized_inverse(weight, 0.0, inverse, status, threads) == 4
+    assert _C.regularized_inverse(weight, [0.0], inverse, status, threads) == 4
     assert status.tolist() == [0, 1, 1, 0, 2, 2, 0]
     assert (inverse[status != 0] == 7).all(), "the inverse of a matrix that has none is left as it was"
     alone, usable = torch.empty_like(weight[:1]), torch.zeros(1, dtype=torch.int64)
     for i in (0, 3, 6):
-        assert _C.regularized_inverse(weight[i : i + 1], 0.0, alone, usable, 1) == 0
+        assert _C.regularized_inverse(weight[i : i + 1], [0.0], alone, usable, 1) == 0
         assert torch.equal(inverse[i], alone[0])
 
 
@@ -276,8 +276,9 @@ def test_overflow_is_refused() -> None:
         ),
         ({"status": torch.zeros(3).long()}, r"status must be \[batch=2\], got \[3\]"),
         ({"status": torch.zeros(2)}, "status must be int64, got float32"),
-        ({"reg": -1.0}, "reg must be >= 0"),
-        ({"reg": float("nan")}, "reg must be >= 0"),
+        ({"reg": [-1.0]}, "reg must be >= 0"),
+        ({"reg": [1.0] * 3}, "reg must have 1 or batch=2 values, got 3"),
+        ({"reg": [float("nan")]}, "reg must be >= 0"),
         ({"execution": 0}, r"execution must lie in 1\.\.1024 threads on the CPU, got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -285,7 +286,7 @@ def test_overflow_is_refused() -> None:
 def test_the_kernel_refuses_wrong_arguments(change: dict[str, Any], message: str) -> None:
     arguments = {
         "weight": torch.zeros(2, 3, 4),
-        "reg": 1.0,
+        "reg": [1.0],
         "inverse": torch.zeros(2, 4, 3),
         "status": torch.zeros(2).long(),
         "execution": 1,
@@ -367,15 +368,15 @@ def test_status_of_each_of_many_small_matrices(n: int, dtype: torch.dtype) -> No
     usable = expected == 0
     for threads in (1, 2):
         inverse, status = torch.full_like(weight, 7.0), torch.full((51,), -1)
-        assert _C.regularized_inverse(weight, 0.0, inverse, status, threads) == 16
+        assert _C.regularized_inverse(weight, [0.0], inverse, status, threads) == 16
         assert torch.equal(status, expected)
         assert (inverse[~usable] == 7).all()
         unasked = torch.full_like(weight, 7.0)
-        assert _C.regularized_inverse(weight, 0.0, unasked, None, threads) == 16
+        assert _C.regularized_inverse(weight, [0.0], unasked, None, threads) == 16
         assert torch.equal(unasked, inverse)
         alone, one = torch.empty_like(weight[:1]), torch.zeros(1, dtype=torch.int64)
         for i in usable.nonzero().flatten().tolist():
-            assert _C.regularized_inverse(weight[i : i + 1], 0.0, alone, one, 1) == 0
+            assert _C.regularized_inverse(weight[i : i + 1], [0.0], alone, one, 1) == 0
             assert torch.equal(inverse[i], alone[0])
 
 

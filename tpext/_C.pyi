@@ -131,7 +131,7 @@ def probe_difference(
     ``kernel`` 0 ``h, w`` are ``H, W`` and indices are not looked at.
     """
 
-def regularized_inverse(weight: object, reg: float, inverse: object, status: object, execution: Execution) -> int:
+def regularized_inverse(weight: object, reg: list[float], inverse: object, status: object, execution: Execution) -> int:
     """Write ``inverse [..., N, M]`` of ``weight [..., M, N]`` and ``status [batch]``; return how many of it are not 0.
 
     0: inverted; 1: NaN or infinity in the weight; 2: singular or overflow. ``inverse`` is written for 0 only. On the
@@ -182,12 +182,12 @@ def rnn_layer_backward(
     nonlinearity: str,
     correction: str,
     credit: str,
-    target_step: float,
-    margin: float,
+    target_step: list[float],
+    margin: list[float],
     slope: str,
-    slope_reg: float,
-    scale: float,
-    input_scale: float,
+    slope_reg: list[float],
+    scale: list[float],
+    input_scale: list[float],
     of_displacement: bool,
     grad_input: object | None,
     grad_weight_ih: object | None,
@@ -229,10 +229,10 @@ def rnn_target_scan(
     nonlinearity: str,
     correction: str,
     credit: str,
-    target_step: float,
-    margin: float,
+    target_step: list[float],
+    margin: list[float],
     slope: str,
-    slope_reg: float,
+    slope_reg: list[float],
     delta: object,
     disp_h0: object,
     credit_h0: object | None,
@@ -255,7 +255,7 @@ def rnn_learned_target_scan(
     reverse: list[bool],
     nonlinearity: str,
     credit: str,
-    target_step: float,
+    target_step: list[float],
     delta: object,
     disp_h0: object,
     credit_h0: object | None,
@@ -272,7 +272,7 @@ def rnn_weight_gradients(
     input: object,
     lengths: object | None,
     reverse: list[bool],
-    scale: float,
+    scale: list[float],
     grad_weight_ih: object | None,
     grad_weight_hh: object | None,
     grad_bias: object | None,

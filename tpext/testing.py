@@ -26,7 +26,7 @@ from tpext.ops._library import NONLINEARITIES, check_choice
 from tpext.ops.act_inverse import ActivationName
 from tpext.ops.units import UnitsName
 from tpext.rules import Backprop, LayerRule, RecurrentRule
-from tpext.rules.base import Kind, Rule
+from tpext.rules.base import Kind, Rule, of_each
 from tpext.tasks import ImageClasses
 from tpext.tasks.base import Batch, Task
 
@@ -313,9 +313,10 @@ def _check_compiled(case: _Case) -> None:
     rule = case.rule
     changed = [rule]
     for field in dataclasses.fields(rule):
-        if isinstance(getattr(rule, field.name), float):
+        value = getattr(rule, field.name)
+        if isinstance(value, float) or (isinstance(value, tuple) and all(isinstance(one, float) for one in value)):
             try:
-                changed.append(dataclasses.replace(rule, **{field.name: 0.75 * getattr(rule, field.name) + 0.0625}))
+                changed.append(dataclasses.replace(rule, **{field.name: of_each(value, lambda v: 0.75 * v + 0.0625)}))
             except ValueError:
                 continue
     model, input = case.network()

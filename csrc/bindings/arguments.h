@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "bindings/dlpack.h"
+#include "core/member_number.h"
 
 namespace tpext::bindings {
 
@@ -69,6 +70,30 @@ class Argument {
   const char* name_;
   py::object capsule_;
   dlpack::ManagedTensor* managed_ = nullptr;
+};
+
+// A number for all members of a stack or one for each, of the precision that a kernel wants; held until the call ends.
+class Numbers {
+ public:
+  Numbers(const char* name, const std::vector<double>& values)
+      : name_(name), doubles_(values), floats_(values.begin(), values.end()) {}
+
+  const char* name() const { return name_; }
+  const std::vector<double>& values() const { return doubles_; }
+  int64_t count() const { return static_cast<int64_t>(doubles_.size()); }
+
+  template <class T>
+  MemberNumber<T> as() const {
+    if constexpr (sizeof(T) == sizeof(double))
+      return {doubles_.data(), count()};
+    else
+      return {floats_.data(), count()};
+  }
+
+ private:
+  const char* name_;
+  std::vector<double> doubles_;
+  std::vector<float> floats_;
 };
 
 // One of `choices` as its index, or an error that lists them.

@@ -80,6 +80,14 @@ void KernelCall::none_on_cpu(const Argument& argument) const {
     throw py::value_error(argument.label() + " must be None on the CPU, got a tensor");
 }
 
+void KernelCall::numbers(const Numbers& numbers, const Dim& members) const {
+  if (numbers.count() == 1 || (numbers.count() == members.size && !on_cuda())) return;
+  const std::string or_each =
+      on_cuda() ? " value on CUDA"
+                : std::string(" or ") + members.symbol + "=" + std::to_string(members.size) + " values";
+  refuse(std::string(numbers.name()) + " must have 1" + or_each + ", got " + std::to_string(numbers.count()));
+}
+
 void KernelCall::written(const Argument& argument, const char* dims) {
   check(argument, dims, dtype_);
   if (!on_cuda()) argument.prefer_huge_pages();

@@ -3,6 +3,8 @@
 // their names in define().
 #pragma once
 
+#include <pybind11/stl.h>
+
 #include <array>
 #include <optional>
 #include <string>
@@ -48,6 +50,8 @@ class KernelCall {
   void floats(const Argument& argument) const { argument.require_dense(dtype_, leading_); }
   void written(const Argument& argument) const;
   void rows(const Argument& argument) const { argument.require_dense_rows(dtype_, leading_); }
+  // One number, or on the CPU one for each of `members`.
+  void numbers(const Numbers& numbers, const Dim& members) const;
 
   // make(T()) gives the kernel's arguments for elements of type T, float or double; start(arguments, queue) is the
   // kernel on CUDA. The interpreter's lock is released meanwhile.
@@ -112,6 +116,11 @@ template <>
 struct Passed<const Argument&> {
   using Type = const py::object&;
   static Argument read(const char* op, const char* name, Type value) { return Argument(op, name, value); }
+};
+template <>
+struct Passed<const Numbers&> {
+  using Type = const std::vector<double>&;
+  static Numbers read(const char*, const char* name, Type values) { return Numbers(name, values); }
 };
 
 template <class Result, class... Parameters, size_t... I>

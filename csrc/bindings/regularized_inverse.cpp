@@ -67,8 +67,13 @@ void require_ridge(const KernelCall& call, double reg) {
   if (!(reg >= 0)) call.refuse("reg must be >= 0, got " + std::to_string(reg));
 }
 
+void require_ridge(const KernelCall& call, const Numbers& reg, const Dim& batch) {
+  call.numbers(reg, batch);
+  for (const double value : reg.values()) require_ridge(call, value);
+}
+
 // Returns the number of matrices whose status is not ok, so that a caller need not read them; 0 on CUDA.
-int64_t regularized_inverse(const char* op, const Argument& weight, double reg, const Argument& inverse,
+int64_t regularized_inverse(const char* op, const Argument& weight, const Numbers& reg, const Argument& inverse,
                             const Argument& status, const py::object& execution) {
   const KernelCall call(op, weight, execution);
   const Dim batch = require_matrices(weight), M{"M", size_from_last(weight, 2)}, N{"N", size_from_last(weight, 1)};
@@ -76,16 +81,15 @@ int64_t regularized_inverse(const char* op, const Argument& weight, double reg, 
   require_matrices(inverse, batch, N, M);
   call.written(inverse);
   require_status(status, batch, weight, call.on_cuda());
-  require_ridge(call, reg);
+  require_ridge(call, reg, batch);
   if (call.on_cuda() && std::max(M.size, N.size) > cuda::kLargestInverse)
     throw py::value_error(weight.label() + " must have M and N of at most " + std::to_string(cuda::kLargestInverse) +
                           " on CUDA, got " + weight.shape_text());
   const Statuses statuses(status, batch.size);
   call.run(
       [&]<class T>(T) {
-        return RegularizedInverse<T>{
-            batch.size,        M.size,         N.size, static_cast<T>(reg), weight.data<const T>(),
-            inverse.data<T>(), statuses.data()};
+        return RegularizedInverse<T>{batch.size,        M.size,         N.size, reg.as<T>(), weight.data<const T>(),
+                                     inverse.data<T>(), statuses.data()};
       },
       [](const auto& args, const auto& queue) { cuda::regularized_inverse(args, queue); });
   return call.on_cuda() ? 0 : statuses.failures();

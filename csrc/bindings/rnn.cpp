@@ -42,6 +42,8 @@ class RnnCall : public KernelCall {
 
   const RnnSizes& sizes() const { return sizes_; }
 
+  void numbers(const Numbers& numbers) const { KernelCall::numbers(numbers, *find('S')); }
+
   // [S or 1, T, B, I] with any strides but that of I.
   void input(const Argument& argument) {
     argument.require_rank({"S or 1", "T", "B", "I"});
@@ -123,7 +125,7 @@ struct PassSettings {
   Correction correction;
   bool through_time;
   Slope slope;
-  double target_step, margin, slope_reg;
+  const Numbers &target_step, &margin, &slope_reg;
 };
 
 // What every target pass takes. Errors give the tensors the names that they have in the entry.
@@ -137,6 +139,8 @@ struct TargetPass {
   PassSettings settings;
 
   void check(RnnCall& call) const {
+    for (const Numbers* numbers : {&settings.target_step, &settings.margin, &settings.slope_reg})
+      call.numbers(*numbers);
     call.optional(grad_states, "STBH");
     call.optional(disp_n, "SBH");
     call.optional(credit_n, "SBH");
@@ -156,9 +160,9 @@ struct TargetPass {
             .correction = settings.correction,
             .through_time = settings.through_time,
             .slope = settings.slope,
-            .target_step = static_cast<Compute<T>>(settings.target_step),
-            .margin = static_cast<Compute<T>>(settings.margin),
-            .slope_reg = static_cast<Compute<T>>(settings.slope_reg),
+            .target_step = settings.target_step.as<Compute<T>>(),
+            .margin = settings.margin.as<Compute<T>>(),
+            .slope_reg = settings.slope_reg.as<Compute<T>>(),
             .grad_states = grad_states.data<const T>(),
             .disp_n = disp_n.data<const T>(),
             .credit_n = credit_n.data<const T>(),
@@ -205,9 +209,10 @@ void rnn_target_scan(const char* op, const Argument& grad_states, const Argument
                      const Argument& states, const Argument& h0, const Argument& weight_hh, const Argument& inverse,
                      const Argument& x_proj, const Argument& lengths, const std::vector<bool>& reverse,
                      const std::string& nonlinearity, const std::string& correction, const std::string& credit,
-                     double target_step, double margin, const std::string& slope, double slope_reg,
-                     const Argument& delta, const Argument& disp_h0, const Argument& credit_h0, const Argument& norms,
-                     const Argument& displacement, const Argument& displacement_of_state, const py::object& execution) {
+                     const Numbers& target_step, const Numbers& margin, const std::string& slope,
+                     const Numbers& slope_reg, const Argument& delta, const Argument& disp_h0,
+                     const Argument& credit_h0, const Argument& norms, const Argument& displacement,
+                     const Argument& displacement_of_state, const py::object& execution) {
   RnnCall call(op, states, lengths, reverse, execution);
   const PassSettings settings{read_nonlinearity(call, nonlinearity),
                               read_correction(call, correction, kScanCorrections),
@@ -225,17 +230,18 @@ void rnn_learned_target_scan(const char* op, const Argument& grad_states, const 
                              const Argument& credit_n, const Argument& states, const Argument& weight_hh,
                              const Argument& reverse_weight, const Argument& reverse_pre, const Argument& lengths,
                              const std::vector<bool>& reverse, const std::string& nonlinearity,
-                             const std::string& credit, double target_step, const Argument& delta,
+                             const std::string& credit, const Numbers& target_step, const Argument& delta,
                              const Argument& disp_h0, const Argument& credit_h0, const Argument& norms,
                              const Argument& displacement_of_state, const py::object& execution) {
   RnnCall call(op, states, lengths, reverse, execution);
+  const Numbers margin("margin", {0}), slope_reg("slope_reg", {0});
   const PassSettings settings{read_nonlinearity(call, nonlinearity),
                               Correction::learned,
                               read_credit(call, credit),
                               Slope::inverse,
                               target_step,
-                              0,
-                              0};
+                              margin,
+                              slope_reg};
   const TargetPass pass{grad_states,    disp_n, credit_n,    states,  nullptr,   weight_hh,
                         reverse_weight, true,   reverse_pre, disp_h0, credit_h0, settings};
   run_target_scan(call, pass, delta, norms, nullptr, displacement_of_state);
@@ -251,7 +257,7 @@ void check_parameters(RnnCall& call, const Argument& grad_weight_ih, const Argum
 
 void rnn_weight_gradients(const char* op, const Argument& delta, const Argument& states, const Argument& h0,
                           const Argument& input, const Argument& lengths, const std::vector<bool>& reverse,
-                          double scale, const Argument& grad_weight_ih, const Argument& grad_weight_hh,
+                          const Numbers& scale, const Argument& grad_weight_ih, const Argument& grad_weight_hh,
                           const Argument& grad_bias, const py::object& execution) {
   RnnCall call(op, delta, lengths, reverse, execution);
   if (call.on_cuda())
@@ -260,10 +266,11 @@ void rnn_weight_gradients(const char* op, const Argument& delta, const Argument&
   call.floats(states, "STBH");
   call.floats(h0, "SBH");
   call.input(input);
+  call.numbers(scale);
   check_parameters(call, grad_weight_ih, grad_weight_hh, grad_bias);
   call.run([&]<class T>(T) {
     return RnnWeightGradients<T>{.sizes = call.sizes(),
-                                 .scale = static_cast<T>(scale),
+                                 .scale = scale.as<T>(),
                                  .delta = delta.data<const T>(),
                                  .states = states.data<const T>(),
                                  .h0 = h0.data<const T>(),
@@ -278,11 +285,11 @@ void rnn_layer_backward(const char* op, const Argument& grad_states, const Argum
                         const Argument& input, const Argument& states, const Argument& h0, const Argument& weight_hh,
                         const Argument& feedback, bool transposed, const Argument& input_feedback, const Argument& pre,
                         const Argument& lengths, const std::vector<bool>& reverse, const std::string& nonlinearity,
-                        const std::string& correction, const std::string& credit, double target_step, double margin,
-                        const std::string& slope, double slope_reg, double scale, double input_scale,
-                        bool of_displacement, const Argument& grad_input, const Argument& grad_weight_ih,
-                        const Argument& grad_weight_hh, const Argument& grad_bias, const Argument& disp_h0,
-                        const Argument& credit_h0, const py::object& execution) {
+                        const std::string& correction, const std::string& credit, const Numbers& target_step,
+                        const Numbers& margin, const std::string& slope, const Numbers& slope_reg, const Numbers& scale,
+                        const Numbers& input_scale, bool of_displacement, const Argument& grad_input,
+                        const Argument& grad_weight_ih, const Argument& grad_weight_hh, const Argument& grad_bias,
+                        const Argument& disp_h0, const Argument& credit_h0, const py::object& execution) {
   RnnCall call(op, states, lengths, reverse, execution);
   if (call.on_cuda())
     throw py::value_error(states.label() +
@@ -297,6 +304,8 @@ void rnn_layer_backward(const char* op, const Argument& grad_states, const Argum
   const TargetPass pass{grad_states, disp_n,     credit_n, states,  &h0,       weight_hh,
                         feedback,    transposed, pre,      disp_h0, credit_h0, settings};
   pass.check(call);
+  call.numbers(scale);
+  call.numbers(input_scale);
   call.input(input);
   if (grad_input.given()) {
     call.floats(input_feedback, "SHI");
@@ -306,7 +315,7 @@ void rnn_layer_backward(const char* op, const Argument& grad_states, const Argum
   call.run([&]<class T>(T) {
     return RnnLayerBackward<T>{.pass = pass.args<T>(call.sizes()),
                                .parameters = {.sizes = call.sizes(),
-                                              .scale = static_cast<T>(scale),
+                                              .scale = scale.as<T>(),
                                               .delta = nullptr,
                                               .states = states.data<const T>(),
                                               .h0 = h0.data<const T>(),
@@ -316,7 +325,7 @@ void rnn_layer_backward(const char* op, const Argument& grad_states, const Argum
                                               .grad_bias = grad_bias.data<T>()},
                                .input_feedback = input_feedback.data<const T>(),
                                .of_displacement = of_displacement,
-                               .input_scale = static_cast<T>(input_scale),
+                               .input_scale = input_scale.as<T>(),
                                .grad_input = grad_input.data<T>()};
   });
 }

@@ -12,11 +12,13 @@ struct MemberNumber {
   int64_t count;  // 1 or S
 
   T of(int64_t member) const { return values[count == 1 ? 0 : member]; }
-  bool all_zero() const {
-    for (int64_t i = 0; i < count; ++i)
-      if (values[i] != T(0)) return false;
-    return true;
+  int64_t zeros() const {
+    int64_t zeros = 0;
+    for (int64_t i = 0; i < count; ++i) zeros += values[i] == T(0) ? 1 : 0;
+    return zeros;
   }
+  bool all_zero() const { return zeros() == count; }
+  bool any_zero() const { return zeros() != 0; }
 };
 
 }  // namespace tpext

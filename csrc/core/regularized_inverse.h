@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/member_number.h"
+
 namespace tpext {
 
 // Without regularisation R W (or W R) is the identity, of trace k = min(M, N). Rounding leaves a singular matrix a Gram
@@ -25,12 +27,12 @@ struct RegularizedInverse {
   };
 
   int64_t batch;
-  int64_t rows;     // M
-  int64_t columns;  // N
-  T reg;            // >= 0
-  const T* weight;  // [batch, M, N]
-  T* inverse;       // [batch, N, M]
-  int64_t* status;  // [batch]
+  int64_t rows;         // M
+  int64_t columns;      // N
+  MemberNumber<T> reg;  // >= 0, of each matrix
+  const T* weight;      // [batch, M, N]
+  T* inverse;           // [batch, N, M]
+  int64_t* status;      // [batch]
 };
 
 // X = Y R' = Y W (W'W + reg I)^-1 of each matrix of a batch, that is argmin_x ||W x - y||^2 + reg ||x||^2 for each row

@@ -65,9 +65,9 @@ struct RnnTargetScan {
   Correction correction;
   bool through_time;  // credit: the sum of local losses through the whole unrolled network, else each step alone
   Slope slope;        // correction linearized only, as is slope_reg
-  Compute<T> target_step;
-  Compute<T> margin;
-  Compute<T> slope_reg;
+  MemberNumber<Compute<T>> target_step;
+  MemberNumber<Compute<T>> margin;
+  MemberNumber<Compute<T>> slope_reg;
   const T* grad_states;  // [S, T, B, H], or null: zero
   const T* disp_n;       // [S, B, H] displacement that comes from beyond the last valid step, or null: zero
   const T* credit_n;     // [S, B, H] e W from there, through_time only; or null: zero
@@ -89,7 +89,7 @@ struct RnnTargetScan {
 template <class T>
 struct RnnWeightGradients {
   RnnSizes sizes;
-  Compute<T> scale;
+  MemberNumber<Compute<T>> scale;
   const T* delta;     // [S, T, B, H]
   const T* states;    // [S, T, B, H]
   const T* h0;        // [S, B, H]
@@ -106,7 +106,7 @@ struct RnnLayerBackward {
   RnnWeightGradients<T> parameters;  // without delta
   const T* input_feedback;           // [S, H, I] U, or P_U of a displacement; or null
   bool of_displacement;              // grad_input = input_scale * z_t P_U in place of input_scale * e_t U
-  Compute<T> input_scale;
+  MemberNumber<Compute<T>> input_scale;
   T* grad_input;  // [S, T, B, I], or null
 };
 

@@ -6,6 +6,7 @@
 // and a Step turns them, with what it reads itself at t, into the step's delta e_t and carried z_t:
 //     Stepped step.at<last>(row_step, column, count, displaced, credit),   Vec step.initial(row_step, column, count,
 //     displaced)
+// where the step is step.of(member), which knows the numbers of the tile's member.
 // At a row's last valid step the products are replaced by what comes from beyond (disp_n, credit_n). z lives in two row
 // tiles of scratch memory; e goes where a Track says, through all of [S, T, B, H] or round in a little memory that
 // someone else reads meanwhile (layer_gradients.h). A product whose rows are all zero is not computed, which changes no
@@ -119,7 +120,7 @@ class TileSweep {
  public:
   // `scratch` has call.scratch_rows() planes of `plane` numbers, in each of which the tile's rows begin at `scratch`.
   TileSweep(const Backward<T>& call, const Step& step, const Tile& tile, T* scratch, int64_t plane, AliveTurns turns)
-      : call_(call), step_(step), tile_(tile), scratch_(scratch), plane_(plane), turns_(turns) {
+      : call_(call), step_(step.of(tile.member)), tile_(tile), scratch_(scratch), plane_(plane), turns_(turns) {
     dense_inverse_ = !call.inverse.finite(tile.member);
     dense_weight_ = call.weight && !call.weight.finite(tile.member);
     fades_ = Step::zero_stays_zero && call.arrays.grad_states == nullptr && call.sizes.lengths == nullptr &&

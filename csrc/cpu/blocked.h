@@ -39,7 +39,8 @@ class Blocked {
  public:
   static constexpr int64_t L = kLanes<T>, R = kRows<T>;
 
-  Blocked(int64_t rows, int64_t columns, T reg)
+  // `any_plain`: a matrix may come without a ridge.
+  Blocked(int64_t rows, int64_t columns, bool any_plain)
       : rows_(rows),
         columns_(columns),
         tall_(columns <= rows),
@@ -47,7 +48,7 @@ class Blocked {
         terms_(tall_ ? rows : columns),
         padded_(ceil_div(order_, R) * R),
         panels_(ceil_div(order_, L)),
-        reg_(reg) {}
+        any_plain_(any_plain) {}
 
   // Of whole panels, and what the smallest matrix costs anyway: to invert, and to solve for `count` rows.
   double operations() const {
@@ -61,14 +62,14 @@ class Blocked {
   // Numbers of the memory for a matrix, of which `count` are solved for, and for a thread; multiples of a vector.
   int64_t shared_size(int64_t count = 0) const {
     const int64_t projected = tall_ ? ceil_div(count, L) * L * padded_ : 0;
-    const int64_t retained = reg_ == T(0) ? ceil_div(terms_, L) * L : 0;
+    const int64_t retained = any_plain_ ? ceil_div(terms_, L) * L : 0;
     return panels_ * L * (terms_ + padded_) + 2 * ceil_div(padded_, L) * L + retained + projected;
   }
   int64_t private_size() const { return kGroup * (padded_ < kDepth ? kDepth : padded_) * L; }
 
   // Inverts one matrix, by one thread or by all of a team, and returns its status.
-  int64_t invert(const T* weight, T* inverse, T* shared, T* own, bool alone) const {
-    const Work work(*this, shared, alone);
+  int64_t invert(const T* weight, T reg, T* inverse, T* shared, T* own, bool alone) const {
+    const Work work(*this, reg, shared, alone);
     if (!factor(weight, work, own, 0, [](int64_t) {})) return failure(weight, rows_ * columns_);
     const Groups groups(0, ceil_div(terms_, L), work.threads);
     share(alone, groups.count, [&](int64_t i) {
@@ -78,8 +79,8 @@ class Blocked {
   }
 
   // Solves for the `count` rows of rhs, likewise.
-  int64_t solve(const T* weight, const T* rhs, int64_t count, T* solution, T* shared, T* own, bool alone) const {
-    const Work work(*this, shared, alone);
+  int64_t solve(const T* weight, T reg, const T* rhs, int64_t count, T* solution, T* shared, T* own, bool alone) const {
+    const Work work(*this, reg, shared, alone);
     const Groups groups(0, ceil_div(count, L), work.threads);
     const bool regular = factor(weight, work, own, tall_ ? groups.count : 0, [&](int64_t i) {
       project(rhs, count, work, own, groups.begin(i), groups.begin(i + 1));
@@ -101,16 +102,18 @@ class Blocked {
     T *reciprocal, *squared;  // of the diagonal of U
     T* retained;              // of each row of B, without a ridge
     Panels<T> z;              // B' Y of a tall matrix
+    T reg;
     bool alone;
     int64_t threads;
 
-    Work(const Blocked& matrix, T* shared, bool alone_)
+    Work(const Blocked& matrix, T reg_, T* shared, bool alone_)
         : b{shared, matrix.terms_},
           u{b.data + matrix.panels_ * b.stride(), matrix.padded_},
           reciprocal(u.data + matrix.panels_ * u.stride()),
           squared(reciprocal + ceil_div(matrix.padded_, L) * L),
           retained(squared + ceil_div(matrix.padded_, L) * L),
-          z{retained + (matrix.reg_ == T(0) ? ceil_div(matrix.terms_, L) * L : 0), matrix.padded_},
+          z{retained + (matrix.any_plain_ ? ceil_div(matrix.terms_, L) * L : 0), matrix.padded_},
+          reg(reg_),
           alone(alone_),
           threads(alone_ ? 1 : thread_count()) {}
   };
@@ -145,7 +148,7 @@ class Blocked {
         });
       }
     }
-    for (int64_t i = begin * L; i < last_row; ++i) *u.element(i, i) = i < order_ ? *u.element(i, i) + reg_ : T(1);
+    for (int64_t i = begin * L; i < last_row; ++i) *u.element(i, i) = i < order_ ? *u.element(i, i) + work.reg : T(1);
   }
 
   // U over the upper triangle of A, from packing on; returns whether there is one. While one thread factors the first
@@ -170,7 +173,7 @@ class Blocked {
       });
       eliminate(work, from, to);
     }
-    return positive(work.squared) && (reg_ != T(0) || full_rank(weight, work, own));
+    return positive(work.squared) && (work.reg != T(0) || full_rank(weight, work, own));
   }
 
   // The square of the rows [from, to) on the diagonal.
@@ -351,7 +354,7 @@ class Blocked {
   int64_t terms_;   // m
   int64_t padded_;  // k in whole blocks of rows
   int64_t panels_;  // of B and U
-  T reg_;
+  bool any_plain_;
 };
 
 // Operations worth a further thread, some 5 microseconds.

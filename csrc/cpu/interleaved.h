@@ -55,7 +55,8 @@ class Interleaved {
   // What the order is padded to with an identity: the last rows make half a block where they fit.
   static constexpr int H = R < 2 * C ? R : R / 2;
 
-  Interleaved(int64_t rows, int64_t columns, T reg)
+  // `any_plain`: a matrix may come without a ridge.
+  Interleaved(int64_t rows, int64_t columns, bool any_plain)
       : rows_(rows),
         columns_(columns),
         tall_(columns <= rows),
@@ -63,7 +64,7 @@ class Interleaved {
         terms_(tall_ ? rows : columns),
         padded_(ceil_div(order_, H) * H),
         stride_((padded_ + R) * C),
-        reg_(reg) {}
+        any_plain_(any_plain) {}
 
   // The sizes at which groups invert faster than the kernel for single matrices does, which needs whole vectors and
   // many panels to be fast. Sums of one slice only.
@@ -93,7 +94,7 @@ class Interleaved {
   // Sizes in vectors.
   int64_t matrix_size() const { return strips() * stride_; }
   int64_t factor_size() const {
-    return ceil_div(padded_, R) * R * padded_ + 2 * padded_ + (reg_ == T(0) ? padded_ * C : 0);
+    return ceil_div(padded_, R) * R * padded_ + 2 * padded_ + (any_plain_ ? padded_ * C : 0);
   }
 
   // Where the elements of W [M, N] stand among the strips, and those of R [N, M] among the strips of X.
@@ -148,17 +149,17 @@ class Interleaved {
   }
 
   // U of B'B + reg I over u, with the reciprocals of its diagonal; the status of the first `count` lanes.
-  void factor(const V* b, const T* weight, int64_t count, V* u, int64_t* status) const {
+  void factor(const V* b, V reg, const T* weight, int64_t count, V* u, int64_t* status) const {
     V* const reciprocal = reciprocals(u);
     V* const squared = reciprocal + padded_;
     for (int64_t row = 0; row < padded_; row += R) with_rows(row, [&]<int Rows>() { gram<Rows>(b, u, row); });
     for (int64_t i = 0; i < padded_; ++i) {
       V& diagonal = *element(u, i, i);
-      diagonal = i < order_ ? diagonal + reg_ : V{} + T(1);
+      diagonal = i < order_ ? diagonal + reg : V{} + T(1);
     }
     for (int64_t row = 0; row < padded_; row += R)
       with_rows(row, [&]<int Rows>() { eliminate<Rows>(u, reciprocal, squared, row); });
-    report(squared, reg_ == T(0) ? trace(b, u) : V{}, weight, count, status);
+    report(squared, reg, any_plain_ ? trace(b, u) : V{}, weight, count, status);
   }
 
   // X of A X = x over `strips` strips, `stride` vectors apart.
@@ -370,14 +371,14 @@ class Interleaved {
   }
 
   // Whether each lane's factorisation came to its end. Comparisons are written to fail for NaN.
-  void report(const V* squared, V trace, const T* weight, int64_t count, int64_t* status) const {
+  void report(const V* squared, V reg, V trace, const T* weight, int64_t count, int64_t* status) const {
     Bits<T> regular = (Bits<T>)(V{} == V{});
     for (int64_t i = 0; i < order_; ++i)
       regular &= (Bits<T>)(squared[i] > T(0)) & (Bits<T>)(squared[i] <= Constants<T>::largest);
-    if (reg_ == T(0)) {
+    if (any_plain_) {
       const V loss = static_cast<T>(order_) - trace;
       constexpr T most = static_cast<T>(kGreatestLoss);
-      regular &= (Bits<T>)(loss <= most) & (Bits<T>)(-loss <= most);
+      regular &= (Bits<T>)(reg > T(0)) | ((Bits<T>)(loss <= most) & (Bits<T>)(-loss <= most));
     }
     for (int64_t l = 0; l < count; ++l)
       status[l] =
@@ -390,7 +391,7 @@ class Interleaved {
   int64_t terms_;   // m
   int64_t padded_;  // k in whole halves of blocks
   int64_t stride_;  // of the strips of B
-  T reg_;
+  bool any_plain_;
 };
 
 // Operations of groups that are worth a further thread, some 20 microseconds: as long as it takes to wake one.

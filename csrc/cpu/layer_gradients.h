@@ -61,6 +61,7 @@ __attribute__((noinline)) void input_gradient(const RnnLayerBackward<T>& args, c
                                               int64_t end) {
   const RnnSizes& sizes = args.pass.sizes;
   const int64_t I = args.parameters.input.size, H = sizes.hidden;
+  const T scale = args.input_scale.of(member);
   for (int64_t first = begin; first < end; first += kMaxRows) {
     const int high = static_cast<int>(end - first < kMaxRows ? end - first : kMaxRows);
     const T* rows[kMaxRows];
@@ -79,7 +80,7 @@ __attribute__((noinline)) void input_gradient(const RnnLayerBackward<T>& args, c
       for (int r = 0; r < high; ++r)
         for (int p = 0; p < wide; ++p) {
           const int64_t column = panel_column<T>(I, panel + p);
-          store_part(to[r] + column, sums[r * kMaxPanels + p] * args.input_scale, I - column);
+          store_part(to[r] + column, sums[r * kMaxPanels + p] * scale, I - column);
         }
     }
   }

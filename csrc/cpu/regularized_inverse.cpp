@@ -17,7 +17,7 @@ namespace {
 // Inverts the first matrices of a batch in groups of one a lane, and returns how many.
 template <class T>
 int64_t invert_groups(const RegularizedInverse<T>& args, int max_threads) {
-  const Interleaved<T> group(args.rows, args.columns, args.reg);
+  const Interleaved<T> group(args.rows, args.columns, args.reg.any_zero());
   if (!group.suits_inverse()) return 0;
   const int64_t rest = args.batch % kLanes<T>, done = rest >= group.least() ? args.batch : args.batch - rest;
   if (done == 0) return 0;
@@ -31,7 +31,9 @@ int64_t invert_groups(const RegularizedInverse<T>& args, int max_threads) {
                   int64_t* const status = args.status + first;
                   Vec<T>* const u = b + group.matrix_size();
                   group.load_matrices(weight, count, (args.batch - first) * size, of_weight, b);
-                  group.factor(b, weight, count, u, status);
+                  Vec<T> reg;
+                  for (int64_t l = 0; l < kLanes<T>; ++l) reg[l] = args.reg.of(first + (l < count ? l : count - 1));
+                  group.factor(b, reg, weight, count, u, status);
                   group.invert(u, b);
                   group.store_lanes(b, size, size, count, status, of_inverse, args.inverse + first * size);
                 });
@@ -47,12 +49,13 @@ void invert(const RegularizedInverse<T>& args, int max_threads) {
   }
   const int64_t done = invert_groups(args, max_threads);
   if (done == args.batch) return;
-  const Blocked<T> matrix(args.rows, args.columns, args.reg);
+  const Blocked<T> matrix(args.rows, args.columns, args.reg.any_zero());
   const T* const weight = args.weight + done * size;
   T* const inverse = args.inverse + done * size;
   for_matrices<T>(args.batch - done, matrix.operations(), matrix.shared_size(), matrix.private_size(), max_threads,
                   args.status + done, [&](int64_t i, T* shared, T* own, bool alone) {
-                    return matrix.invert(weight + i * size, inverse + i * size, shared, own, alone);
+                    return matrix.invert(weight + i * size, args.reg.of(done + i), inverse + i * size, shared, own,
+                                         alone);
                   });
 }
 

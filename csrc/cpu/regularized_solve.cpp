@@ -24,9 +24,9 @@ int64_t solve_groups(const RegularizedSolve<T>& args, int threads) {
   using V = Vec<T>;
   constexpr int C = Interleaved<T>::C;
   const int64_t M = args.rows, N = args.columns, K = args.count;
-  const Interleaved<T> group(M, N, args.reg);
+  const Interleaved<T> group(M, N, args.reg == T(0));
   if (!group.suits_solve()) return 0;
-  const double operations = group.solve_operations(K), of_one = Blocked<T>(M, N, args.reg).operations(K);
+  const double operations = group.solve_operations(K), of_one = Blocked<T>(M, N, args.reg == T(0)).operations(K);
   const auto pays = [&](int64_t matrices) { return operations < static_cast<double>(matrices) * of_one; };
   const int64_t rest = args.batch % kLanes<T>;
   const int64_t batch = pays(rest) ? args.batch : pays(kLanes<T>) ? args.batch - rest : 0;
@@ -49,7 +49,7 @@ int64_t solve_groups(const RegularizedSolve<T>& args, int threads) {
     int64_t* const status = args.status + first;
     V *const u = b + group.matrix_size(), *const y = u + group.factor_size(), *const x = y + strips * stride;
     group.load_matrices(weight, count, (args.batch - first) * M * N, of_weight, b);
-    group.factor(b, weight, count, u, status);
+    group.factor(b, V{} + args.reg, weight, count, u, status);
     for (int64_t q = 0; q < K; q += kRhs) {
       const int64_t rows = K - q < kRhs ? K - q : kRhs, columns = ceil_div(rows, C);
       const int64_t skipped = first * K + q;
@@ -79,13 +79,13 @@ void solve(const RegularizedSolve<T>& args, int threads) {
   }
   const int64_t done = solve_groups(args, threads);
   if (done == args.batch) return;
-  const Blocked<T> matrix(M, N, args.reg);
+  const Blocked<T> matrix(M, N, args.reg == T(0));
   const T *const weight = args.weight + done * M * N, *const rhs = args.rhs + done * K * M;
   T* const solution = args.solution + done * K * N;
   for_matrices<T>(args.batch - done, matrix.operations(K), matrix.shared_size(K), matrix.private_size(), threads,
                   args.status + done, [&](int64_t i, T* shared, T* own, bool alone) {
-                    return matrix.solve(weight + i * M * N, rhs + i * K * M, K, solution + i * K * N, shared, own,
-                                        alone);
+                    return matrix.solve(weight + i * M * N, args.reg, rhs + i * K * M, K, solution + i * K * N, shared,
+                                        own, alone);
                   });
 }
 

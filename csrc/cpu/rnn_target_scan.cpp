@@ -25,11 +25,18 @@ template <class T, Nonlinearity A, Correction C, Choice S = Choice::given>
 struct TargetStep {
   static constexpr bool zero_stays_zero = C != Correction::none;
   const RnnTargetScan<T>& args;
+  T target_step = 0, bound = 0, slope_reg = 0;  // of one member: of()
+
+  TargetStep of(int64_t member) const {
+    TargetStep step{args, args.target_step.of(member)};
+    if constexpr (C != Correction::learned) step.bound = T(1) - args.margin.of(member);
+    if constexpr (C == Correction::linearized && S == Choice::given) step.slope_reg = args.slope_reg.of(member);
+    return step;
+  }
 
   Vec<T> times_slope(Vec<T> d, Vec<T> h) const {
     const Slope slope = S == Choice::given ? args.slope : S == Choice::derivative ? Slope::derivative : Slope::inverse;
-    return VectorActivations<T>::times_slope(slope, A, d, h, T(1) - args.margin,
-                                             S == Choice::given ? args.slope_reg : T(0));
+    return VectorActivations<T>::times_slope(slope, A, d, h, bound, S == Choice::given ? slope_reg : T(0));
   }
 
   // What the inverse of step t + 1 adds to the displacement at t.
@@ -43,7 +50,7 @@ struct TargetStep {
   Stepped<T> at(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced, Vec<T> credit) const {
     const Vec<T> h = load_part(args.states + at.current + column, count);
     Vec<T> d = {};
-    if (args.grad_states != nullptr) d = load_part(args.grad_states + at.current + column, count) * -args.target_step;
+    if (args.grad_states != nullptr) d = load_part(args.grad_states + at.current + column, count) * -target_step;
     if constexpr (Last) {
       d += displaced;
     } else {
@@ -52,9 +59,9 @@ struct TargetStep {
     }
     Vec<T> carried = d;
     if constexpr (C == Correction::linearized) carried = times_slope(d, h);
-    if constexpr (C == Correction::difference) carried = inverse_difference<A, T>(h, d, T(1) - args.margin);
+    if constexpr (C == Correction::difference) carried = inverse_difference<A, T>(h, d, bound);
     if constexpr (C == Correction::none)
-      carried = inverse_activate<A, T>(h + d, T(1) - args.margin) - load_part(args.x_proj + at.current + column, count);
+      carried = inverse_activate<A, T>(h + d, bound) - load_part(args.x_proj + at.current + column, count);
     return {times_derivative<A, T>(credit - d, h), carried, d};
   }
 
@@ -69,7 +76,7 @@ struct TargetStep {
     if constexpr (C == Correction::none) {
       if (at.place == Place::padding || at.place == Place::initial || at.place == Place::none) return Vec<T>{};
       const Vec<T> h = load_part(args.states + at.current + column, count);
-      return inverse_difference<A, T>(h, stepped.displacement, T(1) - args.margin);
+      return inverse_difference<A, T>(h, stepped.displacement, bound);
     }
     return stepped.carried;
   }
@@ -80,7 +87,7 @@ template <class T, Nonlinearity A, class Run>
 void with_correction(const RnnTargetScan<T>& args, const Run& run) {
   switch (args.correction) {
     case Correction::linearized:
-      if (args.slope == Slope::inverse && args.slope_reg == 0)
+      if (args.slope == Slope::inverse && args.slope_reg.all_zero())
         return run(TargetStep<T, A, Correction::linearized, Choice::published>{args});
       if (args.slope == Slope::derivative)
         return run(TargetStep<T, A, Correction::linearized, Choice::derivative>{args});

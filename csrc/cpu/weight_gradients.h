@@ -78,9 +78,10 @@ class WeightRows {
   // Writes a row of the result, of `columns` numbers.
   void write(const T* sum, int64_t row) const {
     const int64_t at = member_ * args_.sizes.hidden + row;
-    if (hidden_ != 0) put(args_.grad_weight_hh + at * hidden_, sum, hidden_);
-    if (inputs_ != 0) put(args_.grad_weight_ih + at * inputs_, sum + hidden_, inputs_);
-    if (bias_ != 0) put(args_.grad_bias + at, sum + hidden_ + inputs_, 1);
+    const T scale = args_.scale.of(member_);
+    if (hidden_ != 0) put(args_.grad_weight_hh + at * hidden_, sum, hidden_, scale);
+    if (inputs_ != 0) put(args_.grad_weight_ih + at * inputs_, sum + hidden_, inputs_, scale);
+    if (bias_ != 0) put(args_.grad_bias + at, sum + hidden_ + inputs_, 1, scale);
   }
 
  private:
@@ -100,9 +101,9 @@ class WeightRows {
     }
   }
 
-  void put(T* to, const T* sum, int64_t count) const {
+  static void put(T* to, const T* sum, int64_t count, T scale) {
     // Plus zero: a sum that underflowed is -0 or, had a chunk of zeros been added, +0.
-    for (int64_t i = 0; i < count; ++i) to[i] = args_.scale * sum[i] + T(0);
+    for (int64_t i = 0; i < count; ++i) to[i] = scale * sum[i] + T(0);
   }
 
   const RnnWeightGradients<T>& args_;

@@ -48,11 +48,13 @@ RnnPlan plan_rnn(int products, int64_t stack, int64_t batch, int64_t hidden, int
 // `x_proj` must be given.
 template <class T>
 void rnn_scan(const RnnScan<T>& args, const RnnExecution& execution);
-// `norms` must be null; `displacement_of_state` [S, T, B, H] receives d_t, or is null.
+// Numbers are those of all members. `norms` must be null; `displacement_of_state` [S, T, B, H] receives d_t, or is
+// null.
 template <class T>
 void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, const RnnExecution& execution);
 
-// float and double; min(M, N) and max(M, N) at most kLargestInverse. A matrix that fails gets NaN in all its inverse.
+// float and double; min(M, N) and max(M, N) at most kLargestInverse; one reg for all. A matrix that fails gets NaN in
+// all its inverse.
 constexpr int64_t kLargestInverse = 128;
 template <class T>
 void regularized_inverse(const RegularizedInverse<T>& args, const Queue& queue);

@@ -283,7 +283,7 @@ struct Team {
 // Each matrix in `parts` blocks, which invert for `width` columns of B' each.
 template <class T, int G, int C, int W>
 __global__ void __launch_bounds__(W* kWarp)
-    invert_large(const __grid_constant__ RegularizedInverse<T> args, int parts, int width) {
+    invert_large(const __grid_constant__ RegularizedInverse<T> args, T reg, int parts, int width) {
   using Layout = Large<T, G, C, W>;
   using Result = RegularizedInverse<T>;
   const Team<T, G, C, W> team(reinterpret_cast<T*>(shared_memory()));
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(W* kWarp)
   const T* const weight = args.weight + matrix * sizes.size();
 
   T a[Layout::kSlots][C];
-  team.prepare(weight, sizes, args.reg, first, end, a);
+  team.prepare(weight, sizes, reg, first, end, a);
   team.template publish<0, 0>(0, a);
   block_barrier();
   team.template eliminate<0>(sizes.order, a);

@@ -33,7 +33,7 @@ template <class T, int N>
 void launch_small(const RegularizedInverse<T>& args, const Queue& queue) {
   using Layout = Small<T, N>;
   const int64_t blocks = (args.batch + Layout::kMatrices - 1) / Layout::kMatrices;
-  launch(invert_small<T, N>, Shape{blocks, kSmallThreads, Layout::kSharedBytes}, queue, args);
+  launch(invert_small<T, N>, Shape{blocks, kSmallThreads, Layout::kSharedBytes}, queue, args, args.reg.of(0));
 }
 
 // Blocks a matrix where a block has C groups of columns, the k columns of A among them.
@@ -47,7 +47,7 @@ void launch_large(const RegularizedInverse<T>& args, const Sizes& sizes, const Q
   using Layout = Large<T, G, C, W>;
   const int parts = parts_of(C, sizes), width = (sizes.terms + parts - 1) / parts;
   const Shape shape{args.batch * parts, Layout::kThreads, Layout::kSharedBytes};
-  launch(invert_large<T, G, C, W>, shape, queue, args, parts, width);
+  launch(invert_large<T, G, C, W>, shape, queue, args, args.reg.of(0), parts, width);
 }
 
 }  // namespace

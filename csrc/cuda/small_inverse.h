@@ -93,7 +93,8 @@ struct Small {
 };
 
 template <class T, int N>
-__global__ void __launch_bounds__(kSmallThreads) invert_small(const __grid_constant__ RegularizedInverse<T> args) {
+__global__ void __launch_bounds__(kSmallThreads)
+    invert_small(const __grid_constant__ RegularizedInverse<T> args, T reg) {
   using Result = RegularizedInverse<T>;
   const Sizes sizes(args.rows, args.columns);
   const int group = thread_index() / N;
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(kSmallThreads) invert_small(const __grid_const
   Small<T, N> small(reinterpret_cast<T*>(shared_memory()), group);
   T check = small.stage(args.weight + matrix * sizes.size(), sizes, static_cast<int>(args.rows),
                         static_cast<int>(args.columns), present);
-  small.prepare(sizes.terms, args.reg);
+  small.prepare(sizes.terms, reg);
   const bool regular = small.eliminate(sizes.order);
 #pragma unroll
   for (int mask = N / 2; mask > 0; mask /= 2) check += shuffle_xor(check, mask);

@@ -49,7 +49,7 @@ from tpext.experiments.rule_names import (
     find_rule,
 )
 from tpext.experiments.run_folder import FREE_FIELDS, HasOptions, RunError, RunFolder
-from tpext.experiments.settings import ConfigError, choices_of
+from tpext.experiments.settings import ConfigError, choices_of, of_text
 from tpext.experiments.task_names import NOT_OPTIONS, find_task, task_options
 from tpext.experiments.train import train
 from tpext.rules import Rule
@@ -79,7 +79,7 @@ def _rule_options() -> dict[str, Option]:
             kinds.setdefault(field.name, []).append(kind)
     found = {}
     for name, those in kinds.items():
-        hints = list(dict.fromkeys(get_type_hints(kind)[name] for kind in those))
+        hints = list(dict.fromkeys(of_text(get_type_hints(kind)[name]) for kind in those))
         defaults = {field.default for kind in those for field in fields(kind) if field.name == name}
         # of the numbers presets have their own
         default = str(*defaults) if len(defaults) == 1 and all(map(choices_of, hints)) else DEFAULT

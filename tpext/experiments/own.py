@@ -13,7 +13,7 @@ from types import ModuleType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tpext.experiments.field_help import help_of
-from tpext.experiments.settings import ConfigError
+from tpext.experiments.settings import ConfigError, of_text
 
 
 class Place(NamedTuple):
@@ -128,7 +128,7 @@ def parse_options(what: str, name: str, kind: type[Any], texts: Sequence[str]) -
     {'reg': 10.0, 'normalize': False}
     """
     hints = hints_of(what, name, kind)
-    kinds = {field.name: hints[field.name] for field in fields(kind) if field.init}
+    kinds = {field.name: of_text(hints[field.name]) for field in fields(kind) if field.init}
     values: dict[str, object] = {}
     for text in texts:
         option, separator, value = text.partition("=")

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from tpext.rules import PerMember
+
 
 class ConfigError(ValueError):
     """A setting that is unknown, out of its range, or in conflict with another."""
@@ -28,6 +30,11 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
     if get_origin(hint) is Literal:
         return get_args(hint)
     return tuple(choice for one in get_args(hint) if get_origin(one) is Literal for choice in get_args(one))
+
+
+def of_text(hint: Any) -> Any:
+    """Return the annotation of what a text stands for: of numbers that may be one for each member, one for all."""
+    return float if hint == PerMember else hint
 
 
 def check_integer(name: str, value: object, low: int, high: int = 2**31 - 1) -> None:

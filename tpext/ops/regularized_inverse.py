@@ -2,9 +2,10 @@
 
 ``torch.ops.tpext.regularized_inverse(weight, reg)`` maps ``W [..., M, N]`` to ``R = (W'W + reg I)^-1 W' = W'(WW' +
 reg I)^-1  [..., N, M]``, the map ``y -> argmin_x ||W x - y||^2 + reg ||x||^2``, by a Cholesky factorisation of the
-smaller Gram matrix. Float32 or float64; low precision is computed in float32 under autocast. Exact: it has first and
-second derivatives. Cost: ``k^2 (3 m + k / 3)`` operations a matrix, ``k = min(M, N)``, ``m = max(M, N)``; the result is
-bitwise the same on any number of threads.
+smaller Gram matrix. ``reg`` is one number for all matrices, or one for each (as many as the product of the leading
+sizes, in their order): a matrix gets the bits that it gets alone with its number. Float32 or float64; low precision is
+computed in float32 under autocast. Exact: it has first and second derivatives. Cost: ``k^2 (3 m + k / 3)`` operations a
+matrix, ``k = min(M, N)``, ``m = max(M, N)``; the result is bitwise the same on any number of threads.
 
 The Gram matrix squares the condition number: the relative error is some ``eps (s_max^2 + reg) / (s_min^2 + reg)`` with
 the extreme singular values of ``W``, so a small ``reg`` and nearly singular weights ask for float64. Without
@@ -15,10 +16,10 @@ more.
 
 On CUDA a kernel inverts all matrices with ``max(M, N) <= 128`` in one launch, each with the same bits in any batch; for
 larger ones it is torch's factorisation and triangular solves, in whatever precision torch's products are set to
-(TF32 is the caller's choice). Nothing waits for the device, so that an inverse can be captured in a CUDA graph, and
-failures do not raise: the inverse of a matrix that has none is NaN, the others are as they would be without it. To have
-the errors below raised on CUDA too, which waits for the device, switch on torch's anomaly mode
-(``torch.autograd.set_detect_anomaly``).
+(TF32 is the caller's choice). Where ridges differ the matrices go one by one. Nothing waits for the device, so that an
+inverse can be captured in a CUDA graph, and failures do not raise: the inverse of a matrix that has none is NaN, the
+others are as they would be without it. To have the errors below raised on CUDA too, which waits for the device, switch
+on torch's anomaly mode (``torch.autograd.set_detect_anomaly``).
 
 Many small matrices (``k <= 48``, ``m <= 128``) are inverted together, one in each lane of the vector registers, to the
 bits that each gives alone. A matrix without an inverse fails the call but spoils no other.
@@ -44,6 +45,7 @@ linear part of a recurrent layer.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,6 +63,7 @@ from tpext.ops._library import (
     on_cuda,
     refuse_forward_mode,
 )
+from tpext.ops._members import Numbers, as_list, differ, numbers_of
 
 # The kernel's status of a matrix whose elements are not finite (csrc/core/regularized_inverse.h).
 _NOT_FINITE = 1
@@ -77,15 +80,19 @@ class SingularError(torch.linalg.LinAlgError):  # type: ignore[name-defined,misc
     """A matrix whose inverse was asked for is singular to working precision; the message says which of the batch."""
 
 
-def _check(weight: Tensor, reg: float, op: str = "regularized_inverse") -> None:
+def _check(weight: Tensor, reg: Numbers, op: str = "regularized_inverse") -> list[float]:
+    """Raise ValueError unless matrices and ridges are such as have an inverse; return the ridges, 1 or one each."""
     refuse_forward_mode(op)
     if weight.dim() < 2:
         raise ValueError(f"{op}: weight must be [..., M, N], got {list(weight.shape)}")
     if weight.dtype not in (torch.float32, torch.float64):
         dtype = dtype_name(weight.dtype)
         raise ValueError(f"{op}: weight must be float32 or float64, got {dtype}")
-    if not (0 <= reg < math.inf):
-        raise ValueError(f"{op}: reg must be a finite number >= 0, got {reg}")
+    regs = numbers_of(op, "reg", reg, math.prod(weight.shape[:-2]), "batch")
+    for one in regs:
+        if not (0 <= one < math.inf):
+            raise ValueError(f"{op}: reg must be a finite number >= 0, got {one}")
+    return regs
 
 
 def _first(failed: Tensor) -> str:
@@ -96,34 +103,59 @@ def _first(failed: Tensor) -> str:
     return f"weight{index}" if len(index) > 1 else f"weight[{index[0]}]"
 
 
-def _regularized_inverse(weight: Tensor, reg: float, op: str = "regularized_inverse") -> Tensor:
-    _check(weight, reg, op)
-    if reg == 0 and weight.dtype == torch.float32:
-        return _regularized_inverse(weight.double(), reg, op).float()
+def _regularized_inverse(weight: Tensor, reg: Numbers, op: str = "regularized_inverse") -> Tensor:
+    regs = _check(weight, reg, op)
+    inverse, status = _invert(weight, regs)
+    if status is not None:
+        _raise_error(status, weight.dtype, regs, op)
+    return inverse
+
+
+def _invert(weight: Tensor, regs: list[float]) -> tuple[Tensor, Tensor | None]:
+    """The inverses and, if one of them has failed and that is to raise, the status of each matrix."""
     *batch, rows, columns = weight.shape
+    in_double = weight.dtype == torch.float32 and 0 in regs
+    if differ(regs) and (in_double or on_cuda(weight)):
+        return _invert_each(weight, regs)
+    if in_double:
+        inverse, status = _invert(weight.double(), regs)
+        return inverse.float(), status
     inverse = weight.new_empty(*batch, columns, rows)
     if not on_cuda(weight):
         threads = torch.get_num_threads()
-        if _C.regularized_inverse(dense(weight), reg, dense(inverse), None, threads):
-            # once more, to learn which
-            status = weight.new_empty(batch, dtype=torch.int64)
-            _C.regularized_inverse(dense(weight), reg, dense(inverse), dense(status.view(-1)), threads)
-            _raise_error(status, weight.dtype, reg, op)
-        return inverse
+        if not _C.regularized_inverse(dense(weight), regs, dense(inverse), None, threads):
+            return inverse, None
+        # once more, to learn which
+        status = weight.new_empty(batch, dtype=torch.int64)
+        _C.regularized_inverse(dense(weight), regs, dense(inverse), dense(status.view(-1)), threads)
+        return inverse, status
     if inverse.numel() == 0:
-        return inverse
+        return inverse, None
+    reg = regs[0]
     if max(rows, columns) > _LARGEST_ON_CUDA:
         with full_precision(weight.device.type):
             status = _invert_by_torch(weight, reg, inverse)
     else:
         status = weight.new_empty(batch, dtype=torch.int64)
-        _C.regularized_inverse(dense(weight), reg, dense(inverse), dense(status.view(-1)), execution(weight))
+        _C.regularized_inverse(dense(weight), [reg], dense(inverse), dense(status.view(-1)), execution(weight))
     if reg == 0:
         status = _refuse_low_rank(weight, inverse, status)
     # Only the device knows of failures.
-    if torch.is_anomaly_enabled() and bool(status.any()):
-        _raise_error(status, weight.dtype, reg, op)
-    return inverse
+    return inverse, status if torch.is_anomaly_enabled() and bool(status.any()) else None
+
+
+def _invert_each(weight: Tensor, regs: list[float]) -> tuple[Tensor, Tensor | None]:
+    """The same, one matrix after another."""
+    *batch, rows, columns = weight.shape
+    found = [
+        _invert(*one)
+        for one in zip(torch.split(weight.reshape(-1, rows, columns), 1), [[r] for r in regs], strict=True)
+    ]
+    inverse = torch.cat([inverse for inverse, _ in found]).view(*batch, columns, rows)
+    if all(status is None for _, status in found):
+        return inverse, None
+    fine = weight.new_zeros(1, dtype=torch.int64)
+    return inverse, torch.cat([fine if status is None else status for _, status in found]).view(batch)
 
 
 def _invert_by_torch(weight: Tensor, reg: float, inverse: Tensor) -> Tensor:
@@ -147,11 +179,12 @@ def _refuse_low_rank(weight: Tensor, inverse: Tensor, status: Tensor) -> Tensor:
     return torch.where((status == 0) & low_rank, _SINGULAR, status)
 
 
-def _gram(weight: Tensor, reg: float) -> Tensor:
-    """The smaller of ``W'W + reg I`` and ``WW' + reg I``."""
+def _gram(weight: Tensor, *regs: float) -> Tensor:
+    """The smaller of ``W'W + reg I`` and ``WW' + reg I``, with one ridge for all matrices or one for each."""
     rows, columns = weight.shape[-2:]
     identity = torch.eye(min(rows, columns), dtype=weight.dtype, device=weight.device)
-    return (weight.mT @ weight if columns <= rows else weight @ weight.mT) + reg * identity
+    ridge = regs[0] if len(regs) == 1 else weight.new_tensor(regs).view(*weight.shape[:-2], 1, 1)
+    return (weight.mT @ weight if columns <= rows else weight @ weight.mT) + ridge * identity
 
 
 def _solve(factor: Tensor, right: Tensor) -> Tensor:
@@ -161,23 +194,25 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
     return solution
 
 
-def _raise_error(status: Tensor, dtype: torch.dtype, reg: float, op: str) -> None:
+def _raise_error(status: Tensor, dtype: torch.dtype, regs: list[float], op: str) -> None:
     """Raise the error that the kernel's status of each matrix stands for."""
     unusable = status == _NOT_FINITE
     if unusable.any():
         raise ValueError(f"{op}: {_first(unusable)} has NaN or infinite elements")
+    failed = status != 0
+    reg = regs[int(failed.view(-1).nonzero()[0]) if len(regs) > 1 else 0]
     raise SingularError(
-        f"{op}: the Gram matrix of {_first(status != 0)} plus reg={reg} is singular to the precision of "
-        f"{dtype_name(dtype)}, or overflows it; use a larger reg or smaller weights"
+        f"{op}: the Gram matrix of {_first(failed)} plus reg={reg} is singular to the precision of "
+        f"{dtype_name(torch.float64 if reg == 0 else dtype)}, or overflows it; use a larger reg or smaller weights"
     )
 
 
-def _fake(weight: Tensor, reg: float) -> Tensor:
+def _fake(weight: Tensor, reg: Numbers) -> Tensor:
     _check(weight, reg)
     return weight.new_empty(*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Tensor, list[float]], output: Tensor) -> None:
     weight, ctx.reg = inputs
     ctx.save_for_backward(weight, output)
 
@@ -188,10 +223,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     #   R = W' B^-1, B = WW' + rI, K = G B^-1:  dL/dW = K' - R' K W - K' R W
     weight, inverse = ctx.saved_tensors
     dtype = weight.dtype
-    if ctx.reg == 0:
+    if 0 in ctx.reg:
         weight, inverse, grad = weight.double(), inverse.double(), grad.double()
     # A matrix that failed on CUDA has a gradient of NaN by its inverse.
-    factor = torch.linalg.cholesky_ex(_gram(weight, ctx.reg), check_errors=not on_cuda(weight)).L
+    factor = torch.linalg.cholesky_ex(_gram(weight, *ctx.reg), check_errors=not on_cuda(weight)).L
     if weight.shape[-1] <= weight.shape[-2]:
         k = _solve(factor, grad)
         return (k.mT - weight @ (inverse @ k.mT + k @ inverse.mT)).to(dtype), None
@@ -200,7 +235,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 
 
 _inverse = define(
-    "regularized_inverse(Tensor weight, float reg) -> Tensor", _regularized_inverse, _fake, cast_outputs=False
+    "regularized_inverse(Tensor weight, float[1] reg) -> Tensor", _regularized_inverse, _fake, cast_outputs=False
 )
 torch.library.register_autograd("tpext::regularized_inverse", _backward, setup_context=_setup_context, lib=LIBRARY)
 
@@ -234,7 +269,7 @@ def _regularized_solve(weight: Tensor, rhs: Tensor, reg: float) -> Tensor:
     if _C.regularized_solve(dense(weight), dense(rhs), reg, dense(solution), None, threads):
         status = weight.new_empty(batch, dtype=torch.int64)
         _C.regularized_solve(dense(weight), dense(rhs), reg, dense(solution), dense(status.view(-1)), threads)
-        _raise_error(status, weight.dtype, reg, "regularized_solve")
+        _raise_error(status, weight.dtype, [reg], "regularized_solve")
     return solution
 
 
@@ -280,7 +315,7 @@ torch.library.register_autograd(
 )
 
 
-def regularized_inverse(weight: Tensor, reg: float) -> Tensor:
+def regularized_inverse(weight: Tensor, reg: float | Sequence[float]) -> Tensor:
     """The ridge inverse of each matrix of a batch: ``R = (W'W + reg I)^-1 W' = W' (WW' + reg I)^-1``.
 
     The op ``torch.ops.tpext.regularized_inverse``, past torch's dispatcher where nothing but the kernel has to see the
@@ -288,7 +323,7 @@ def regularized_inverse(weight: Tensor, reg: float) -> Tensor:
 
     Args:
         weight: ``W [..., M, N]``, float32 or float64.
-        reg: >= 0.
+        reg: >= 0, of all matrices; or a list or tuple with one for each, in the order of the leading sizes.
 
     Returns:
         ``R [..., N, M]``.
@@ -307,7 +342,7 @@ def regularized_inverse(weight: Tensor, reg: float) -> Tensor:
             [0.0000, 0.5000]])
     """
     check_tensor("regularized_inverse", "weight", weight, "[..., M, N]")
-    return _inverse(weight, reg)  # type: ignore[no-any-return]
+    return _inverse(weight, as_list(reg))  # type: ignore[no-any-return]
 
 
 def regularized_solve(weight: Tensor, rhs: Tensor, reg: float) -> Tensor:

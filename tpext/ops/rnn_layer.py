@@ -8,7 +8,8 @@
 reverse, nonlinearity, correction, credit, target_step, margin, slope, slope_reg, scale, input_scale, of_displacement,
 needs, disp_n=None, credit_n=None) -> (grad_input, grad_weight_ih, grad_weight_hh, grad_bias, disp_h0, credit_h0)`` is a
 target pass, with ``P = feedback [S, H, H]``, as ``rnn_target_scan`` defines it, and the gradients that its ``delta``
-gives::
+gives (``target_step``, ``margin``, ``slope_reg``, ``scale`` and ``input_scale`` are numbers of all members, or lists
+with one for each)::
 
     [dU, dW, db] = scale * sum_t delta_t' [x_t, h_{t-1}, 1]
     dx_t = input_scale * delta_t F    or, of_displacement, input_scale * z_t F        F = input_feedback [S, H, I]
@@ -55,6 +56,7 @@ from tpext.ops._library import (
     on_cuda,
     refuse_derivative,
 )
+from tpext.ops._members import Numbers, as_list, differ, each_alone, numbers_of
 from tpext.ops.rnn_products import input_projection, weight_gradients
 from tpext.ops.rnn_scan import scan_projected
 from tpext.ops.rnn_target_scan import check_pass, rnn_learned_target_scan, rnn_target_scan
@@ -141,12 +143,12 @@ class _Backward(NamedTuple):
     nonlinearity: str
     correction: str
     credit: str
-    target_step: float
-    margin: float
+    target_step: Numbers
+    margin: Numbers
     slope: str
-    slope_reg: float
-    scale: float
-    input_scale: float
+    slope_reg: Numbers
+    scale: Numbers
+    input_scale: Numbers
     of_displacement: bool
     needs: Sequence[bool]
     disp_n: Tensor | None = None
@@ -177,6 +179,8 @@ def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
     _check_members(op, input, stack)
     how = (call.correction, call.credit, call.target_step, call.margin, call.slope, call.slope_reg)
     check_pass(op, states, *how, learned=True)
+    numbers_of(op, "scale", call.scale, stack)
+    numbers_of(op, "input_scale", call.input_scale, stack)
     if len(needs) != 4:
         raise ValueError(f"{op}: needs must have 4 values, got {len(needs)}")
     if needs[0] and call.input_feedback is None:
@@ -200,7 +204,7 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
     outputs = _prepare_backward(*call)
     check_lengths("rnn_layer_backward", call.lengths, call.states.shape[1])
     if on_cuda(call.states):
-        return _backward_by_products(call)
+        return _backward_on_cuda(call)
     of_input, of_weight_ih, of_weight_hh, of_bias, disp_h0, credit_h0 = outputs
     input, feedback, needs = call.input, call.feedback, call.needs
     # what each member adds, where all share one input
@@ -225,12 +229,12 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
         call.nonlinearity,
         call.correction,
         call.credit,
-        call.target_step,
-        call.margin,
+        as_list(call.target_step),
+        as_list(call.margin),
         call.slope,
-        call.slope_reg,
-        call.scale,
-        call.input_scale,
+        as_list(call.slope_reg),
+        as_list(call.scale),
+        as_list(call.input_scale),
         call.of_displacement,
         dense(of_member) if needs[0] else None,
         dense(of_weight_ih) if needs[1] else None,
@@ -243,6 +247,17 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
     if shared:
         torch.sum(of_member, 0, keepdim=True, out=of_input)
     return outputs
+
+
+def _backward_on_cuda(call: _Backward) -> _Gradients:
+    """The same where kernels take one number: members with numbers of their own go one after another."""
+    numbers = (call.target_step, call.margin, call.slope_reg, call.scale, call.input_scale)
+    if not differ(*map(as_list, numbers)):
+        return _backward_by_products(call)
+    of_input, *others = each_alone(_backward_by_products, call)
+    if call.needs[0] and call.input.shape[0] != call.states.shape[0]:
+        of_input = of_input.sum(0, keepdim=True)
+    return of_input, *others
 
 
 def _backward_by_products(call: _Backward) -> _Gradients:
@@ -288,13 +303,14 @@ def _backward_by_products(call: _Backward) -> _Gradients:
     of_input, of_parameters = nothing, (nothing, nothing, nothing)
     if needs[0]:
         assert call.input_feedback is not None
-        matrix = call.input_feedback if call.input_scale == 1 else call.input_feedback * call.input_scale
+        scale = as_list(call.input_scale)[0]
+        matrix = call.input_feedback if scale == 1 else call.input_feedback * scale
         of_member = torch.bmm((displacement if call.of_displacement else delta).flatten(1, 2), matrix)
         of_input = of_member.view(states.shape[0], *input.shape[1:])
         if input.shape[0] != states.shape[0]:
             of_input = of_input.sum(0, keepdim=True)
     if any(needs[1:]):
-        found = weight_gradients(delta, states, call.h0, input, call.lengths, call.reverse, call.scale)
+        found = weight_gradients(delta, states, call.h0, input, call.lengths, call.reverse, as_list(call.scale)[0])
         weight_ih, weight_hh, bias = (g if need else nothing for g, need in zip(found, needs[1:], strict=True))
         of_parameters = (weight_ih, weight_hh, bias)
     return of_input, *of_parameters, first, credited
@@ -343,7 +359,7 @@ def _rnn_weight_gradients(
         dense_rows(input),
         dense(lengths),
         list(reverse),
-        scale,
+        [scale],
         dense(grad_weight_ih),
         dense(grad_weight_hh),
         dense(grad_bias),
@@ -369,8 +385,8 @@ refuse_derivative("rnn_layer", f"rnn_layer {_HAS_NO_DERIVATIVE}")
 rnn_layer_backward = define(
     "rnn_layer_backward(Tensor? grad_states, Tensor input, Tensor states, Tensor h0, Tensor weight_hh, "
     "Tensor feedback, Tensor? input_feedback, Tensor? pre, Tensor? lengths, bool[] reverse, str nonlinearity, "
-    "str correction, str credit, float target_step, float margin, str slope, float slope_reg, float scale, "
-    "float input_scale, bool of_displacement, bool[] needs, Tensor? disp_n=None, Tensor? credit_n=None) -> "
+    "str correction, str credit, float[1] target_step, float[1] margin, str slope, float[1] slope_reg, float[1] scale, "
+    "float[1] input_scale, bool of_displacement, bool[] needs, Tensor? disp_n=None, Tensor? credit_n=None) -> "
     "(Tensor grad_input, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, Tensor disp_h0, "
     "Tensor credit_h0)",
     _rnn_layer_backward,

@@ -8,7 +8,7 @@ from numpy.typing import ArrayLike
 from tpext.reference.rnn_scan import Array
 
 
-def regularized_inverse(weight: ArrayLike, reg: float) -> Array:
+def regularized_inverse(weight: ArrayLike, reg: ArrayLike) -> Array:
     """Regularised inverse ``(W'W + reg I)^-1 W'`` of each matrix.
 
     For fewer rows than columns it is ``W' (WW' + reg I)^-1``: the same for ``reg > 0``, and the pseudo-inverse for
@@ -16,7 +16,7 @@ def regularized_inverse(weight: ArrayLike, reg: float) -> Array:
 
     Args:
         weight: ``W``, ``[..., M, N]``.
-        reg: ridge, ``>= 0``.
+        reg: ridge, ``>= 0``, one for all or ``[...]``, one for each.
 
     Returns:
         ``[..., N, M]``, in float64.
@@ -28,7 +28,7 @@ def regularized_inverse(weight: ArrayLike, reg: float) -> Array:
     """
     weight = np.asarray(weight, np.float64)
     M, N = weight.shape[-2:]
-    transpose = np.swapaxes(weight, -1, -2)
+    transpose, reg = np.swapaxes(weight, -1, -2), np.asarray(reg, np.float64)[..., None, None]
     if M >= N:
         inverse: Array = np.linalg.solve(transpose @ weight + reg * np.eye(N), transpose)
     else:

@@ -65,7 +65,7 @@ from __future__ import annotations
 
 from tpext.ops.activation import Form
 from tpext.rules.backprop import Backprop
-from tpext.rules.base import Rule, number
+from tpext.rules.base import PerMember, Rule, number
 from tpext.rules.difference import DifferenceTargetPropagation, ReverseCorrection
 from tpext.rules.kaczmarz import First, Kaczmarz, Move, Update
 from tpext.rules.layer import LayerCall, LayerRule
@@ -97,6 +97,7 @@ __all__ = [
     "LocalLoss",
     "Move",
     "NetworkRule",
+    "PerMember",
     "Piece",
     "RecurrentCall",
     "RecurrentRule",

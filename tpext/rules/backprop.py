@@ -17,7 +17,7 @@ from tpext.rules.recurrent_pass import Gradients, HowBack, LayerWeights, Piece, 
 
 
 @dataclass(frozen=True)
-class Backprop(RecurrentRule, LayerRule):
+class Backprop(RecurrentRule, LayerRule):  # type: ignore[misc]  # has none of the numbers that differ in kind
     """Exact gradients (back-propagation through time) on the same fused kernels.
 
     ``e_t = (g_t + e_{t+1} W) * a'(h_t)``

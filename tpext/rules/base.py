@@ -6,17 +6,22 @@ import dataclasses
 import inspect
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from tpext.ops._library import autocast_outputs, autocasts, cast, on_cuda
+from tpext.ops._members import as_list
 
 Kind = Literal["recurrent", "layer", "network"]
 """What a rule is for: recurrent layers, feed-forward layers, or a :class:`tpext.nn.TargetSequential`."""
+
+PerMember: TypeAlias = float | tuple[float, ...]
+"""A number of a rule of recurrent layers: one for all members of the layer's stack (the directions of a
+:class:`tpext.nn.RNN`), or a tuple with one for each. A field is one where it is annotated so."""
 
 _LAYERS: dict[Kind, str] = {
     "recurrent": "recurrent layers (tpext.rules.RecurrentRule), such as tpext.RegularizedInverse()",
@@ -37,8 +42,13 @@ def number(default: float, *, low: float = -math.inf, low_allowed: bool = False,
     return dataclasses.field(default=default, metadata={"low": low, "low_allowed": low_allowed, "high": high})
 
 
+def of_each(number: PerMember, change: Callable[[float], float]) -> PerMember:
+    """``change`` of the number of all members, or of each."""
+    return tuple(map(change, number)) if isinstance(number, tuple) else change(number)
+
+
 class _Number:
-    """A float field of a rule: checked when it is set, kept as text, read as a float.
+    """A number of a rule: checked when it is set, kept as text, read as a float or as a tuple of floats.
 
     The compiler may turn a float attribute into a symbol, which it then fails to hand to the second layer's
     ``autograd.Function``. A text attribute stays a constant, and a guarded one.
@@ -46,26 +56,38 @@ class _Number:
 
     def __init__(self, field: dataclasses.Field[Any]) -> None:
         self.name, self.key, self.default = field.name, f"_{field.name}", field.default
+        self.per_member = _is_per_member(field)
         self.low, self.high = field.metadata.get("low", -math.inf), field.metadata.get("high", math.inf)
         self.low_allowed = field.metadata.get("low_allowed", False)
 
     def __get__(self, rule: Rule | None, owner: type[Rule] | None = None) -> Any:
         if rule is not None:
-            return float(getattr(rule, self.key))
+            text = getattr(rule, self.key)
+            # each number of a tuple has a comma behind it
+            return float(text) if text[-1] != "," else tuple(map(float, text[:-1].split(",")))
         # the class's own attribute is the default, as dataclasses have it
         if self.default is dataclasses.MISSING:
             raise AttributeError(self.name)
         return self.default
 
     def __set__(self, rule: Rule, value: object) -> None:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool):
-            exact = float(value)
-            if (self.low < exact < self.high or (self.low_allowed and exact == self.low)) and math.isfinite(exact):
-                object.__setattr__(rule, self.key, repr(exact))
-                return
+        several = self.per_member and isinstance(value, (tuple, list)) and len(value) > 0
+        given: Sequence[object] = value if several else (value,)  # type: ignore[assignment]
+        if all(map(self._allows, given)):
+            texts = [repr(float(one)) for one in given]  # type: ignore[arg-type]
+            object.__setattr__(rule, self.key, "".join(f"{text}," for text in texts) if several else texts[0])
+            if several:
+                object.__setattr__(rule, "_tuples", (*rule._tuples, self.name))
+            return
         above = f" {'>=' if self.low_allowed else '>'} {self.low:g}" if math.isfinite(self.low) else ""
         below = f"{' and' if above else ''} < {self.high:g}" if math.isfinite(self.high) else ""
         raise ValueError(f"{type(rule).__name__}: {self.name} must be a finite number{above}{below}, got {value!r}")
+
+    def _allows(self, value: object) -> bool:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            return False
+        exact = float(value)
+        return (self.low < exact < self.high or (self.low_allowed and exact == self.low)) and math.isfinite(exact)
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,7 @@ class Rule:
     A rule of your own is a frozen dataclass that subclasses one of the three protocols, by what it is for:
     :class:`RecurrentRule`, :class:`LayerRule` or :class:`NetworkRule`. Its fields are its numbers and choices. Fields
     annotated ``float`` accept finite numbers, of the range that :func:`number` declares, and are constants to
-    ``torch.compile``.
+    ``torch.compile``; those annotated :data:`PerMember` tuples of them too.
     """
 
     kinds: ClassVar[frozenset[Kind]] = frozenset()
@@ -89,6 +111,9 @@ class Rule:
     solves_weights: ClassVar[bool] = False
     """Whether its gradients are whole updates, for ``torch.optim.SGD(lr=1)``, made from a loss whose gradient is the
     output minus its target (:class:`tpext.nn.HotTargetLoss`)."""
+
+    _tuples: ClassVar[tuple[str, ...]] = ()
+    """The numbers of this rule that are tuples, with one for each member of a layer."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -124,17 +149,24 @@ def _prepare(cls: type[Rule]) -> None:
                 f"{cls.__name__}: {field.name} is a field of the class above, so give its new default with a type, "
                 f"{field.name}: {field.type} = {own!r}"
             )
-        if field.type in (float, "float"):
+        if _is_per_member(field) or field.type in (float, "float"):
             setattr(cls, field.name, _Number(field))
         elif field.metadata.get("low") is not None or "float" in str(field.type):
             raise TypeError(
-                f"{cls.__name__}: {field.name} must be annotated float to be a number of a rule, got {field.type}"
+                f"{cls.__name__}: {field.name} must be annotated float to be a number of a rule (or PerMember, to be "
+                f"one for each member of a recurrent layer too), got {field.type}"
             )
+
+
+def _is_per_member(field: dataclasses.Field[Any]) -> bool:
+    return field.type == PerMember or str(field.type).rsplit(".")[-1] == "PerMember"
 
 
 def require_rule(where: str, rule: object, kind: Kind) -> None:
     """Raise TypeError unless ``rule`` is one for this kind of layer."""
     if isinstance(rule, Rule) and kind in rule.kinds:
+        if kind != "recurrent":
+            check_members(rule, None)
         return
     hint = ""
     if isinstance(rule, Rule) and kind in rule.kin:
@@ -142,6 +174,15 @@ def require_rule(where: str, rule: object, kind: Kind) -> None:
     elif isinstance(rule, type) and issubclass(rule, Rule):
         hint = "; a rule is an instance, not a class"
     raise TypeError(f"{where}: rule must be for {_LAYERS[kind]}, or tpext.Backprop(), got {rule!r}{hint}")
+
+
+def check_members(rule: Rule, members: int | None) -> None:
+    """Raise ValueError unless each number that is a tuple has one for each of so many members; None: there are none."""
+    for name in rule._tuples:
+        value = getattr(rule, name)
+        if len(value) != members:
+            each = " here" if members is None else f" or S={members}, one for each direction of the layer"
+            raise ValueError(f"{type(rule).__name__}: {name} must be one number{each}, got {len(value)}: {value}")
 
 
 def check_flag(rule: object, name: str) -> None:
@@ -153,7 +194,7 @@ def check_flag(rule: object, name: str) -> None:
 def check_positive(rule: object, name: str, high: float = math.inf) -> None:
     """Check a number that a subclass may have as a constant or as a field without a range of its own."""
     value = getattr(rule, name)
-    if not 0 < value < high:
+    if not all(0 < one < high for one in as_list(value)):
         bound = "" if high == math.inf else f" and < {high:g}"
         raise ValueError(f"{type(rule).__name__}: {name} must be a finite number > 0{bound}, got {value!r}")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.ops.rnn_products import input_projection, valid_steps
-from tpext.rules.base import Kind, number
+from tpext.rules.base import Kind, PerMember, number, of_each
 from tpext.rules.recurrent import Credit, RecurrentRule
 from tpext.rules.recurrent_pass import Gradients, HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward
 
@@ -32,7 +32,8 @@ class LearnedInverse(RecurrentRule):
     both losses' gradients are averaged.
 
     Args:
-        target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0.
+        target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0; a tuple has one for each member
+            (direction) of a layer.
         credit: local losses back-propagated through the unrolled layer ("through_time"), or each alone ("local"). See
             the module's head.
         normalize: True divides the parameter gradients by ``target_step``; False gives the published scaling.
@@ -52,7 +53,7 @@ class LearnedInverse(RecurrentRule):
 
     learns: ClassVar[bool] = True
 
-    target_step: float = number(1.0, low=0.0)
+    target_step: PerMember = number(1.0, low=0.0)
     credit: Credit = "through_time"
     normalize: bool = True
     noise: float = number(0.0, low=0.0, low_allowed=True)
@@ -80,7 +81,8 @@ class LearnedInverse(RecurrentRule):
         reverse_weight, reverse_bias = layer.owned
         step = self.target_step
         how = HowBack("learned", self.credit, step, 1e-3, "inverse", 0.0)
-        scales = (1 / step if self.normalize else 1.0, 1 / step)
+        inverse = of_each(step, lambda s: 1 / s)
+        scales = (inverse if self.normalize else 1.0, inverse)
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
@@ -90,7 +92,7 @@ class LearnedInverse(RecurrentRule):
             feedback, back = reverse_weight.mT, (grad_states, arriving, credit)
             return run_backward(layer, piece, how, feedback, layer.weight_ih, pre, scales, False, *back)
 
-        return Sweep(run, -step, fades=True)
+        return Sweep(run, of_each(step, lambda s: -s), fades=True)
 
     def recurrent_loss(self, call: RecurrentCall, noise: float | None) -> tuple[Tensor, Tensor]:
         std = self.noise if noise is None else replace(self, noise=noise).noise

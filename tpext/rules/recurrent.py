@@ -22,8 +22,9 @@ from tpext.ops._library import (
     check_choice,
     refuse_forward_mode,
 )
+from tpext.ops._members import as_list
 from tpext.ops.rnn_products import input_projection
-from tpext.rules.base import Kind, Rule, check_flag, check_positive, require_result
+from tpext.rules.base import Kind, PerMember, Rule, check_flag, check_positive, of_each, require_result
 from tpext.rules.recurrent_pass import (
     Gradients,
     HowBack,
@@ -50,8 +51,8 @@ class RecurrentRule(Rule, ABC):
     ``d_{t-1} = z_t P - target_step g_{t-1}``, where ``z_t`` is ``d_t`` taken back through the activation
 
     Subclasses give :meth:`feedback`. What they do not say otherwise is as the class attributes below have it; a
-    subclass overrides them by constants of its own, or makes them fields for its users to set. No method may change a
-    tensor that it is given.
+    subclass overrides them by constants of its own, or makes them fields for its users to set. Numbers may be tuples,
+    with one for each member of the layer's stack (:data:`PerMember`). No method may change a tensor that it is given.
 
     >>> from dataclasses import dataclass
     >>> import torch, tpext
@@ -69,7 +70,7 @@ class RecurrentRule(Rule, ABC):
 
     kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent"})
 
-    target_step: float = 1.0
+    target_step: PerMember = 1.0
     """Size of the first displacement, ``d_T = -target_step * g_T``, > 0."""
     correction: Correction = "linearized"
     """How a displacement is taken back through the activation: see :class:`RegularizedInverse`."""
@@ -77,9 +78,9 @@ class RecurrentRule(Rule, ABC):
     """Whether a step's parameters learn from its own target alone, or from all later ones through the layer too."""
     slope: Slope = "inverse"
     """By what the linearised correction multiplies: see :class:`RegularizedInverse`."""
-    slope_reg: float = 0.0
+    slope_reg: PerMember = 0.0
     """Regularisation of slope "inverse", >= 0."""
-    margin: float = 1e-3
+    margin: PerMember = 1e-3
     """Distance kept from the edges of the activation's range before inverting it, 0 < margin < 1."""
     normalize: bool = True
     """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
@@ -93,12 +94,13 @@ class RecurrentRule(Rule, ABC):
         check_choice(name, "slope", self.slope, get_args(Slope))
         check_flag(self, "normalize")
         check_choice(name, "input_rule", self.input_rule, get_args(InputRule))
-        if not 0 <= self.slope_reg < math.inf:
+        slope_regs = as_list(self.slope_reg)
+        if not all(0 <= one < math.inf for one in slope_regs):
             raise ValueError(f"{name}: slope_reg must be a finite number >= 0, got {self.slope_reg!r}")
-        if self.correction != "linearized" and (self.slope != "inverse" or self.slope_reg != 0):
+        if self.correction != "linearized" and (self.slope != "inverse" or any(slope_regs)):
             raise ValueError(
                 f"{name}: slope and slope_reg belong to correction='linearized', got correction={self.correction!r} "
-                f"with slope={self.slope!r}, slope_reg={self.slope_reg:g}"
+                f"with slope={self.slope!r}, slope_reg={', '.join(f'{one:g}' for one in slope_regs)}"
             )
         check_positive(self, "target_step")
         check_positive(self, "margin", high=1.0)
@@ -151,7 +153,8 @@ class RecurrentRule(Rule, ABC):
         input_feedback = self._matrix("input_feedback", layer.weight_ih) if of_displacement else layer.weight_ih
         step = self.target_step
         how = HowBack(self.correction, self.credit, step, self.margin, self.slope, self.slope_reg)
-        scales = (1 / step if self.normalize else 1.0, -1 / step if of_displacement else 1 / step)
+        sign = -1.0 if of_displacement else 1.0
+        scales = (of_each(step, lambda s: 1 / s) if self.normalize else 1.0, of_each(step, lambda s: sign / s))
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
@@ -163,7 +166,7 @@ class RecurrentRule(Rule, ABC):
             back = (grad_states, arriving, credit)
             return run_backward(layer, piece, how, feedback, input_feedback, pre, scales, of_displacement, *back)
 
-        return Sweep(run, -step, self.correction != "none")
+        return Sweep(run, of_each(step, lambda s: -s), self.correction != "none")
 
     def _matrix(self, method: str, weight: Tensor, *owned: Tensor) -> Tensor:
         """What ``feedback`` or ``input_feedback`` makes of a weight, checked, in the weight's dtype."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tpext.ops._library import are_plain, check_lengths, full_precision, on_cuda
+from tpext.ops._members import as_list
 from tpext.ops.rnn_layer import rnn_layer, rnn_layer_backward
-from tpext.rules.base import apply_node
+from tpext.rules.base import PerMember, apply_node, check_members
 
 if TYPE_CHECKING:
     from tpext.rules.recurrent import RecurrentRule
@@ -89,12 +91,12 @@ class Sweep(NamedTuple):
         run: takes a piece, the gradients of its states (None: zero) and the two things that come back from beyond its
             end, displacement and credit (``[S, B, H]`` or None), and returns gradients and the same two things at the
             piece's beginning. It leaves the gradient of ``h0`` to the caller.
-        unit: a displacement is this times a gradient.
+        unit: a displacement is this times a gradient, of all members or of each.
         fades: nothing comes of a piece at whose end nothing arrives.
     """
 
     run: Callable[[Piece, Tensor | None, Tensor | None, Tensor | None], tuple[Gradients, Tensor, Tensor | None]]
-    unit: float
+    unit: PerMember
     fades: bool
 
 
@@ -111,6 +113,7 @@ def run_pass(rule: RecurrentRule, call: RecurrentCall) -> tuple[Tensor, Tensor]:
         ValueError: arguments that do not fit each other.
         RuntimeError: a transform of ``torch.func``, unless the rule is exact; in the backward pass, ``create_graph``.
     """
+    check_members(rule, call.h0.shape[0])
     if torch._C._are_functorch_transforms_active():
         return rule.composite(call)
     # Owned parameters are detached: a layer of which only they are trainable has no backward pass to run.
@@ -199,14 +202,22 @@ class _RecurrentPass(torch.autograd.Function):
         with full_precision(weight_hh.device.type):
             layer = LayerWeights(weight_ih, weight_hh, bias, saved[7:], ctx.reverse, ctx.nonlinearity, needs)
             sweep = ctx.rule.start_sweep(layer)
-            arriving = None if grad_h_n is None else grad_h_n if sweep.unit == 1 else grad_h_n * sweep.unit
+            arriving = None if grad_h_n is None else _of_members(operator.mul, grad_h_n, sweep.unit)
             if ctx.checkpoint_every is None:
                 grads, first, _ = sweep.run(Piece(input, h0, kept, lengths), grad_states, arriving, None)
             else:
                 grads, first = _sweep_pieces(layer, sweep, input, lengths, kept, arriving, ctx.checkpoint_every)
             if needs[1] and first is not None:
-                grads[1] = first if sweep.unit == 1 else first / sweep.unit
+                grads[1] = _of_members(operator.truediv, first, sweep.unit)
             return *[None] * 4, *grads, *rest
+
+
+def _of_members(change: Callable[[Tensor, float], Tensor], rows: Tensor, number: PerMember) -> Tensor:
+    """``rows [S, B, H]`` times, or by, the number of all members or of each."""
+    if not isinstance(number, tuple):
+        return rows if number == 1 else change(rows, number)
+    # a number at a time: on CUDA a quotient by a tensor has other bits
+    return torch.cat([change(own, one) for own, one in zip(torch.split(rows, 1), number, strict=True)])
 
 
 def _run_in_pieces(
@@ -300,10 +311,10 @@ class HowBack(NamedTuple):
 
     correction: str
     credit: str
-    target_step: float
-    margin: float
+    target_step: PerMember
+    margin: PerMember
     slope: str
-    slope_reg: float
+    slope_reg: PerMember
 
 
 def run_backward(
@@ -313,7 +324,7 @@ def run_backward(
     feedback: Tensor,
     input_feedback: Tensor | None,
     pre: Tensor | None,
-    scales: tuple[float, float],
+    scales: tuple[PerMember, PerMember],
     of_displacement: bool,
     grad_states: Tensor | None,
     arriving: Tensor | None,
@@ -351,8 +362,13 @@ def run_backward(
         piece.lengths,
         layer.reverse,
         layer.nonlinearity,
-        *how,
-        *scales,
+        how.correction,
+        how.credit,
+        as_list(how.target_step),
+        as_list(how.margin),
+        how.slope,
+        as_list(how.slope_reg),
+        *map(as_list, scales),
         of_displacement,
         [layer.needs[0], *layer.needs[2:5]],
         arriving,

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from tpext.ops.regularized_inverse import regularized_inverse
-from tpext.rules.base import Kind, number
+from tpext.rules.base import Kind, PerMember, number
 from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule, Slope
 
 
@@ -28,6 +28,9 @@ class RegularizedInverse(RecurrentRule):
     where ``a^-1`` is ``atanh(clip(.))``, ``max(., 0)`` or the identity. For tanh the corrections agree to first order
     in the displacement; for relu "difference" lets an inactive unit move up, "linearized" does not. The module's head
     explains ``credit`` and which corrections are linear in the gradient.
+
+    ``reg``, ``target_step``, ``margin`` and ``slope_reg`` are numbers of all members of a layer's stack, or tuples with
+    one for each: under ``bidirectional=True`` one a direction, ``reg=(10.0, 1.0)``. Every layer has the same.
 
     Args:
         reg: regularisation of the inverse, >= 0. It penalises the size of the inverse's result; as it grows the
@@ -66,15 +69,15 @@ class RegularizedInverse(RecurrentRule):
 
     kin: ClassVar[Mapping[Kind, str]] = {"layer": "RegularizedLeastSquares"}
 
-    reg: float = number(1.0, low=0.0, low_allowed=True)
-    target_step: float = number(1.0, low=0.0)
+    reg: PerMember = number(1.0, low=0.0, low_allowed=True)
+    target_step: PerMember = number(1.0, low=0.0)
     correction: Correction = "linearized"
     credit: Credit = "through_time"
-    margin: float = number(1e-3, low=0.0, high=1.0)
+    margin: PerMember = number(1e-3, low=0.0, high=1.0)
     normalize: bool = True
     input_rule: InputRule = "gradient"
     slope: Slope = "inverse"
-    slope_reg: float = number(0.0, low=0.0, low_allowed=True)
+    slope_reg: PerMember = number(0.0, low=0.0, low_allowed=True)
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return regularized_inverse(weight_hh, self.reg).mT
