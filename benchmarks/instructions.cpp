@@ -275,17 +275,17 @@ int run(const std::string& kernel) {
     args.pass.is_feedback = true;
     args.pass.disp_h0 = small.data();
     args.pass.credit_h0 = through_time ? credit_h0.data() : nullptr;
-    set_sizes(args.parameters.sizes);
-    args.parameters.scale = of_all(kOne);
-    args.parameters.states = states.data();
-    args.parameters.h0 = h0.data();
-    args.parameters.input = {input.data(), I, 0, B * I, I};
-    args.parameters.grad_weight_ih = grad_weight_ih.data();
-    args.parameters.grad_weight_hh = large.data();
-    args.parameters.grad_bias = grad_bias.data();
-    args.input_feedback = weight_ih.data();
-    args.input_scale = of_all(kOne);
-    args.grad_input = grad_input.data();
+    set_sizes(args.gradients.parameters.sizes);
+    args.gradients.parameters.scale = of_all(kOne);
+    args.gradients.parameters.states = states.data();
+    args.gradients.parameters.h0 = h0.data();
+    args.gradients.parameters.input = {input.data(), I, 0, B * I, I};
+    args.gradients.parameters.grad_weight_ih = grad_weight_ih.data();
+    args.gradients.parameters.grad_weight_hh = large.data();
+    args.gradients.parameters.grad_bias = grad_bias.data();
+    args.gradients.input_feedback = weight_ih.data();
+    args.gradients.input_scale = of_all(kOne);
+    args.gradients.grad_input = grad_input.data();
     run_kernel(args);
     for (const std::vector<float>* more : {&grad_input, &grad_weight_ih, &grad_bias})
       large.insert(large.end(), more->begin(), more->end());

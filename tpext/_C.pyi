@@ -72,6 +72,66 @@ def counter_normal(
 ) -> None:
     """Write ``output [B, N]``; ``seed >= 0``, the other words below 2^32."""
 
+def gated_layer_backward(
+    grad_states: object | None,
+    input: object,
+    states: object,
+    h0: object,
+    c0: object | None,
+    kept: object,
+    weight_hh: object,
+    feedback: object,
+    input_feedback: object | None,
+    lengths: object | None,
+    reverse: list[bool],
+    cell: str,
+    inverse: str,
+    credit: str,
+    target_step: list[float],
+    margin: list[float],
+    gate_slope: str,
+    candidate_slope: str,
+    slope_reg: list[float],
+    scale: list[float],
+    input_scale: list[float],
+    disp_h_n: object | None,
+    disp_c_n: object | None,
+    credit_h_n: object | None,
+    credit_c_n: object | None,
+    grad_input: object | None,
+    grad_weight_ih: object | None,
+    grad_weight_hh: object | None,
+    grad_bias_ih: object | None,
+    grad_bias_hh: object | None,
+    disp_h0: object,
+    disp_c0: object | None,
+    credit_h0: object | None,
+    credit_c0: object | None,
+    execution: Execution,
+) -> None:
+    """For the CPU. ``cell`` is "gru", or "lstm", which alone has ``c0`` and the other states of c; ``grad_input`` is
+    ``[S, T, B, I]``.
+    """
+
+def gated_scan(
+    input: object,
+    h0: object,
+    c0: object | None,
+    weight_ih: object,
+    weight_hh: object,
+    bias_ih: object | None,
+    bias_hh: object | None,
+    lengths: object | None,
+    reverse: list[bool],
+    cell: str,
+    states: object,
+    h_n: object,
+    c_n: object | None,
+    kept: object | None,
+    execution: Execution,
+) -> None:
+    """For the CPU. ``cell`` is "gru" or "lstm", which alone has ``c0`` and ``c_n``."""
+
 def kaczmarz_step(
     displacement: object,
     input: object,

@@ -7,6 +7,7 @@ namespace tpext::bindings {
 
 void define_act_inverse(pybind11::module_& m);
 void define_counter_normal(pybind11::module_& m);
+void define_gated(pybind11::module_& m);
 void define_kaczmarz(pybind11::module_& m);
 void define_pooled_difference(pybind11::module_& m);
 void define_regularized_inverse(pybind11::module_& m);

@@ -56,6 +56,7 @@ PYBIND11_MODULE(TPEXT_MODULE, m) {
         py::arg("otherwise"));
   tpext::bindings::define_act_inverse(m);
   tpext::bindings::define_counter_normal(m);
+  tpext::bindings::define_gated(m);
   tpext::bindings::define_kaczmarz(m);
   tpext::bindings::define_pooled_difference(m);
   tpext::bindings::define_regularized_inverse(m);

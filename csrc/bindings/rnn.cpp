@@ -4,70 +4,21 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <limits>
 #include <string>
 #include <vector>
 
-#include "bindings/call.h"
 #include "bindings/entries.h"
+#include "bindings/rnn_call.h"
 #include "cuda/kernels.h"
 
 namespace tpext::bindings {
 
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
-
 const std::vector<const char*> kCorrections = {"linearized", "difference", "none", "learned"};
 const std::vector<const char*> kScanCorrections = {"linearized", "difference", "none"};
 const std::vector<const char*> kStorageNames = {"float32", "float64", "bfloat16", "float16"};
 constexpr dlpack::DataType kStorageTypes[] = {dlpack::kFloat32, dlpack::kFloat64, dlpack::kBfloat16, dlpack::kFloat16};
-
-// A call whose leading argument is [S, T, B, H].
-class RnnCall : public KernelCall {
- public:
-  RnnCall(const char* op, const Argument& leading, const Argument& lengths, const std::vector<bool>& reverse,
-          const py::object& execution)
-      : KernelCall(op, leading, execution, Storage::any), reverse_(reverse.begin(), reverse.end()) {
-    floats(leading, "STBH");
-    if (on_cuda() && !countable())
-      throw py::value_error(leading.label() + " must have S, T and B * H below 2^31 on CUDA, got " +
-                            leading.shape_text());
-    if (static_cast<int64_t>(reverse.size()) != size('S'))
-      refuse("reverse must have S=" + std::to_string(size('S')) + " values, got " + std::to_string(reverse.size()));
-    if (lengths.given()) integers(lengths, "B");
-    sizes_ = {size('S'), size('T'), size('B'), size('H'), lengths.data<const int64_t>(), reverse_.data()};
-  }
-
-  const RnnSizes& sizes() const { return sizes_; }
-
-  void numbers(const Numbers& numbers) const { KernelCall::numbers(numbers, *find('S')); }
-
-  // [S or 1, T, B, I] with any strides but that of I.
-  void input(const Argument& argument) {
-    argument.require_rank({"S or 1", "T", "B", "I"});
-    set('I', argument.size(3));
-    argument.require_shape({argument.size(0) == 1 ? Dim{"S or 1", 1} : *find('S'), *find('T'), *find('B'), *find('I')});
-    rows(argument);
-  }
-
- private:
-  // What the CUDA kernels count with 32 bits.
-  bool countable() const {
-    return size('S') <= kMaxInt && size('T') <= kMaxInt && size('B') <= kMaxInt / std::max<int64_t>(size('H'), 1);
-  }
-
-  const std::vector<uint8_t> reverse_;
-  RnnSizes sizes_;
-};
-
-template <class T>
-RnnInput<T> input_of(const Argument& input) {
-  if (!input.given()) return {};
-  return {input.data<const T>(), input.size(3), input.size(0) == 1 ? 0 : input.stride(0), input.stride(1),
-          input.stride(2)};
-}
 
 Nonlinearity read_nonlinearity(const KernelCall& call, const std::string& name) {
   return static_cast<Nonlinearity>(choose(call.op(), "nonlinearity", name, {"tanh", "relu", "identity"}));
@@ -75,14 +26,6 @@ Nonlinearity read_nonlinearity(const KernelCall& call, const std::string& name) 
 
 Correction read_correction(const KernelCall& call, const std::string& name, const std::vector<const char*>& choices) {
   return static_cast<Correction>(choose(call.op(), "correction", name, choices));
-}
-
-Slope read_slope(const KernelCall& call, const std::string& name) {
-  return static_cast<Slope>(choose(call.op(), "slope", name, {"inverse", "derivative", "one"}));
-}
-
-bool read_credit(const KernelCall& call, const std::string& name) {
-  return choose(call.op(), "credit", name, {"local", "through_time"}) == 1;
 }
 
 void rnn_scan(const char* op, const Argument& x_proj, const Argument& input, const Argument& weight_ih,
@@ -277,7 +220,8 @@ void rnn_weight_gradients(const char* op, const Argument& delta, const Argument&
                                  .input = input_of<T>(input),
                                  .grad_weight_ih = grad_weight_ih.data<T>(),
                                  .grad_weight_hh = grad_weight_hh.data<T>(),
-                                 .grad_bias = grad_bias.data<T>()};
+                                 .grad_bias = grad_bias.data<T>(),
+                                 .grad_bias_hh = nullptr};
   });
 }
 
@@ -314,19 +258,20 @@ void rnn_layer_backward(const char* op, const Argument& grad_states, const Argum
   check_parameters(call, grad_weight_ih, grad_weight_hh, grad_bias);
   call.run([&]<class T>(T) {
     return RnnLayerBackward<T>{.pass = pass.args<T>(call.sizes()),
-                               .parameters = {.sizes = call.sizes(),
-                                              .scale = scale.as<T>(),
-                                              .delta = nullptr,
-                                              .states = states.data<const T>(),
-                                              .h0 = h0.data<const T>(),
-                                              .input = input_of<T>(input),
-                                              .grad_weight_ih = grad_weight_ih.data<T>(),
-                                              .grad_weight_hh = grad_weight_hh.data<T>(),
-                                              .grad_bias = grad_bias.data<T>()},
-                               .input_feedback = input_feedback.data<const T>(),
-                               .of_displacement = of_displacement,
-                               .input_scale = input_scale.as<T>(),
-                               .grad_input = grad_input.data<T>()};
+                               .gradients = {.parameters = {.sizes = call.sizes(),
+                                                            .scale = scale.as<T>(),
+                                                            .delta = nullptr,
+                                                            .states = states.data<const T>(),
+                                                            .h0 = h0.data<const T>(),
+                                                            .input = input_of<T>(input),
+                                                            .grad_weight_ih = grad_weight_ih.data<T>(),
+                                                            .grad_weight_hh = grad_weight_hh.data<T>(),
+                                                            .grad_bias = grad_bias.data<T>(),
+                                                            .grad_bias_hh = nullptr},
+                                             .input_feedback = input_feedback.data<const T>(),
+                                             .of_displacement = of_displacement,
+                                             .input_scale = input_scale.as<T>(),
+                                             .grad_input = grad_input.data<T>()}};
   });
 }
 

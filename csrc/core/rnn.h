@@ -85,29 +85,55 @@ struct RnnTargetScan {
   T* displacement;       // [S, T, B, H] displacement of the pre-activation, or null
 };
 
+// A row of delta: D blocks of H, each the error of what a gate gets of the state, of what it gets of the input, or of
+// their sum. Blocks of either kind are neighbours, G of them.
+struct DeltaBlocks {
+  static constexpr int kMost = 4;
+  int count, gates;     // D, G
+  int of_state[kMost];  // the gate whose rows of W a block belongs to, or -1
+  int of_input[kMost];  // the same of U
+
+  // The first block of the input's.
+  int first_of_input() const {
+    int block = 0;
+    while (of_input[block] < 0) ++block;
+    return block;
+  }
+};
+
+constexpr DeltaBlocks kOneBlock = {1, 1, {0}, {0}};
+
 // [dW, dU, db] = scale * sum over t and rows of delta_t' [h_{t-1}, x_t, 1]; delta is zero beyond a row's length
 template <class T>
 struct RnnWeightGradients {
   RnnSizes sizes;
   MemberNumber<Compute<T>> scale;
-  const T* delta;     // [S, T, B, H]
+  const T* delta;     // [S, T, B, D H]
   const T* states;    // [S, T, B, H]
   const T* h0;        // [S, B, H]
   RnnInput<T> input;  // used for grad_weight_ih
-  T* grad_weight_ih;  // dU [S, H, I], or null
-  T* grad_weight_hh;  // dW [S, H, H], or null
-  T* grad_bias;       // db [S, H], or null
+  T* grad_weight_ih;  // dU [S, G H, I], or null
+  T* grad_weight_hh;  // dW [S, G H, H], or null
+  T* grad_bias;       // db [S, G H] of the input's blocks, or null
+  T* grad_bias_hh;    // db [S, G H] of the state's blocks, or null
+  DeltaBlocks blocks = kOneBlock;
 };
 
-// A target pass with all the gradients that its delta gives, which itself never stands in memory.
+// All the gradients that the delta of a pass gives.
 template <class T>
-struct RnnLayerBackward {
-  RnnTargetScan<T> pass;             // without delta, norms and displacement
+struct LayerGradients {
   RnnWeightGradients<T> parameters;  // without delta
-  const T* input_feedback;           // [S, H, I] U, or P_U of a displacement; or null
+  const T* input_feedback;           // [S, G H, I] U, or P_U of a displacement; or null
   bool of_displacement;              // grad_input = input_scale * z_t P_U in place of input_scale * e_t U
   MemberNumber<Compute<T>> input_scale;
   T* grad_input;  // [S, T, B, I], or null
+};
+
+// A target pass with the gradients of its delta, which itself never stands in memory.
+template <class T>
+struct RnnLayerBackward {
+  RnnTargetScan<T> pass;  // without delta, norms and displacement
+  LayerGradients<T> gradients;
 };
 
 }  // namespace tpext

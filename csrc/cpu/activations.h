@@ -12,6 +12,8 @@ struct VectorMath {
   using T = Element;
   using V = Vec<T>;
   static V tanh(V u) { return TPEXT_CAPABILITY::tanh<T>(u); }
+  static V sigmoid(V u) { return TPEXT_CAPABILITY::sigmoid<T>(u); }
+  static V rounded_product(V a, V b) { return TPEXT_CAPABILITY::rounded_product<T>(a, b); }
   static V half_log_ratio(V p, V q, V p_minus_q) { return TPEXT_CAPABILITY::half_log_ratio<T>(p, q, p_minus_q); }
 };
 

@@ -3,6 +3,7 @@
 
 #include "core/act_inverse.h"
 #include "core/counter_normal.h"
+#include "core/gated.h"
 #include "core/kaczmarz.h"
 #include "core/pooled_difference.h"
 #include "core/regularized_inverse.h"

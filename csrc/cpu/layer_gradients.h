@@ -23,14 +23,14 @@ void rnn_weight_gradients(const RnnWeightGradients<double>& args, int threads);
 
 namespace {
 
-// [S] packed matrices [H, I], whose products are gradients of the input.
+// [S] packed matrices [G H, I], whose products are gradients of the input.
 template <class T>
 class PackedInput {
  public:
-  PackedInput(const T* matrix, const RnnSizes& sizes, int64_t inputs)
+  PackedInput(const T* matrix, int64_t stack, int64_t depth, int64_t inputs)
       : matrix_(matrix),
-        stack_(matrix == nullptr ? 0 : sizes.stack),
-        hidden_(sizes.hidden),
+        stack_(matrix == nullptr ? 0 : stack),
+        depth_(depth),
         inputs_(inputs),
         panels_(panel_count<T>(inputs)),
         packed_(stack_ * panels_ * panel_stride()) {}
@@ -38,29 +38,37 @@ class PackedInput {
   void pack() {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < stack_ * panels_; ++i)
-      pack_panel(matrix_ + i / panels_ * hidden_ * inputs_, inputs_, 1, hidden_, inputs_, i % panels_,
+      pack_panel(matrix_ + i / panels_ * depth_ * inputs_, inputs_, 1, depth_, inputs_, i % panels_,
                  packed_.get() + i * panel_stride());
   }
 
+  int64_t depth() const { return depth_; }
   int64_t panels() const { return panels_; }
-  int64_t panel_stride() const { return hidden_ * kLanes<T>; }
+  int64_t panel_stride() const { return depth_ * kLanes<T>; }
   const T* panel(int64_t member, int64_t index) const {
     return packed_.get() + (member * panels_ + index) * panel_stride();
   }
 
  private:
   const T* matrix_;
-  int64_t stack_, hidden_, inputs_, panels_;
+  int64_t stack_, depth_, inputs_, panels_;
   Buffer<T> packed_;
 };
 
-// grad_input of the rows [begin, end) of an order; `from` has e (or z) of its row 0, the others follow it.
+// Rows of e, or of z, one after another: what the input's gradient is made of is the beginning of each.
 template <class T>
-__attribute__((noinline)) void input_gradient(const RnnLayerBackward<T>& args, const PackedInput<T>& matrix,
-                                              int64_t member, const RowOrder& order, const T* from, int64_t begin,
-                                              int64_t end) {
-  const RnnSizes& sizes = args.pass.sizes;
-  const int64_t I = args.parameters.input.size, H = sizes.hidden;
+struct ErrorRows {
+  const T* first;
+  int64_t stride;
+};
+
+// grad_input of the rows [begin, end) of an order; `from` has them from row 0 on.
+template <class T>
+__attribute__((noinline)) void input_gradient(const LayerGradients<T>& args, const PackedInput<T>& matrix,
+                                              int64_t member, const RowOrder& order, const ErrorRows<T>& from,
+                                              int64_t begin, int64_t end) {
+  const RnnSizes& sizes = args.parameters.sizes;
+  const int64_t I = args.parameters.input.size;
   const T scale = args.input_scale.of(member);
   for (int64_t first = begin; first < end; first += kMaxRows) {
     const int high = static_cast<int>(end - first < kMaxRows ? end - first : kMaxRows);
@@ -68,10 +76,10 @@ __attribute__((noinline)) void input_gradient(const RnnLayerBackward<T>& args, c
     T* to[kMaxRows];
     for (int r = 0; r < high; ++r) {
       const int64_t k = first + r, t = order.time + order.step * (k / order.width);
-      rows[r] = from + k * H;
+      rows[r] = from.first + k * from.stride;
       to[r] = args.grad_input + ((member * sizes.time + t) * sizes.batch + order.row + k % order.width) * I;
     }
-    const Piece<T> piece{H, rows};
+    const Piece<T> piece{matrix.depth(), rows};
     const int most = max_panels(high);
     for (int64_t panel = 0; panel < matrix.panels(); panel += most) {
       const int wide = static_cast<int>(matrix.panels() - panel < most ? matrix.panels() - panel : most);
@@ -127,46 +135,69 @@ inline GroupTeams share_groups(const RnnSizes& sizes, int64_t groups, int produc
 // What the threads of a call share.
 template <class T>
 struct LayerCall {
-  LayerCall(const RnnLayerBackward<T>& args, Backward<T>& sweep)
+  LayerCall(const LayerGradients<T>& args, Backward<T>& sweep)
       : args(args),
         sweep(sweep),
-        input(args.grad_input == nullptr ? nullptr : args.input_feedback, args.pass.sizes, args.parameters.input.size),
-        columns(args.pass.sizes.stack == 0 ? 0 : WeightRows<T>(args.parameters, 0, {0, 1, 0, 1}).columns()),
+        sizes(sweep.sizes),
+        width(args.parameters.blocks.count * sizes.hidden),
+        input(args.grad_input == nullptr ? nullptr : args.input_feedback, sizes.stack,
+              args.parameters.blocks.gates * sizes.hidden, args.parameters.input.size),
+        columns(sizes.stack == 0 ? 0 : WeightRows<T>(args.parameters, 0, {0, 1, 0, 1}).columns()),
         sum_stride(panel_count<T>(columns) * kLanes<T>),
-        groups(group_count(args.pass.sizes, columns)),
-        group_rows(groups == 0 ? 0 : ceil_div(args.pass.sizes.batch, groups)),
+        groups(group_count(sizes, columns)),
+        group_rows(groups == 0 ? 0 : ceil_div(sizes.batch, groups)),
         positions(group_rows == 0 ? 0 : kChunk / group_rows),
-        sums(args.pass.sizes.stack * groups * args.pass.sizes.hidden * sum_stride) {}
+        sums(sizes.stack * groups * width * sum_stride) {}
 
   bool of_displacement() const { return args.grad_input != nullptr && args.of_displacement; }
-  T* sums_of(int64_t group) const { return sums.get() + group * args.pass.sizes.hidden * sum_stride; }
+  T* sums_of(int64_t group) const { return sums.get() + group * width * sum_stride; }
+  // The rows that give the input's gradient, of those of delta and of z from a row on.
+  ErrorRows<T> of_input(const T* delta, const T* handed, int64_t row) const {
+    if (of_displacement()) return {handed + row * sizes.hidden, sizes.hidden};
+    return {delta + row * width + args.parameters.blocks.first_of_input() * sizes.hidden, width};
+  }
+  // What a sweep reads first that goes on at this row of [S, T, B].
+  Upcoming upcoming(int64_t row, int64_t rows) const {
+    const BackwardArrays<T>& arrays = sweep.arrays;
+    const int64_t H = sizes.hidden, bytes = int64_t{sizeof(T)};
+    const uintptr_t states = address(arrays.states, row * H);
+    const uintptr_t gradient = arrays.grad_states == nullptr ? states : address(arrays.grad_states, row * H);
+    if (arrays.kept == nullptr) return {{states, gradient, states}, rows * H * bytes};
+    const int64_t half = rows * arrays.kept_width / 2;
+    const uintptr_t kept = address(arrays.kept, row * arrays.kept_width);
+    return {{kept, gradient, kept + static_cast<uintptr_t>(half * bytes)}, half * bytes};
+  }
 
-  const RnnLayerBackward<T>& args;
+  const LayerGradients<T>& args;
   Backward<T>& sweep;
+  const RnnSizes& sizes;
+  const int64_t width;  // of delta
   PackedInput<T> input;
   const int64_t columns, sum_stride;
   const int64_t groups, group_rows, positions;  // of a member; most of a group; of a tile of time
-  Buffer<T> sums;                               // [S, groups, H, sum_stride]
+  Buffer<T> sums;                               // [S, groups, width, sum_stride]
 };
 
-// Memory of a team: tiles of delta (and z), z of two positions, and what its members tell one another.
+// Memory of a team: two tiles of delta (and of z), what the sweep carries, and what its members tell one another.
 template <class T>
 struct TeamMemory {
-  T *delta, *handed, *scratch;
+  T *delta, *handed;
+  Carried<T> carried;
   Alive* turns;
   bool* faded;
 
-  static int64_t tile(const LayerCall<T>& call) {
-    return call.positions * call.group_rows * call.args.pass.sizes.hidden;
+  // Rows of a tile, and their numbers.
+  static int64_t rows(const LayerCall<T>& call) { return call.positions * call.group_rows; }
+  static int64_t tiles(const LayerCall<T>& call) {
+    return 2 * rows(call) * (call.width + (call.of_displacement() ? call.sizes.hidden : 0));
   }
-  static int64_t plane(const LayerCall<T>& call) { return call.group_rows * call.sweep.stride(); }
   static int64_t size(const LayerCall<T>& call) {
-    return ceil_div(tile(call) * (call.of_displacement() ? 4 : 2) + plane(call) * call.sweep.scratch_rows(), 64) * 64;
+    return ceil_div(tiles(call) + call.sweep.carried_size(call.group_rows), 64) * 64;
   }
   TeamMemory(const LayerCall<T>& call, T* memory, Alive* turns, bool* faded)
       : delta(memory),
-        handed(call.of_displacement() ? memory + 2 * tile(call) : nullptr),
-        scratch(memory + tile(call) * (call.of_displacement() ? 4 : 2)),
+        handed(call.of_displacement() ? memory + 2 * rows(call) * call.width : nullptr),
+        carried(call.sweep.carried(memory + tiles(call), call.group_rows)),
         turns(turns),
         faded(faded) {}
 };
@@ -183,9 +214,9 @@ class GroupShare {
         by_columns_(by_columns),
         memory_(memory),
         space_(space),
-        reverse_(call.args.pass.sizes.reverse[team.member] != 0),
+        reverse_(call.sizes.reverse[team.member] != 0),
         sums_(call.sums_of(group)) {
-    const int64_t begin = part_of(call.args.pass.sizes.hidden, 0), end = part_of(call.args.pass.sizes.hidden, 1);
+    const int64_t begin = part_of(call.width, 0), end = part_of(call.width, 1);
     std::memset(sums_ + begin * call.sum_stride, 0, static_cast<size_t>((end - begin) * call.sum_stride) * sizeof(T));
   }
 
@@ -198,34 +229,28 @@ class GroupShare {
     return {team_.member, team_.row + first, rows, ceil_div(rows, kMaxRows), 0, 1, 0, team_.barrier};
   }
 
-  int64_t time_of(int64_t position) const { return reverse_ ? position : call_.args.pass.sizes.time - 1 - position; }
+  int64_t time_of(int64_t position) const { return reverse_ ? position : call_.sizes.time - 1 - position; }
 
-  // Takes the tile of delta (and z) at `offset`, which has the positions from `begin` to `end`.
-  __attribute__((noinline)) void take(int64_t offset, int64_t begin, int64_t end) const {
-    const RnnSizes& sizes = call_.args.pass.sizes;
-    const int64_t H = sizes.hidden, count = (end - begin) * team_.rows, from = part_of(H, 0), to = part_of(H, 1);
+  // Takes the tile of delta (and z) that begins with this row, and has the positions from `begin` to `end`.
+  __attribute__((noinline)) void take(int64_t row, int64_t begin, int64_t end) const {
+    const RnnSizes& sizes = call_.sizes;
+    const int64_t count = (end - begin) * team_.rows, from = part_of(call_.width, 0), to = part_of(call_.width, 1);
     const RowOrder order{time_of(begin), reverse_ ? 1 : -1, team_.row, team_.rows};
-    if (call_.columns != 0 && from < to) {
+    if (call_.columns != 0 && from < to && count != 0) {
       const WeightRows<T> rows(call_.args.parameters, team_.member, order);
       // The sweep goes on from here.
-      const int64_t next = ((team_.member * sizes.time + time_of(end)) * sizes.batch + team_.row) * H;
-      const T* const gradient = call_.args.pass.grad_states;
-      const uintptr_t states = address(call_.args.pass.states, next);
-      const Upcoming upcoming{{states, gradient == nullptr ? states : address(gradient, next), states},
-                              team_.rows * H * int64_t{sizeof(T)}};
-      if (count != 0)
-        add_chunk(rows, memory_.delta + offset, H, 0, count, from, to, upcoming, space_,
-                  sums_ + from * call_.sum_stride);
+      const int64_t next = (team_.member * sizes.time + time_of(end)) * sizes.batch + team_.row;
+      add_chunk(rows, memory_.delta + row * call_.width, 0, count, from, to, call_.upcoming(next, team_.rows), space_,
+                sums_ + from * call_.sum_stride);
     }
     if (call_.args.grad_input != nullptr)
-      input_gradient(call_.args, call_.input, team_.member, order,
-                     (call_.of_displacement() ? memory_.handed : memory_.delta) + offset, part_of(count, 0),
-                     part_of(count, 1));
+      input_gradient(call_.args, call_.input, team_.member, order, call_.of_input(memory_.delta, memory_.handed, row),
+                     part_of(count, 0), part_of(count, 1));
   }
 
   // What the positions from `begin` on and the initial state get where nothing is left.
   __attribute__((noinline)) void clear(int64_t begin) const {
-    const RnnSizes& sizes = call_.args.pass.sizes;
+    const RnnSizes& sizes = call_.sizes;
     const auto zero = [](T* rows, int64_t count) {
       if (rows != nullptr) std::memset(rows, 0, static_cast<size_t>(count) * sizeof(T));
     };
@@ -235,9 +260,7 @@ class GroupShare {
            team_.rows * I);
     const int64_t first = part_of(team_.rows, 0), count = part_of(team_.rows, 1) - first;
     const int64_t initial = (team_.member * sizes.batch + team_.row + first) * sizes.hidden;
-    if (call_.args.pass.disp_h0 != nullptr) zero(call_.args.pass.disp_h0 + initial, count * sizes.hidden);
-    if (call_.args.pass.credit_h0 != nullptr && call_.args.pass.through_time)
-      zero(call_.args.pass.credit_h0 + initial, count * sizes.hidden);
+    call_.sweep.arrays.initial.for_each([&](T* array) { zero(array + initial, count * sizes.hidden); });
   }
 
   const LayerCall<T>& call_;
@@ -258,7 +281,7 @@ class GroupBackward : GroupShare<T> {
     const int64_t position = team_.parts == 1 || by_columns_
                                  ? go(team_, memory_.turns, 0, false)
                                  : go(rows_of_part(), memory_.turns + 2 * team_.part, 0, false);
-    if (position != kLeft && position < call_.args.pass.sizes.time) go(team_, memory_.turns, position, true);
+    if (position != kLeft && position < call_.sizes.time) go(team_, memory_.turns, position, true);
   }
 
  private:
@@ -269,21 +292,20 @@ class GroupBackward : GroupShare<T> {
   // Goes from a position to the last, or to where the team dissolves and this thread has the rest to itself.
   // Returns where that is, T at the end, or kLeft.
   int64_t go(const Tile& tile, Alive* turns, int64_t begin, bool taken_over) {
-    const int64_t H = call_.args.pass.sizes.hidden, time = call_.args.pass.sizes.time;
-    const int64_t first = tile.row - team_.row, size = TeamMemory<T>::tile(call_);
-    TileSweep<T, Step> sweep(call_.sweep, step_, tile, memory_.scratch + first * call_.sweep.stride(),
-                             TeamMemory<T>::plane(call_), turns);
+    const int64_t time = call_.sizes.time, first = tile.row - team_.row, size = TeamMemory<T>::rows(call_);
+    TileSweep<T, Step> sweep(call_.sweep, step_, tile, memory_.carried.from(first), turns);
     if (taken_over) sweep.assume_alive();
     for (int64_t end;; begin = end) {
       end = begin + call_.positions < time ? begin + call_.positions : time;
       const int64_t turn = begin / call_.positions & 1;
-      const auto track = [&](T* tiles) -> Track<T> {
+      const auto track = [&](T* tiles, int64_t width) -> Track<T> {
         if (tiles == nullptr) return {nullptr, nullptr, 0};
         const int64_t last = (call_.positions - 1) * team_.rows;
-        return {tiles + turn * size + first * H, tiles + (1 - turn) * size + (last + first) * H, team_.rows * H};
+        return {tiles + (turn * size + first) * width, tiles + ((1 - turn) * size + last + first) * width,
+                team_.rows * width};
       };
-      const Outcome outcome =
-          sweep.advance(begin, end == time ? time + 1 : end, track(memory_.delta), track(memory_.handed));
+      const Outcome outcome = sweep.advance(begin, end == time ? time + 1 : end, track(memory_.delta, call_.width),
+                                            track(memory_.handed, call_.sizes.hidden));
       if (outcome == Outcome::left) return kLeft;
       if (by_columns_) team_ = sweep.tile();
       bool* const faded = memory_.faded + turn * team_.parts;
@@ -312,11 +334,11 @@ class LayerTeams {
  public:
   LayerTeams(const LayerCall<T>& call, int max_threads)
       : call_(call),
-        groups_(call.args.pass.sizes.stack * call.groups),
+        groups_(call.sizes.stack * call.groups),
         processors_(team_processors(groups_, max_threads)),
         threads_(useful(max_threads)),
         team_size_(TeamMemory<T>::size(call)),
-        space_size_(ceil_div(ChunkSpace<T>::size(call.args.pass.sizes.hidden, panel_count<T>(call.columns)), 64) * 64),
+        space_size_(ceil_div(ChunkSpace<T>::size(call.sizes.hidden, panel_count<T>(call.columns)), 64) * 64),
         barriers_(threads_, true),
         turns_(2 * threads_),
         faded_(2 * threads_),
@@ -327,7 +349,7 @@ class LayerTeams {
   // To be called by every thread of a parallel region.
   template <class Step>
   void run(const Step& step) const {
-    const RnnSizes& sizes = call_.args.pass.sizes;
+    const RnnSizes& sizes = call_.sizes;
     const GroupTeams teams = share(thread_count());
     const int64_t team = thread_index() / teams.members;
     if (team >= teams.teams) return;
@@ -358,13 +380,13 @@ class LayerTeams {
 
  private:
   GroupTeams share(int threads) const {
-    return share_groups<T>(call_.args.pass.sizes, call_.groups, call_.sweep.products(), threads, processors_);
+    return share_groups<T>(call_.sizes, call_.groups, call_.sweep.products(), threads, processors_);
   }
   // Threads worth waking: each gets at least 10^6 operations, some 10 microseconds.
   int useful(int max_threads) const {
-    const RnnSizes& sizes = call_.args.pass.sizes;
+    const RnnSizes& sizes = call_.sizes;
     const double row =
-        step_operations(sizes, call_.sweep.products()) + 2.0 * static_cast<double>(sizes.hidden * call_.columns);
+        step_operations(sizes, call_.sweep.products()) + 2.0 * static_cast<double>(call_.width * call_.columns);
     double most = static_cast<double>(sizes.stack * sizes.time * sizes.batch) * row / 1e6 + 1;
     const GroupTeams teams = share(max_threads);
     const double places = static_cast<double>(teams.teams * teams.members);
@@ -385,11 +407,10 @@ class LayerTeams {
 // The sums of the groups, in their order, as gradients. To be called by every thread of a parallel region.
 template <class T>
 void write_parameter_gradients(const LayerCall<T>& call) {
-  const RnnSizes& sizes = call.args.pass.sizes;
   const int64_t panels = panel_count<T>(call.columns);
 #pragma omp for schedule(static)
-  for (int64_t i = 0; i < sizes.stack * sizes.hidden; ++i) {
-    const int64_t member = i / sizes.hidden, row = i % sizes.hidden;
+  for (int64_t i = 0; i < call.sizes.stack * call.width; ++i) {
+    const int64_t member = i / call.width, row = i % call.width;
     const WeightRows<T> rows(call.args.parameters, member, {0, 1, 0, 1});
     T* const total = call.sums_of(member * call.groups) + row * call.sum_stride;
     for (int64_t group = 1; group < call.groups; ++group) {
@@ -404,17 +425,17 @@ void write_parameter_gradients(const LayerCall<T>& call) {
 // A short sequence, by whole arrays: the sweep, then the gradients.
 template <class T, class Visit>
 void layer_backward_whole(LayerCall<T>& call, int max_threads, const Visit& visit) {
-  const RnnSizes& sizes = call.args.pass.sizes;
-  const int64_t size = sizes.stack * sizes.time * sizes.batch * sizes.hidden;
-  const Buffer<T> delta(size), handed(call.of_displacement() ? size : 0);
+  const RnnSizes& sizes = call.sizes;
+  const int64_t rows = sizes.time * sizes.batch, all = sizes.stack * rows;
+  const Buffer<T> delta(all * call.width), handed(call.of_displacement() ? all * sizes.hidden : 0);
   sweep_whole(call.sweep, delta.get(), call.of_displacement() ? handed.get() : nullptr, max_threads, visit);
   RnnWeightGradients<T> parameters = call.args.parameters;
   parameters.delta = delta.get();
   if (call.columns != 0) rnn_weight_gradients(parameters, max_threads);
   if (call.args.grad_input == nullptr) return;
-  const T* const from = call.of_displacement() ? handed.get() : delta.get();
-  const int64_t rows = sizes.time * sizes.batch, cuts = ceil_div(rows, kChunk);
-  const double most = 2e-6 * static_cast<double>(size) * static_cast<double>(call.args.parameters.input.size) + 1;
+  const int64_t cuts = ceil_div(rows, kChunk), depth = call.input.depth();
+  const double most =
+      2e-6 * static_cast<double>(all * depth) * static_cast<double>(call.args.parameters.input.size) + 1;
   const int threads = most < max_threads ? static_cast<int>(most) : max_threads;
 #pragma omp parallel num_threads(threads)
   {
@@ -423,17 +444,18 @@ void layer_backward_whole(LayerCall<T>& call, int max_threads, const Visit& visi
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < sizes.stack * cuts; ++i) {
       const int64_t member = i / cuts, cut = i % cuts;
-      input_gradient(call.args, call.input, member, {0, 1, 0, sizes.batch}, from + member * rows * sizes.hidden,
-                     part_begin(rows, cuts, cut), part_begin(rows, cuts, cut + 1));
+      const ErrorRows<T> from = call.of_input(delta.get(), handed.get(), member * rows);
+      input_gradient(call.args, call.input, member, {0, 1, 0, sizes.batch}, from, part_begin(rows, cuts, cut),
+                     part_begin(rows, cuts, cut + 1));
     }
   }
 }
 
 // Calls visit(run), which is to call run(step) with the step of the sweep.
 template <class T, class Visit>
-void layer_backward(const RnnLayerBackward<T>& args, Backward<T>& sweep, int max_threads, const Visit& visit) {
+void layer_backward(const LayerGradients<T>& args, Backward<T>& sweep, int max_threads, const Visit& visit) {
   LayerCall<T> call(args, sweep);
-  if (args.pass.sizes.stack == 0) return;
+  if (sweep.sizes.stack == 0) return;
   if (call.groups == 0) return layer_backward_whole(call, max_threads, visit);
   const LayerTeams<T> teams(call, max_threads);
 #pragma omp parallel num_threads(teams.threads())

@@ -24,6 +24,9 @@ enum class Choice { published, derivative, given };
 template <class T, Nonlinearity A, Correction C, Choice S = Choice::given>
 struct TargetStep {
   static constexpr bool zero_stays_zero = C != Correction::none;
+  static constexpr int kDelta = 1, kCarried = 1;
+  static constexpr bool kDirect = false, kHandsDown = true;
+  using Made = Stepped<T>;
   const RnnTargetScan<T>& args;
   T target_step = 0, bound = 0, slope_reg = 0;  // of one member: of()
 
@@ -47,14 +50,14 @@ struct TargetStep {
   }
 
   template <bool Last>
-  Stepped<T> at(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced, Vec<T> credit) const {
+  Made at(const RowStep& at, int64_t column, int64_t count, const Incoming<T>& incoming) const {
     const Vec<T> h = load_part(args.states + at.current + column, count);
     Vec<T> d = {};
     if (args.grad_states != nullptr) d = load_part(args.grad_states + at.current + column, count) * -target_step;
     if constexpr (Last) {
-      d += displaced;
+      d += incoming.displaced;
     } else {
-      d += propagated(at, column, count, displaced);
+      d += propagated(at, column, count, incoming.displaced);
       if constexpr (C == Correction::none) d -= h;
     }
     Vec<T> carried = d;
@@ -62,23 +65,23 @@ struct TargetStep {
     if constexpr (C == Correction::difference) carried = inverse_difference<A, T>(h, d, bound);
     if constexpr (C == Correction::none)
       carried = inverse_activate<A, T>(h + d, bound) - load_part(args.x_proj + at.current + column, count);
-    return {times_derivative<A, T>(credit - d, h), carried, d};
+    return {{times_derivative<A, T>(incoming.credit - d, h)}, {carried}, d};
   }
 
-  Vec<T> initial(const RowStep& at, int64_t column, int64_t count, Vec<T> displaced) const {
-    const Vec<T> d = propagated(at, column, count, displaced);
-    if constexpr (C == Correction::none) return d - load_part(args.h0 + at.initial + column, count);
-    return d;
+  Incoming<T> initial(const RowStep& at, int64_t column, int64_t count, const Incoming<T>& incoming) const {
+    Vec<T> d = propagated(at, column, count, incoming.displaced);
+    if constexpr (C == Correction::none) d -= load_part(args.h0 + at.initial + column, count);
+    return {d, incoming.credit};
   }
 
   // The displacement of the pre-activation as the layer below gets it: z, and for "none" the z of "difference".
-  Vec<T> handed_down(const RowStep& at, int64_t column, int64_t count, const Stepped<T>& stepped) const {
+  Vec<T> handed_down(const RowStep& at, int64_t column, int64_t count, const Made& stepped) const {
     if constexpr (C == Correction::none) {
       if (at.place == Place::padding || at.place == Place::initial || at.place == Place::none) return Vec<T>{};
       const Vec<T> h = load_part(args.states + at.current + column, count);
       return inverse_difference<A, T>(h, stepped.displacement, bound);
     }
-    return stepped.carried;
+    return stepped.carried[0];
   }
 };
 
@@ -110,11 +113,11 @@ void with_step(const RnnTargetScan<T>& args, const Run& run) {
 template <class T>
 BackwardArrays<T> arrays_of(const RnnTargetScan<T>& args) {
   return {.states = args.states,
+          .kept = nullptr,
+          .kept_width = 0,
           .grad_states = args.grad_states,
-          .disp_n = args.disp_n,
-          .credit_n = args.through_time ? args.credit_n : nullptr,
-          .disp_h0 = args.disp_h0,
-          .credit_h0 = args.through_time ? args.credit_h0 : nullptr,
+          .beyond = {args.disp_n, args.through_time ? args.credit_n : nullptr, nullptr, nullptr},
+          .initial = {args.disp_h0, args.through_time ? args.credit_h0 : nullptr, nullptr, nullptr},
           .norms = args.norms};
 }
 
@@ -130,7 +133,7 @@ void backward(const RnnLayerBackward<T>& args, int threads) {
   const RnnTargetScan<T>& pass = args.pass;
   Backward<T> call(pass.sizes, pass.inverse, !pass.is_feedback, pass.through_time ? pass.weight_hh : nullptr,
                    arrays_of(pass));
-  layer_backward(args, call, threads, [&](const auto& run) { with_step(pass, run); });
+  layer_backward(args.gradients, call, threads, [&](const auto& run) { with_step(pass, run); });
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// rnn_weight_gradients:  [dW, dU, db] = scale * sum over steps and rows of delta_t' [h_{t-1}, x_t, 1]
+// rnn_weight_gradients:  [dW, db, dU] = scale * sum over steps and rows of delta_t' [h_{t-1}, 1, x_t]
 //
 // One product a member, of depth T * B, by chunks of its rows in the order of time and batch (weight_gradients.h). Each
 // thread computes its own rows of the result (columns of delta), so nothing is shared and an element is the same sum,
@@ -16,15 +16,16 @@ void weight_gradient_rows(const RnnWeightGradients<T>& args, int64_t member, int
                           const ChunkSpace<T>& space, T* sums) {
   const int64_t H = args.sizes.hidden, depth = args.sizes.time * args.sizes.batch;
   const WeightRows<T> rows(args, member, {0, 1, 0, args.sizes.batch});
+  const int64_t width = rows.width();
   const int64_t sum_stride = rows.panels() * kLanes<T>;
   std::memset(sums, 0, static_cast<size_t>((end - begin) * sum_stride) * sizeof(T));
   for (int64_t first = 0; first < depth; first += kChunk) {
     const int64_t count = depth - first < kChunk ? depth - first : kChunk;
-    const int64_t at = (member * depth + first) * H, next = at + kChunk * H;
+    const int64_t row = member * depth + first, next = row + kChunk;
     // The next chunk comes from memory while this one is computed.
-    const uintptr_t states = address(args.states, next);
-    const Upcoming upcoming{{address(args.delta, next), states, states}, kChunk * H * int64_t{sizeof(T)}};
-    add_chunk(rows, args.delta + at, H, first, count, begin, end, upcoming, space, sums);
+    const uintptr_t states = address(args.states, next * H);
+    const Upcoming upcoming{{address(args.delta, next * width), states, states}, kChunk * H * int64_t{sizeof(T)}};
+    add_chunk(rows, args.delta + row * width, first, count, begin, end, upcoming, space, sums);
   }
   for (int64_t row = begin; row < end; ++row) rows.write(sums + (row - begin) * sum_stride, row);
 }
@@ -34,13 +35,13 @@ void weight_gradients(const RnnWeightGradients<T>& args, int max_threads) {
   const RnnSizes& sizes = args.sizes;
   if (sizes.stack == 0) return;
   const WeightRows<T> rows(args, 0, {0, 1, 0, sizes.batch});
-  const int64_t H = sizes.hidden, panels = rows.panels();
+  const int64_t width = rows.width(), panels = rows.panels();
   const double operations =
-      2.0 * static_cast<double>(sizes.stack * sizes.time * sizes.batch) * static_cast<double>(H * rows.columns());
+      2.0 * static_cast<double>(sizes.stack * sizes.time * sizes.batch) * static_cast<double>(width * rows.columns());
   double most = operations / 1e6 + 1;
-  if (most > static_cast<double>(H)) most = static_cast<double>(H);
+  if (most > static_cast<double>(width)) most = static_cast<double>(width);
   const int threads = most < 1 ? 1 : most < max_threads ? static_cast<int>(most) : max_threads;
-  const int64_t most_rows = ceil_div(H, threads);
+  const int64_t most_rows = ceil_div(width, threads);
   const int64_t space_size = ceil_div(ChunkSpace<T>::size(most_rows, panels), 64) * 64;
   const int64_t share = space_size + ceil_div(most_rows * panels * kLanes<T>, 64) * 64;
   const Buffer<T> memory(threads * share, true);
@@ -52,8 +53,8 @@ void weight_gradients(const RnnWeightGradients<T>& args, int max_threads) {
     for (int64_t member = 0; member < sizes.stack; ++member) {
       // Shares of the planned number of threads, should fewer have come.
       for (int64_t part = thread; part < threads; part += count)
-        if (part_begin(H, threads, part) < part_begin(H, threads, part + 1))
-          weight_gradient_rows(args, member, part_begin(H, threads, part), part_begin(H, threads, part + 1),
+        if (part_begin(width, threads, part) < part_begin(width, threads, part + 1))
+          weight_gradient_rows(args, member, part_begin(width, threads, part), part_begin(width, threads, part + 1),
                                ChunkSpace<T>(own, panels), own + space_size);
     }
   }

@@ -143,6 +143,7 @@ struct Constants<float> {
   static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.428606765330187e-06f;
   static constexpr float largest = 3.40282347e+38f;
   static constexpr float tanh_is_one = 10.0f;
+  static constexpr float largest_exponent = 88.0f;
   static constexpr float expm1[] = {0.5000000062094943f, 0.16666542744505265f, 0.0416662813046362f,
                                     0.008366610565732947f, 0.0013946504293418573f};
   static constexpr float atanh[] = {0.3333338852690188f, 0.1998872472787031f, 0.14937210508628772f};
@@ -157,6 +158,7 @@ struct Constants<double> {
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
   static constexpr double largest = 1.7976931348623157e308;
   static constexpr double tanh_is_one = 20.0;
+  static constexpr double largest_exponent = 709.0;
   static constexpr double expm1[] = {0.50000000000000055723,     0.1666666666666668607,    0.04166666666657332677,
                                      0.0083333333333145326823,   0.001388888893248325011,  0.00019841269903185362138,
                                      0.000024801504313320734711, 2.7557227793672741707e-6, 2.7626381764352125578e-7,
@@ -179,6 +181,21 @@ inline Vec<T> horner(Vec<T> x, const T (&coefficients)[N]) {
   return sum;
 }
 
+// e^y = 2^n e^r, |r| <= ln(2)/2: e^r - 1 and 2^n, for |y| up to largest_exponent.
+template <class T>
+struct Exponential {
+  Vec<T> fraction, scale;
+};
+
+template <class T>
+inline Exponential<T> exponential(Vec<T> y) {
+  using C = Constants<T>;
+  const Vec<T> shifted = y * T(1.4426950408889634) + C::round;
+  const Vec<T> n = shifted - C::round;
+  const Vec<T> r = (y - n * C::ln2_high) - n * C::ln2_low;
+  return {(r * r) * horner(r, C::expm1) + r, power_of_two<T>((Unsigned<T>)shifted)};
+}
+
 // tanh(x) = m / (m + 2), m = e^(2|x|) - 1 = 2^n (e^r - 1) + (2^n - 1), with the sign of x. One division, no branch, no
 // cancellation; within 2 ulp (2.2 without fused multiply-add), odd, exact at zero and infinity. NaN stays NaN:
 // comparisons are written to let it pass.
@@ -188,12 +205,7 @@ inline Vec<T> tanh(Vec<T> x) {
   const Bits<T> sign = (Bits<T>)x & (Bits<T>)(-Vec<T>{});
   Vec<T> y = (Vec<T>)((Bits<T>)x & ~sign);
   y = y > C::tanh_is_one ? Vec<T>{} + C::tanh_is_one : y;
-  y = y + y;
-  const Vec<T> shifted = y * T(1.4426950408889634) + C::round;
-  const Vec<T> n = shifted - C::round;
-  const Vec<T> r = (y - n * C::ln2_high) - n * C::ln2_low;
-  const Vec<T> p = (r * r) * horner(r, C::expm1) + r;
-  const Vec<T> scale = power_of_two<T>((Unsigned<T>)shifted);
+  const auto [p, scale] = exponential<T>(y + y);
   const Vec<T> m = p * scale + (scale - T(1));
   const Vec<T> q = m + T(2);
   const Vec<T> t = m / q;
@@ -203,6 +215,31 @@ inline Vec<T> tanh(Vec<T> x) {
   const Vec<T> residual = (kFused ? m - t * q : Vec<T>{}) - t * (m - (q - T(2)));
   const Vec<T> refined = m > T(32) ? t : residual * (T(0.5) - T(0.5) * t) + t;
   return (Vec<T>)((Bits<T>)refined | sign);
+}
+
+// 1 / (1 + e^-x), relative to its size within 2 ulp (2.5 without fused multiply-add) until e^x underflows. NaN stays
+// NaN.
+template <class T>
+inline Vec<T> sigmoid(Vec<T> x) {
+  using C = Constants<T>;
+  Vec<T> y = -x;
+  y = y > C::largest_exponent ? Vec<T>{} + C::largest_exponent : y;
+  y = y < -C::largest_exponent ? Vec<T>{} - C::largest_exponent : y;
+  const auto [p, scale] = exponential<T>(y);
+  return T(1) / ((p * scale + scale) + T(1));
+}
+
+// A product that is rounded: no sum that it goes into is fused with it. Of a sum of two products one is to be like
+// this, or the compiler has the choice.
+template <class T>
+inline Vec<T> rounded_product(Vec<T> a, Vec<T> b) {
+  Vec<T> v = a * b;
+#if defined(__FMA__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
+  return v;
 }
 
 // 1/2 log(p / q) for positive p, q, given p - q to its own full precision: with p / q = 2^n s', s' in [sqrt(1/2),

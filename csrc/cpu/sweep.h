@@ -33,12 +33,20 @@ static_assert(kTileRows % kMaxRows == 0);
 constexpr int kTileBlocks = kTileRows / kMaxRows + 1;
 
 // [S] packed matrices W or W', the latter optionally below an input's weights and bias, whose products start the sums:
-// M = [U'; b; W']. Knows whether each is finite: a product with a zero row is skipped only if it is (0 * inf is NaN).
+// M = [U'; b; W']. Of several gates, [G H, H], W alone, with the gates in a given order. Knows whether each is finite:
+// a product with a zero row is skipped only if it is (0 * inf is NaN).
 template <class T>
 class PackedStack {
  public:
   PackedStack(const T* weight, bool transposed, const RnnSizes& sizes, const T* weight_ih = nullptr, int64_t inputs = 0,
               const T* bias = nullptr)
+      : PackedStack(weight, transposed, sizes, weight_ih, inputs, bias, kOneBlock) {}
+  PackedStack(const T* weight, const RnnSizes& sizes, const DeltaBlocks& blocks)
+      : PackedStack(weight, false, sizes, nullptr, 0, nullptr, blocks) {}
+
+ private:
+  PackedStack(const T* weight, bool transposed, const RnnSizes& sizes, const T* weight_ih, int64_t inputs,
+              const T* bias, const DeltaBlocks& blocks)
       : weight_(weight),
         weight_ih_(weight_ih),
         bias_(bias),
@@ -46,11 +54,13 @@ class PackedStack {
         stack_(weight == nullptr ? 0 : sizes.stack),
         hidden_(sizes.hidden),
         inputs_(weight_ih == nullptr ? 0 : inputs),
-        depth_(inputs_ + (bias == nullptr ? 0 : 1) + hidden_),
+        blocks_(blocks),
+        depth_(inputs_ + (bias == nullptr ? 0 : 1) + blocks.gates * hidden_),
         panels_(panel_count<T>(sizes.hidden)),
         packed_(stack_ * panels_ * panel_stride()),
         finite_(stack_ * panels_) {}
 
+ public:
   // To be called by every thread of a parallel region: shares the panels out and waits until all are packed.
   void pack() {
     const int64_t items = stack_ * panels_;
@@ -67,8 +77,12 @@ class PackedStack {
         packed += kLanes<T>;
       }
       const int64_t row_stride = transposed_ ? 1 : hidden_, column_stride = transposed_ ? hidden_ : 1;
-      finite &=
-          pack_panel(weight_ + member * hidden_ * hidden_, row_stride, column_stride, hidden_, hidden_, panel, packed);
+      for (int block = 0; block < blocks_.count; ++block) {
+        if (blocks_.of_state[block] < 0) continue;
+        const T* const weight = weight_ + (member * blocks_.gates + blocks_.of_state[block]) * hidden_ * hidden_;
+        finite &= pack_panel(weight, row_stride, column_stride, hidden_, hidden_, panel, packed);
+        packed += hidden_ * kLanes<T>;
+      }
       finite_.get()[i] = finite;
     }
   }
@@ -88,7 +102,9 @@ class PackedStack {
  private:
   const T *weight_, *weight_ih_, *bias_;
   bool transposed_;
-  int64_t stack_, hidden_, inputs_, depth_, panels_;
+  int64_t stack_, hidden_, inputs_;
+  DeltaBlocks blocks_;
+  int64_t depth_, panels_;
   Buffer<T> packed_;
   Buffer<bool> finite_;
 };
@@ -271,16 +287,19 @@ inline int64_t valid_steps(const RnnSizes& sizes, int64_t row) {
   return length < 0 ? 0 : length > sizes.time ? sizes.time : length;
 }
 
-// The groups of neighbouring panels that one thread computes, each as many as a block of rows leaves registers for.
+// The groups of neighbouring panels that one thread computes, each of `most` or as many as a block of rows leaves
+// registers for.
 template <class T>
 class PanelGroups {
  public:
   PanelGroups(int64_t hidden, const Tile& tile)
+      : PanelGroups(hidden, tile, max_panels(static_cast<int>(ceil_div(tile.rows, tile.blocks)))) {}
+  PanelGroups(int64_t hidden, const Tile& tile, int64_t most)
       : first_(part_begin(panel_units<T>(hidden), tile.parts, tile.part)),
         panels_((tile.part + 1 == tile.parts ? panel_count<T>(hidden)
                                              : part_begin(panel_units<T>(hidden), tile.parts, tile.part + 1)) -
                 first_),
-        groups_(ceil_div(panels_, max_panels(static_cast<int>(ceil_div(tile.rows, tile.blocks))))) {}
+        groups_(ceil_div(panels_, most)) {}
   int64_t count() const { return groups_; }
   int64_t begin(int64_t group) const { return first_ + part_begin(panels_, groups_, group); }
 

@@ -1,9 +1,11 @@
-// [dW, dU, db] = sum over rows of delta_k' [h_k, x_k, 1], a chunk of rows at a time: what the whole product
+// [dW, db, dU] = sum over rows of delta_k' [h_k, 1, x_k], a chunk of rows at a time: what the whole product
 // (rnn_weight_gradients.cpp) and the one by tiles of time (layer_gradients.h) share.
 //
 // The right side is never built: the rows of a chunk are packed into panels (microkernel.h), multiplied with the
-// columns of delta and added to an accumulator [H, panels * L]. A chunk in which delta is zero, as far back as a
-// displacement does not reach, is left out unless it has a NaN or an infinity.
+// columns of delta and added to an accumulator [D H, panels * L]. Blocks of delta that are of the state alone, or of
+// the input alone, meet the first or the last of the panels only; the one is between h and x, so that it is among
+// either. A chunk in which delta is zero, as far back as a displacement does not reach, is left out unless it has a NaN
+// or an infinity.
 #pragma once
 
 #include "cpu/sweep.h"
@@ -22,7 +24,7 @@ struct RowOrder {
   int64_t time, step, row, width;
 };
 
-// Rows of the packed matrix [h_{t-1}, x_t, 1] of one member, in a given order.
+// Rows of the packed matrix [h_{t-1}, 1, x_t] of one member, in a given order.
 template <class T>
 class WeightRows {
  public:
@@ -32,12 +34,20 @@ class WeightRows {
         order_(order),
         hidden_(args.grad_weight_hh == nullptr ? 0 : args.sizes.hidden),
         inputs_(args.grad_weight_ih == nullptr ? 0 : args.input.size),
-        bias_(args.grad_bias == nullptr ? 0 : 1),
+        bias_(args.grad_bias == nullptr && args.grad_bias_hh == nullptr ? 0 : 1),
         member_(member),
         reverse_(args.sizes.reverse[member] != 0) {}
 
   int64_t columns() const { return hidden_ + inputs_ + bias_; }
   int64_t panels() const { return panel_count<T>(columns()); }
+  // Those that a block of delta meets, from the first on and to before the second.
+  int64_t begin_of(int block) const { return args_.blocks.of_state[block] < 0 ? hidden_ / kLanes<T> : 0; }
+  int64_t end_of(int block) const {
+    return args_.blocks.of_input[block] < 0 ? panel_count<T>(hidden_ + bias_) : panels();
+  }
+  int64_t hidden() const { return args_.sizes.hidden; }
+  // Columns of delta.
+  int64_t width() const { return args_.blocks.count * args_.sizes.hidden; }
 
   // Packs the rows `first` to `first + count`. `line` has room for what does not come from whole vectors of the state
   // and ends with zeros.
@@ -51,10 +61,10 @@ class WeightRows {
         return;
       }
       for (int64_t p = 0; p < whole; ++p) store(to + p * panel_stride, load(before + p * kLanes<T>));
-      // What is left of the state, the input and the one lie side by side.
+      // What is left of the state, the one and the input lie side by side.
       for (int64_t i = 0; i < rest; ++i) line[i] = before[whole * kLanes<T> + i];
-      for (int64_t i = 0; i < inputs_; ++i) line[rest + i] = x[i];
-      if (bias_ != 0) line[rest + inputs_] = T(1);
+      if (bias_ != 0) line[rest] = T(1);
+      for (int64_t i = 0; i < inputs_; ++i) line[rest + bias_ + i] = x[i];
       for (int64_t p = 0; p < others; ++p) store(to + (whole + p) * panel_stride, load(line + p * kLanes<T>));
     });
   }
@@ -77,11 +87,19 @@ class WeightRows {
 
   // Writes a row of the result, of `columns` numbers.
   void write(const T* sum, int64_t row) const {
-    const int64_t at = member_ * args_.sizes.hidden + row;
+    const int64_t H = args_.sizes.hidden, block = row / H;
+    const int of_state = args_.blocks.of_state[block], of_input = args_.blocks.of_input[block];
     const T scale = args_.scale.of(member_);
-    if (hidden_ != 0) put(args_.grad_weight_hh + at * hidden_, sum, hidden_, scale);
-    if (inputs_ != 0) put(args_.grad_weight_ih + at * inputs_, sum + hidden_, inputs_, scale);
-    if (bias_ != 0) put(args_.grad_bias + at, sum + hidden_ + inputs_, 1, scale);
+    if (of_state >= 0) {
+      const int64_t at = (member_ * args_.blocks.gates + of_state) * H + row % H;
+      if (hidden_ != 0) put(args_.grad_weight_hh + at * hidden_, sum, hidden_, scale);
+      if (args_.grad_bias_hh != nullptr) put(args_.grad_bias_hh + at, sum + hidden_, 1, scale);
+    }
+    if (of_input >= 0) {
+      const int64_t at = (member_ * args_.blocks.gates + of_input) * H + row % H;
+      if (inputs_ != 0) put(args_.grad_weight_ih + at * inputs_, sum + hidden_ + bias_, inputs_, scale);
+      if (args_.grad_bias != nullptr) put(args_.grad_bias + at, sum + hidden_, 1, scale);
+    }
   }
 
  private:
@@ -156,44 +174,71 @@ struct Upcoming {
   int64_t bytes;
 };
 
+// Rows of the sums of one block of delta: [begin, end) of those of the chunk's share.
+struct SumRows {
+  int64_t begin, end, blocks, first_panel, panels, groups;
+
+  template <class T>
+  SumRows(const WeightRows<T>& rows, int block, int64_t from, int64_t to)
+      : begin(block * rows.hidden() < from ? from : block * rows.hidden()),
+        end((block + 1) * rows.hidden() < to ? (block + 1) * rows.hidden() : to),
+        blocks(end > begin ? ceil_div(end - begin, kMaxRows) : 0),
+        first_panel(rows.begin_of(block)),
+        panels(rows.end_of(block) - first_panel),
+        groups(blocks == 0 ? 0 : ceil_div(panels, max_panels(static_cast<int>(ceil_div(end - begin, blocks))))) {}
+
+  int64_t row(int64_t block) const { return begin + part_begin(end - begin, blocks, block); }
+  int64_t panel(int64_t group) const { return first_panel + part_begin(panels, groups, group); }
+};
+
+// Calls visit for the rows [begin, end) of the sums, by blocks of delta.
+template <class T, class Visit>
+inline void for_parts(const WeightRows<T>& rows, int64_t begin, int64_t end, const Visit& visit) {
+  for (int block = 0; block * rows.hidden() < end; ++block) {
+    const SumRows part(rows, block, begin, end);
+    if (part.blocks * part.panels != 0) visit(part);
+  }
+}
+
 // Adds delta' M of the rows `first` to `first + count` <= kChunk more to the rows [begin, end) of the sums
-// [end - begin, panels * L]. `delta` is that of row `first`, its rows H apart.
+// [end - begin, panels * L]. `delta` is that of row `first`, the others follow.
 template <class T>
-__attribute__((noinline)) void add_chunk(const WeightRows<T>& rows, const T* delta, int64_t H, int64_t first,
-                                         int64_t count, int64_t begin, int64_t end, const Upcoming& upcoming,
+__attribute__((noinline)) void add_chunk(const WeightRows<T>& rows, const T* delta, int64_t first, int64_t count,
+                                         int64_t begin, int64_t end, const Upcoming& upcoming,
                                          const ChunkSpace<T>& space, T* sums) {
-  if (all_zero(delta + begin, H, count, end - begin) && rows.finite(first, count)) return;
-  const int64_t panels = rows.panels(), panel_stride = kPanelStride<T>, sum_stride = panels * kLanes<T>;
-  const int64_t blocks = ceil_div(end - begin, kMaxRows);
-  const int64_t groups = ceil_div(panels, max_panels(static_cast<int>(ceil_div(end - begin, blocks))));
+  const int64_t width = rows.width(), panel_stride = kPanelStride<T>, sum_stride = rows.panels() * kLanes<T>;
+  if (all_zero(delta + begin, width, count, end - begin) && rows.finite(first, count)) return;
   rows.pack(first, count, space.line, space.packed);
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t row = part_begin(end - begin, blocks, block), next = part_begin(end - begin, blocks, block + 1);
-    pack_delta(delta + begin + row, H, count, next - row, H - begin - row,
-               space.packed_delta + block * kChunk * kMaxRows);
-  }
-  const int64_t share = ceil_div(upcoming.bytes, groups * blocks);
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t panel = part_begin(panels, groups, group);
-    const int wide = static_cast<int>(part_begin(panels, groups, group + 1) - panel);
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t row = part_begin(end - begin, blocks, block);
-      const uintptr_t at = static_cast<uintptr_t>((group * blocks + block) * share);
-      const int high = static_cast<int>(part_begin(end - begin, blocks, block + 1) - row);
-      const Ahead ahead{{upcoming.from[0] + at, upcoming.from[1] + at, upcoming.from[2] + at},
-                        ceil_div(share, kChunk * kMaxRows)};
-      const T* const columns = space.packed_delta + block * kChunk * kMaxRows;
-      const Piece<T> piece{count, &columns};
-      Vec<T> c[kMaxRows * kMaxPanels];
-      find_product<T, true, kMaxRows>(high, wide)(&piece, 1, space.packed + panel * panel_stride, panel_stride, ahead,
-                                                  c);
-      for (int r = 0; r < high; ++r)
-        for (int p = 0; p < wide; ++p) {
-          T* to = sums + (row + r) * sum_stride + (panel + p) * kLanes<T>;
-          store(to, load(to) + c[r * kMaxPanels + p]);
-        }
+  int64_t products = 0;
+  for_parts(rows, begin, end, [&](const SumRows& part) { products += part.groups * part.blocks; });
+  const int64_t share = products == 0 ? 0 : ceil_div(upcoming.bytes, products);
+  uintptr_t at = 0;
+  for_parts(rows, begin, end, [&](const SumRows& part) {
+    for (int64_t block = 0; block < part.blocks; ++block)
+      pack_delta(delta + part.row(block), width, count, part.row(block + 1) - part.row(block), width - part.row(block),
+                 space.packed_delta + block * kChunk * kMaxRows);
+    for (int64_t group = 0; group < part.groups; ++group) {
+      const int64_t panel = part.panel(group);
+      const int wide = static_cast<int>(part.panel(group + 1) - panel);
+      for (int64_t block = 0; block < part.blocks; ++block) {
+        const int64_t row = part.row(block);
+        const int high = static_cast<int>(part.row(block + 1) - row);
+        const Ahead ahead{{upcoming.from[0] + at, upcoming.from[1] + at, upcoming.from[2] + at},
+                          ceil_div(share, kChunk * kMaxRows)};
+        at += static_cast<uintptr_t>(share);
+        const T* const columns = space.packed_delta + block * kChunk * kMaxRows;
+        const Piece<T> piece{count, &columns};
+        Vec<T> c[kMaxRows * kMaxPanels];
+        find_product<T, true, kMaxRows>(high, wide)(&piece, 1, space.packed + panel * panel_stride, panel_stride, ahead,
+                                                    c);
+        for (int r = 0; r < high; ++r)
+          for (int p = 0; p < wide; ++p) {
+            T* to = sums + (row + r - begin) * sum_stride + (panel + p) * kLanes<T>;
+            store(to, load(to) + c[r * kMaxPanels + p]);
+          }
+      }
     }
-  }
+  });
 }
 
 }  // namespace

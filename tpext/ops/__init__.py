@@ -4,6 +4,7 @@ One module an op family. Each op has a schema, a CPU implementation, a fake one 
 tensors), an autocast rule and an autograd formula, or an error that says why it has none.
 """
 
+from tpext.ops import gated_layer as _gated_layer  # noqa: F401 - registers its ops
 from tpext.ops import rnn_layer as _rnn_layer  # noqa: F401 - registers its ops
 from tpext.ops.act_inverse import act_displacement, act_inverse
 from tpext.ops.activation import Activation

@@ -261,7 +261,7 @@ def check_choice(op: str, name: str, value: str, choices: Sequence[str]) -> None
 def check_scan(
     op: str,
     leading: str,
-    tensors: Mapping[str, tuple[Tensor | None, str]],
+    tensors: Mapping[str, tuple[Tensor | None, Sequence[str]]],
     lengths: Tensor | None,
     reverse: Sequence[bool],
     nonlinearity: str | None = None,

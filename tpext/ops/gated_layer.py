@@ -1,0 +1,381 @@
+"""The gated recurrent layers, GRU and LSTM: what their training steps are made of.
+
+``torch.ops.tpext.gated_layer(input, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, lengths, reverse, cell, keep) ->
+(states, h_n, c_n, kept)`` is the forward pass, in torch's equations and order of gates. ``cell`` is "gru" (G = 3)::
+
+    r = s(x_r + W_r h)    z = s(x_z + W_z h)    a = W_n h + b_hn    n = tanh(x_n + r a)    h' = (1 - z) n + z h
+
+or "lstm" (G = 4)::
+
+    i, f, o = s(x_. + W_. h)    g = tanh(x_g + W_g h)    c' = f c + i g    h' = o tanh(c')
+
+with ``x_. = U_. x + b_i.`` and ``b_h.`` beside each ``W_.``::
+
+    input [S or 1, T, B, I]             U = weight_ih [S, G H, I]    W = weight_hh [S, G H, H]
+    h0 [S, B, H]                        b_i = bias_ih [S, G H] and b_h = bias_hh [S, G H]: both, or both None
+    c0 [S, B, H] for "lstm", else None  lengths [B] int64 or None    reverse: S flags
+
+``states [S, T, B, H]`` is zero beyond a row's length; ``h_n`` and ``c_n [S, B, H]`` are the states after its last valid
+step, ``h0`` and ``c0`` without one; ``c_n`` is empty for "gru". With ``keep`` ``kept [S, T, B, K, H]`` is what the
+backward pass reads: r, z, n, a (K = 4) or i, f, g, o, c (K = 5); else it is empty.
+
+``torch.ops.tpext.gated_layer_backward(grad_states, input, states, h0, c0, kept, weight_hh, feedback, input_feedback,
+lengths, reverse, cell, inverse, credit, target_step, margin, gate_slope, candidate_slope, slope_reg, scale,
+input_scale, needs, disp_h_n=None, disp_c_n=None, credit_h_n=None, credit_c_n=None) -> (grad_input, grad_weight_ih,
+grad_weight_hh, grad_bias_ih, grad_bias_hh, disp_h0, disp_c0, credit_h0, credit_c0)`` is a target pass, from the last
+step to the first, with ``P = feedback [S, G H, H]``, and all gradients::
+
+    d_{t-1} = -target_step g_{t-1} + direct(d_t) + m_t P                    g = grad_states [S, T, B, H], None: zero
+    GRU   direct(d) = z d     m = [d (1-z) S_t(n) a S_s(r),  d (h_{t-1} - n) S_s(z),  d (1-z) S_t(n) r]
+    LSTM  D = d_c + d_h o S_t(tanh c)     of c direct(d) = f D, of h nothing
+          m = [D g S_s(i),  D c_{t-1} S_s(f),  D i S_t(g),  d_h tanh(c) S_s(o)]
+
+for ``inverse`` "branch". ``S_s`` and ``S_t`` are the slopes of sigmoid and tanh, ``gate_slope`` and
+``candidate_slope``: "derivative" a', "inverse" a' / (a'^2 + slope_reg) with the value kept ``margin`` away from the
+edges of its range, "one" 1. ``inverse`` "cell" is the move of least norm ``(m, direct)`` by which the cell, unit by
+unit and all gates together, follows d, with ``slope_reg`` added to its normal equations; it has no slopes of choice,
+which must be "derivative".
+
+The parameters of a step get the chain rule's ``e_t``, that is m with all slopes derivatives and, in place of d, the
+credit k: -d ("local"), or -d and what the chain rule brings of the steps after ("through_time")::
+
+    [dW, db_h] = scale * sum_t e_t' [h_{t-1}, 1]      dx_t = input_scale * e_t F       F = input_feedback [S, G H, I]
+    [dU, db_i] = scale * sum_t e_t' [x_t, 1]          of the GRU's candidate without the factor r
+
+``disp_h_n``, ``disp_c_n``, ``credit_h_n`` and ``credit_c_n`` ``[S, B, H]`` are what comes from beyond the last valid
+step, and ``disp_h0``, ... what reaches the initial states, of the credit what comes back alone; the second and the last
+belong to "lstm", the last two to "through_time", and outputs without use are empty. ``needs`` says which of the first
+five outputs are wanted; the others are empty. ``target_step``, ``margin``, ``slope_reg``, ``scale`` and ``input_scale``
+are lists of one number, or of one for each member. ``grad_input`` has the input's shape: members that share an input
+add to it. Back-propagation is P = W, "branch", slopes "derivative", "local" and target_step 1, with d minus its
+gradient.
+
+Where ``grad_states`` is None and the displacement has faded to nothing, the pass may end, as ``rnn_layer_backward``
+does.
+
+Float32 and float64, on the CPU. Stack, ``reverse``, ``lengths`` and determinism are those of ``rnn_scan``. These ops
+have no derivative of their own.
+
+Cost, of a row and step: ``2 G H (H + I)`` operations forward, ``2 G H (2 H + I)`` backward, ``2 G H^2`` more through
+time and ``2 G H I`` for the input's gradient.
+
+Raises:
+    ValueError: an argument does not fit, which is named.
+    NotImplementedError: tensors on CUDA.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from tpext import _C
+from tpext.ops._library import (
+    CREDITS,
+    check_choice,
+    check_lengths,
+    check_scan,
+    define,
+    dense,
+    dense_rows,
+    execution,
+    on_cuda,
+    refuse_derivative,
+)
+
+CELLS = ("gru", "lstm")
+INVERSES = ("branch", "cell")
+SLOPES = ("inverse", "derivative", "one")
+GATES = {"gru": 3, "lstm": 4}
+KEPT = {"gru": 4, "lstm": 5}
+
+
+class _Forward(NamedTuple):
+    """The arguments of ``gated_layer``."""
+
+    input: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    lengths: Tensor | None
+    reverse: Sequence[bool]
+    cell: str
+    keep: bool
+
+
+def _check_gated(
+    op: str,
+    leading: str,
+    tensors: dict[str, tuple[Tensor | None, Sequence[str]]],
+    lengths: Tensor | None,
+    reverse: Sequence[bool],
+    cell: str,
+) -> None:
+    """Check the tensors of an op: those of ``check_scan``, among them ``input``, ``h0``, ``c0`` and ``weight_hh``."""
+    check_choice(op, "cell", cell, CELLS)
+    check_scan(op, leading, tensors, lengths, reverse)
+    input, h0, weight_hh = tensors["input"][0], tensors["h0"][0], tensors["weight_hh"][0]
+    assert input is not None and h0 is not None and weight_hh is not None
+    stack, _, hidden = h0.shape
+    if weight_hh.shape[1] != GATES[cell] * hidden:
+        rows = f"{GATES[cell]}H={GATES[cell] * hidden}"
+        raise ValueError(f"{op}: weight_hh must be [S={stack}, {rows}, H={hidden}], got {list(weight_hh.shape)}")
+    if input.shape[0] not in (1, stack):
+        time, batch, size = input.shape[1:]
+        raise ValueError(
+            f"{op}: input must be [S={stack} or 1, T={time}, B={batch}, I={size}], got {list(input.shape)}"
+        )
+    for name in ("c0", "disp_c_n", "credit_c_n"):
+        if cell != "lstm" and tensors.get(name, (None,))[0] is not None:
+            raise ValueError(f"{op}: {name} must be None for cell {cell!r}, got a tensor")
+    if cell == "lstm" and tensors["c0"][0] is None:
+        raise ValueError(f"{op}: c0 must be given for cell 'lstm', got None")
+
+
+def _prepare_layer(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Check the arguments and return empty outputs: all that the fake implementation does."""
+    op, call = "gated_layer", _Forward(*args, **kwargs)
+    check_choice(op, "cell", call.cell, CELLS)
+    rows = f"{GATES[call.cell]}H"
+    tensors: dict[str, tuple[Tensor | None, Sequence[str]]] = {
+        "input": (call.input, "NTBI"),
+        "h0": (call.h0, "SBH"),
+        "c0": (call.c0, "SBH"),
+        "weight_hh": (call.weight_hh, ("S", rows, "H")),
+        "weight_ih": (call.weight_ih, ("S", rows, "I")),
+        "bias_ih": (call.bias_ih, ("S", rows)),
+        "bias_hh": (call.bias_hh, ("S", rows)),
+    }
+    _check_gated(op, "input", tensors, call.lengths, call.reverse, call.cell)
+    if (call.bias_ih is None) != (call.bias_hh is None):
+        missing = "bias_ih" if call.bias_ih is None else "bias_hh"
+        raise ValueError(f"{op}: bias_ih and bias_hh must both be given or both be None, got None for {missing}")
+    stack, batch, hidden = call.h0.shape
+    states = (stack, call.input.shape[1], batch, hidden)
+    return (
+        call.h0.new_empty(states),
+        call.h0.new_empty(call.h0.shape),
+        call.h0.new_empty(call.h0.shape if call.cell == "lstm" else 0),
+        call.h0.new_empty((*states[:3], KEPT[call.cell], hidden) if call.keep else 0),
+    )
+
+
+def _refuse_cuda(op: str, tensor: Tensor) -> None:
+    if on_cuda(tensor):
+        raise NotImplementedError(f"{op}: there is no kernel for CUDA; got tensors on {tensor.device}")
+
+
+def _gated_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _Forward(*args)
+    outputs = states, h_n, c_n, kept = _prepare_layer(*call)
+    check_lengths("gated_layer", call.lengths, call.input.shape[1])
+    _refuse_cuda("gated_layer", states)
+    _C.gated_scan(
+        dense_rows(call.input),
+        dense(call.h0),
+        dense(call.c0),
+        dense(call.weight_ih),
+        dense(call.weight_hh),
+        dense(call.bias_ih),
+        dense(call.bias_hh),
+        dense(call.lengths),
+        list(call.reverse),
+        call.cell,
+        dense(states),
+        dense(h_n),
+        dense(c_n) if call.cell == "lstm" else None,
+        dense(kept) if call.keep else None,
+        execution(states),
+    )
+    return outputs
+
+
+class _Backward(NamedTuple):
+    """The arguments of ``gated_layer_backward``."""
+
+    grad_states: Tensor | None
+    input: Tensor
+    states: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    kept: Tensor
+    weight_hh: Tensor
+    feedback: Tensor
+    input_feedback: Tensor | None
+    lengths: Tensor | None
+    reverse: Sequence[bool]
+    cell: str
+    inverse: str
+    credit: str
+    target_step: Sequence[float]
+    margin: Sequence[float]
+    gate_slope: str
+    candidate_slope: str
+    slope_reg: Sequence[float]
+    scale: Sequence[float]
+    input_scale: Sequence[float]
+    needs: Sequence[bool]
+    disp_h_n: Tensor | None = None
+    disp_c_n: Tensor | None = None
+    credit_h_n: Tensor | None = None
+    credit_c_n: Tensor | None = None
+
+
+_Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _check_rule(op: str, call: _Backward) -> None:
+    """Raise ValueError unless the options of a pass are known and its numbers in range."""
+    check_choice(op, "inverse", call.inverse, INVERSES)
+    check_choice(op, "credit", call.credit, CREDITS)
+    check_choice(op, "gate_slope", call.gate_slope, SLOPES)
+    check_choice(op, "candidate_slope", call.candidate_slope, SLOPES)
+    if call.inverse == "cell" and (call.gate_slope, call.candidate_slope) != ("derivative", "derivative"):
+        raise ValueError(
+            f"{op}: gate_slope and candidate_slope must be 'derivative' for inverse 'cell', got {call.gate_slope!r} "
+            f"and {call.candidate_slope!r}"
+        )
+    stack = call.states.shape[0]
+    for name in ("target_step", "margin", "slope_reg", "scale", "input_scale"):
+        numbers = getattr(call, name)
+        if len(numbers) not in (1, stack):
+            raise ValueError(f"{op}: {name} must have 1 or S={stack} values, got {len(numbers)}")
+    for step in call.target_step:
+        if not 0 < step < math.inf:
+            raise ValueError(f"{op}: target_step must be a finite number > 0, got {step}")
+    least = torch.finfo(call.states.dtype).eps
+    for margin in call.margin:
+        if not least <= margin < 0.5:
+            raise ValueError(
+                f"{op}: margin must be at least {least:.2g}, the precision of {call.states.dtype}, and below 0.5, "
+                f"got {margin}"
+            )
+    for reg in call.slope_reg:
+        if not 0 <= reg < math.inf:
+            raise ValueError(f"{op}: slope_reg must be a finite number >= 0, got {reg}")
+
+
+def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
+    """Check the arguments and return empty outputs: all that the fake implementation does."""
+    op, call = "gated_layer_backward", _Backward(*args, **kwargs)
+    check_choice(op, "cell", call.cell, CELLS)
+    gates, kept = GATES[call.cell], str(KEPT[call.cell])
+    rows = f"{gates}H"
+    tensors: dict[str, tuple[Tensor | None, Sequence[str]]] = {
+        "states": (call.states, "STBH"),
+        "input": (call.input, "NTBI"),
+        "grad_states": (call.grad_states, "STBH"),
+        "h0": (call.h0, "SBH"),
+        "c0": (call.c0, "SBH"),
+        "kept": (call.kept, ("S", "T", "B", kept, "H")),
+        "weight_hh": (call.weight_hh, ("S", rows, "H")),
+        "feedback": (call.feedback, ("S", rows, "H")),
+        "input_feedback": (call.input_feedback, ("S", rows, "I")),
+        "disp_h_n": (call.disp_h_n, "SBH"),
+        "disp_c_n": (call.disp_c_n, "SBH"),
+        "credit_h_n": (call.credit_h_n, "SBH"),
+        "credit_c_n": (call.credit_c_n, "SBH"),
+    }
+    _check_gated(op, "states", tensors, call.lengths, call.reverse, call.cell)
+    stack, time, batch, hidden = call.states.shape
+    if call.kept.shape[3] != KEPT[call.cell]:
+        raise ValueError(
+            f"{op}: kept must be [S={stack}, T={time}, B={batch}, {kept}, H={hidden}], got {list(call.kept.shape)}"
+        )
+    _check_rule(op, call)
+    if len(call.needs) != 5:
+        raise ValueError(f"{op}: needs must have 5 values, got {len(call.needs)}")
+    if call.needs[0] and call.input_feedback is None:
+        raise ValueError(f"{op}: input_feedback must be given for a gradient of the input, got None")
+    has_cell, through_time = call.cell == "lstm", call.credit == "through_time"
+    of_gates, of_states = gates * hidden, (stack, batch, hidden)
+    new = call.states.new_empty
+    return (
+        call.input.new_empty(call.input.shape if call.needs[0] else 0),
+        new((stack, of_gates, call.input.shape[3]) if call.needs[1] else 0),
+        new((stack, of_gates, hidden) if call.needs[2] else 0),
+        new((stack, of_gates) if call.needs[3] else 0),
+        new((stack, of_gates) if call.needs[4] else 0),
+        new(of_states),
+        new(of_states if has_cell else 0),
+        new(of_states if through_time else 0),
+        new(of_states if has_cell and through_time else 0),
+    )
+
+
+def _gated_layer_backward(*args: Any) -> _Gradients:
+    call = _Backward(*args)
+    outputs = _prepare_backward(*call)
+    check_lengths("gated_layer_backward", call.lengths, call.states.shape[1])
+    _refuse_cuda("gated_layer_backward", call.states)
+    of_input, input = outputs[0], call.input
+    # what each member adds, where all share one input
+    shared = call.needs[0] and input.shape[0] != call.states.shape[0]
+    of_member = input.new_empty(call.states.shape[0], *input.shape[1:]) if shared else of_input
+    has_cell, through_time = call.cell == "lstm", call.credit == "through_time"
+    wanted = (*call.needs, True, has_cell, through_time, has_cell and through_time)
+    _C.gated_layer_backward(
+        dense(call.grad_states),
+        dense_rows(input),
+        dense(call.states),
+        dense(call.h0),
+        dense(call.c0),
+        dense(call.kept),
+        dense(call.weight_hh),
+        dense(call.feedback),
+        dense(call.input_feedback) if call.needs[0] else None,
+        dense(call.lengths),
+        list(call.reverse),
+        call.cell,
+        call.inverse,
+        call.credit,
+        list(call.target_step),
+        list(call.margin),
+        call.gate_slope,
+        call.candidate_slope,
+        list(call.slope_reg),
+        list(call.scale),
+        list(call.input_scale),
+        dense(call.disp_h_n),
+        dense(call.disp_c_n),
+        dense(call.credit_h_n),
+        dense(call.credit_c_n),
+        *(dense(output) if need else None for output, need in zip((of_member, *outputs[1:]), wanted, strict=True)),
+        execution(call.states),
+    )
+    if shared:
+        torch.sum(of_member, 0, keepdim=True, out=of_input)
+    return outputs
+
+
+_HAS_NO_DERIVATIVE = "is a part of a layer's forward or backward pass and has no derivative of its own"
+gated_layer = define(
+    "gated_layer(Tensor input, Tensor h0, Tensor? c0, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, "
+    "Tensor? bias_hh, Tensor? lengths, bool[] reverse, str cell, bool keep) -> "
+    "(Tensor states, Tensor h_n, Tensor c_n, Tensor kept)",
+    _gated_layer,
+    _prepare_layer,
+    cast_outputs=True,
+)
+refuse_derivative("gated_layer", f"gated_layer {_HAS_NO_DERIVATIVE}")
+
+gated_layer_backward = define(
+    "gated_layer_backward(Tensor? grad_states, Tensor input, Tensor states, Tensor h0, Tensor? c0, Tensor kept, "
+    "Tensor weight_hh, Tensor feedback, Tensor? input_feedback, Tensor? lengths, bool[] reverse, str cell, "
+    "str inverse, str credit, float[] target_step, float[] margin, str gate_slope, str candidate_slope, "
+    "float[] slope_reg, float[] scale, float[] input_scale, bool[] needs, Tensor? disp_h_n=None, "
+    "Tensor? disp_c_n=None, Tensor? credit_h_n=None, Tensor? credit_c_n=None) -> (Tensor grad_input, "
+    "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, Tensor disp_h0, "
+    "Tensor disp_c0, Tensor credit_h0, Tensor credit_c0)",
+    _gated_layer_backward,
+    _prepare_backward,
+    cast_outputs=False,
+)
+refuse_derivative("gated_layer_backward", f"gated_layer_backward {_HAS_NO_DERIVATIVE}")
