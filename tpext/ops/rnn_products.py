@@ -78,7 +78,7 @@ def recurrent_weight_gradient(
     if delta.shape[0] == 0 or delta.shape[1] == 0:
         return delta.new_zeros(h0.shape[0], h0.shape[2], h0.shape[2])
     gradients = []
-    for members, backwards in _directions(reverse):
+    for members, backwards in directions(reverse):
         d, h = delta[members], states[members]
         if not backwards:
             first, later, before = d[:, 0], d[:, 1:], h[:, :-1]
@@ -91,7 +91,7 @@ def recurrent_weight_gradient(
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
 
 
-def _directions(reverse: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
+def directions(reverse: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
     """The stretches of members that run in the same direction, and whether that is backwards."""
     begin = 0
     for backwards, members in itertools.groupby(reverse):

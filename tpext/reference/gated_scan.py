@@ -95,7 +95,7 @@ def gated_scan(
     check_cell(cell)
     x_proj, h0, weight_hh = promote(input_projection(input, weight_ih, bias_ih), h0, weight_hh)
     S, T, B = x_proj.shape[:3]
-    H = h0.shape[-1]
+    G, H = 3 if cell == "gru" else 4, h0.shape[-1]
     bias = given_or_zeros(bias_hh, weight_hh.shape[:2])
     states = np.zeros((S, T, B, H), x_proj.dtype)
     kept = np.zeros((S, T, B, 4 if cell == "gru" else 5, H), x_proj.dtype)
@@ -103,7 +103,7 @@ def gated_scan(
     c_n = given_or_zeros(c0, h0.shape).astype(x_proj.dtype)
     for s, b, times in rows(states.shape, lengths, reverse):
         for t in times:
-            x, u = x_proj[s, t, b].reshape(-1, H), (weight_hh[s] @ h_n[s, b] + bias[s]).reshape(-1, H)
+            x, u = x_proj[s, t, b].reshape(G, H), (weight_hh[s] @ h_n[s, b] + bias[s]).reshape(G, H)
             if cell == "gru":
                 h_n[s, b], kept[s, t, b] = gru_step(x, u, h_n[s, b])
             else:
