@@ -12,8 +12,10 @@
 // incoming is what comes from beyond. z lives in two row tiles of scratch memory, what is handed on in one more, each
 // panel at a place of its own; e goes where a Track says, through all of [S, T, B, D H] or round in a little memory
 // that someone else reads meanwhile (layer_gradients.h). A product whose rows are all zero is not computed, which
-// changes no bit as long as the matrix is finite. Where all rows have come to zero and no gradient enters any more, the
-// rest is zero.
+// changes no bit as long as the matrix is finite. Where all rows of a tile have come to zero and no gradient enters any
+// more, the rest is zero, and its states are not read. A NaN there would bring a row back to life that no later state
+// of the row told of; whether it does depends on the other rows of the tile, and these, by whole arrays, on the number
+// of threads. No forward pass leaves such states, and of others nothing is promised.
 #pragma once
 
 #include "cpu/sweep.h"

@@ -11,7 +11,8 @@
 ``grad_states`` may be None (zero); ``grad_h_n [S, B, H]`` enters at each row's last valid step, as ``e_{T+1} W``.
 
 Where ``grad_states`` is None and the gradient has faded to nothing, the sweep may end, and does on the CPU; it then
-does not read the states further back. The layer around the scan stands in :mod:`tpext.ops.rnn_layer`.
+does not read the states further back, so states must be such as a forward pass leaves, where NaN reaches the last one
+(:mod:`tpext.ops.rnn_target_scan`). The layer around the scan stands in :mod:`tpext.ops.rnn_layer`.
 
 ``S`` members with weights of their own run side by side (directions, ensembles); where ``reverse[s]`` is set, a
 member runs from its last valid step to its first, and ``states[s, t]`` belongs to input step ``t`` all the same.

@@ -36,7 +36,8 @@ is added to ``d_T`` and ``credit_n [S, B, H]`` stands for ``delta_{T+1} W``; ``d
 W`` ``[S, B, H]`` (empty under "local") are the same at the other end. So a displacement of the final state alone is
 ``disp_n``, and a long sequence can be taken in pieces, the last one first. Without ``grad_states`` a displacement that
 has faded to nothing may end the work, and does on the CPU; states further back are then not read, so that a NaN there
-goes unseen if it has not reached the last state, which one from a forward pass has.
+goes unseen if it has not reached the last state, which one from a forward pass has. Of states with other NaNs nothing
+is promised, the same bits on any number of threads included.
 
 ``target_step``, ``margin`` and ``slope_reg`` are numbers of all members of the stack, or lists with one for each: a
 member then gets the bits of a call of its own. (On CUDA, where kernels take one number, members with numbers of their
