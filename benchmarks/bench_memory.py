@@ -27,6 +27,14 @@ MODELS: dict[str, Callable[[int, int], torch.nn.Module]] = {
     "checkpointed": lambda inputs, hidden: tpext.nn.RNN(
         inputs, hidden, return_sequence=False, checkpoint_every=CHECKPOINT_EVERY
     ),
+    "two layers": lambda inputs, hidden: tpext.nn.RNN(inputs, hidden, 2),
+    "two layers, checkpointed": lambda inputs, hidden: tpext.nn.RNN(
+        inputs, hidden, 2, return_sequence=False, checkpoint_every=CHECKPOINT_EVERY
+    ),
+    "both directions": lambda inputs, hidden: tpext.nn.RNN(inputs, hidden, bidirectional=True),
+    "both directions, checkpointed": lambda inputs, hidden: tpext.nn.RNN(
+        inputs, hidden, bidirectional=True, return_sequence=False, checkpoint_every=CHECKPOINT_EVERY
+    ),
 }
 EVERY_STEP = ", every step"
 SIZES = (1, 128, 512, 784)
@@ -72,7 +80,8 @@ def peak_of_step(name: str, inputs: int, hidden: int, batch: int, time: int) -> 
         for loss in ("", EVERY_STEP)
         for name in ("torch.nn.RNN", "local", "through_time", "backprop")
     ]
-    + [(name, sizes) for sizes in LONG for name in ("through_time", "checkpointed")],
+    + [(name, sizes) for sizes in LONG for name in ("through_time", "checkpointed")]
+    + [(layers + pieces, LONG[0]) for layers in ("two layers", "both directions") for pieces in ("", ", checkpointed")],
     ids=lambda value: value if isinstance(value, str) else "I{}-H{}-B{}-T{}".format(*value),
 )
 def test_peak(benchmark, name, sizes):

@@ -184,9 +184,10 @@ def test_compiles_whole(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize("layers", [{}, {"num_layers": 2, "bidirectional": True}], ids=repr)
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compiles_whole_without_outputs(rule, every):
-    rnn = tpext.nn.RNN(I, H, rule=rule, return_sequence=False, checkpoint_every=every)
+def test_compiles_whole_without_outputs(rule, every, layers):
+    rnn = tpext.nn.RNN(I, H, rule=rule, return_sequence=False, checkpoint_every=every, **layers)
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
     for lengths in (None, torch.tensor(LENGTHS)):
         found = []

@@ -567,6 +567,14 @@ def test_a_rule_that_does_not_fit_says_what_does(nonlinearity):
 
 # Without the sequence of outputs, and in pieces
 
+LAYERS = [
+    {},
+    {"batch_first": True, "bias": False},
+    {"num_layers": 2},
+    {"bidirectional": True},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+]
+
 FINAL_RULES = [
     Backprop(),
     RegularizedInverse(),
@@ -576,8 +584,10 @@ FINAL_RULES = [
 ]
 
 
-def final_results(module: tpext.nn.RNN, form: str, lengths: list[int] | None = None) -> dict[str, Tensor]:
-    """The final state, and all gradients of a random linear loss of it."""
+def final_results(
+    module: tpext.nn.RNN, form: str, lengths: list[int] | None = None, of_outputs: bool = False
+) -> dict[str, Tensor]:
+    """What a module returns, and all gradients of a random linear loss of it."""
     module.zero_grad()
     x = sequences(form, module.batch_first)
     stack = module.num_layers * (2 if module.bidirectional else 1)
@@ -586,13 +596,21 @@ def final_results(module: tpext.nn.RNN, form: str, lengths: list[int] | None = N
     arguments = (x, hx) if lengths is None else (x, hx, torch.tensor(lengths))
     output, h_n = module(*arguments)
     assert (output is None) != module.return_sequence
-    (h_n * torch.randn_like(h_n)).sum().backward()
+    loss = (h_n * torch.randn_like(h_n)).sum()
+    data = output.data if isinstance(output, PackedSequence) else output
+    if of_outputs:
+        loss = loss + (data * torch.randn_like(data)).sum()
+    loss.backward()
     gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
-    return {
-        "h_n": h_n.detach(),
-        "input": x.data.grad if form.startswith("packed") else x.grad,
-        "hx": hx.grad,
-    } | gradients
+    return (
+        {
+            "h_n": h_n.detach(),
+            "input": x.data.grad if form.startswith("packed") else x.grad,
+            "hx": hx.grad,
+        }
+        | ({"output": data.detach()} if of_outputs else {})
+        | gradients
+    )
 
 
 @pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
@@ -607,14 +625,21 @@ def test_without_outputs_the_rest_is_the_same(rule, form):
 
 @pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
 @pytest.mark.parametrize("every", [1, 2, 4, T, T + 1])
-def test_checkpoints_change_results_by_rounding_alone(rule, every):
-    for options in ({}, {"batch_first": True, "bias": False}):
-        whole = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, **options)
-        pieces = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, return_sequence=False, checkpoint_every=every, **options)
+@pytest.mark.parametrize("options", LAYERS, ids=repr)
+def test_checkpoints_change_results_by_rounding_alone(rule, every, options):
+    whole = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, **options)
+    for outputs in (False, True):
+        pieces = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule, return_sequence=outputs, checkpoint_every=every, **options)
         pieces.load_state_dict(whole.state_dict())
-        for form in ("padded", "unbatched", "packed", "packed sorted"):
-            assert_same(final_results(pieces, form), final_results(whole, form))
-        assert_same(final_results(pieces, "padded", [0, T, 1, 4]), final_results(whole, "padded", [0, T, 1, 4]))
+        for form, lengths in (("padded", None), ("padded", [0, T, 1, 4]), ("packed", None), ("unbatched", None)):
+            assert_same(*(final_results(module, form, lengths, outputs) for module in (pieces, whole)))
+
+
+def test_checkpoints_draw_the_dropout_of_the_whole():
+    whole = tpext.nn.RNN(I, H, 3, dropout=0.5, bidirectional=True, dtype=DOUBLE)
+    pieces = copy.deepcopy(whole)
+    pieces.checkpoint_every = 2
+    assert_same(*(final_results(module, "padded", of_outputs=True) for module in (pieces, whole)))
 
 
 @pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
@@ -668,25 +693,34 @@ def kept_numbers(rnn: tpext.nn.RNN, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize("rule", FINAL_RULES, ids=repr)
-def test_checkpoints_keep_one_state_a_piece(rule):
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_checkpoints_keep_one_state_a_piece_and_what_the_layer_above_reads(rule, num_layers, bidirectional):
+    state, directions = 8 * 16, 2 if bidirectional else 1
     x = torch.randn(100, 8, I)
     whole, pieces = (
-        kept_numbers(tpext.nn.RNN(I, 16, rule=rule, return_sequence=False, checkpoint_every=every), x)
+        kept_numbers(
+            tpext.nn.RNN(
+                I, 16, num_layers, bidirectional=bidirectional, rule=rule, return_sequence=False, checkpoint_every=every
+            ),
+            x,
+        )
         for every in (None, 10)
     )
-    assert whole >= 100 * 8 * 16
-    assert pieces <= 12 * 8 * 16
+    # each layer's states; those of both directions once more where they stand side by side for the layer above
+    assert whole >= directions * 100 * state * num_layers
+    # of each layer and direction ten states and the first, and what a second layer reads; stacked weights are small
+    weights = num_layers * directions * 16 * (2 * 16 + 16 + 2)
+    small = num_layers * directions * 11 * state + 2 * weights
+    assert pieces <= small + (num_layers - 1) * directions * 100 * state
 
 
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"checkpoint_every": 4}, ValueError, "checkpoint_every needs return_sequence=False"),
-        ({"checkpoint_every": 4, "return_sequence": False, "num_layers": 2}, ValueError, "num_layers=1"),
-        ({"checkpoint_every": 4, "return_sequence": False, "bidirectional": True}, ValueError, "bidirectional=False"),
-        ({"checkpoint_every": 0, "return_sequence": False}, ValueError, "checkpoint_every must be at least 1, got 0"),
-        ({"checkpoint_every": 2.0, "return_sequence": False}, TypeError, "checkpoint_every should be of type int"),
-        ({"checkpoint_every": True, "return_sequence": False}, TypeError, "checkpoint_every should be of type int"),
+        ({"checkpoint_every": 0}, ValueError, "checkpoint_every must be at least 1, got 0"),
+        ({"checkpoint_every": 2.0}, TypeError, "checkpoint_every should be of type int"),
+        ({"checkpoint_every": True}, TypeError, "checkpoint_every should be of type int"),
         ({"return_sequence": 0}, TypeError, "return_sequence should be of type bool"),
     ],
 )
@@ -1018,8 +1052,9 @@ def lost_credit(run: Callable[[], object]) -> bool:
 
 
 @pytest.mark.parametrize("bidirectional", [False, True])
-def test_warns_where_credit_ends_between_parts_of_a_sequence(bidirectional: bool) -> None:
-    rnn = tpext.nn.RNN(3, 4, num_layers=2, bidirectional=bidirectional)
+@pytest.mark.parametrize("checkpoint_every", [None, 2])
+def test_warns_where_credit_ends_between_parts_of_a_sequence(bidirectional: bool, checkpoint_every: int | None) -> None:
+    rnn = tpext.nn.RNN(3, 4, num_layers=2, bidirectional=bidirectional, checkpoint_every=checkpoint_every)
     x = torch.randn(5, 2, 3)
     output, h_n = rnn(x)
     assert lost_credit(lambda: rnn(x, h_n))

@@ -38,8 +38,8 @@ rnn_layer = torch.ops.tpext.rnn_layer
 rnn_weight_gradients = torch.ops.tpext.rnn_weight_gradients
 
 
-def backprop_rnn(*arguments: Any, checkpoint_every: int | None = None) -> tuple[Tensor, Tensor]:
-    return Backprop().run_recurrent(RecurrentCall(*arguments, checkpoint_every=checkpoint_every))
+def backprop_rnn(*arguments: Any, **how: Any) -> tuple[Tensor, Tensor]:
+    return Backprop().run_recurrent(RecurrentCall(*arguments, **how))
 
 
 # Around the widths of vectors, and where the projection moves out of the scan.
@@ -339,18 +339,22 @@ def test_first_and_second_derivatives_are_true(nonlinearity: str, ragged: bool, 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 8])
 @pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("direction", ["forward", "reverse", "mixed"])
+@pytest.mark.parametrize("needs_states", [False, True])
 @pytest.mark.parametrize("create_graph", [False, True])
-def test_in_pieces(every: int, ragged: bool, create_graph: bool) -> None:
-    case = layer(7, 5, 6, 9, 2, ragged=ragged)
+def test_in_pieces(every: int, ragged: bool, direction: str, needs_states: bool, create_graph: bool) -> None:
+    case = layer(7, 5, 6, 9, 2, ragged=ragged, direction=direction)
     found = []
     for checkpoint_every in (every, None):
         variables = variables_of(case)
-        states, h_n = backprop_rnn(*variables, *case[-3:], checkpoint_every=checkpoint_every)
-        assert states.shape == ((0,) if checkpoint_every else (2, 7, 5, 9))
-        gradients = torch.autograd.grad(h_n.sin().sum(), variables, create_graph=create_graph)
+        how = {"checkpoint_every": checkpoint_every, "needs_states": needs_states}
+        states, h_n = backprop_rnn(*variables, *case[-3:], **how)
+        assert states.shape == ((2, 7, 5, 9) if needs_states or checkpoint_every is None else (0,))
+        loss = h_n.sin().sum() + (states.cos().sum() if needs_states else 0)
+        gradients = torch.autograd.grad(loss, variables, create_graph=create_graph)
         if create_graph:
             gradients += torch.autograd.grad(sum(g.square().sum() for g in gradients), variables)
-        found.append([h_n, *gradients])
+        found.append([states if needs_states else h_n, h_n, *gradients])
     torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
 
 
@@ -557,19 +561,13 @@ def test_checkpoints_do_not_hide_lengths_out_of_range(lengths: list[int]) -> Non
         rnn(torch.randn(5, 2, 3), lengths=torch.tensor(lengths))
 
 
-def test_checkpoints_of_members_that_run_backward_are_refused() -> None:
-    case = layer(5, 2, 3, 4, 1)
-    for reverse, every in (([True], 2), ([False], 0)):
-        with pytest.raises(ValueError, match="checkpoint_every must be at least 1 and its members must run forward"):
-            backprop_rnn(*case._replace(reverse=reverse), checkpoint_every=every)
-
-
-def test_checkpoints_assigned_to_a_module_that_cannot_have_them_are_refused() -> None:
-    whole, both = tpext.nn.RNN(3, 4), tpext.nn.RNN(3, 4, bidirectional=True, return_sequence=False)
-    whole.checkpoint_every = both.checkpoint_every = 2
-    for rnn in (whole, both):
-        with pytest.raises(ValueError, match="checkpoint_every needs return_sequence=False, num_layers=1"):
-            rnn(torch.randn(5, 2, 3))
+def test_checkpoints_of_no_step_are_refused() -> None:
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        backprop_rnn(*layer(5, 2, 3, 4, 1), checkpoint_every=0)
+    rnn = tpext.nn.RNN(3, 4)
+    rnn.checkpoint_every = 0
+    with pytest.raises(ValueError, match="checkpoint_every must be at least 1, got 0"):
+        rnn(torch.randn(5, 2, 3))
 
 
 @pytest.mark.parametrize("rule", [tpext.Backprop(), tpext.RegularizedInverse(), tpext.LearnedInverse()], ids=repr)

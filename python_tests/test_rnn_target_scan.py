@@ -36,23 +36,19 @@ rnn_target_scan = torch.ops.tpext.rnn_target_scan
 rnn_learned_target_scan = torch.ops.tpext.rnn_learned_target_scan
 
 
-def target_rnn(*, checkpoint_every: int | None = None, **arguments: Any) -> tuple[Tensor, Tensor]:
+def target_rnn(**arguments: Any) -> tuple[Tensor, Tensor]:
     """A layer under the regularised inverse, by the names of its arguments and of the rule's."""
-    return run(RegularizedInverse, arguments, (), checkpoint_every)
+    return run(RegularizedInverse, arguments)
 
 
-def learned_target_rnn(
-    *, reverse_weight: Tensor, reverse_bias: Tensor, checkpoint_every: int | None = None, **arguments: Any
-) -> tuple[Tensor, Tensor]:
-    return run(LearnedInverse, arguments, (reverse_weight, reverse_bias), checkpoint_every)
+def learned_target_rnn(*, reverse_weight: Tensor, reverse_bias: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
+    return run(LearnedInverse, arguments | {"owned": (reverse_weight, reverse_bias)})
 
 
-def run(
-    kind: type[RecurrentRule], arguments: dict[str, Any], owned: tuple[Tensor, ...], checkpoint_every: int | None
-) -> tuple[Tensor, Tensor]:
+def run(kind: type[RecurrentRule], arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
     of_layer = {name: value for name, value in arguments.items() if name in RecurrentCall._fields}
     rule = kind(**{name: value for name, value in arguments.items() if name not in of_layer})
-    return rule.run_recurrent(RecurrentCall(**of_layer, owned=owned, checkpoint_every=checkpoint_every))
+    return rule.run_recurrent(RecurrentCall(**of_layer))
 
 
 CORRECTIONS = ["linearized", "difference", "none"]
@@ -630,24 +626,29 @@ def test_layer_without_steps_or_rows_has_zero_gradients(empty: str, ragged: bool
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 8])
+@pytest.mark.parametrize("needs_states", [False, True])
 @pytest.mark.parametrize("input_rule", ["gradient", "target"])
 @pytest.mark.parametrize(("correction", "credit"), RULES)
 def test_layer_in_pieces_hands_down_what_the_oracle_does(
-    every: int, input_rule: str, correction: str, credit: str
+    every: int, needs_states: bool, input_rule: str, correction: str, credit: str
 ) -> None:
-    case = layer() | {"reverse": [False, False], "grad_states": None}
+    case = layer() | ({} if needs_states else {"grad_states": None})
     options = {"correction": correction, "credit": credit, "input_rule": input_rule}
-    assert_equal_gradients(by_ops(case, checkpoint_every=every, **options), by_oracle(case, **options), 1e-10)
+    pieces = {"checkpoint_every": every, "needs_states": needs_states}
+    assert_equal_gradients(by_ops(case, **pieces, **options), by_oracle(case, **options), 1e-10)
 
 
 @pytest.mark.parametrize("every", [1, 3, 7, 8])
+@pytest.mark.parametrize("needs_states", [False, True])
 @pytest.mark.parametrize("credit", CREDITS)
-def test_learned_layer_in_pieces_hands_down_what_the_oracle_does(every: int, credit: str) -> None:
-    case = layer() | {"reverse": [False, False], "grad_states": None}
+def test_learned_layer_in_pieces_hands_down_what_the_oracle_does(every: int, needs_states: bool, credit: str) -> None:
+    case = layer() | ({} if needs_states else {"grad_states": None})
     reverse_layer = {"reverse_weight": torch.randn(2, 6, 6).double() / 2, "reverse_bias": torch.randn(2, 6).double()}
     options = {**reverse_layer, "target_step": 0.1, "credit": credit, "normalize": True}
     assert_equal_gradients(
-        by_learned_ops(case, checkpoint_every=every, **options), by_learned_oracle(case, **options), 1e-10
+        by_learned_ops(case, checkpoint_every=every, needs_states=needs_states, **options),
+        by_learned_oracle(case, **options),
+        1e-10,
     )
 
 

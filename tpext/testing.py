@@ -347,17 +347,17 @@ def _check_lengths(case: _Case) -> None:
 
 
 def _check_checkpoints(case: _Case) -> None:
-    model, input = case.layer(return_sequence=False)
-    for lengths in (None, torch.tensor(_LENGTHS)):
+    for model, input in (case.layer(return_sequence=False), case.network()):
+        for lengths in (None, torch.tensor(_LENGTHS)):
 
-        def final(x: Tensor, lengths: Tensor | None = lengths) -> Tensor:
-            return model(x, lengths=lengths)[1]  # type: ignore[no-any-return]
+            def final(x: Tensor, model: Any = model, lengths: Tensor | None = lengths) -> Tensor:
+                return model(x, lengths=lengths)[1]  # type: ignore[no-any-return]
 
-        model.checkpoint_every = None
-        expected = _gradients(model, input, final)
-        for every in (1, 3):
-            model.checkpoint_every = every
-            _compare(_gradients(model, input, final), expected, f"with checkpoint_every={every} as without")
+            model.checkpoint_every = None
+            expected = _gradients(model, input, final)
+            for every in (1, 3):
+                model.checkpoint_every = every
+                _compare(_gradients(model, input, final), expected, f"with checkpoint_every={every} as without")
 
 
 def _check_own_loss(case: _Case) -> None:

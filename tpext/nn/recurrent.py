@@ -101,15 +101,19 @@ class RecurrentLayers(RecurrentParameters):
     def _run(
         self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Run all layers: the outputs ``[T, B, D*H]`` of the last and the final states ``[L*D, B, H]``."""
+        """Run all layers: the outputs ``[T, B, D*H]`` of the last, if wanted, and the final states ``[L*D, B, H]``."""
         output, finals = input, []
         for layer, starts in enumerate(self._initial_states(states, input)):
             if layer > 0:
                 output = self._between_layers(output)
             states_of_layer, *last = self._rule.run_recurrent(self._call(layer, output, starts, lengths))
-            output = states_of_layer if self.checkpoint_every is not None else join_directions(states_of_layer)
+            output = join_directions(states_of_layer) if self._has_readers(layer) else states_of_layer
             finals.append(last)
         return output, tuple(kind[0] if len(kind) == 1 else torch.cat(kind) for kind in zip(*finals, strict=True))
+
+    def _has_readers(self, layer: int) -> bool:
+        """Whether anything reads the outputs of a layer: the layer above, or the user."""
+        return self.return_sequence or layer + 1 < self.num_layers
 
     def _between_layers(self, output: Tensor) -> Tensor:
         return functional.dropout(output, self.dropout) if self.training and self.dropout > 0 else output

@@ -150,12 +150,6 @@ class RecurrentParameters(OwnedParameters):
             raise TypeError(f"checkpoint_every should be of type int or None, got: {type(every).__name__}")
         if every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {every}")
-        if self.return_sequence or self.num_layers != 1 or self.bidirectional:
-            raise ValueError(
-                "checkpoint_every needs return_sequence=False, num_layers=1 and bidirectional=False, got "
-                f"return_sequence={self.return_sequence}, num_layers={self.num_layers}, "
-                f"bidirectional={self.bidirectional}"
-            )
 
     # Parameters
 

@@ -45,12 +45,13 @@ class RNN(RecurrentLayers):
         device, dtype: of the parameters; float32 or float64, on CUDA also bfloat16 or float16.
         rule: what the backward pass computes; None means ``RegularizedInverse()``.
         return_sequence: False returns ``(None, h_n)``: the outputs are not needed.
-        checkpoint_every: K >= 1: for long sequences with ``return_sequence=False``, one layer and one direction, keep
-            the state before every K-th step only and compute the others anew in the backward pass, K at a time. The
-            memory of a step falls from about ``T`` to ``T / K + K`` states ``[B, H]`` (least at ``K = sqrt(T)``), for
-            at most one more forward pass. Gradients are summed piece by piece, equal to rounding; where
-            the gradient has faded to nothing the rest is left out (on the CPU), and a NaN or infinity there goes
-            unseen. None: keep all.
+        checkpoint_every: K >= 1: for long sequences, keep of each layer and direction the state before every K-th step
+            only and compute the others anew in the backward pass, K at a time, for at most one more forward pass. With
+            one layer and ``return_sequence=False`` the memory of a step falls from about ``T`` to ``T / K + K`` states
+            ``[B, H]`` a direction (least at ``K = sqrt(T)``). Outputs that something reads, the layer above or
+            yourself, still stand in memory in full, ``[T, B, D*H]`` a layer, and in the backward pass so does their
+            gradient. Gradients are summed piece by piece, equal to rounding; where the gradient has faded to nothing
+            the rest is left out (on the CPU), and a NaN or infinity there goes unseen. None: keep all.
 
     Attributes:
         weight_ih_l[k], weight_hh_l[k], bias_ih_l[k], bias_hh_l[k]: of layer k, with ``_reverse`` appended for the
@@ -185,7 +186,15 @@ class RNN(RecurrentLayers):
         weights = self._layer_parameters(layer, input)
         owned = self._owned_parameters(layer, input)
         return RecurrentCall(
-            input.unsqueeze(0), h0, *weights, lengths, self._reverse, self.nonlinearity, owned, self.checkpoint_every
+            input.unsqueeze(0),
+            h0,
+            *weights,
+            lengths,
+            self._reverse,
+            self.nonlinearity,
+            owned,
+            self.checkpoint_every,
+            self._has_readers(layer),
         )
 
     def reconstruction_loss(

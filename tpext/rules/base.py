@@ -8,7 +8,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ Kind = Literal["recurrent", "layer", "network"]
 PerMember: TypeAlias = float | tuple[float, ...]
 """A number of a rule of recurrent layers: one for all members of the layer's stack (the directions of a
 :class:`tpext.nn.RNN`), or a tuple with one for each. A field is one where it is annotated so."""
+
+_AnyRule = TypeVar("_AnyRule", bound="Rule")
 
 _LAYERS: dict[Kind, str] = {
     "recurrent": "recurrent layers (tpext.rules.RecurrentRule), such as tpext.RegularizedInverse()",
@@ -183,6 +185,13 @@ def check_members(rule: Rule, members: int | None) -> None:
         if len(value) != members:
             each = " here" if members is None else f" or S={members}, one for each direction of the layer"
             raise ValueError(f"{type(rule).__name__}: {name} must be one number{each}, got {len(value)}: {value}")
+
+
+def of_member(rule: _AnyRule, member: int) -> _AnyRule:
+    """The rule of one member of a stack: as it is, with that member's number where there is one for each."""
+    if not rule._tuples:
+        return rule
+    return dataclasses.replace(rule, **{name: getattr(rule, name)[member] for name in rule._tuples})
 
 
 def check_flag(rule: object, name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tpext.ops._library import are_plain, check_lengths, full_precision, on_cuda
 from tpext.ops._members import as_list
 from tpext.ops.rnn_layer import rnn_layer, rnn_layer_backward
-from tpext.rules.base import PerMember, apply_node, check_members
+from tpext.rules.base import PerMember, apply_node, check_members, of_member
 
 if TYPE_CHECKING:
     from tpext.rules.recurrent import RecurrentRule
@@ -32,7 +32,9 @@ class RecurrentCall(NamedTuple):
         reverse: S flags: the member runs from the last valid step to the first.
         nonlinearity: "tanh", "relu" or "identity".
         owned: the rule's own parameters, ``[S, ...]`` each, in the order of its ``parameter_shapes``.
-        checkpoint_every: K >= 1 steps a piece, for members that run forward; None: the whole sequence is one piece.
+        checkpoint_every: K >= 1 steps a piece; None: the whole sequence is one piece.
+        needs_states: whether the states of all steps are wanted, and not the last ones alone; with
+            ``checkpoint_every`` False spares their memory.
     """
 
     input: Tensor
@@ -45,6 +47,7 @@ class RecurrentCall(NamedTuple):
     nonlinearity: str
     owned: tuple[Tensor, ...] = ()
     checkpoint_every: int | None = None
+    needs_states: bool = True
 
 
 class Piece(NamedTuple):
@@ -106,8 +109,8 @@ def run_pass(rule: RecurrentRule, call: RecurrentCall) -> tuple[Tensor, Tensor]:
     Under autocast it runs in float32, on CUDA in the autocast dtype, which its outputs get.
 
     Returns:
-        States ``[S, T, B, H]``, zero beyond ``lengths`` (an empty tensor with ``checkpoint_every``), and the states
-        after the last valid steps ``[S, B, H]``.
+        States ``[S, T, B, H]``, zero beyond ``lengths`` (with ``checkpoint_every`` an empty tensor unless the call
+        needs them), and the states after the last valid steps ``[S, B, H]``.
 
     Raises:
         ValueError: arguments that do not fit each other.
@@ -116,10 +119,29 @@ def run_pass(rule: RecurrentRule, call: RecurrentCall) -> tuple[Tensor, Tensor]:
     check_members(rule, call.h0.shape[0])
     if torch._C._are_functorch_transforms_active():
         return rule.composite(call)
+    if call.checkpoint_every is not None and len(set(call.reverse)) > 1:
+        # One direction is in its last piece where the other is in its first.
+        alone = [run_pass(of_member(rule, member), _member(call, member)) for member in range(len(call.reverse))]
+        states, h_n = zip(*alone, strict=True)
+        return torch.cat(states), torch.cat(h_n)
     # Owned parameters are detached: a layer of which only they are trainable has no backward pass to run.
     tensors = (*call[:6], *(parameter.detach() for parameter in call.owned))
-    settings = (list(call.reverse), call.nonlinearity, call.checkpoint_every, rule)
+    settings = (list(call.reverse), call.nonlinearity, call.checkpoint_every, call.needs_states, rule)
     return apply_node(_RecurrentPass, settings, tensors, low_precision=True)  # type: ignore[no-any-return]
+
+
+def _member(call: RecurrentCall, member: int) -> RecurrentCall:
+    """The call of one member of the stack alone."""
+    one = slice(member, member + 1)
+    return call._replace(
+        input=call.input if call.input.shape[0] == 1 else call.input[one],
+        h0=call.h0[one],
+        weight_ih=call.weight_ih[one],
+        weight_hh=call.weight_hh[one],
+        bias=None if call.bias is None else call.bias[one],
+        reverse=call.reverse[one],
+        owned=tuple(parameter[one] for parameter in call.owned),
+    )
 
 
 # What rearranges states on their way to the next call.
@@ -152,7 +174,7 @@ def _leads_to(node: Any, leaf: Tensor) -> bool:
     """Whether a parameter gets what a node is given, itself or as a member of a stack."""
     if node is None:
         return False
-    if node.name().startswith(("Unsqueeze", "Stack")):
+    if node.name().startswith(("Unsqueeze", "Stack", "Slice")):
         return any(_leads_to(earlier, leaf) for earlier, _ in node.next_functions)
     return getattr(node, "variable", None) is leaf
 
@@ -160,8 +182,9 @@ def _leads_to(node: Any, leaf: Tensor) -> bool:
 class _RecurrentPass(torch.autograd.Function):
     """The node. Without ``checkpoint_every`` the whole sequence is one piece.
 
-    With it, ``forward`` keeps only the state before each piece and the backward pass computes a piece's states anew:
-    some ``T / K + K`` states in memory in place of ``T``, for one more forward pass.
+    With it, the node keeps only the state before each piece and the backward pass computes a piece's states anew:
+    some ``T / K + K`` states in memory in place of ``T``, for one more forward pass. Where the states are an output,
+    whoever reads them keeps them.
 
     Contexts are filled in ``forward``, not in a ``setup_context``: with one, torch looks up and binds the signature at
     every call, which takes as long as a small kernel. And without names for the arguments: torch's compiler takes a
@@ -170,19 +193,20 @@ class _RecurrentPass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        reverse, nonlinearity, checkpoint_every, rule = arguments[:4]
-        input, h0, weight_ih, weight_hh, bias, lengths, *owned = arguments[4:]
-        ctx.reverse, ctx.nonlinearity, ctx.checkpoint_every, ctx.rule = reverse, nonlinearity, checkpoint_every, rule
+        reverse, nonlinearity, checkpoint_every, needs_states, rule = arguments[:5]
+        input, h0, weight_ih, weight_hh, bias, lengths, *owned = arguments[5:]
+        ctx.reverse, ctx.nonlinearity, ctx.rule = reverse, nonlinearity, rule
+        ctx.checkpoint_every, ctx.needs_states = checkpoint_every, needs_states
         ctx.set_materialize_grads(False)
         if checkpoint_every is None:
             states, h_n = rnn_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
             kept = states
         else:
-            kept, h_n = _run_in_pieces(
-                input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity, checkpoint_every
+            kept, states, h_n = _run_in_pieces(
+                input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity, checkpoint_every, needs_states
             )
-            states = h_n.new_empty(0)
-            ctx.mark_non_differentiable(states)
+            if not needs_states:
+                ctx.mark_non_differentiable(states)
         ctx.save_for_backward(input, h0, weight_ih, weight_hh, bias, lengths, kept, *owned)
         return states, h_n
 
@@ -191,14 +215,14 @@ class _RecurrentPass(torch.autograd.Function):
         # read once: under activation checkpointing a second time is an error
         saved = ctx.saved_tensors
         input, h0, weight_ih, weight_hh, bias, lengths, kept = saved[:7]
-        needs = ctx.needs_input_grad[4:9]
+        needs = ctx.needs_input_grad[5:10]
         rest = [None] * (1 + len(saved) - 7)
         # Gradients are recorded inside a backward pass exactly when its result is to be differentiated again.
         if torch.is_grad_enabled():
             run = (ctx.reverse, ctx.nonlinearity, tuple(saved[7:]))
             call = RecurrentCall(input, h0, weight_ih, weight_hh, bias, lengths, *run)
             grads = _differentiable(ctx.rule, call, needs, grad_states, grad_h_n)
-            return *[None] * 4, *grads, *rest
+            return *[None] * 5, *grads, *rest
         with full_precision(weight_hh.device.type):
             layer = LayerWeights(weight_ih, weight_hh, bias, saved[7:], ctx.reverse, ctx.nonlinearity, needs)
             sweep = ctx.rule.start_sweep(layer)
@@ -206,10 +230,12 @@ class _RecurrentPass(torch.autograd.Function):
             if ctx.checkpoint_every is None:
                 grads, first, _ = sweep.run(Piece(input, h0, kept, lengths), grad_states, arriving, None)
             else:
-                grads, first = _sweep_pieces(layer, sweep, input, lengths, kept, arriving, ctx.checkpoint_every)
+                # a compiler has a gradient of the empty tensor too
+                given = grad_states if ctx.needs_states else None
+                grads, first = _sweep_pieces(layer, sweep, input, lengths, kept, given, arriving, ctx.checkpoint_every)
             if needs[1] and first is not None:
                 grads[1] = _of_members(operator.truediv, first, sweep.unit)
-            return *[None] * 4, *grads, *rest
+            return *[None] * 5, *grads, *rest
 
 
 def _of_members(change: Callable[[Tensor, float], Tensor], rows: Tensor, number: PerMember) -> Tensor:
@@ -230,24 +256,28 @@ def _run_in_pieces(
     reverse: Sequence[bool],
     nonlinearity: str,
     every: int,
-) -> tuple[Tensor, Tensor]:
-    """The state before each piece of ``every`` steps, ``[pieces, S, B, H]``, and the final ones."""
-    if every < 1 or any(reverse):
-        raise ValueError(
-            "checkpoint_every must be at least 1 and its members must run forward, got "
-            f"checkpoint_every={every}, reverse={list(reverse)}"
-        )
+    needs_states: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The state before each piece of ``every`` steps, ``[pieces, S, B, H]``, all states if needed, the final ones."""
+    if every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {every}")
+    time = input.shape[1]
     # Each piece's lengths are cut to its size, which would hide those out of range.
     if are_plain((lengths,)):
-        check_lengths("rnn_layer", lengths, input.shape[1])
-    pieces = max(1, -(-input.shape[1] // every))
-    kept = h0.new_empty(pieces, *h0.shape)
+        check_lengths("rnn_layer", lengths, time)
+    order = _pieces(time, every, reverse)
+    kept = h0.new_empty(len(order), *h0.shape)
+    states = h0.new_empty(h0.shape[0], time, *h0.shape[1:]) if needs_states else h0.new_empty(0)
     h_n = h0.clone()
-    for index in range(pieces):
-        part, valid = _cut(input, lengths, index * every, every)
-        kept[index].copy_(h_n)
-        h_n.copy_(rnn_layer(part, kept[index], weight_ih, weight_hh, bias, valid, reverse, nonlinearity)[1])
-    return kept, h_n
+    for index, piece in enumerate(order):
+        part, valid = _cut(input, lengths, piece)
+        before = kept[index].copy_(h_n)
+        found, last = rnn_layer(part, before, weight_ih, weight_hh, bias, valid, reverse, nonlinearity)
+        h_n.copy_(last)
+        if needs_states:
+            states[:, piece].copy_(found)
+        del found, last
+    return kept, states, h_n
 
 
 def _sweep_pieces(
@@ -256,6 +286,7 @@ def _sweep_pieces(
     input: Tensor,
     lengths: Tensor | None,
     kept: Tensor,
+    grad_states: Tensor | None,
     arriving: Tensor | None,
     every: int,
 ) -> tuple[Gradients, Tensor | None]:
@@ -266,33 +297,42 @@ def _sweep_pieces(
     # the hole that the large ones leave, which then do not fit there again, and the heap would grow piece by piece.
     arrived, credited = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])
     credit: Tensor | None = None
-    for index in range(kept.shape[0] - 1, -1, -1):
-        part, valid = _cut(input, lengths, index * every, every)
+    order = _pieces(input.shape[1], every, layer.reverse)
+    for index in range(len(order) - 1, -1, -1):
+        piece, before = order[index], kept[index]
+        part, valid = _cut(input, lengths, piece)
         states = rnn_layer(
-            part, kept[index], layer.weight_ih, layer.weight_hh, layer.bias, valid, layer.reverse, layer.nonlinearity
+            part, before, layer.weight_ih, layer.weight_hh, layer.bias, valid, layer.reverse, layer.nonlinearity
         )[0]
-        grads, first, first_credit = sweep.run(Piece(part, kept[index], states, valid), None, arriving, credit)
+        given = None if grad_states is None else grad_states[:, piece]
+        grads, first, first_credit = sweep.run(Piece(part, before, states, valid), given, arriving, credit)
         arriving = arrived.copy_(first)
         credit = None if first_credit is None else credited.copy_(first_credit)
         if inputs is not None:
-            inputs[:, index * every : index * every + part.shape[1]].copy_(grads[0])  # type: ignore[arg-type]
+            inputs[:, piece].copy_(grads[0])  # type: ignore[arg-type]
         for place in (2, 3, 4):
             new, old = grads[place], sums[place]
             sums[place] = new if old is None or new is None else old.add_(new)
         del states, grads, first, first_credit, new
-        # What has faded leaves nothing to do further back. A compiler or a fake tensor cannot look, and on CUDA
-        # looking would wait for the device.
-        looks = sweep.fades and not on_cuda(arrived) and are_plain((arrived, credited))
+        # What has faded leaves nothing to do further back, where nothing enters. A compiler or a fake tensor cannot
+        # look, and on CUDA looking would wait for the device.
+        looks = sweep.fades and grad_states is None and not on_cuda(arrived) and are_plain((arrived, credited))
         if looks and not arrived.any() and not credited.any():
             break
     sums[0] = inputs
     return sums, arriving
 
 
-def _cut(input: Tensor, lengths: Tensor | None, begin: int, size: int) -> tuple[Tensor, Tensor | None]:
-    """The steps from ``begin`` on, at most ``size``, and how many of them are valid in each row."""
-    part = input[:, begin : begin + size]
-    return part, None if lengths is None else (lengths - begin).clamp(0, part.shape[1])
+def _pieces(time: int, every: int, reverse: Sequence[bool]) -> list[slice]:
+    """The steps of each piece, in the order in which members that all run the same way come to them."""
+    pieces = [slice(begin, min(begin + every, time)) for begin in range(0, max(time, 1), every)]
+    return pieces[::-1] if any(reverse) else pieces
+
+
+def _cut(input: Tensor, lengths: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
+    """The input of a piece, and how many of its steps are valid in each row."""
+    part = input[:, piece]
+    return part, None if lengths is None else (lengths - piece.start).clamp(0, part.shape[1])
 
 
 class HowBack(NamedTuple):
