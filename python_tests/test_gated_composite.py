@@ -15,10 +15,12 @@ from gated_cases import CELLS, CREDITS, GATES, INVERSES, Gated, backward_argumen
 from torch import Tensor
 
 from tpext import reference
-from tpext.ops import _gated_backward_composite
-from tpext.ops._gated_backward_composite import GatedBackward, gated_backward_composite
+from tpext.ops import _gated_backward_composite, _library, gated_layer
+from tpext.ops._gated_backward_composite import gated_backward_composite
 from tpext.ops._gated_composite import gated_layer_composite
+from tpext.ops.gated_layer import _Backward, gated_jacobian_backward
 
+JACOBIAN = [inverse for inverse, options in INVERSES.items() if options["inverse"] == "jacobian"]
 DIRECTIONS = {"forward": [False, False], "reverse": [True, True], "mixed": [False, True]}
 
 
@@ -47,17 +49,16 @@ def rule(case: Gated, inverse: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return numbers | options | {"feedback": feedback_of(case.weight_hh, options["inverse"])}, extra
 
 
+def backward_composite(*arguments: Any) -> tuple[Tensor, ...]:
+    return gated_backward_composite(_Backward(*arguments))
+
+
 def check_backward(case: Gated, inverse: str, dtype: torch.dtype = torch.float64, **options: Any) -> None:
     """The composite's backward pass is the oracle's for the very same numbers."""
     given, extra = rule(case, inverse)
     arrays = backward_arguments(case, reference.gated_scan(*case.layer), **given | options)
     arguments = tensors(list(arrays.values()), dtype)
-    reg = extra.get("reg", 1.0)
-    composite = functools.partial(
-        gated_backward_composite,
-        reg=list(reg) if isinstance(reg, tuple) else [reg],
-        chebyshev_steps=extra.get("chebyshev_steps"),
-    )
+    composite = functools.partial(gated_jacobian_backward, **extra) if extra else backward_composite
     _, T, B, H = arrays["states"].shape
     terms = T * B + T * GATES[case.cell] * H
     assert_close_to_oracle(composite, oracle(reference.gated_target_pass, **extra), arguments, terms=terms)
@@ -233,10 +234,11 @@ def test_numbers_of_each_member(cell: str, inverse: str) -> None:
     given, extra = rule(case, inverse)
     numbers = ("target_step", "margin", "slope_reg", "scale", "input_scale")
     lists = {key: [given.get(key, 0.5) * factor for factor in (1.0, 0.5, 0.25)] for key in numbers}
-    extra |= {"reg": [0.5, 0.25, 1.0]}
+    if inverse in JACOBIAN:
+        extra["reg"] = [0.5, 0.25, 1.0]
     arrays = backward_arguments(case, reference.gated_scan(*case.layer), credit="through_time", **given | lists)
     assert_close_to_oracle(
-        functools.partial(gated_backward_composite, **extra),
+        functools.partial(gated_jacobian_backward, **extra) if inverse in JACOBIAN else backward_composite,
         oracle(reference.gated_target_pass, **extra),
         tensors(list(arrays.values()), torch.float64),
         terms=200,
@@ -270,8 +272,8 @@ def test_padding_is_not_read(cell: str) -> None:
         arrays[field] = arrays[field].copy()
         arrays[field][:, padded] = np.nan
     for a, b in zip(
-        gated_backward_composite(*tensors(list(arrays.values()), torch.float64)),
-        gated_backward_composite(*clean),
+        backward_composite(*tensors(list(arrays.values()), torch.float64)),
+        backward_composite(*clean),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -288,6 +290,57 @@ def test_sizes_of_zero(cell: str, size: str) -> None:
     check_backward(case, "cell", credit="through_time")
 
 
-def test_arguments_are_those_of_the_reference() -> None:
+# The ops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", CELLS)
+def test_on_cuda_the_ops_are_the_composites(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that the ops take for CUDA's, and no kernel at hand."""
+    for module in (gated_layer, _library):
+        monkeypatch.setattr(module, "on_cuda", lambda tensor: True)
+    monkeypatch.setattr(gated_layer, "_C", None)
+    case = gated(cell)
+    forward = (*tensors(case.layer, dtype), True)
+    for a, b in zip(torch.ops.tpext.gated_layer(*forward), gated_layer_composite(*forward), strict=True):
+        assert torch.equal(a, b)
+    given, _ = rule(case, "cell")
+    arrays = backward_arguments(case, reference.gated_scan(*case.layer), credit="through_time", **given)
+    arguments = tensors(list(arrays.values()), dtype)
+    for a, b in zip(torch.ops.tpext.gated_layer_backward(*arguments), backward_composite(*arguments), strict=True):
+        assert a.dtype == dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_low_precision_of_the_backward_pass(cell: str) -> None:
+    """Sums are made in float32: from the same 16-bit numbers its results but for one rounding."""
+    case = gated(cell, T=40)
+    given, _ = rule(case, "damped")
+    arrays = backward_arguments(case, reference.gated_scan(*case.layer), credit="through_time", **given)
+    arguments = tensors(list(arrays.values()), torch.bfloat16)
+    wide = [value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments]
+    for a, b in zip(backward_composite(*arguments), backward_composite(*wide), strict=True):
+        torch.testing.assert_close(a, b.bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "extra", "text"),
+    [
+        ({"inverse": "cell"}, {}, "inverse must be one of 'jacobian', got 'cell'"),
+        ({}, {"reg": 0.0}, "reg must be a finite number > 0, got 0.0"),
+        ({}, {"reg": [1.0, 2.0, 3.0]}, "reg must be one number or S=2 of them, got 3"),
+        ({}, {"chebyshev_steps": 0}, "chebyshev_steps must be None or an integer >= 1, got 0"),
+        ({}, {"chebyshev_steps": 1.5}, "chebyshev_steps must be None or an integer >= 1, got 1.5"),
+        ({"gate_slope": "one"}, {}, "gate_slope and candidate_slope must be 'derivative'"),
+        ({"lengths": np.array([9, 0, 0])}, {}, r"lengths must lie in 0\.\.T=5, got "),
+        ({"h0": np.zeros((2, 3, 5))}, {}, r"h0 must be \[S=2, B=3, H=4\], got "),
+    ],
+)
+def test_wrong_arguments_of_the_jacobian_are_refused(change: dict[str, Any], extra: dict[str, Any], text: str) -> None:
     case = gated("gru")
-    assert GatedBackward._fields == tuple(backward_arguments(case, reference.gated_scan(*case.layer)))
+    given, _ = rule(case, "jacobian")
+    arrays = backward_arguments(case, reference.gated_scan(*case.layer), **given)
+    gated_jacobian_backward(*tensors(list(arrays.values()), torch.float64), reg=1.0)
+    with pytest.raises(ValueError, match=text):
+        gated_jacobian_backward(*tensors(list((arrays | change).values()), torch.float64), **{"reg": 1.0, **extra})

@@ -1,7 +1,7 @@
 """The backward pass of GRU and LSTM by torch's operations alone: on any device, in any dtype, and by the Jacobian.
 
 :func:`gated_backward_composite` is ``gated_layer_backward`` of :mod:`tpext.ops.gated_layer`, which has the equations,
-where no kernel serves, and besides the inverse "jacobian", which has none. Arguments are not checked here: the op does.
+where no kernel serves, and its ``gated_jacobian_backward``. Arguments are not checked here: they do that.
 Bits may depend on batch and threads, as those of torch's products do.
 
 All members run side by side, each in its own order of steps. The pass goes by stretches of time, as the kernels do:
@@ -14,7 +14,7 @@ to move by are its G pre-activations and, behind them, that last state.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,42 +23,14 @@ from tpext.ops._gated_composite import of_run, where_valid
 from tpext.ops._library import compute_dtype
 from tpext.ops.rnn_products import directions, valid_steps
 
+if TYPE_CHECKING:
+    from tpext.ops.gated_layer import _Backward, _Gradients
+
 Number: TypeAlias = float | Tensor
 """The same for all members, or one for each, ``[S, 1, ...]``."""
 
 # Steps whose elementwise work is done at once.
 _STRETCH = 32
-
-
-class GatedBackward(NamedTuple):
-    """The arguments of ``gated_layer_backward``."""
-
-    grad_states: Tensor | None
-    input: Tensor
-    states: Tensor
-    h0: Tensor
-    c0: Tensor | None
-    kept: Tensor
-    weight_hh: Tensor
-    feedback: Tensor
-    input_feedback: Tensor | None
-    lengths: Tensor | None
-    reverse: Sequence[bool]
-    cell: str
-    inverse: str
-    credit: str
-    target_step: Sequence[float]
-    margin: Sequence[float]
-    gate_slope: str
-    candidate_slope: str
-    slope_reg: Sequence[float]
-    scale: Sequence[float]
-    input_scale: Sequence[float]
-    needs: Sequence[bool]
-    disp_h_n: Tensor | None = None
-    disp_c_n: Tensor | None = None
-    credit_h_n: Tensor | None = None
-    credit_c_n: Tensor | None = None
 
 
 class _Stretch(NamedTuple):
@@ -88,26 +60,9 @@ class _Matrices(NamedTuple):
 
 
 def gated_backward_composite(
-    *args: Any, reg: Sequence[float] = (1.0,), chebyshev_steps: int | None = None
-) -> tuple[Tensor, ...]:
-    """``gated_layer_backward``, with ``inverse="jacobian"`` besides.
-
-    By "jacobian" the states before are to move by ``(J'J + reg I)^-1 J' d``, with J the Jacobian of the whole step of a
-    row: the regularised inverse of the step itself. It reads ``weight_hh`` in place of ``feedback``.
-
-    Args:
-        args: those of ``gated_layer_backward``.
-        reg: of "jacobian", > 0: a number for all members or one a member.
-        chebyshev_steps: of "jacobian". None: J is formed and the system solved, ``O((n H)^3)`` a row and step. K >= 1:
-            so many steps of the Chebyshev iteration, ``G (2 K - 1)`` products ``[B, H] x [H, H]``, linear in ``d``. The
-            error is at most ``1 / T_K(1 + 2 reg / b)`` of the solution, with Chebyshev's polynomial ``T_K`` and a bound
-            ``b >= |J|^2`` from the norm of the weights; for ``b = 7 reg`` and K = 2, 4, 6, 8 it is some 0.3, 0.07,
-            0.02, 0.004.
-
-    Returns:
-        The nine outputs of ``gated_layer_backward``.
-    """
-    call = GatedBackward(*args)
+    call: _Backward, reg: Sequence[float] = (1.0,), chebyshev_steps: int | None = None
+) -> _Gradients:
+    """``gated_layer_backward``; for ``inverse="jacobian"`` also ``gated_jacobian_backward``, with its two numbers."""
     through_time, n = call.credit == "through_time", 1 if call.c0 is None else 2
     dtype = compute_dtype(call.states)
     weight = call.weight_hh.to(dtype)
@@ -117,7 +72,7 @@ def gated_backward_composite(
         torch.stack([torch.zeros_like(call.h0) if state is None else state for state in states[:n]], 2).to(dtype)
         for states in ((call.disp_h_n, call.disp_c_n), (call.credit_h_n, call.credit_c_n))
     )
-    gradients = _Gradients(call)
+    sums = _Sums(call)
     for end in range(call.states.shape[1], 0, -_STRETCH):
         begin = max(end - _STRETCH, 0)
         stretch = _read(call, begin, end)
@@ -132,17 +87,17 @@ def gated_backward_composite(
             if through_time:
                 credited = where_valid(on, _of_states_before(derivatives[:, step], k, weight), credited)
             credits.append(k)
-        gradients.add(begin, stretch, derivatives, torch.stack(credits[::-1], 1))
+        sums.add(begin, stretch, derivatives, torch.stack(credits[::-1], 1))
     nothing = call.states.new_empty(0)
     carried = [
         tensor[:, :, state].to(nothing.dtype).contiguous() if state < n and given else nothing
         for tensor, given in ((arriving, True), (credited, through_time))
         for state in range(2)
     ]
-    return *gradients.found(), *carried
+    return *sums.found(), *carried  # type: ignore[return-value]
 
 
-def _read(call: GatedBackward, begin: int, end: int) -> _Stretch:
+def _read(call: _Backward, begin: int, end: int) -> _Stretch:
     """Steps ``begin`` to ``end`` of the run."""
     dtype, time = compute_dtype(call.states), call.states.shape[1]
     on = was_on = None
@@ -242,7 +197,7 @@ def _of_cell(stretch: _Stretch, derivatives: Tensor, reg: Number) -> Tensor:
 
 
 def _way_back(
-    call: GatedBackward,
+    call: _Backward,
     stretch: _Stretch,
     derivatives: Tensor,
     matrices: _Matrices,
@@ -331,10 +286,10 @@ def _iterate(derivatives: Tensor, d: Tensor, weight: Tensor, reg: Number, bound:
     return y
 
 
-class _Gradients:
+class _Sums:
     """The gradients of input, weight_ih, weight_hh, bias_ih and bias_hh, added up stretch by stretch."""
 
-    def __init__(self, call: GatedBackward) -> None:
+    def __init__(self, call: _Backward) -> None:
         self.call = call
         stack, gates, hidden = call.weight_hh.shape
         shapes = ((stack, gates, call.input.shape[3]), (stack, gates, hidden), (stack, gates), (stack, gates))
