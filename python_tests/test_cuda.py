@@ -36,6 +36,7 @@ from comparison import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_member_numbers import NUMBERS, STACK, assert_members_equal_calls_of_their_own, with_numbers
 from test_rnn_layer import gradient_arguments
 from test_rnn_layer_backward import EACH_PAIR_OF_OPTIONS, case_of, with_argument
 from test_rnn_layer_backward import backward_arguments as layer_backward_arguments
@@ -47,7 +48,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import tpext
 from tpext import Backprop, LearnedInverse, RegularizedInverse, reference
-from tpext.ops import _library
+from tpext.ops import _library, rnn_layer, rnn_target_scan
 
 gpu = pytest.mark.gpu
 ops = torch.ops.tpext
@@ -372,6 +373,33 @@ def test_stack_and_its_members_alone(regime: str, device: torch.device, demand: 
     ]
     parts = [every_output(member, device) for member in members]
     assert_same_bits([torch.cat(group) for group in zip(*parts, strict=True)], every_output(inputs, device))
+
+
+@pytest.mark.parametrize("regime", ["auto", "step"])
+@pytest.mark.parametrize("rule", PASSES[::3], ids=str)
+def test_members_with_numbers_of_their_own(
+    rule: tuple[str, str], regime: str, device: torch.device, demand: Demand
+) -> None:
+    """Kernels take one number for all: the members run one after another."""
+    inputs = scan(5, 6, 31, STACK, torch.float32, ragged=True, direction="mixed", enters="both", own_inputs=True)
+    assert demand(regime, inputs, 2)
+    if rule[0] == "learned":
+        call: Any = rnn_target_scan._Learned(*learned_arguments(inputs, rule[1]))
+        op = ops.rnn_learned_target_scan
+    else:
+        call, op = rnn_target_scan._Target(*target_arguments(inputs, *rule)), ops.rnn_target_scan
+    assert_members_equal_calls_of_their_own(run_on(device, op), with_numbers(call, NUMBERS))
+    layers = rnn_layer._Backward(*layer_backward_arguments(inputs, (*rule, False)))
+    assert_members_equal_calls_of_their_own(run_on(device, ops.rnn_layer_backward), with_numbers(layers, NUMBERS))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(5, 3), (31, 32), (70, 60), (140, 130)])
+def test_inverses_with_ridges_of_their_own(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    weight, reg = torch.randn(3, *shape, dtype=dtype), [0.5, 0.0, 3.0]
+    inverse = run_on(device, ops.regularized_inverse)
+    alone = [inverse(*pair) for pair in zip(weight.split(1), reg, strict=True)]
+    assert_same_bits([inverse(weight, reg)], [torch.cat(alone)])
 
 
 @pytest.mark.parametrize("regime", REGIMES)

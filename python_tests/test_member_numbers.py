@@ -314,7 +314,13 @@ def test_a_layer_names_the_number_whose_count_is_not_its_own() -> None:
     rule = RegularizedInverse(target_step=(0.5, 1.0, 2.0), margin=0.1)
     text = "RegularizedInverse: target_step must be one number or S=2, one for each direction of the layer, got 3: "
     with pytest.raises(ValueError, match=re.escape(text)):
-        tpext.nn.RNN(3, 4, bidirectional=True, rule=rule)(torch.randn(5, 2, 3))
+        tpext.nn.RNN(3, 4, bidirectional=True, rule=rule)
+    rnn = tpext.nn.RNN(3, 4, rule=RegularizedInverse(reg=(0.5,)))
+    with pytest.raises(ValueError, match="RegularizedInverse: reg must be one number or S=1, one for each direction"):
+        rnn.rule = RegularizedInverse(reg=(0.5, 1.0))
+    inputs = layer(T=3, B=2, I=3, H=4, S=2)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        rule.run_recurrent(RecurrentCall(*inputs))
 
 
 def test_a_rule_with_tuples_is_a_value() -> None:

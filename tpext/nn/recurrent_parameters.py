@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tpext.nn.owned import OwnedParameters, register_owned, reset_owned
 from tpext.rules import RecurrentRule, RegularizedInverse
-from tpext.rules.base import require_rule
+from tpext.rules.base import check_members, require_rule
 
 _Layers = TypeVar("_Layers", bound="nn.RNNBase | RecurrentParameters")
 
@@ -87,7 +87,7 @@ class RecurrentParameters(OwnedParameters):
         self.checkpoint_every = checkpoint_every
         self._check_sizes(dropout)
         self._check_checkpointing()
-        rule.check(self)
+        self._check_rule(rule)
         self._rule: RecurrentRule = rule
         self._reverse = [False, True] if bidirectional else [False]
         self._all_weights: list[list[str]] = []
@@ -202,7 +202,7 @@ class RecurrentParameters(OwnedParameters):
     @rule.setter
     def rule(self, rule: RecurrentRule) -> None:
         require_rule(self._kind, rule, "recurrent")
-        rule.check(self)
+        self._check_rule(rule)
         if self._owned_shapes(rule) != self._owned_shapes(self._rule):
             raise ValueError(
                 f"{self._kind}: changing rule from {self._rule} to {rule} changes which parameters the rule owns; "
@@ -210,10 +210,15 @@ class RecurrentParameters(OwnedParameters):
             )
         self._rule = rule
 
+    def _check_rule(self, rule: RecurrentRule) -> None:
+        """Raise ValueError if a rule of recurrent layers cannot serve this module."""
+        check_members(rule, 2 if self.bidirectional else 1)
+        rule.check(self)
+
     def _check_replace_rule(self, rule: RecurrentRule) -> None:
         """Raise if ``_replace_rule`` would fail half-way."""
         require_rule(self._kind, rule, "recurrent")
-        rule.check(self)
+        self._check_rule(rule)
         shapes = self._owned_shapes(rule)
         if shapes == self._owned_shapes(self._rule):
             return

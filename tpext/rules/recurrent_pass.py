@@ -343,7 +343,8 @@ class HowBack(NamedTuple):
     Attributes:
         correction: "linearized", "difference", "none" or "learned".
         credit: "local" or "through_time".
-        target_step: ``d_T = -target_step * g_T``, > 0.
+        target_step: ``d_T = -target_step * g_T``, > 0. This and the other numbers are those of all members, or tuples
+            with one for each.
         margin: distance kept from the edges of the activation's range, 0 < margin < 1.
         slope: "inverse", "derivative" or "one", of "linearized"; "inverse" with the others.
         slope_reg: regularisation of slope "inverse", >= 0; 0 with the others.
