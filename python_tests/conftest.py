@@ -14,8 +14,8 @@ import torch
 
 from tpext.ops import _library
 
-# The assertions of this module explain themselves as those in tests do.
-pytest.register_assert_rewrite("comparison")
+# The assertions of these modules explain themselves as those in tests do.
+pytest.register_assert_rewrite("comparison", "runs", "target_networks")
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared"
 NO_GPU = "needs a CUDA device, and torch sees none"
@@ -47,6 +47,13 @@ def same_thread_count() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -10,11 +10,27 @@ from typing import Any
 import pytest
 import torch
 
+from tpext.experiments import Config, make_config
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import Run
 from tpext.experiments.run_folder import RunError
 
 DELETED = object()
+
+SMALL: dict[str, Any] = {
+    "length": 10,
+    "hidden_size": 8,
+    "batch_size": 5,
+    "test_size": 40,
+    "iterations": 20,
+    "eval_interval": 6,
+    "checkpoint_interval": 4,
+    "threads": 1,
+}
+
+
+def small(task: str = "temporal-order", **options: Any) -> Config:
+    return make_config(task, **{**SMALL, **options})
 
 
 def checkpoint(folder: Path) -> dict[str, Any]:
@@ -49,6 +65,14 @@ def assert_same_run(left: Path, right: Path) -> None:
     for key in first.keys() - {"rows", "seconds"}:
         assert same(first[key], second[key]), f"{key} differs"
     assert metrics(left) == metrics(right)
+
+
+def assert_last_good(folder: Path, iteration: int) -> None:
+    state = checkpoint(folder)
+    assert state["iteration"] == iteration
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert not (folder / "result.json").exists()
+    assert all(float(row["test_loss"]) < float("inf") for row in metrics(folder))
 
 
 class Killed(Exception):  # noqa: N818  (it stands for a kill, not for an error)

@@ -8,12 +8,47 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
+from tpext import Backprop, DifferenceTargets, DirectTargets, GaussNewtonTargets, Targets
 from tpext.feedback import Draw
+from tpext.nn import TargetSequential
 
 DOUBLE = torch.float64
+
+RULES: list[Any] = [
+    DifferenceTargets(target_step=0.7),
+    Targets(target_step=0.3),
+    DirectTargets(),
+    DirectTargets(hidden=6, activation="tanh", recurrent_input=True),
+    GaussNewtonTargets(damping=0.1),
+]
+ALL_RULES = [*RULES, Backprop()]
+each_rule = pytest.mark.parametrize("rule", ALL_RULES, ids=repr)
+each_target_rule = pytest.mark.parametrize("rule", RULES, ids=repr)
+
+
+def make_blocks() -> list[nn.Module]:
+    return [
+        nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.ELU(), nn.MaxPool2d(2)),
+        nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ELU(inplace=True)),
+        nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.Tanh()),
+        nn.Linear(5, 3),
+    ]
+
+
+def make_net(rule: Any, **options: Any) -> TargetSequential:
+    return TargetSequential(*make_blocks(), rule=rule, input_shape=(2, 6, 6), **options).double()
+
+
+def make_batch(size: int = 4) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return (
+        torch.randn(size, 2, 6, 6, dtype=DOUBLE, generator=generator),
+        torch.randint(3, (size,), generator=generator),
+    )
 
 
 def published(file: str | Path) -> dict[str, Tensor]:
@@ -28,6 +63,13 @@ def assert_equal(actual: Tensor | None, expected: Any, rtol: float = 1e-9) -> No
     expected = torch.as_tensor(expected).detach()
     atol = rtol * float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=atol)
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], rtol: float = 0.0) -> None:
+    """Tensors of the same names, equal to the bit or relative to each one's largest element."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_equal(found[name], tensor, rtol)
 
 
 def normal_noise(draw: Draw, like: Tensor) -> Tensor:

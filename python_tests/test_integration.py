@@ -166,13 +166,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_whole(rule):
