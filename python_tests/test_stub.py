@@ -22,7 +22,7 @@ NAMES = {
     "typing.SupportsFloat": "float",
     "collections.abc.Sequence": "list",
     "List": "list",
-    "typing.SupportsIndex": "",
+    " | typing.SupportsIndex": "",
 }
 OBJECTS = {"object", "object | None", "Execution"}
 
@@ -30,7 +30,7 @@ OBJECTS = {"object", "object | None", "Execution"}
 def of_module(annotation: str) -> str:
     for name, plain in NAMES.items():
         annotation = annotation.replace(name, plain)
-    return annotation.removesuffix(" | ")
+    return annotation
 
 
 def of_stub(node: ast.expr | None) -> str:
