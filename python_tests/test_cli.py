@@ -27,7 +27,7 @@ from tpext.experiments.cli import main
 from tpext.experiments.commands import Train, default_labels
 from tpext.experiments.config import Config, make_config
 from tpext.experiments.model import make_model, split_parameters
-from tpext.experiments.rule_names import RULES, rule_options
+from tpext.experiments.rule_names import RULES, SEQUENCE_RULES, rule_options
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.task_names import task_options
 from tpext.tasks import TASKS
@@ -55,6 +55,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert name in out
     shown = " ".join(out.replace("│", " ").split())
     interval, rows = "100, or the task's; with epochs an epoch", "20; feed-forward 100, or the task's"
+    # choices of several rules, each once
+    for choices in ("--correction {linearized,difference,none}", "--local-loss {pre,post}"):
+        assert f"{choices} " in shown
     for default in (interval, rows, "500", "32", "orthogonal", "through_time", "sgd; feed-forward adam"):
         assert f"(default: {default})" in shown
     assert "least squares, regularized-least-squares)." in shown.replace("- ", "-").replace("-squares,", " squares,")
@@ -341,11 +344,12 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("", 2, "train"),
         ("train", 2, "required"),
         ("train sorting", 1, "task must be one of"),
-        ("train adding --rule magic", 1, "rule must be one of backprop, learned-inverse, regularized-inverse"),
+        ("train adding --rule magic", 1, f"rule must be one of {', '.join(RULES)}, or module:Class or file.py:Class"),
         ("train adding --rule regularized", 1, "regularized is called regularized-inverse now"),
         ("train adding --rule nowhere:Rule", 1, "rule nowhere:Rule: nowhere cannot be imported: ModuleNotFoundError"),
         ("train adding --rule missing.py:Rule", 1, "missing.py cannot be imported: FileNotFoundError"),
         ("train adding --rule own_rules:torch", 1, "torch must be a class that subclasses tpext.rules.RecurrentRule"),
+        ("train adding --rule own_rules:Signsymmetry", 1, "rule own_rules:Signsymmetry: own_rules has no Signsymmetry"),
         ("train adding --rule own_rules:PseudoInverseTargets", 1, "does not belong to adding"),
         ("train adding --rule own_rules:SignSymmetry --reg 1", 1, "reg does not belong to rule=own_rules:SignSymmetry"),
         ("train adding --rule own_rules:SignSymmetry --preset published", 1, "no settings were published"),
@@ -521,6 +525,7 @@ def test_ctrl_c_in_other_programs_is_theirs(tmp_path: Path) -> None:
 
 OWN = '''
 from dataclasses import dataclass
+from typing import Literal
 import torch
 from tpext.rules import LayerRule, LearnedInverse, RecurrentRule
 
@@ -561,12 +566,23 @@ class Noisy(LearnedInverse):
     extra: float = 0.0
 
 @dataclass(frozen=True)
+class Bounded(Gain):
+    scale: float | None = None
+
+@dataclass(frozen=True)
 class Long(Gain):
     length: int = 3
 
 @dataclass(frozen=True)
 class Listed(Gain):
     sizes_of: tuple = (1, 2)
+    side: Literal["left", "right"] = "left"
+    steps: int = 1
+
+@dataclass(frozen=True)
+class Asks(Gain):
+    gain: int
+    share: float
 
 @dataclass(frozen=True)
 class Pseudo(LayerRule):
@@ -776,7 +792,7 @@ def test_a_task_a_data_set_and_a_preset_are_one_file_each(tmp_path: Path) -> Non
     expected = (
         ("train --help", "Steps of silence. (echo)"),
         ("train --help", "elman: Finding Structure in Time"),
-        ("tasks", "the first symbol comes back backprop (elman), learned-inverse (elman), regularized-inverse (elman)"),
+        ("tasks", f"the first symbol comes back {', '.join(f'{rule} (elman)' for rule in SEQUENCE_RULES)}"),
         ("train echo --length 6 --delay 2 --threads 1 --test-size 20", "echo, T=6, 7 tanh units"),
         ("train echo --preset elman --threads 1 --test-size 20 --out elman", "echo, T=4, 3 tanh units"),
         ("train images --help", "imagenet32,blank"),
@@ -821,6 +837,10 @@ def test_fields_of_a_rule_that_the_command_line_cannot_serve_are_named(
     Path("mine.py").write_text(OWN)
     for options, message in (
         ("mine.py:Listed --rule-options sizes_of=3", "is a tuple, which cannot be given as a text"),
+        ("mine.py:Listed --rule-options side=up", "rule mine.py:Listed must be one of 'left', 'right', got 'up'"),
+        ("mine.py:Listed --rule-options steps=1.5", "steps of rule mine.py:Listed must be an int, got '1.5'"),
+        ("mine.py:Asks --rule-options gain=1", "must have a default or be in rule_options, got neither for share"),
+        ("mine.py:Bounded", "rule mine.py:Bounded: Bounded: scale must be annotated float to be a number of a rule"),
     ):
         status, _, err = call(f"train adding --rule {options}", capsys)
         assert (status, message in err) == (1, True), err

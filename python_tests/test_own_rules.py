@@ -29,7 +29,7 @@ import tpext
 from tpext.nn.owned import reset_owned
 from tpext.rules import LayerRule, RecurrentRule, number
 from tpext.tasks import Adding, ImageClasses, make_task
-from tpext.tasks.base import Batch
+from tpext.tasks.base import Batch, Task
 from tpext.testing import _rule_checks, check_rule, check_task
 
 OWN = [FeedbackAlignment(), SignSymmetry(), TruncatedInverse(), PseudoInverseTargets(), TransposedEverywhere()]
@@ -154,6 +154,8 @@ def test_rules_that_are_no_values_fail_the_check() -> None:
         check_rule(Local())
     with pytest.raises(TypeError, match=r"check_rule: rule must be a tpext.rules.Rule, got 'dtp'"):
         check_rule("dtp")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"tpext.rules.Rule, got <class .*>; a rule is an instance, not a class$"):
+        check_rule(SignSymmetry)  # type: ignore[arg-type]
 
 
 def test_a_class_with_fields_needs_the_decorator() -> None:
@@ -409,6 +411,12 @@ class BatchFirst(Changed):
         return batch._replace(input=batch.input.transpose(0, 1))
 
 
+class Unjudged(Adding):
+    """Leaves open which numbers are near enough."""
+
+    correct = Task.correct
+
+
 class FlatImages(ImageClasses):
     """Forgets the planes."""
 
@@ -435,6 +443,7 @@ def test_tasks_pass_their_check(tmp_path: Path) -> None:
         (DoubleTargets(), "batch: expected target in torch.float32 for mse, got torch.float64"),
         (BatchFirst(length=30), "batch: expected input [30, 4, 2], got [4, 30, 2]"),
         (Changed(), "batch: expected no error, got NotImplementedError: unset"),
+        (Unjudged(), "batch: expected no error, got NotImplementedError: Unjudged: criterion 'mse' needs a method"),
         (FlatImages("digits"), "batch: expected input [4, 1, 8, 8], got [4, 64]"),
     ],
     ids=lambda value: type(value).__name__,

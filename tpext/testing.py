@@ -1,7 +1,8 @@
 """What the author of a rule or a task runs over it, in a test of their own.
 
 >>> import tpext
->>> tpext.testing.check_rule(tpext.RegularizedInverse(reg=10.0))
+>>> from tpext.testing import check_rule
+>>> check_rule(tpext.RegularizedInverse(reg=10.0))
 
 What does not hold is an AssertionError with the rule or task, the name of the check, what was expected and what came.
 An error from inside the rule is its cause.
@@ -26,7 +27,7 @@ from tpext.ops._library import NONLINEARITIES, check_choice
 from tpext.ops.act_inverse import ActivationName
 from tpext.ops.units import UnitsName
 from tpext.rules import Backprop, LayerRule, RecurrentRule
-from tpext.rules.base import Kind, Rule, of_each
+from tpext.rules.base import Kind, Rule, not_an_instance, of_each
 from tpext.tasks import ImageClasses
 from tpext.tasks.base import Batch, Task
 
@@ -68,7 +69,7 @@ def check_rule(
     Cost: seconds, most of them the compiler's.
     """
     if not isinstance(rule, Rule):
-        raise TypeError(f"check_rule: rule must be a tpext.rules.Rule, got {rule!r}")
+        raise TypeError(f"check_rule: rule must be a tpext.rules.Rule, got {rule!r}{not_an_instance(rule)}")
     if nonlinearity is not None:
         if "recurrent" not in rule.kinds:
             raise ValueError(f"check_rule: nonlinearity belongs to rules of recurrent layers, got {rule}")
@@ -402,9 +403,9 @@ def check_task(task: Task) -> None:
     Raises:
         AssertionError: what does not hold. TypeError: ``task`` is none.
 
-    >>> import tpext
     >>> from tpext.tasks import make_task
-    >>> tpext.testing.check_task(make_task("adding", length=30))
+    >>> from tpext.testing import check_task
+    >>> check_task(make_task("adding", length=30))
     """
     if not isinstance(task, Task):
         raise TypeError(f"check_task: task must be a tpext.tasks.Task, got {task!r}")

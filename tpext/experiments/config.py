@@ -425,8 +425,10 @@ def _preset(name: str, case: Case) -> dict[str, Any]:
 
 def _check_rule(name: str, task: Task, kind: type[Rule]) -> None:
     """Raise ConfigError unless a rule is for the network of a task."""
-    layers, rules = ("layer", LAYER_RULES) if task.length is None else ("recurrent", SEQUENCE_RULES)
-    if layers not in kind.kinds:
+    sequence = task.length is not None
+    base, rules = ("RecurrentRule", SEQUENCE_RULES) if sequence else ("LayerRule", LAYER_RULES)
+    if ("recurrent" if sequence else "layer") not in kind.kinds:
         raise ConfigError(
-            f"rule={rule_names.name_of(kind)} does not belong to {name} (rules of that task: {', '.join(rules)})"
+            f"rule={rule_names.name_of(kind)} does not belong to {name} (rules of that task: {', '.join(rules)}; one "
+            f"of your own subclasses tpext.rules.{base})"
         )

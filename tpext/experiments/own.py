@@ -36,7 +36,7 @@ def is_path(name: object) -> bool:
 
 
 def find_own(what: str, name: str, folder: str | None = None) -> Any:
-    """Return what a path names, None if its module has no such name.
+    """Return what a path names.
 
     Args:
         what: for errors, what kind of thing it is.
@@ -44,7 +44,7 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
         folder: where it was typed; None, or one that is no longer there, is the working directory.
 
     Raises:
-        ConfigError: the module cannot be imported.
+        ConfigError: the module cannot be imported, or has no such name.
     """
     place, _, attribute = name.rpartition(":")
     here = Path.cwd()
@@ -56,9 +56,9 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
         raise ConfigError(f"{what} {name}: {place} cannot be imported: {type(error).__name__}: {error}") from error
     key = (getattr(module, "__file__", None) or place, attribute)
     if key not in _FOUND:
-        found = getattr(module, attribute, None)
-        if found is None:
-            return None
+        if not hasattr(module, attribute):
+            raise ConfigError(f"{what} {name}: {place} has no {attribute}")
+        found = getattr(module, attribute)
         _FOUND[key] = found
         _PLACES[id(found)] = Place(name, str(base))
     return _FOUND[key]
@@ -136,14 +136,31 @@ def parse_options(what: str, name: str, kind: type[Any], texts: Sequence[str]) -
             lines = "".join(f"\n  {name}: {help}" for name in kinds if (help := help_of(kind, name)))
             raise ConfigError(f"{what}_options must be NAME=VALUE of {', '.join(kinds) or 'none'}, got {text!r}{lines}")
         hint = kinds[option]
-        shown = getattr(hint, "__name__", None) or str(hint)
         try:
             values[option] = _read(value, hint)
         except TypeError as error:
-            raise ConfigError(f"{option} of {what} {name} is a {shown}, which cannot be given as a text") from error
+            raise ConfigError(
+                f"{option} of {what} {name} is {_shown(hint)}, which cannot be given as a text"
+            ) from error
         except ValueError as error:
-            raise ConfigError(f"{option} of {what} {name} must be a {shown}, got {value!r}") from error
+            raise ConfigError(f"{option} of {what} {name} must be {_shown(hint)}, got {value!r}") from error
     return values
+
+
+def _shown(hint: Any) -> str:
+    """Return what values of an annotation are.
+
+    >>> _shown(int | None), _shown(tuple[int, ...]), _shown(Literal["pre", "post"])
+    ('an int or None', 'a tuple', "one of 'pre', 'post'")
+    """
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_shown, get_args(hint)))
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if hint is type(None):
+        return "None"
+    name = getattr(hint, "__name__", None) or str(hint)
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def _read(text: str, hint: Any) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import tpext.rules
@@ -131,10 +131,15 @@ def make_rule(kind: type[Rule], options: Mapping[str, object]) -> Any:
     for option in options:
         if option not in known:
             raise ConfigError(f"{option} does not belong to rule={name} (rule_options: {', '.join(known) or 'none'})")
+    needed = [field.name for field in fields(kind) if field.default is field.default_factory is MISSING and field.init]
+    if missing := [field for field in needed if field not in options]:
+        raise ConfigError(
+            f"rule {name}: every field must have a default or be in rule_options, got neither for {', '.join(missing)}"
+        )
     try:
         return kind(**options)
     except TypeError as error:
-        raise ConfigError(f"rule {name}: every field must have a default or be in rule_options: {error}") from error
+        raise ConfigError(f"rule {name}: {error}") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -29,7 +29,9 @@ def choices_of(hint: Any) -> tuple[Any, ...]:
     """Return the choices of an annotation, that of None apart; none if it is no ``Literal``."""
     if get_origin(hint) is Literal:
         return get_args(hint)
-    return tuple(choice for one in get_args(hint) if get_origin(one) is Literal for choice in get_args(one))
+    literals = [one for one in get_args(hint) if get_origin(one) is Literal]
+    # two of them may share choices
+    return tuple(dict.fromkeys(choice for one in literals for choice in get_args(one)))
 
 
 def of_text(hint: Any) -> Any:

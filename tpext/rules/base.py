@@ -40,6 +40,8 @@ def number(default: float, *, low: float = -math.inf, low_allowed: bool = False,
         low: the value must be greater, or equal where ``low_allowed``.
         low_allowed: whether ``low`` itself is allowed.
         high: the value must be smaller.
+
+    What else there is to check belongs into the rule's ``__post_init__``, which calls ``super().__post_init__()``.
     """
     return dataclasses.field(default=default, metadata={"low": low, "low_allowed": low_allowed, "high": high})
 
@@ -170,12 +172,15 @@ def require_rule(where: str, rule: object, kind: Kind) -> None:
         if kind != "recurrent":
             check_members(rule, None)
         return
-    hint = ""
+    hint = not_an_instance(rule)
     if isinstance(rule, Rule) and kind in rule.kin:
         hint = f"; {type(rule).__name__} is for other layers, its kin here is tpext.{rule.kin[kind]}()"
-    elif isinstance(rule, type) and issubclass(rule, Rule):
-        hint = "; a rule is an instance, not a class"
     raise TypeError(f"{where}: rule must be for {_LAYERS[kind]}, or tpext.Backprop(), got {rule!r}{hint}")
+
+
+def not_an_instance(rule: object) -> str:
+    """Return what to add to an error where a rule's class was given in place of a rule."""
+    return "; a rule is an instance, not a class" if isinstance(rule, type) and issubclass(rule, Rule) else ""
 
 
 def check_members(rule: Rule, members: int | None) -> None:

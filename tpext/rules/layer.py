@@ -27,7 +27,7 @@ class LayerCall(NamedTuple):
         input: ``x [..., N]``.
         weight: ``W [M, N]``.
         bias: ``b [M]`` or None.
-        activation: ``a``.
+        activation: ``a``; of :class:`tpext.ops.Activation`, with its derivative and inverses, unless ``takes_units``.
         reverse_activation: that of the layer below.
         owned: the rule's own parameters, in the order of its ``parameter_shapes``.
         preactivation, output: ``u = x W^T + b`` and ``h``, ``[..., M]``; in the backward pass both are None for a layer
@@ -54,6 +54,17 @@ class LayerRule(Rule, ABC):
     :meth:`local_error`'s gradient. The class attributes are constants; a subclass overrides them, or makes them fields
     for its users to set. No method may change a tensor that it is given.
 
+    Attributes:
+        target_step: size of a displacement, ``d = -target_step * g``, > 0.
+        normalize: whether parameter gradients are divided by ``target_step``, which gives them back-propagation's
+            scale.
+        reg: regularisation of its inverse of the weights, 0 without one.
+        reads_identity: whether the backward pass reads pre-activation and output of a layer without activation, which
+            costs a copy.
+        ordinary_head: whether a network's output layer is, as published, an ordinary one that learns by its own
+            gradient.
+        takes_units: whether activations are :class:`tpext.ops.Units`.
+
     >>> from dataclasses import dataclass
     >>> import torch, tpext
     >>> @dataclass(frozen=True)
@@ -69,17 +80,11 @@ class LayerRule(Rule, ABC):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"layer"})
 
     target_step: float = 1.0
-    """Size of a displacement, ``d = -target_step * g``, > 0."""
     normalize: bool = True
-    """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
     reg: float = 0.0
-    """Regularisation of its inverse of the weights, 0 without one."""
     reads_identity: ClassVar[bool] = True
-    """Whether the backward pass reads pre-activation and output of a layer without activation (which costs a copy)."""
     ordinary_head: ClassVar[bool] = False
-    """Whether a network's output layer is, as published, an ordinary one that learns by its own gradient."""
     takes_units: ClassVar[bool] = False
-    """Whether activations are :class:`tpext.ops.Units`."""
 
     def __post_init__(self) -> None:
         check_flag(self, "normalize")

@@ -50,9 +50,22 @@ class RecurrentRule(Rule, ABC):
 
     ``d_{t-1} = z_t P - target_step g_{t-1}``, where ``z_t`` is ``d_t`` taken back through the activation
 
-    Subclasses give :meth:`feedback`. What they do not say otherwise is as the class attributes below have it; a
-    subclass overrides them by constants of its own, or makes them fields for its users to set. Numbers may be tuples,
-    with one for each member of the layer's stack (:data:`PerMember`). No method may change a tensor that it is given.
+    Subclasses give :meth:`feedback`. What they do not say otherwise is as the class attributes have it; a subclass
+    overrides them by constants of its own, or makes them fields for its users to set. Numbers may be tuples, with one
+    for each member of the layer's stack (:data:`PerMember`). No method may change a tensor that it is given.
+
+    Attributes:
+        target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0.
+        correction: how a displacement is taken back through the activation: see :class:`RegularizedInverse`.
+        credit: whether a step's parameters learn from its own target alone, or from all later ones through the layer
+            too.
+        slope: by what the linearised correction multiplies: see :class:`RegularizedInverse`.
+        slope_reg: regularisation of slope "inverse", >= 0.
+        margin: distance kept from the edges of the activation's range before inverting it, 0 < margin < 1.
+        normalize: whether parameter gradients are divided by ``target_step``, which gives them back-propagation's
+            scale.
+        input_rule: what the layer below receives: see :class:`RegularizedInverse`; "target" needs
+            :meth:`input_feedback`.
 
     >>> from dataclasses import dataclass
     >>> import torch, tpext
@@ -71,21 +84,13 @@ class RecurrentRule(Rule, ABC):
     kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent"})
 
     target_step: PerMember = 1.0
-    """Size of the first displacement, ``d_T = -target_step * g_T``, > 0."""
     correction: Correction = "linearized"
-    """How a displacement is taken back through the activation: see :class:`RegularizedInverse`."""
     credit: Credit = "local"
-    """Whether a step's parameters learn from its own target alone, or from all later ones through the layer too."""
     slope: Slope = "inverse"
-    """By what the linearised correction multiplies: see :class:`RegularizedInverse`."""
     slope_reg: PerMember = 0.0
-    """Regularisation of slope "inverse", >= 0."""
     margin: PerMember = 1e-3
-    """Distance kept from the edges of the activation's range before inverting it, 0 < margin < 1."""
     normalize: bool = True
-    """Whether parameter gradients are divided by ``target_step``, which gives them back-propagation's scale."""
     input_rule: InputRule = "gradient"
-    """What the layer below receives: see :class:`RegularizedInverse`; "target" needs :meth:`input_feedback`."""
 
     def __post_init__(self) -> None:
         name = type(self).__name__

@@ -60,6 +60,7 @@ class Task(ABC):
     """
 
     criterion: ClassVar[Criterion]
+    """The loss, which says of what kind targets are too: see :meth:`loss` and :class:`Batch`."""
     correct_when: ClassVar[str]
     """How an output counts as correct, in words."""
 
@@ -137,7 +138,12 @@ class Task(ABC):
         return torch.nn.functional.cross_entropy(output, target)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return which outputs ``[B, output_size]`` are correct, ``[B]`` bool, or which share of each, ``[B]``."""
+        """Return which outputs ``[B, output_size]`` are correct, ``[B]`` bool, or which share of each, ``[B]``.
+
+        By default those whose largest value is the class; a task of another criterion than "cross_entropy" says which.
+        """
+        if self.criterion != "cross_entropy":
+            raise NotImplementedError(f"{type(self).__name__}: criterion {self.criterion!r} needs a method correct")
         return output.argmax(dim=1) == target
 
 
