@@ -190,7 +190,7 @@ class HidesItsRecurrentLoss(tpext.LearnedInverse):
 
 class BranchesOnData(SignSymmetry):
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
-        return weight_hh if weight_hh.sum() > 0 else -weight_hh
+        return weight_hh if weight_hh.isfinite().all() else -weight_hh
 
 
 class DiffersCompiled(SignSymmetry):

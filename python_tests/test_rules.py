@@ -75,6 +75,10 @@ def test_defaults():
         "input_rule": "gradient",
         "slope": "inverse",
         "slope_reg": 0.0,
+        "inverse": "branch",
+        "gate_slope": "derivative",
+        "candidate_slope": "derivative",
+        "chebyshev_steps": None,
     }
     assert dataclasses.asdict(LearnedInverse()) == {
         "target_step": 1.0,

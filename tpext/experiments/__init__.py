@@ -2,8 +2,8 @@
 
 >>> from tpext.experiments import make_config
 >>> config = make_config("temporal-order", length=60, seed=3)
->>> config.rule
-RegularizedInverse(reg=10.0, target_step=0.01, correction='linearized', credit='through_time', margin=0.001, normalize=False, input_rule='gradient', slope='inverse', slope_reg=0.0)
+>>> config.rule.reg, config.rule.target_step
+(10.0, 0.01)
 
 ``tpext.experiments.train.train(config, "runs/mine")`` runs it; ``tpext.experiments.figures`` draws runs. Networks of any
 layers on images have a configuration of their own, :func:`make_image_config`, and :func:`train_images` runs it. Runs and

@@ -7,6 +7,8 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tpext.nn.gru import GRU
+from tpext.nn.lstm import LSTM
 from tpext.nn.recurrent import RecurrentLayers
 from tpext.nn.recurrent_parameters import check_replaceable, sharing_parameters
 from tpext.nn.rnn import RNN
@@ -15,7 +17,7 @@ from tpext.rules.base import require_rule
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-_OURS: dict[type[nn.RNNBase], type[RecurrentLayers]] = {nn.RNN: RNN}
+_OURS: dict[type[nn.RNNBase], type[RecurrentLayers]] = {nn.RNN: RNN, nn.GRU: GRU, nn.LSTM: LSTM}
 
 
 def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RecurrentLayers:

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tpext.nn.recurrent_input import as_given, check_device, time_major
 from tpext.nn.recurrent_parameters import RecurrentParameters
 from tpext.nn.torchscript import refuse_script, refuse_trace
-from tpext.rules import RecurrentCall, RegularizedInverse
+from tpext.rules import GatedCall, RecurrentCall, RegularizedInverse
 from tpext.rules.recurrent_pass import comes_of_a_pass
 
 
@@ -29,7 +29,9 @@ class RecurrentLayers(RecurrentParameters):
     cell of two.
     """
 
-    def _call(self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None) -> RecurrentCall:
+    def _call(
+        self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None
+    ) -> RecurrentCall | GatedCall:
         """One layer on its input ``[T, B, I]`` and initial states ``[S, B, H]``."""
         raise NotImplementedError
 
@@ -106,7 +108,7 @@ class RecurrentLayers(RecurrentParameters):
         for layer, starts in enumerate(self._initial_states(states, input)):
             if layer > 0:
                 output = self._between_layers(output)
-            states_of_layer, *last = self._rule.run_recurrent(self._call(layer, output, starts, lengths))
+            states_of_layer, *last = self._call(layer, output, starts, lengths).run(self._rule)
             output = join_directions(states_of_layer) if self._has_readers(layer) else states_of_layer
             finals.append(last)
         return output, tuple(kind[0] if len(kind) == 1 else torch.cat(kind) for kind in zip(*finals, strict=True))

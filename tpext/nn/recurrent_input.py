@@ -146,8 +146,9 @@ def _check_input(layers: RecurrentParameters, input: Tensor, dim: int) -> None:
 
 
 def _check_states(layers: RecurrentParameters, padded: Tensor, states: tuple[Tensor, ...] | None) -> None:
-    expected = (len(layers._all_weights), padded.size(1), layers.hidden_size)
     for place, state in enumerate(states or ()):
+        size = layers.output_size if place == 0 else layers.hidden_size
+        expected = (len(layers._all_weights), padded.size(1), size)
         if state.shape != expected:
             name = "hidden" if states is None or len(states) == 1 else f"hidden[{place}]"
             raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")

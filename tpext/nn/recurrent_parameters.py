@@ -40,8 +40,8 @@ class RecurrentParameters(OwnedParameters):
 
     _kind: ClassVar[str]
     """What errors call the module: the name of torch's."""
-    _gates: ClassVar[int] = 1
-    """G."""
+    gates: ClassVar[int] = 1
+    """G: how many rows of the weights a unit has."""
     _kinds_of_state: ClassVar[int] = 1
     """2 for a cell that has ``c`` beside ``h``."""
     _made_with: ClassVar[tuple[str, ...]] = (
@@ -70,6 +70,7 @@ class RecurrentParameters(OwnedParameters):
         rule: RecurrentRule | None,
         return_sequence: bool,
         checkpoint_every: int | None,
+        proj_size: int = 0,
     ) -> None:
         rule = RegularizedInverse() if rule is None else rule
         require_rule(self._kind, rule, "recurrent")
@@ -82,7 +83,7 @@ class RecurrentParameters(OwnedParameters):
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.bidirectional = bidirectional
-        self.proj_size = 0
+        self.proj_size = proj_size
         self.return_sequence = return_sequence
         self.checkpoint_every = checkpoint_every
         self._check_sizes(dropout)
@@ -92,18 +93,20 @@ class RecurrentParameters(OwnedParameters):
         self._reverse = [False, True] if bidirectional else [False]
         self._all_weights: list[list[str]] = []
 
-        directions, rows = len(self._reverse), self._gates * hidden_size
+        directions, rows = len(self._reverse), self.gates * hidden_size
         for layer in range(num_layers):
-            layer_input = input_size if layer == 0 else directions * hidden_size
-            shapes: list[tuple[int, ...]] = [(rows, layer_input), (rows, hidden_size)]
+            layer_input = input_size if layer == 0 else directions * self.output_size
+            shapes: list[tuple[int, ...]] = [(rows, layer_input), (rows, self.output_size)]
             shapes += [(rows,), (rows,)] if bias else []
             for reverse in self._reverse:
                 suffix = f"_l{layer}{'_reverse' if reverse else ''}"
                 stems = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: len(shapes)]
-                names = [stem + suffix for stem in stems]
-                for name, shape in zip(names, shapes, strict=True):
+                of_member = {stem + suffix: shape for stem, shape in zip(stems, shapes, strict=True)}
+                if proj_size > 0:
+                    of_member["weight_hr" + suffix] = (proj_size, hidden_size)
+                for name, shape in of_member.items():
                     self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-                self._all_weights.append(names)
+                self._all_weights.append(list(of_member))
         self._register_owned_parameters()
         self.reset_parameters()
 
@@ -150,6 +153,11 @@ class RecurrentParameters(OwnedParameters):
             raise TypeError(f"checkpoint_every should be of type int or None, got: {type(every).__name__}")
         if every < 1:
             raise ValueError(f"checkpoint_every must be at least 1, got {every}")
+
+    @property
+    def output_size(self) -> int:
+        """The size of ``h``: H, or that of an LSTM's projection."""
+        return self.proj_size or self.hidden_size
 
     # Parameters
 

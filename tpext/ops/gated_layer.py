@@ -78,6 +78,7 @@ from tpext.ops._gated_backward_composite import gated_backward_composite
 from tpext.ops._gated_composite import gated_layer_composite
 from tpext.ops._library import (
     CREDITS,
+    are_plain,
     check_choice,
     check_lengths,
     check_scan,
@@ -383,7 +384,8 @@ def gated_jacobian_backward(*args: Any, reg: Numbers, chebyshev_steps: int | Non
     check_choice(op, "inverse", call.inverse, ("jacobian",))
     # the same choices of slopes as for a unit, whose inverse has none either
     _prepare_backward(*call._replace(inverse="cell"))
-    check_lengths(op, call.lengths, call.states.shape[1])
+    if are_plain((call.lengths,)):
+        check_lengths(op, call.lengths, call.states.shape[1])
     ridges = numbers_of(op, "reg", reg, call.states.shape[0])
     for ridge in ridges:
         if not 0 < ridge < math.inf:

@@ -67,6 +67,7 @@ from tpext.ops.activation import Form
 from tpext.rules.backprop import Backprop
 from tpext.rules.base import PerMember, Rule, number
 from tpext.rules.difference import DifferenceTargetPropagation, ReverseCorrection
+from tpext.rules.gated_pass import GatedCall, GatedWay
 from tpext.rules.kaczmarz import First, Kaczmarz, Move, Update
 from tpext.rules.layer import LayerCall, LayerRule
 from tpext.rules.learned_inverse import LearnedInverse
@@ -86,6 +87,8 @@ __all__ = [
     "DirectTargets",
     "First",
     "Form",
+    "GatedCall",
+    "GatedWay",
     "GaussNewtonTargets",
     "HowBack",
     "InputRule",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from tpext.ops._gated_composite import gated_layer_composite
 from tpext.ops.rnn_products import final_states, input_projection
 from tpext.rules.base import Kind
+from tpext.rules.gated_pass import GatedCall, GatedWay
 from tpext.rules.layer import LayerCall, LayerRule, through_activation
 from tpext.rules.recurrent import RecurrentRule
 from tpext.rules.recurrent_pass import Gradients, HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward
@@ -33,6 +36,9 @@ class Backprop(RecurrentRule, LayerRule):  # type: ignore[misc]  # has none of t
     kinds: ClassVar[frozenset[Kind]] = frozenset({"recurrent", "layer", "network"})
     exact: ClassVar[Literal[True]] = True
 
+    def check(self, layer: nn.Module) -> None:
+        """It serves every layer."""
+
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return weight_hh
 
@@ -53,6 +59,17 @@ class Backprop(RecurrentRule, LayerRule):  # type: ignore[misc]  # has none of t
             x_proj, call.h0, call.weight_hh, call.lengths, call.reverse, call.nonlinearity
         )
         return states, final_states(states, call.h0, call.lengths, call.reverse)
+
+    def gated_way(self, weight_hh: Tensor, owned: Sequence[Tensor]) -> GatedWay:
+        # nothing is clipped by a'
+        return GatedWay(weight_hh, "branch", "local", 1.0, 0.25, "derivative", "derivative", 0.0, normalize=True)
+
+    def gated_composite(self, call: GatedCall) -> tuple[Tensor, ...]:
+        weights = (call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh)
+        h0, c0 = call.start[0], call.start[1] if len(call.start) == 2 else None
+        run = (call.lengths, call.reverse, call.cell)
+        states, h_n, c_n, _ = gated_layer_composite(call.input, h0, c0, *weights, *run)
+        return (states, h_n) if c0 is None else (states, h_n, c_n)
 
     def run_layer(self, call: LayerCall) -> Tensor:
         output: Tensor = call.activation(functional.linear(call.input, call.weight, call.bias))

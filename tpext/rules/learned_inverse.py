@@ -62,6 +62,12 @@ class LearnedInverse(RecurrentRule):
         raise RuntimeError("LearnedInverse: displacements go through the reverse layer, not through a matrix")
 
     def check(self, layer: nn.Module) -> None:
+        super().check(layer)
+        if layer.gates != 1:
+            raise ValueError(
+                f"{type(layer).__name__}: rule=LearnedInverse is for the simple cell (tpext.nn.RNN); use "
+                "rule=tpext.RegularizedInverse() or rule=tpext.Backprop() with gates"
+            )
         if layer.nonlinearity != "tanh":
             raise ValueError(
                 f"RNN: rule=LearnedInverse needs nonlinearity='tanh', got '{layer.nonlinearity}'; "

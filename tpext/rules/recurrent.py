@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpext.ops._library import (
     NOT_A_DERIVATIVE,
@@ -25,6 +26,7 @@ from tpext.ops._library import (
 from tpext.ops._members import as_list
 from tpext.ops.rnn_products import input_projection
 from tpext.rules.base import Kind, PerMember, Rule, check_flag, check_positive, of_each, require_result
+from tpext.rules.gated_pass import GatedCall, GatedWay, run_gated
 from tpext.rules.recurrent_pass import (
     Gradients,
     HowBack,
@@ -40,6 +42,7 @@ Correction = Literal["linearized", "difference", "none"]
 Credit = Literal["through_time", "local"]
 InputRule = Literal["gradient", "target"]
 Slope = Literal["inverse", "derivative", "one"]
+GatedInverse = Literal["branch", "cell", "jacobian"]
 
 
 class RecurrentRule(Rule, ABC):
@@ -66,6 +69,11 @@ class RecurrentRule(Rule, ABC):
             scale.
         input_rule: what the layer below receives: see :class:`RegularizedInverse`; "target" needs
             :meth:`input_feedback`.
+        inverse: of cells with gates: whether a displacement goes back through each gate for itself ("branch") or
+            through all together ("cell").
+        gate_slope, candidate_slope: what ``slope`` is to the simple cell, of the sigmoids and of the tanh of a cell
+            with gates; ``slope_reg`` and ``margin`` belong to them too.
+        inverses: the choices of ``inverse`` that the class has.
 
     >>> from dataclasses import dataclass
     >>> import torch, tpext
@@ -91,12 +99,23 @@ class RecurrentRule(Rule, ABC):
     margin: PerMember = 1e-3
     normalize: bool = True
     input_rule: InputRule = "gradient"
+    inverse: GatedInverse = "branch"
+    gate_slope: Slope = "derivative"
+    candidate_slope: Slope = "derivative"
+    inverses: ClassVar[tuple[GatedInverse, ...]] = ("branch", "cell")
 
     def __post_init__(self) -> None:
         name = type(self).__name__
         check_choice(name, "correction", self.correction, get_args(Correction))
         check_choice(name, "credit", self.credit, get_args(Credit))
-        check_choice(name, "slope", self.slope, get_args(Slope))
+        for slope in ("slope", "gate_slope", "candidate_slope"):
+            check_choice(name, slope, getattr(self, slope), get_args(Slope))
+        check_choice(name, "inverse", self.inverse, self.inverses)
+        if self.inverse != "branch" and (self.gate_slope != "derivative" or self.candidate_slope != "derivative"):
+            raise ValueError(
+                f"{name}: gate_slope and candidate_slope belong to inverse='branch', got inverse={self.inverse!r} with "
+                f"gate_slope={self.gate_slope!r}, candidate_slope={self.candidate_slope!r}"
+            )
         check_flag(self, "normalize")
         check_choice(name, "input_rule", self.input_rule, get_args(InputRule))
         slope_regs = as_list(self.slope_reg)
@@ -110,17 +129,42 @@ class RecurrentRule(Rule, ABC):
         check_positive(self, "target_step")
         check_positive(self, "margin", high=1.0)
 
+    def check(self, layer: nn.Module) -> None:
+        super().check(layer)
+        gates = getattr(layer, "gates", None)
+        if gates is None:
+            # no recurrent layer: a rule of several protocols
+            return
+        if gates == 1:
+            if self.inverse != "branch":
+                raise ValueError(f"RNN: rule must have inverse='branch', as one gate is all there is, got {self}")
+            return
+        kind = type(layer).__name__
+        if layer.proj_size != 0:
+            raise ValueError(
+                f"{kind}: proj_size needs rule=tpext.Backprop(); targets of a projected state say nothing of what the "
+                f"projection leaves out, got {self}"
+            )
+        if self.correction != "linearized" or self.input_rule != "gradient":
+            raise ValueError(
+                f"{kind}: rule must have correction='linearized' and input_rule='gradient', the only ones that there "
+                f"are for a cell with gates, got {self}"
+            )
+        if not all(one < 0.5 for one in as_list(self.margin)):
+            raise ValueError(f"{kind}: rule must have margin < 0.5, half the range of a gate, got {self}")
+
     @abstractmethod
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         """Return the matrix ``P`` that brings displacements from a step to the one before.
 
         Args:
-            weight_hh: W, ``[S, H, H]``: ``h_t`` depends on ``h_{t-1} W^T``. Not to be differentiated.
+            weight_hh: W, ``[S, H, H]``, of a cell with G gates ``[S, G*H, H]``: ``h_t`` depends on ``h_{t-1} W^T``. Not
+                to be differentiated.
             owned: the rule's own parameters, ``[S, ...]`` each, in the order of :meth:`parameter_shapes`.
 
         Returns:
-            ``[S, H, H]``, of the dtype and on the device of ``weight_hh``: row vectors go ``z P``, so that ``P = W``
-            is the transpose of the forward map. Finite numbers: where they are not, the backward pass raises
+            As ``weight_hh``, in shape, dtype and device: row vectors go ``z P``, so that ``P = W`` is the transpose of
+            the forward map. Finite numbers: where they are not, the backward pass raises
             ValueError on the CPU (compiled: RuntimeError, from the forward pass if that computes the matrix). On CUDA,
             where looking would wait for the device, nothing raises, and gradients are NaN.
         """
@@ -149,6 +193,28 @@ class RecurrentRule(Rule, ABC):
             States ``[S, T, B, H]`` and the states after the last valid steps ``[S, B, H]``.
         """
         return run_pass(self, call)
+
+    def run_gated(self, call: GatedCall) -> tuple[Tensor, ...]:
+        """Run a layer of a cell with gates whose backward pass is this rule's.
+
+        Returns:
+            States ``[S, T, B, H]`` and the state after the last valid steps, one tensor ``[S, B, H]`` or two.
+        """
+        return run_gated(self, call)
+
+    def gated_way(self, weight_hh: Tensor, owned: Sequence[Tensor]) -> GatedWay:
+        """Return how this rule goes back through a layer of a cell with gates; called once a backward pass."""
+        return GatedWay(
+            self._matrix("feedback", weight_hh, *owned),
+            self.inverse,
+            self.credit,
+            self.target_step,
+            self.margin,
+            self.gate_slope,
+            self.candidate_slope,
+            self.slope_reg,
+            self.normalize,
+        )
 
     def start_sweep(self, layer: LayerWeights) -> Sweep:
         """Return how this rule goes from the last step of a layer to the first; called once a backward pass."""
@@ -192,6 +258,11 @@ class RecurrentRule(Rule, ABC):
     def composite(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
         """Run a layer by operations with derivatives of every order, for rules whose backward pass is a derivative."""
         refuse_forward_mode("rnn_layer", PLAIN_RNN)
+        raise RuntimeError(NOT_A_DERIVATIVE)
+
+    def gated_composite(self, call: GatedCall) -> tuple[Tensor, ...]:
+        """What :meth:`composite` is, of a layer of a cell with gates."""
+        refuse_forward_mode("gated_layer", PLAIN_RNN)
         raise RuntimeError(NOT_A_DERIVATIVE)
 
     def recurrent_loss(self, call: RecurrentCall, noise: float | None) -> tuple[Tensor, Tensor]:

@@ -49,6 +49,9 @@ class RecurrentCall(NamedTuple):
     checkpoint_every: int | None = None
     needs_states: bool = True
 
+    def run(self, rule: RecurrentRule) -> tuple[Tensor, ...]:
+        return rule.run_recurrent(self)
+
 
 class Piece(NamedTuple):
     """A stretch of a layer's steps.
@@ -162,7 +165,7 @@ def comes_of_a_pass(state: Tensor, weight: Tensor) -> bool:
         if node is None:
             continue
         before = [earlier for earlier, _ in node.next_functions]
-        if isinstance(node, _RecurrentPass._backward_cls):
+        if issubclass(getattr(node, "_forward_cls", object), LayerNode):
             if any(_leads_to(edge, weight) for edge in before):
                 return True
         elif node.name().startswith(_REARRANGES):
@@ -179,7 +182,11 @@ def _leads_to(node: Any, leaf: Tensor) -> bool:
     return getattr(node, "variable", None) is leaf
 
 
-class _RecurrentPass(torch.autograd.Function):
+class LayerNode(torch.autograd.Function):
+    """A recurrent layer's node, of any cell."""
+
+
+class _RecurrentPass(LayerNode):
     """The node. Without ``checkpoint_every`` the whole sequence is one piece.
 
     With it, the node keeps only the state before each piece and the backward pass computes a piece's states anew:
@@ -226,7 +233,7 @@ class _RecurrentPass(torch.autograd.Function):
         with full_precision(weight_hh.device.type):
             layer = LayerWeights(weight_ih, weight_hh, bias, saved[7:], ctx.reverse, ctx.nonlinearity, needs)
             sweep = ctx.rule.start_sweep(layer)
-            arriving = None if grad_h_n is None else _of_members(operator.mul, grad_h_n, sweep.unit)
+            arriving = None if grad_h_n is None else of_members(operator.mul, grad_h_n, sweep.unit)
             if ctx.checkpoint_every is None:
                 grads, first, _ = sweep.run(Piece(input, h0, kept, lengths), grad_states, arriving, None)
             else:
@@ -234,11 +241,11 @@ class _RecurrentPass(torch.autograd.Function):
                 given = grad_states if ctx.needs_states else None
                 grads, first = _sweep_pieces(layer, sweep, input, lengths, kept, given, arriving, ctx.checkpoint_every)
             if needs[1] and first is not None:
-                grads[1] = _of_members(operator.truediv, first, sweep.unit)
+                grads[1] = of_members(operator.truediv, first, sweep.unit)
             return *[None] * 5, *grads, *rest
 
 
-def _of_members(change: Callable[[Tensor, float], Tensor], rows: Tensor, number: PerMember) -> Tensor:
+def of_members(change: Callable[[Tensor, float], Tensor], rows: Tensor, number: PerMember) -> Tensor:
     """``rows [S, B, H]`` times, or by, the number of all members or of each."""
     if not isinstance(number, tuple):
         return rows if number == 1 else change(rows, number)
@@ -265,12 +272,12 @@ def _run_in_pieces(
     # Each piece's lengths are cut to its size, which would hide those out of range.
     if are_plain((lengths,)):
         check_lengths("rnn_layer", lengths, time)
-    order = _pieces(time, every, reverse)
+    order = pieces_of(time, every, reverse)
     kept = h0.new_empty(len(order), *h0.shape)
     states = h0.new_empty(h0.shape[0], time, *h0.shape[1:]) if needs_states else h0.new_empty(0)
     h_n = h0.clone()
     for index, piece in enumerate(order):
-        part, valid = _cut(input, lengths, piece)
+        part, valid = cut(input, lengths, piece)
         before = kept[index].copy_(h_n)
         found, last = rnn_layer(part, before, weight_ih, weight_hh, bias, valid, reverse, nonlinearity)
         h_n.copy_(last)
@@ -297,10 +304,10 @@ def _sweep_pieces(
     # the hole that the large ones leave, which then do not fit there again, and the heap would grow piece by piece.
     arrived, credited = torch.zeros_like(kept[0]), torch.zeros_like(kept[0])
     credit: Tensor | None = None
-    order = _pieces(input.shape[1], every, layer.reverse)
+    order = pieces_of(input.shape[1], every, layer.reverse)
     for index in range(len(order) - 1, -1, -1):
         piece, before = order[index], kept[index]
-        part, valid = _cut(input, lengths, piece)
+        part, valid = cut(input, lengths, piece)
         states = rnn_layer(
             part, before, layer.weight_ih, layer.weight_hh, layer.bias, valid, layer.reverse, layer.nonlinearity
         )[0]
@@ -323,13 +330,13 @@ def _sweep_pieces(
     return sums, arriving
 
 
-def _pieces(time: int, every: int, reverse: Sequence[bool]) -> list[slice]:
+def pieces_of(time: int, every: int, reverse: Sequence[bool]) -> list[slice]:
     """The steps of each piece, in the order in which members that all run the same way come to them."""
     pieces = [slice(begin, min(begin + every, time)) for begin in range(0, max(time, 1), every)]
     return pieces[::-1] if any(reverse) else pieces
 
 
-def _cut(input: Tensor, lengths: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
+def cut(input: Tensor, lengths: Tensor | None, piece: slice) -> tuple[Tensor, Tensor | None]:
     """The input of a piece, and how many of its steps are valid in each row."""
     part = input[:, piece]
     return part, None if lengths is None else (lengths - piece.start).clamp(0, part.shape[1])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
+from tpext.ops._library import is_integer
+from tpext.ops._members import as_list
 from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.rules.base import Kind, PerMember, number
-from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule, Slope
+from tpext.rules.gated_pass import GatedWay
+from tpext.rules.recurrent import Correction, Credit, GatedInverse, InputRule, RecurrentRule, Slope
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,9 @@ class RegularizedInverse(RecurrentRule):
         slope_reg: regularisation of slope "inverse", >= 0, as ``reg`` is the matrix's. Units near the edges of the
             range, whose exact inverse explodes, pass little.
 
+        chebyshev_steps: of "jacobian": None solves exactly; K >= 1 takes as many steps of the Chebyshev iteration,
+            ``G (2 K - 1)`` products a step.
+
     Raises:
         ValueError: an argument out of its range, named.
 
@@ -78,9 +84,40 @@ class RegularizedInverse(RecurrentRule):
     input_rule: InputRule = "gradient"
     slope: Slope = "inverse"
     slope_reg: PerMember = number(0.0, low=0.0, low_allowed=True)
+    inverse: GatedInverse = "branch"
+    gate_slope: Slope = "derivative"
+    candidate_slope: Slope = "derivative"
+    chebyshev_steps: int | None = None
+
+    inverses: ClassVar[tuple[GatedInverse, ...]] = ("branch", "cell", "jacobian")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        name, steps = type(self).__name__, self.chebyshev_steps
+        if self.inverse == "jacobian" and not all(as_list(self.reg)):
+            raise ValueError(f"{name}: reg must be > 0 for inverse='jacobian', got {self.reg!r}")
+        if steps is not None and (not is_integer(steps) or steps < 1 or self.inverse != "jacobian"):
+            raise ValueError(
+                f"{name}: chebyshev_steps must be None, or an integer >= 1 with inverse='jacobian', got {steps!r} with "
+                f"inverse={self.inverse!r}"
+            )
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
-        return regularized_inverse(weight_hh, self.reg).mT
+        gates = weight_hh.shape[1] // max(weight_hh.shape[2], 1)
+        if self.inverse == "jacobian":
+            # made of the weights themselves
+            return weight_hh
+        if gates == 1 or self.inverse == "cell":
+            return regularized_inverse(weight_hh, self.reg).mT
+        of_gates = weight_hh.reshape(-1, weight_hh.shape[2], weight_hh.shape[2])
+        reg = self.reg
+        if isinstance(reg, tuple):
+            reg = tuple(of_member for of_member in reg for _ in range(gates))
+        return regularized_inverse(of_gates, reg).mT.reshape(weight_hh.shape)
+
+    def gated_way(self, weight_hh: Tensor, owned: Sequence[Tensor]) -> GatedWay:
+        way = super().gated_way(weight_hh, owned)
+        return way._replace(jacobian=(self.reg, self.chebyshev_steps)) if self.inverse == "jacobian" else way
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
         return regularized_inverse(weight_ih, self.reg).mT
