@@ -27,8 +27,8 @@ class FeedbackAlignment(tpext.rules.RecurrentRule):
 
     slope = "derivative"
 
-    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        return {"feedback_weight": (hidden_size, hidden_size)}
+    def parameter_shapes(self, input_size: int, hidden_size: int, gates: int) -> dict[str, tuple[int, ...]]:
+        return {"feedback_weight": (gates * hidden_size, hidden_size)}
 
     def reset_parameter(self, name: str, parameter: Tensor) -> None:
         nn.init.orthogonal_(parameter)

@@ -23,8 +23,8 @@ def exported_rules() -> list[type[Rule]]:
 class FeedbackAlignment(RecurrentRule):
     slope = "derivative"
 
-    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        return {"feedback_weight": (hidden_size, hidden_size)}
+    def parameter_shapes(self, input_size: int, hidden_size: int, gates: int = 1) -> dict[str, tuple[int, ...]]:
+        return {"feedback_weight": (gates * hidden_size, hidden_size)}
 
     def reset_parameter(self, name: str, parameter: Tensor) -> None:
         nn.init.orthogonal_(parameter)

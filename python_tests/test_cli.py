@@ -549,7 +549,7 @@ class Signs(RecurrentRule):
 
 @dataclass(frozen=True)
 class Gain(RecurrentRule):
-    def parameter_shapes(self, input_size, hidden_size):
+    def parameter_shapes(self, input_size, hidden_size, gates):
         return {"gain": (hidden_size,)}
 
     def reset_parameter(self, name, parameter):

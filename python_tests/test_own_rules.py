@@ -309,7 +309,7 @@ def test_feedback_of_16_bit_layers_is_computed_in_float32() -> None:
 class Taken(RecurrentRule):
     """Owns a parameter of the layer's name."""
 
-    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self, input_size: int, hidden_size: int, gates: int) -> dict[str, tuple[int, ...]]:
         return {"weight_hh": (hidden_size, hidden_size)}
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:

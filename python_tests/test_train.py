@@ -22,7 +22,7 @@ from tpext.experiments import Config, ConfigError, make_config
 from tpext.experiments import train as train_module
 from tpext.experiments.figures import draw_comparison, draw_run
 from tpext.experiments.model import SequenceModel, make_model
-from tpext.experiments.rule_names import RULES, SEQUENCE_RULES
+from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
 from tpext.experiments.run_folder import RunError, RunFolder, differences
 from tpext.experiments.train import DivergedError, train
 from tpext.tasks import make_task

@@ -166,7 +166,7 @@ class RecurrentParameters(OwnedParameters):
         shapes = []
         for names in self._all_weights:
             suffix, input_size = names[0].removeprefix("weight_ih"), getattr(self, names[0]).shape[1]
-            owned = rule.parameter_shapes(input_size, self.hidden_size)
+            owned = rule.parameter_shapes(input_size, self.hidden_size, self.gates)
             shapes.append({name + suffix: shape for name, shape in owned.items()})
         return shapes
 

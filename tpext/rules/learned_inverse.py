@@ -74,7 +74,7 @@ class LearnedInverse(RecurrentRule):
                 "use rule=tpext.RegularizedInverse() or rule=tpext.Backprop() with this nonlinearity"
             )
 
-    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self, input_size: int, hidden_size: int, gates: int = 1) -> dict[str, tuple[int, ...]]:
         return {"reverse_weight_hh": (hidden_size, hidden_size), "reverse_bias": (hidden_size,)}
 
     def reset_parameter(self, name: str, parameter: Tensor) -> None:

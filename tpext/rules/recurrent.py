@@ -175,9 +175,10 @@ class RecurrentRule(Rule, ABC):
 
     # What follows is what a rule that is not of this form overrides.
 
-    def parameter_shapes(self, input_size: int, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self, input_size: int, hidden_size: int, gates: int = 1) -> dict[str, tuple[int, ...]]:
         """Return name and shape of each parameter of the rule's own, of one layer and direction.
 
+        ``gates`` is 1 for the simple cell, 3 for a GRU and 4 for an LSTM, whose ``weight_hh`` is ``[gates * H, H]``.
         The layer registers them, their names followed by ``_l0``, ``_l0_reverse`` and so on.
         """
         return {}
