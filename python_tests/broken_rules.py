@@ -193,6 +193,13 @@ class BranchesOnData(SignSymmetry):
         return weight_hh if weight_hh.isfinite().all() else -weight_hh
 
 
+class MixesMembers(SignSymmetry):
+    """The matrix of each direction depends on the weights of both."""
+
+    def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
+        return weight_hh.mean(0, keepdim=True).expand_as(weight_hh)
+
+
 class DiffersCompiled(SignSymmetry):
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
         return weight_hh * (2.0 if torch.compiler.is_compiling() else 1.0)
@@ -237,6 +244,7 @@ BROKEN = [
     Broken(RoundsUnderAutocast(), "autocast (layer)", "gradient of the input as without autocast, got a "),
     Broken(IgnoresLengths(), "lengths (recurrent)", "with lengths as without padding, got a difference of "),
     Broken(KeepsOnePiece(), "checkpoint_every (recurrent)", "with checkpoint_every=1 as without, got a difference of "),
+    Broken(MixesMembers(), "checkpoint_every (recurrent)", "with checkpoint_every=1 as without, got a difference of "),
     Broken(TrainsTheWeights(), "own loss (layer)", "expected no gradient of 0.weight, got one"),
     Broken(TrainsTheRecurrentWeights(), "own loss (recurrent)", "expected no gradient of weight_hh_l0, got one"),
     Broken(TrainsHalf(), "own loss (layer)", "expected a gradient of 0.reverse_bias, got none"),

@@ -20,6 +20,7 @@ import tpext
 from tpext import LearnedInverse, RegularizedInverse, reference
 from tpext.ops import _members, rnn_layer, rnn_target_scan
 from tpext.rules import LayerRule, PerMember, RecurrentCall, RecurrentRule, number
+from tpext.rules.base import of_member
 
 # Of three members; a pass has as many slopes as are not the published one.
 NUMBERS = {
@@ -236,31 +237,29 @@ RULES = [
 ]
 
 
-def of_member(rule: RecurrentRule, member: int) -> RecurrentRule:
-    numbers = {f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)}
-    return dataclasses.replace(rule, **{k: v[member] for k, v in numbers.items() if isinstance(v, tuple)})
-
-
-def gradients(rule: RecurrentRule, inputs: Layer, owned: Sequence[Tensor]) -> list[Tensor]:
+def gradients(rule: RecurrentRule, inputs: Layer, owned: Sequence[Tensor], every: int | None) -> list[Tensor]:
     """Of input, h0, weight_ih, weight_hh and bias, stacked."""
     leaves = [tensor.clone().requires_grad_() for tensor in inputs[:5] if tensor is not None]
-    states, h_n = rule.run_recurrent(RecurrentCall(*leaves, *inputs[5:], tuple(owned)))
+    states, h_n = rule.run_recurrent(RecurrentCall(*leaves, *inputs[5:], tuple(owned), every))
     (states.square().sum() + h_n.cos().sum()).backward()  # type: ignore[no-untyped-call]
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_members_of_a_layer_equal_layers_of_their_own(rule: RecurrentRule, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("every", [None, 4])
+def test_members_of_a_layer_equal_layers_of_their_own(
+    rule: RecurrentRule, dtype: torch.dtype, every: int | None
+) -> None:
     inputs = layer(T=9, B=5, I=3, H=17, S=2, dtype=dtype, direction="mixed", own_inputs=True)
     owned = [torch.randn(2, 17, 17, dtype=dtype) / 5, torch.randn(2, 17, dtype=dtype) / 5]
     owned = owned if rule.learns else []
-    together = gradients(rule, inputs, owned)
+    together = gradients(rule, inputs, owned, every)
     apart = []
     for member in range(2):
         own = [t if t is None else t[member : member + 1] for t in inputs[:5]]
         single = Layer(*own, inputs.lengths, [inputs.reverse[member]], inputs.nonlinearity)
-        apart.append(gradients(of_member(rule, member), single, [t[member : member + 1] for t in owned]))
+        apart.append(gradients(of_member(rule, member), single, [t[member : member + 1] for t in owned], every))
     joined = [torch.cat(one) for one in zip(*apart, strict=True)]
     if rule.learns or rule.correction == "none":
         # torch's products, of which these passes' pre-activations are made, have other bits in a stack
@@ -271,12 +270,13 @@ def test_members_of_a_layer_equal_layers_of_their_own(rule: RecurrentRule, dtype
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_directions_of_a_network(rule: RecurrentRule) -> None:
+@pytest.mark.parametrize("every", [None, 3])
+def test_directions_of_a_network(rule: RecurrentRule, every: int | None) -> None:
     """One number a direction: the gradients of its parameters are those of a rule with its number for both."""
     x, grads = torch.randn(7, 4, 3), []
     for one in (rule, of_member(rule, 0), of_member(rule, 1)):
         torch.manual_seed(1)
-        rnn = tpext.nn.RNN(3, 9, bidirectional=True, rule=one)
+        rnn = tpext.nn.RNN(3, 9, bidirectional=True, rule=one, checkpoint_every=every)
         rnn(x)[0].square().sum().backward()
         grads.append({name: p.grad for name, p in rnn.named_parameters() if p.grad is not None})
     for name, grad in grads[0].items():
@@ -284,10 +284,12 @@ def test_directions_of_a_network(rule: RecurrentRule) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES[:3], ids=repr)
-def test_compiled(rule: RecurrentRule) -> None:
+@pytest.mark.parametrize("every", [None, 4])
+def test_compiled(rule: RecurrentRule, every: int | None) -> None:
     """Without a break of the graph, and anew where one of a tuple's numbers changes."""
     torch._dynamo.reset()
-    rnn, x = tpext.nn.RNN(3, 9, 2, bidirectional=True, rule=rule), torch.randn(7, 4, 3)
+    rnn = tpext.nn.RNN(3, 9, 2, bidirectional=True, rule=rule, checkpoint_every=every)
+    x = torch.randn(7, 4, 3)
     compiled = torch.compile(rnn, fullgraph=True, backend="aot_eager")
     changed = dataclasses.replace(rule, target_step=(0.75, 2.0))
     for one in (rule, changed, of_member(rule, 0)):
@@ -331,6 +333,8 @@ def test_a_rule_with_tuples_is_a_value() -> None:
     assert hash(rule) == hash(pickle.loads(pickle.dumps(rule)))
     assert pickle.loads(pickle.dumps(rule)) == rule == eval(repr(rule))
     assert dataclasses.replace(rule, reg=1.0).reg == 1.0
+    assert [of_member(dataclasses.replace(rule, target_step=0.5), m).reg for m in range(2)] == [1 / 3, 2.0]
+    assert of_member(RegularizedInverse(reg=2.0), 1) == RegularizedInverse(reg=2.0)
 
 
 @pytest.mark.parametrize("value", [(), (1.0, -1.0), (1.0, float("inf")), (1.0, True), (1.0, "1"), ((1.0,),)])
