@@ -534,9 +534,8 @@ class Signs(RecurrentRule):
     """Feedback by the weights' signs.
 
     Args:
-        scale: factor of the signs
-            in ``feedback``. The rest is not shown.
-        credit: see :class:`tpext.rules.RecurrentRule`.
+        scale, credit: factor of the signs
+            in :meth:`~tpext.rules.RecurrentRule.feedback`. The rest is not shown.
     """
 
     slope = "derivative"
@@ -625,14 +624,12 @@ def test_options_of_ones_own_show_their_help(
         (
             "adding --rule mine.py:Signs --rule-options help",
             "rule_options must be NAME=VALUE of scale, centred, got 'help'\n"
-            "  scale: Factor of the signs in feedback\n"
+            "  scale: Factor of the signs in tpext.rules.RecurrentRule.feedback\n"
             "  centred: Whether they have mean 0\n",
         ),
         (
             "adding --rule mine.py:Noisy --rule-options help",
-            "noise, extra, got 'help'\n"
-            "  target_step: Size of the first displacement, d_T = -target_step * g_T, > 0\n"
-            "  credit: ",
+            "noise, extra, got 'help'\n  target_step: Size of the first displacement",
         ),
         ("adding --rule mine.py:Long --rule-options help", "NAME=VALUE of length, got 'help'\n"),
         ("tasks.py:Echo --task-options help", "of length, seed, got 'help'\n  length: Number of steps.\n"),

@@ -52,5 +52,5 @@ def _first_sentences(docstring: docstring_parser.Docstring) -> dict[str, str]:
     for entry in docstring.params:
         text = _MARKUP.sub(r"\1", " ".join((entry.description or "").split()))
         first = text.partition(". ")[0].removesuffix(".")
-        found[entry.arg_name] = first[:1].upper() + first[1:]
+        found.update(dict.fromkeys(entry.arg_name.split(", "), first[:1].upper() + first[1:]))
     return found
