@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tpext import _C, reference
-from tpext.ops.rnn_products import input_projection
+from tpext.ops import input_projection
 
 rnn_scan = torch.ops.tpext.rnn_scan
 rnn_scan_backward = torch.ops.tpext.rnn_scan_backward

@@ -6,6 +6,7 @@ tensors), an autocast rule and an autograd formula, or an error that says why it
 
 from tpext.ops import gated_layer as _gated_layer  # noqa: F401 - registers its ops
 from tpext.ops import rnn_layer as _rnn_layer  # noqa: F401 - registers its ops
+from tpext.ops._rnn_products import input_projection
 from tpext.ops.act_inverse import act_displacement, act_inverse
 from tpext.ops.activation import Activation
 from tpext.ops.counter_normal import counter_normal
@@ -13,7 +14,6 @@ from tpext.ops.kaczmarz import KaczmarzStep, kaczmarz_step, kaczmarz_train, runn
 from tpext.ops.layer_inverse import bias_inverse, layer_displacement, layer_inverse, linear_inverse
 from tpext.ops.pooled_difference import code_difference, max_unpool, probe_difference
 from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve
-from tpext.ops.rnn_products import input_projection
 from tpext.ops.units import Units, hot_target, n_hot
 
 __all__ = [

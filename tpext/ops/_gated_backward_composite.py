@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tpext.ops._gated_composite import of_run, where_valid
 from tpext.ops._library import compute_dtype
-from tpext.ops.rnn_products import directions, valid_steps
+from tpext.ops._rnn_products import directions, valid_steps
 
 if TYPE_CHECKING:
     from tpext.ops.gated_layer import _Backward, _Gradients

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tpext.ops._library import autocast_outputs, autocasts, cast, full_precision
-from tpext.ops.rnn_products import directions, input_projection, valid_steps
+from tpext.ops._rnn_products import directions, input_projection, valid_steps
 
 
 def gated_layer_composite(

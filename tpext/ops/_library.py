@@ -7,7 +7,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import torch
 import torch.utils.dlpack
@@ -34,6 +34,9 @@ NOT_A_DERIVATIVE = (
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+_Call = TypeVar("_Call")
+_Result = TypeVar("_Result")
 
 
 def define(
@@ -108,6 +111,22 @@ def are_plain(args: Sequence[Any], recorded: bool = False) -> bool:
     return True
 
 
+def explained(run: Callable[[_Call], _Result], check: Callable[[_Call], object], call: _Call) -> _Result:
+    """``run(call)``; where it raises, ``check(call)`` has the first word.
+
+    For kernels on the CPU, whose bindings check every tensor that they get: the checks in Python, which know the op's
+    own names and take as long as a small kernel, then run for the text of an error alone.
+    """
+    try:
+        return run(call)
+    except Exception:
+        try:
+            check(call)
+        except Exception as reason:
+            raise reason from None
+        raise
+
+
 def refuse_derivative(name: str, message: str) -> None:
     """Make differentiating an op raise RuntimeError with this message."""
 
@@ -119,6 +138,8 @@ def refuse_derivative(name: str, message: str) -> None:
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for a type of device. The meta device has none, and asking whether it is on raises."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
@@ -218,6 +239,10 @@ def rnn_plan(
     return _C.rnn_plan(products, dtype, stack, batch, hidden, device, regime)
 
 
+# looked up once: a small call exports a dozen tensors
+_capsule: Callable[[Tensor], object] = torch.utils.dlpack.to_dlpack  # type: ignore[attr-defined]
+
+
 def dense(tensor: Tensor | None) -> object:
     """A DLPack capsule of ``tensor``, made row-major if it is not, for the kernels; None stays None."""
     return None if tensor is None else _capsule(tensor.contiguous())
@@ -226,10 +251,6 @@ def dense(tensor: Tensor | None) -> object:
 def dense_rows(tensor: Tensor) -> object:
     """As ``dense``, but only the last axis needs to be dense: a transposed view of whole rows is not copied."""
     return _capsule(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
-
-
-def _capsule(tensor: Tensor) -> object:
-    return torch.utils.dlpack.to_dlpack(tensor)  # type: ignore[attr-defined]
 
 
 def check_tensor(op: str, name: str, value: object, shape: str = "") -> None:

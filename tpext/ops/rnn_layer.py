@@ -47,17 +47,20 @@ from torch import Tensor
 
 from tpext import _C
 from tpext.ops._library import (
+    PLAIN_RNN,
     check_lengths,
     check_scan,
     define,
     dense,
     dense_rows,
     execution,
+    explained,
     on_cuda,
     refuse_derivative,
+    refuse_forward_mode,
 )
 from tpext.ops._members import Numbers, as_list, differ, each_alone, numbers_of
-from tpext.ops.rnn_products import input_projection, weight_gradients
+from tpext.ops._rnn_products import WeightSums, input_projection, weight_gradients
 from tpext.ops.rnn_scan import scan_projected
 from tpext.ops.rnn_target_scan import check_pass, rnn_learned_target_scan, rnn_target_scan
 
@@ -70,56 +73,68 @@ def _check_members(op: str, input: Tensor, stack: int) -> None:
         )
 
 
-def _prepare_layer(
-    input: Tensor,
-    h0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    nonlinearity: str,
-) -> tuple[Tensor, Tensor]:
-    """Check the arguments and return empty outputs: all that the fake implementation does."""
+class RnnLayer(NamedTuple):
+    """The arguments of ``rnn_layer``."""
+
+    input: Tensor
+    h0: Tensor
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    lengths: Tensor | None
+    reverse: Sequence[bool]
+    nonlinearity: str
+
+
+def _check_layer(call: RnnLayer) -> None:
     tensors = {
-        "input": (input, "NTBI"),
-        "h0": (h0, "SBH"),
-        "weight_ih": (weight_ih, "SHI"),
-        "weight_hh": (weight_hh, "SHH"),
-        "bias": (bias, "SH"),
+        "input": (call.input, "NTBI"),
+        "h0": (call.h0, "SBH"),
+        "weight_ih": (call.weight_ih, "SHI"),
+        "weight_hh": (call.weight_hh, "SHH"),
+        "bias": (call.bias, "SH"),
     }
-    check_scan("rnn_layer", "input", tensors, lengths, reverse, nonlinearity)
-    stack, batch, hidden = h0.shape
-    _check_members("rnn_layer", input, stack)
-    return h0.new_empty(stack, input.shape[1], batch, hidden), h0.new_empty(h0.shape)
+    check_scan("rnn_layer", "input", tensors, call.lengths, call.reverse, call.nonlinearity)
+    _check_members("rnn_layer", call.input, call.h0.shape[0])
 
 
-def _rnn_layer(
-    input: Tensor,
-    h0: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None,
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    nonlinearity: str,
-) -> tuple[Tensor, Tensor]:
-    states, h_n = _prepare_layer(input, h0, weight_ih, weight_hh, bias, lengths, reverse, nonlinearity)
-    check_lengths("rnn_layer", lengths, input.shape[1])
-    if on_cuda(states):
-        x_proj = input_projection(input, weight_ih, bias)
-        scan_projected(x_proj, h0, weight_hh, lengths, reverse, nonlinearity, states, h_n)
-        return states, h_n
+def _empty_states(call: RnnLayer) -> tuple[Tensor, Tensor]:
+    stack, batch, hidden = call.h0.shape
+    return call.h0.new_empty(stack, call.input.shape[1], batch, hidden), call.h0.new_empty(stack, batch, hidden)
+
+
+def _fake_layer(*args: Any) -> tuple[Tensor, Tensor]:
+    call = RnnLayer(*args)
+    _check_layer(call)
+    return _empty_states(call)
+
+
+def _rnn_layer(*args: Any) -> tuple[Tensor, Tensor]:
+    call = RnnLayer(*args)
+    if not on_cuda(call.h0):
+        return explained(_layer_on_cpu, _check_layer, call)
+    _check_layer(call)
+    states, h_n = _empty_states(call)
+    x_proj = input_projection(call.input, call.weight_ih, call.bias)
+    run = (call.lengths, call.reverse, call.nonlinearity)
+    scan_projected(x_proj, call.h0, call.weight_hh, *run, states, h_n)
+    return states, h_n
+
+
+def _layer_on_cpu(call: RnnLayer) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode("rnn_layer", PLAIN_RNN)
+    check_lengths("rnn_layer", call.lengths, call.input.shape[1])
+    states, h_n = _empty_states(call)
     _C.rnn_scan(
         None,
-        dense_rows(input),
-        dense(weight_ih),
-        dense(bias),
-        dense(h0),
-        dense(weight_hh),
-        dense(lengths),
-        list(reverse),
-        nonlinearity,
+        dense_rows(call.input),
+        dense(call.weight_ih),
+        dense(call.bias),
+        dense(call.h0),
+        dense(call.weight_hh),
+        dense(call.lengths),
+        list(call.reverse),
+        call.nonlinearity,
         dense(states),
         dense(h_n),
         execution(states),
@@ -158,10 +173,8 @@ class _Backward(NamedTuple):
 _Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
-    """Check the arguments and return empty outputs: all that the fake implementation does."""
-    op, call = "rnn_layer_backward", _Backward(*args, **kwargs)
-    states, input, needs = call.states, call.input, call.needs
+def _check_backward(call: _Backward) -> None:
+    op, states, input = "rnn_layer_backward", call.states, call.input
     tensors = {
         "states": (states, "STBH"),
         "input": (input, "NTBI"),
@@ -175,52 +188,77 @@ def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
         "credit_n": (call.credit_n, "SBH"),
     }
     check_scan(op, "states", tensors, call.lengths, call.reverse, call.nonlinearity)
-    stack, _, batch, hidden = states.shape
-    _check_members(op, input, stack)
-    how = (call.correction, call.credit, call.target_step, call.margin, call.slope, call.slope_reg)
-    check_pass(op, states, *how, learned=True)
-    numbers_of(op, "scale", call.scale, stack)
-    numbers_of(op, "input_scale", call.input_scale, stack)
-    if len(needs) != 4:
-        raise ValueError(f"{op}: needs must have 4 values, got {len(needs)}")
-    if needs[0] and call.input_feedback is None:
+    _check_members(op, input, states.shape[0])
+    _check_options(call)
+    if len(call.needs) != 4:
+        raise ValueError(f"{op}: needs must have 4 values, got {len(call.needs)}")
+    if call.needs[0] and call.input_feedback is None:
         raise ValueError(f"{op}: input_feedback must be given for a gradient of the input, got None")
-    if call.of_displacement and call.correction == "learned":
-        raise ValueError(f"{op}: of_displacement must be False for correction 'learned', which has no z, got True")
     if call.correction in ("none", "learned") and call.pre is None:
         raise ValueError(f"{op}: pre must be given for correction '{call.correction}', got None")
+
+
+def _check_options(call: _Backward) -> None:
+    """What of the arguments no binding checks."""
+    op, members = "rnn_layer_backward", call.states.shape[0]
+    how = (call.correction, call.credit, call.target_step, call.margin, call.slope, call.slope_reg)
+    check_pass(op, call.states, *how, learned=True)
+    numbers_of(op, "scale", call.scale, members)
+    numbers_of(op, "input_scale", call.input_scale, members)
+    if call.of_displacement and call.correction == "learned":
+        raise ValueError(f"{op}: of_displacement must be False for correction 'learned', which has no z, got True")
+
+
+def _empty_gradients(call: _Backward) -> _Gradients:
+    input, states = call.input, call.states
+    stack, _, batch, hidden = states.shape
+    of_input, of_weight_ih, of_weight_hh, of_bias = call.needs
     return (
-        input.new_empty(input.shape if needs[0] else 0),
-        states.new_empty((stack, hidden, input.shape[3]) if needs[1] else 0),
-        states.new_empty((stack, hidden, hidden) if needs[2] else 0),
-        states.new_empty((stack, hidden) if needs[3] else 0),
+        input.new_empty(input.shape if of_input else 0),
+        states.new_empty((stack, hidden, input.shape[3]) if of_weight_ih else 0),
+        states.new_empty((stack, hidden, hidden) if of_weight_hh else 0),
+        states.new_empty((stack, hidden) if of_bias else 0),
         states.new_empty(stack, batch, hidden),
         states.new_empty((stack, batch, hidden) if call.credit == "through_time" else 0),
     )
 
 
+def _fake_backward(*args: Any, **kwargs: Any) -> _Gradients:
+    call = _Backward(*args, **kwargs)
+    _check_backward(call)
+    return _empty_gradients(call)
+
+
 def _rnn_layer_backward(*args: Any) -> _Gradients:
     call = _Backward(*args)
-    outputs = _prepare_backward(*call)
-    check_lengths("rnn_layer_backward", call.lengths, call.states.shape[1])
-    if on_cuda(call.states):
-        return _backward_on_cuda(call)
+    if not on_cuda(call.states):
+        return explained(_backward_on_cpu, _check_backward, call)
+    _check_backward(call)
+    return _backward_on_cuda(call)
+
+
+def _backward_on_cpu(call: _Backward) -> _Gradients:
+    refuse_forward_mode("rnn_layer_backward", PLAIN_RNN)
+    _check_options(call)
+    input, states, feedback, needs = call.input, call.states, call.feedback, call.needs
+    check_lengths("rnn_layer_backward", call.lengths, states.shape[1])
+    outputs = _empty_gradients(call)
     of_input, of_weight_ih, of_weight_hh, of_bias, disp_h0, credit_h0 = outputs
-    input, feedback, needs = call.input, call.feedback, call.needs
     # what each member adds, where all share one input
-    shared = needs[0] and input.shape[0] != call.states.shape[0]
-    of_member = input.new_empty(call.states.shape[0], *input.shape[1:]) if shared else of_input
+    shared = needs[0] and input.shape[0] != states.shape[0]
+    of_member = input.new_empty(states.shape[0], *input.shape[1:]) if shared else of_input
     # the kernel takes either orientation, so a matrix that came as a transpose is not copied
-    transposed = feedback.mT.is_contiguous()
+    turned = feedback.transpose(1, 2)
+    transposed = turned.is_contiguous()
     _C.rnn_layer_backward(
         dense(call.grad_states),
         dense(call.disp_n),
         dense(call.credit_n),
         dense_rows(input),
-        dense(call.states),
+        dense(states),
         dense(call.h0),
         dense(call.weight_hh),
-        dense(feedback.mT if transposed else feedback),
+        dense(turned if transposed else feedback),
         transposed,
         dense(call.input_feedback) if needs[0] else None,
         dense(call.pre),
@@ -242,7 +280,7 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
         dense(of_bias) if needs[3] else None,
         dense(disp_h0),
         dense(credit_h0) if call.credit == "through_time" else None,
-        execution(call.states),
+        execution(states),
     )
     if shared:
         torch.sum(of_member, 0, keepdim=True, out=of_input)
@@ -254,7 +292,7 @@ def _backward_on_cuda(call: _Backward) -> _Gradients:
     numbers = (call.target_step, call.margin, call.slope_reg, call.scale, call.input_scale)
     if not differ(*map(as_list, numbers)):
         return _backward_by_products(call)
-    of_input, *others = each_alone(_backward_by_products, call)
+    of_input, *others = each_alone(lambda *own: _backward_by_products(_Backward(*own)), call)
     if call.needs[0] and call.input.shape[0] != call.states.shape[0]:
         of_input = of_input.sum(0, keepdim=True)
     return of_input, *others
@@ -299,8 +337,7 @@ def _backward_by_products(call: _Backward) -> _Gradients:
             call.slope,
             call.slope_reg,
         )
-    nothing = delta.new_empty(0)
-    of_input, of_parameters = nothing, (nothing, nothing, nothing)
+    of_input = delta.new_empty(0)
     if needs[0]:
         assert call.input_feedback is not None
         scale = as_list(call.input_scale)[0]
@@ -309,61 +346,56 @@ def _backward_by_products(call: _Backward) -> _Gradients:
         of_input = of_member.view(states.shape[0], *input.shape[1:])
         if input.shape[0] != states.shape[0]:
             of_input = of_input.sum(0, keepdim=True)
-    if any(needs[1:]):
-        found = weight_gradients(delta, states, call.h0, input, call.lengths, call.reverse, as_list(call.scale)[0])
-        weight_ih, weight_hh, bias = (g if need else nothing for g, need in zip(found, needs[1:], strict=True))
-        of_parameters = (weight_ih, weight_hh, bias)
-    return of_input, *of_parameters, first, credited
+    sums = WeightSums(delta, states, call.h0, input, call.lengths, call.reverse, as_list(call.scale)[0])
+    return of_input, *weight_gradients(sums, needs[1:]), first, credited
 
 
-def _prepare_weight_gradients(
-    delta: Tensor,
-    states: Tensor,
-    h0: Tensor,
-    input: Tensor,
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the arguments and return empty outputs: all that the fake implementation does."""
-    tensors = {"delta": (delta, "STBH"), "states": (states, "STBH"), "h0": (h0, "SBH"), "input": (input, "NTBI")}
-    check_scan("rnn_weight_gradients", "delta", tensors, lengths, reverse)
-    stack, _, _, hidden = delta.shape
-    _check_members("rnn_weight_gradients", input, stack)
+def _check_weight_gradients(call: WeightSums) -> None:
+    delta, input = call.delta, call.input
+    tensors = {
+        "delta": (delta, "STBH"),
+        "states": (call.states, "STBH"),
+        "h0": (call.h0, "SBH"),
+        "input": (input, "NTBI"),
+    }
+    check_scan("rnn_weight_gradients", "delta", tensors, call.lengths, call.reverse)
+    _check_members("rnn_weight_gradients", input, delta.shape[0])
+
+
+def _empty_weight_gradients(call: WeightSums) -> tuple[Tensor, Tensor, Tensor]:
+    stack, _, _, hidden = call.delta.shape
     return (
-        delta.new_empty(stack, hidden, input.shape[3]),
-        delta.new_empty(stack, hidden, hidden),
-        delta.new_empty(stack, hidden),
+        call.delta.new_empty(stack, hidden, call.input.shape[3]),
+        call.delta.new_empty(stack, hidden, hidden),
+        call.delta.new_empty(stack, hidden),
     )
 
 
-def _rnn_weight_gradients(
-    delta: Tensor,
-    states: Tensor,
-    h0: Tensor,
-    input: Tensor,
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_weight_ih, grad_weight_hh, grad_bias = _prepare_weight_gradients(
-        delta, states, h0, input, lengths, reverse, scale
-    )
-    check_lengths("rnn_weight_gradients", lengths, states.shape[1])
-    if on_cuda(delta):
-        return weight_gradients(delta, states, h0, input, lengths, reverse, scale)
+def _fake_weight_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = WeightSums(*args)
+    _check_weight_gradients(call)
+    return _empty_weight_gradients(call)
+
+
+def _rnn_weight_gradients(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = WeightSums(*args)
+    _check_weight_gradients(call)
+    if on_cuda(call.delta):
+        return weight_gradients(call)
+    check_lengths("rnn_weight_gradients", call.lengths, call.states.shape[1])
+    grad_weight_ih, grad_weight_hh, grad_bias = _empty_weight_gradients(call)
     _C.rnn_weight_gradients(
-        dense(delta),
-        dense(states),
-        dense(h0),
-        dense_rows(input),
-        dense(lengths),
-        list(reverse),
-        [scale],
+        dense(call.delta),
+        dense(call.states),
+        dense(call.h0),
+        dense_rows(call.input),
+        dense(call.lengths),
+        list(call.reverse),
+        [call.scale],
         dense(grad_weight_ih),
         dense(grad_weight_hh),
         dense(grad_bias),
-        execution(delta),
+        execution(call.delta),
     )
     return grad_weight_ih, grad_weight_hh, grad_bias
 
@@ -376,7 +408,7 @@ rnn_layer = define(
     "rnn_layer(Tensor input, Tensor h0, Tensor weight_ih, Tensor weight_hh, Tensor? bias, Tensor? lengths, "
     "bool[] reverse, str nonlinearity) -> (Tensor states, Tensor h_n)",
     _rnn_layer,
-    _prepare_layer,
+    _fake_layer,
     cast_outputs=True,
     low_precision=True,
 )
@@ -390,7 +422,7 @@ rnn_layer_backward = define(
     "(Tensor grad_input, Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias, Tensor disp_h0, "
     "Tensor credit_h0)",
     _rnn_layer_backward,
-    _prepare_backward,
+    _fake_backward,
     cast_outputs=False,
     low_precision=True,
 )
@@ -400,7 +432,7 @@ rnn_weight_gradients = define(
     "rnn_weight_gradients(Tensor delta, Tensor states, Tensor h0, Tensor input, Tensor? lengths, bool[] reverse, "
     "float scale) -> (Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias)",
     _rnn_weight_gradients,
-    _prepare_weight_gradients,
+    _fake_weight_gradients,
     cast_outputs=False,
     low_precision=True,
 )

@@ -52,7 +52,7 @@ from tpext.ops._library import (
     dense,
     run_scan,
 )
-from tpext.ops.rnn_products import recurrent_weight_gradient
+from tpext.ops._rnn_products import recurrent_weight_gradient
 from tpext.ops.rnn_target_scan import rnn_target_scan
 
 

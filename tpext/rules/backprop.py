@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tpext.ops._gated_composite import gated_layer_composite
-from tpext.ops.rnn_products import final_states, input_projection
+from tpext.ops._rnn_products import final_states, input_projection
 from tpext.rules.base import Kind
 from tpext.rules.gated_pass import GatedCall, GatedWay
 from tpext.rules.layer import LayerCall, LayerRule, through_activation

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tpext.ops.rnn_products import input_projection, valid_steps
+from tpext.ops._rnn_products import input_projection, valid_steps
 from tpext.rules.base import Kind, PerMember, number, of_each
 from tpext.rules.recurrent import Credit, RecurrentRule
 from tpext.rules.recurrent_pass import Gradients, HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward

@@ -24,7 +24,7 @@ from tpext.ops._library import (
     refuse_forward_mode,
 )
 from tpext.ops._members import as_list
-from tpext.ops.rnn_products import input_projection
+from tpext.ops._rnn_products import input_projection
 from tpext.rules.base import Kind, PerMember, Rule, check_flag, check_positive, of_each, require_result
 from tpext.rules.gated_pass import GatedCall, GatedWay, run_gated
 from tpext.rules.recurrent_pass import (
@@ -251,7 +251,7 @@ class RecurrentRule(Rule, ABC):
         if weight.is_cpu and torch.compiler.is_compiling():
             # a graph cannot branch on data, but it can fail
             torch._assert_async(matrix.isfinite().all(), f"{wrong}, or the layer's weights are not finite")
-        elif weight.is_cpu and are_plain((matrix,)) and not bool(matrix.isfinite().all()):
+        elif weight.is_cpu and are_plain((matrix,)) and not _is_finite(matrix):
             if not bool(given.isfinite().all()):
                 raise ValueError(f"{type(self).__name__}: the layer's weights must be finite, got NaN or infinity")
             raise ValueError(wrong)
@@ -277,3 +277,8 @@ class RecurrentRule(Rule, ABC):
             "RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), or a rule of your own with recurrent_loss, the "
             f"rule is {self}"
         )
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    # A sum is one pass and finite, as a rule; where it is not, large numbers may have added up to infinity.
+    return math.isfinite(matrix.sum().item()) or bool(matrix.isfinite().all())

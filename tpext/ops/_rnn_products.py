@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,27 +38,37 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
     return projected.view(stack, time, batch, hidden)
 
 
-def weight_gradients(
-    delta: Tensor,
-    states: Tensor,
-    h0: Tensor,
-    input: Tensor,
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight_ih, weight_hh and bias, as ``rnn_weight_gradients`` defines them."""
-    if lengths is not None:
-        # The padding may hold NaN, which times the zeros of delta is no zero.
-        input = torch.where(valid_steps(lengths, input.shape[1]), input, 0)
-    rows = input.flatten(1, 2).expand(delta.shape[0], -1, -1)
-    grads = (
-        _sum_over_rows(delta.flatten(1, 2), rows),
-        recurrent_weight_gradient(delta, states, h0, lengths, reverse),
-        delta.sum((1, 2), dtype=compute_dtype(delta)),
-    )
-    du, dw, db = (grad if scale == 1 else grad * scale for grad in grads)
-    return du.to(delta.dtype), dw.to(delta.dtype), db.to(delta.dtype)
+class WeightSums(NamedTuple):
+    """The arguments of ``rnn_weight_gradients``."""
+
+    delta: Tensor
+    states: Tensor
+    h0: Tensor
+    input: Tensor
+    lengths: Tensor | None
+    reverse: Sequence[bool]
+    scale: float
+
+
+def weight_gradients(call: WeightSums, needs: Sequence[bool] = (True, True, True)) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight_ih, weight_hh and bias, as ``rnn_weight_gradients`` defines them; empty where not needed."""
+    delta, input, lengths = call.delta, call.input, call.lengths
+
+    def scaled(gradient: Tensor) -> Tensor:
+        return (gradient if call.scale == 1 else gradient * call.scale).to(delta.dtype)
+
+    du, dw, db = (delta.new_empty(0) for _ in needs)
+    if needs[0]:
+        if lengths is not None:
+            # The padding may hold NaN, which times the zeros of delta is no zero.
+            input = torch.where(valid_steps(lengths, input.shape[1]), input, 0)
+        rows = input.flatten(1, 2).expand(delta.shape[0], -1, -1)
+        du = scaled(_sum_over_rows(delta.flatten(1, 2), rows))
+    if needs[1]:
+        dw = scaled(recurrent_weight_gradient(delta, call.states, call.h0, lengths, call.reverse))
+    if needs[2]:
+        db = scaled(delta.sum((1, 2), dtype=compute_dtype(delta)))
+    return du, dw, db
 
 
 def recurrent_weight_gradient(
