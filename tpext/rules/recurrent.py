@@ -165,9 +165,9 @@ class RecurrentRule(Rule, ABC):
         Returns:
             As ``weight_hh``, in shape, dtype and device: row vectors go ``z P``, so that ``P = W`` is the transpose of
             the forward map. That of a member depends on its own weights alone: with ``checkpoint_every`` directions
-            run one at a time. Finite numbers: where they are not, the backward pass raises
-            ValueError on the CPU (compiled: RuntimeError, from the forward pass if that computes the matrix). On CUDA,
-            where looking would wait for the device, nothing raises, and gradients are NaN.
+            run one at a time. Finite numbers: where they are not, the backward pass raises ValueError on the CPU
+            (compiled: RuntimeError, from the forward pass if that computes the matrix). On CUDA, where looking would
+            wait for the device, nothing raises, and gradients are NaN.
         """
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
