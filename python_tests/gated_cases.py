@@ -1,10 +1,12 @@
-"""Inputs of a gated layer, and the oracle's backward pass on them with arguments by name."""
+"""Inputs of a gated layer, as arrays and as tensors, and the oracle's backward pass on them with arguments by name."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tpext import reference
 
@@ -90,6 +92,39 @@ def gated(
         grad_states,
         *states[2:],
     )
+
+
+# How the memory of an input [S or 1, T, B, I] is laid out; "one row" repeats it along the batch with stride 0.
+MEMORY = ["time first", "batch first", "features first", "wide rows", "one row"]
+
+
+def laid_out(input: Tensor, memory: str) -> Tensor:
+    """An input with another memory; the same numbers but for "one row"."""
+    if memory == "batch first":
+        return input.transpose(1, 2).contiguous().transpose(1, 2)
+    if memory == "features first":
+        return input.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    if memory == "wide rows":
+        gap = input.new_full((*input.shape[:3], 2), torch.nan)
+        return torch.cat([gap, input, gap], dim=3)[..., 2 : 2 + input.shape[3]]
+    return input[:, :, :1].expand(input.shape).nan_to_num() if memory == "one row" else input
+
+
+def as_tensors(
+    case: Gated, dtype: torch.dtype = torch.float64, memory: str = "time first", contiguous: bool = True
+) -> Gated:
+    """The same as tensors of a dtype; all of them with gaps unless ``contiguous``."""
+
+    def tensor(value: Any) -> Any:
+        if not isinstance(value, np.ndarray):
+            return value
+        if value.dtype == np.int64:
+            return torch.from_numpy(value)
+        made = torch.from_numpy(value).to(dtype)
+        return made if contiguous else made.mT.contiguous().mT
+
+    tensors = Gated(*map(tensor, case))
+    return tensors._replace(input=laid_out(tensors.input, memory))
 
 
 def feedback_of(weight_hh: np.ndarray, inverse: str, reg: float = 0.5) -> np.ndarray:

@@ -115,50 +115,78 @@ class _Forward(NamedTuple):
     keep: bool
 
 
+class _Backward(NamedTuple):
+    """The arguments of ``gated_layer_backward``."""
+
+    grad_states: Tensor | None
+    input: Tensor
+    states: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    kept: Tensor
+    weight_hh: Tensor
+    feedback: Tensor
+    input_feedback: Tensor | None
+    lengths: Tensor | None
+    reverse: Sequence[bool]
+    cell: str
+    inverse: str
+    credit: str
+    target_step: Sequence[float]
+    margin: Sequence[float]
+    gate_slope: str
+    candidate_slope: str
+    slope_reg: Sequence[float]
+    scale: Sequence[float]
+    input_scale: Sequence[float]
+    needs: Sequence[bool]
+    disp_h_n: Tensor | None = None
+    disp_c_n: Tensor | None = None
+    credit_h_n: Tensor | None = None
+    credit_c_n: Tensor | None = None
+
+
 def _check_gated(
-    op: str,
-    leading: str,
-    tensors: dict[str, tuple[Tensor | None, Sequence[str]]],
-    lengths: Tensor | None,
-    reverse: Sequence[bool],
-    cell: str,
+    op: str, leading: str, call: _Forward | _Backward, others: dict[str, tuple[Tensor | None, Sequence[str]]]
 ) -> None:
-    """Check the tensors of an op: those of ``check_scan``, among them ``input``, ``h0``, ``c0`` and ``weight_hh``."""
-    check_choice(op, "cell", cell, CELLS)
-    check_scan(op, leading, tensors, lengths, reverse)
-    input, h0, weight_hh = tensors["input"][0], tensors["h0"][0], tensors["weight_hh"][0]
-    assert input is not None and h0 is not None and weight_hh is not None
-    stack, _, hidden = h0.shape
-    if weight_hh.shape[1] != GATES[cell] * hidden:
-        rows = f"{GATES[cell]}H={GATES[cell] * hidden}"
-        raise ValueError(f"{op}: weight_hh must be [S={stack}, {rows}, H={hidden}], got {list(weight_hh.shape)}")
-    if input.shape[0] not in (1, stack):
-        time, batch, size = input.shape[1:]
+    """Check the cell and the tensors of a call: what both ops take, and ``others`` as ``check_scan`` takes them."""
+    check_choice(op, "cell", call.cell, CELLS)
+    rows = f"{GATES[call.cell]}H"
+    stack, hidden = call.h0.shape[0], call.h0.shape[-1]
+    # of all sizes this one alone follows from another
+    if call.weight_hh.dim() == 3 and call.weight_hh.shape[1] != GATES[call.cell] * hidden:
+        expected = f"[S={stack}, {rows}={GATES[call.cell] * hidden}, H={hidden}]"
+        raise ValueError(f"{op}: weight_hh must be {expected}, got {list(call.weight_hh.shape)}")
+    tensors: dict[str, tuple[Tensor | None, Sequence[str]]] = {
+        "input": (call.input, "NTBI"),
+        "h0": (call.h0, "SBH"),
+        "c0": (call.c0, "SBH"),
+        "weight_hh": (call.weight_hh, ("S", rows, "H")),
+        **others,
+    }
+    check_scan(op, leading, tensors, call.lengths, call.reverse)
+    if call.input.shape[0] not in (1, stack):
+        time, batch, size = call.input.shape[1:]
         raise ValueError(
-            f"{op}: input must be [S={stack} or 1, T={time}, B={batch}, I={size}], got {list(input.shape)}"
+            f"{op}: input must be [S={stack} or 1, T={time}, B={batch}, I={size}], got {list(call.input.shape)}"
         )
     for name in ("c0", "disp_c_n", "credit_c_n"):
-        if cell != "lstm" and tensors.get(name, (None,))[0] is not None:
-            raise ValueError(f"{op}: {name} must be None for cell {cell!r}, got a tensor")
-    if cell == "lstm" and tensors["c0"][0] is None:
+        if call.cell != "lstm" and tensors.get(name, (None,))[0] is not None:
+            raise ValueError(f"{op}: {name} must be None for cell {call.cell!r}, got a tensor")
+    if call.cell == "lstm" and call.c0 is None:
         raise ValueError(f"{op}: c0 must be given for cell 'lstm', got None")
 
 
 def _prepare_layer(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Check the arguments and return empty outputs: all that the fake implementation does."""
     op, call = "gated_layer", _Forward(*args, **kwargs)
-    check_choice(op, "cell", call.cell, CELLS)
-    rows = f"{GATES[call.cell]}H"
-    tensors: dict[str, tuple[Tensor | None, Sequence[str]]] = {
-        "input": (call.input, "NTBI"),
-        "h0": (call.h0, "SBH"),
-        "c0": (call.c0, "SBH"),
-        "weight_hh": (call.weight_hh, ("S", rows, "H")),
+    rows = f"{GATES.get(call.cell)}H"
+    others: dict[str, tuple[Tensor | None, Sequence[str]]] = {
         "weight_ih": (call.weight_ih, ("S", rows, "I")),
         "bias_ih": (call.bias_ih, ("S", rows)),
         "bias_hh": (call.bias_hh, ("S", rows)),
     }
-    _check_gated(op, "input", tensors, call.lengths, call.reverse, call.cell)
+    _check_gated(op, "input", call, others)
     if (call.bias_ih is None) != (call.bias_hh is None):
         missing = "bias_ih" if call.bias_ih is None else "bias_hh"
         raise ValueError(f"{op}: bias_ih and bias_hh must both be given or both be None, got None for {missing}")
@@ -198,37 +226,6 @@ def _gated_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return outputs
 
 
-class _Backward(NamedTuple):
-    """The arguments of ``gated_layer_backward``."""
-
-    grad_states: Tensor | None
-    input: Tensor
-    states: Tensor
-    h0: Tensor
-    c0: Tensor | None
-    kept: Tensor
-    weight_hh: Tensor
-    feedback: Tensor
-    input_feedback: Tensor | None
-    lengths: Tensor | None
-    reverse: Sequence[bool]
-    cell: str
-    inverse: str
-    credit: str
-    target_step: Sequence[float]
-    margin: Sequence[float]
-    gate_slope: str
-    candidate_slope: str
-    slope_reg: Sequence[float]
-    scale: Sequence[float]
-    input_scale: Sequence[float]
-    needs: Sequence[bool]
-    disp_h_n: Tensor | None = None
-    disp_c_n: Tensor | None = None
-    credit_h_n: Tensor | None = None
-    credit_c_n: Tensor | None = None
-
-
 _Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -266,17 +263,11 @@ def _check_rule(op: str, call: _Backward) -> None:
 def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
     """Check the arguments and return empty outputs: all that the fake implementation does."""
     op, call = "gated_layer_backward", _Backward(*args, **kwargs)
-    check_choice(op, "cell", call.cell, CELLS)
-    gates, kept = GATES[call.cell], str(KEPT[call.cell])
-    rows = f"{gates}H"
-    tensors: dict[str, tuple[Tensor | None, Sequence[str]]] = {
+    rows, kept = f"{GATES.get(call.cell)}H", str(KEPT.get(call.cell))
+    others: dict[str, tuple[Tensor | None, Sequence[str]]] = {
         "states": (call.states, "STBH"),
-        "input": (call.input, "NTBI"),
         "grad_states": (call.grad_states, "STBH"),
-        "h0": (call.h0, "SBH"),
-        "c0": (call.c0, "SBH"),
         "kept": (call.kept, ("S", "T", "B", kept, "H")),
-        "weight_hh": (call.weight_hh, ("S", rows, "H")),
         "feedback": (call.feedback, ("S", rows, "H")),
         "input_feedback": (call.input_feedback, ("S", rows, "I")),
         "disp_h_n": (call.disp_h_n, "SBH"),
@@ -284,7 +275,7 @@ def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
         "credit_h_n": (call.credit_h_n, "SBH"),
         "credit_c_n": (call.credit_c_n, "SBH"),
     }
-    _check_gated(op, "states", tensors, call.lengths, call.reverse, call.cell)
+    _check_gated(op, "states", call, others)
     stack, time, batch, hidden = call.states.shape
     if call.kept.shape[3] != KEPT[call.cell]:
         raise ValueError(
@@ -296,7 +287,7 @@ def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
     if call.needs[0] and call.input_feedback is None:
         raise ValueError(f"{op}: input_feedback must be given for a gradient of the input, got None")
     has_cell, through_time = call.cell == "lstm", call.credit == "through_time"
-    of_gates, of_states = gates * hidden, (stack, batch, hidden)
+    of_gates, of_states = GATES[call.cell] * hidden, (stack, batch, hidden)
     new = call.states.new_empty
     return (
         call.input.new_empty(call.input.shape if call.needs[0] else 0),
@@ -323,6 +314,7 @@ def _gated_layer_backward(*args: Any) -> _Gradients:
     of_member = input.new_empty(call.states.shape[0], *input.shape[1:]) if shared else of_input
     has_cell, through_time = call.cell == "lstm", call.credit == "through_time"
     wanted = (*call.needs, True, has_cell, through_time, has_cell and through_time)
+    written = [dense(output) if need else None for output, need in zip((of_member, *outputs[1:]), wanted, strict=True)]
     _C.gated_layer_backward(
         dense(call.grad_states),
         dense_rows(input),
@@ -349,7 +341,15 @@ def _gated_layer_backward(*args: Any) -> _Gradients:
         dense(call.disp_c_n),
         dense(call.credit_h_n),
         dense(call.credit_c_n),
-        *(dense(output) if need else None for output, need in zip((of_member, *outputs[1:]), wanted, strict=True)),
+        written[0],
+        written[1],
+        written[2],
+        written[3],
+        written[4],
+        written[5],
+        written[6],
+        written[7],
+        written[8],
         execution(call.states),
     )
     if shared:
