@@ -152,7 +152,7 @@ def _check_gated(
     """Check the cell and the tensors of a call: what both ops take, and ``others`` as ``check_scan`` takes them."""
     check_choice(op, "cell", call.cell, CELLS)
     rows = f"{GATES[call.cell]}H"
-    stack, hidden = call.h0.shape[0], call.h0.shape[-1]
+    stack, hidden = call.h0.shape[0], call.weight_hh.shape[-1]
     # of all sizes this one alone follows from another
     if call.weight_hh.dim() == 3 and call.weight_hh.shape[1] != GATES[call.cell] * hidden:
         expected = f"[S={stack}, {rows}={GATES[call.cell] * hidden}, H={hidden}]"
