@@ -548,7 +548,7 @@ def test_sizes_out_of_range_are_named(tmp_path: Path) -> None:
     for call, message in (
         (lambda: task.test_set(1, 5), "test_size must be 1 .. 4 (the test images), got 5"),
         (lambda: task.validation_set(1, 6), "validation_size must be 1 .. 5 (the validation images), got 6"),
-        (lambda: task.batch(1, 0, 16), "batch_size must be at most 15 (the training images), got 16"),
+        (lambda: task.batch(1, 0, 16), "batch_size must be at most 15 (the training samples), got 16"),
         (lambda: task.split_size("dev"), "split must be one of train, validation, test, got 'dev'"),
         (lambda: task.evaluation_batches("dev", 2), "split must be one of train, validation, test, got 'dev'"),
         (lambda: task.evaluation_batches("test", 0), "batch_size must be >= 1, got 0"),

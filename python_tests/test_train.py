@@ -107,7 +107,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"nesterov": True}, "nesterov needs optimizer=sgd and a momentum above 0"),
         (
             {"rule": "learned-inverse", "nonlinearity": "relu"},
-            "learned-inverse does not go with nonlinearity=relu: ",
+            "learned-inverse does not go with cell=rnn, nonlinearity=relu: ",
         ),
         ({"device": "toaster"}, "device must be a torch device"),
         ({"device": "meta"}, "device must be cpu or cuda"),
@@ -132,7 +132,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"sizes": (3,)}, r"sizes does not belong to temporal-order, got \(3,\)"),
         ({"reduction": "batch"}, "reduction does not belong to temporal-order, got 'batch'"),
         ({"reference_compat": True}, "reference_compat does not belong to temporal-order, got True"),
-        ({"nonlinearity": "sigmoid"}, "nonlinearity of temporal-order must be tanh, relu or identity, got sigmoid"),
+        ({"nonlinearity": "sigmoid"}, "nonlinearity must be one of tanh, relu, identity with cell=rnn, got sigmoid"),
         ({"init": "xavier"}, "init of temporal-order must be orthogonal or torch, got xavier"),
         ({"epochs": 3}, "epochs does not belong to temporal-order, got 3"),
         ({"epochs": 3, "iterations": 3}, "give epochs or iterations, got epochs=3, iterations=3"),
@@ -514,8 +514,10 @@ def test_files_of_a_run(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "a" / "run")
     assert folder.read_config() == config
     rows = metrics(folder.path)
-    assert list(rows[0]) == ["iteration", "train_loss", "test_loss", "accuracy", "running_accuracy"]
-    assert {row["running_accuracy"] for row in rows} == {""}
+    assert list(rows[0]) == [
+        "iteration", "train_loss", "test_loss", "accuracy", "running_accuracy", "validation_loss",
+    ]  # fmt: skip
+    assert {(row["running_accuracy"], row["validation_loss"]) for row in rows} == {("", "")}
     assert [int(row["iteration"]) for row in rows] == [0, 6, 12, 18, 20]
     stored = json.loads(folder.result.read_text())
     assert stored["accuracy"] == result.accuracy == float(rows[-1]["accuracy"])
@@ -592,7 +594,7 @@ def test_what_is_not_finite_is_named(what: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_divergence_before_the_first_row_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module._Run, "_evaluate", lambda run: (float("nan"), 0.0))
+    monkeypatch.setattr(train_module._Run, "_evaluate", lambda run, samples: (float("nan"), 0.0))
     with pytest.raises(DivergedError, match="at iteration 0: the test loss is nan"):
         train(small(), tmp_path)
     assert metrics(tmp_path) == []

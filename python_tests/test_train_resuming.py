@@ -233,20 +233,28 @@ def test_a_wrong_field_of_a_result_is_refused(tmp_path: Path) -> None:
         train(small(), tmp_path, resume=True)
 
 
-def test_a_run_of_an_earlier_version_is_read(tmp_path: Path) -> None:
-    """Without the running accuracy."""
+@pytest.mark.parametrize(
+    "later", [("validation_loss", "measures"), ("validation_loss", "measures", "running_accuracy")]
+)
+def test_a_run_of_an_earlier_version_is_read(later: tuple[str, ...], tmp_path: Path) -> None:
+    """Without the validation loss, or the running accuracy either, and without a choice of cells."""
     result = train(small(), tmp_path)
     folder = RunFolder(tmp_path)
+    config = json.loads(folder.config.read_text())
+    assert config.pop("cell") == "rnn"
+    folder.config.write_text(json.dumps(config))
+    columns = len(later) - 1
     lines = folder.metrics.read_text().splitlines()
-    folder.metrics.write_text("".join(line.rpartition(",")[0] + "\n" for line in lines))
+    folder.metrics.write_text("".join(line.rsplit(",", columns)[0] + "\n" for line in lines))
     stored = json.loads(folder.result.read_text())
-    del stored["running_accuracy"]
+    for name in later:
+        del stored[name]
     folder.result.write_text(json.dumps(stored))
     assert folder.read_result() == result
     assert [row.accuracy for row in folder.read_rows()][-1] == result.accuracy
     state = checkpoint(tmp_path)
     del state["format"]
-    folder.save_checkpoint({**state, "rows": [row[:-1] for row in state["rows"]]})
+    folder.save_checkpoint({**state, "rows": [row[:-columns] for row in state["rows"]]})
     folder.result.unlink()
     again = train(small(), tmp_path, resume=True)
     assert replace(again, seconds=0.0) == replace(result, seconds=0.0)

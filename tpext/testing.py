@@ -29,7 +29,7 @@ from tpext.ops.units import UnitsName
 from tpext.rules import Backprop, LayerRule, RecurrentRule
 from tpext.rules.base import Kind, Rule, not_an_instance, of_each
 from tpext.tasks import ImageClasses
-from tpext.tasks.base import Batch, Task
+from tpext.tasks.base import NOT_ASKED, Batch, Task
 
 _STEPS, _BATCH = 7, 4
 
@@ -394,8 +394,8 @@ def check_task(task: Task) -> None:
     """Check that a task does what a training run relies on.
 
     Batches and test sets are pure functions of their arguments, have the stated shapes and dtypes, and the loss and the
-    share of correct outputs can be taken of them. Images of :class:`tpext.tasks.ImageClasses`, which are read where
-    they are not yet, keep their planes.
+    share of correct outputs can be taken of them; inputs of sequences have these as the task's own module embeds them.
+    Images of :class:`tpext.tasks.ImageClasses`, which are read where they are not yet, keep their planes.
 
     Args:
         task: any task.
@@ -430,6 +430,9 @@ def _check_samples(task: Task, draw: Callable[[int], Batch], by_iteration: bool)
     if by_iteration:
         _expect(not torch.equal(draw(4).input, first.input), "other samples for another iteration", "the same")
     input, target = first
+    if task.length is not None:
+        with torch.random.fork_rng(devices=[]):
+            input = task.make_embedding()(input)
     shape: tuple[int, ...] = (_BATCH, task.input_size)
     if isinstance(task, ImageClasses):
         shape = (_BATCH, *task.shape)
@@ -439,14 +442,16 @@ def _check_samples(task: Task, draw: Callable[[int], Batch], by_iteration: bool)
     _expect(input.dtype == torch.float32, "input in float32", input.dtype)
     classes = task.criterion == "cross_entropy"
     # of another shape the loss would broadcast, and be another one
-    shape = (_BATCH,) if classes else (_BATCH, task.output_size)
+    steps = (task.length or 1,) if task.every_step else ()
+    shape = (*steps, _BATCH) if classes else (*steps, _BATCH, task.output_size)
     _expect(target.shape == shape, f"target {list(shape)} for {task.criterion}", list(target.shape))
     dtype = torch.int64 if classes else torch.float32
     _expect(target.dtype == dtype, f"target in {dtype} for {task.criterion}", target.dtype)
     if classes:
-        inside = bool(((target >= 0) & (target < task.output_size)).all())
+        allowed = (target >= 0) | (target == NOT_ASKED) if task.every_step else target >= 0
+        inside = bool((allowed & (target < task.output_size)).all())
         _expect(inside, f"classes in 0..{task.output_size - 1}", target.tolist())
-    output = torch.zeros(_BATCH, task.output_size)
+    output = torch.zeros(*steps, _BATCH, task.output_size)
     loss, correct = task.loss(output, target), task.correct(output, target)
     _expect(loss.dim() == 0 and bool(loss.isfinite()), "a finite scalar for loss", loss)
-    _expect(tuple(correct.shape) == (_BATCH,), f"correct [B={_BATCH}]", list(correct.shape))
+    _expect(tuple(correct.shape) == (*steps, _BATCH), f"correct {[*steps, _BATCH]}", list(correct.shape))

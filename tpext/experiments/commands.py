@@ -53,7 +53,7 @@ from tpext.experiments.settings import ConfigError, choices_of, of_text
 from tpext.experiments.task_names import NOT_OPTIONS, find_task, task_options
 from tpext.experiments.train import train
 from tpext.rules import Rule
-from tpext.tasks import IMAGE_SETS, TASKS, Task, make_task
+from tpext.tasks import IMAGE_SETS, TASKS, MissingDataError, Task, make_task
 
 _PRESETS = "; ".join(
     [
@@ -164,15 +164,18 @@ class _Train:
         running = (
             "" if (mean := result.running_accuracy) is None else f"running training accuracy (from zero) {mean:.2%}, "
         )
+        measures = "".join(f"{name} {value:.4g}, " for name, value in result.measures.items())
         say(
             console,
             f"accuracy {result.accuracy:.2%} (best {result.best_accuracy:.2%} at iteration {result.best_iteration}), "
-            f"{running}test loss {result.test_loss:.4g}, {result.iterations} iterations in {result.seconds:.1f} s",
+            f"{running}{measures}test loss {result.test_loss:.4g}, {result.iterations} iterations "
+            f"in {result.seconds:.1f} s",
         )
         for name, picture in (
             ("curve", folder.curve),
             ("decision regions", folder.decision),
             ("reconstructions", folder.reconstruction),
+            ("text", folder.sample),
         ):
             if picture.exists():
                 say(console, f"{name}: {picture}")
@@ -283,9 +286,13 @@ class Tasks:
 
 
 def _output(task: Task) -> str:
+    try:
+        size = task.output_size
+    except MissingDataError:
+        return "as the file has"
     if task.criterion == "cross_entropy":
-        return f"{task.output_size} classes"
-    return "a number" if task.output_size == 1 else f"{task.output_size} numbers"
+        return f"{size} classes"
+    return "a number" if size == 1 else f"{size} numbers"
 
 
 @dataclass(frozen=True)

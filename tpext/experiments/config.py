@@ -6,12 +6,14 @@ preset and the values that differ from it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from tpext.experiments import rule_names, task_names
+from tpext.experiments.cells import CELLS
 from tpext.experiments.defaults import FEED_FORWARD, RATE, RUN, SEQUENCE, starting_values
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, RULES, SEQUENCE_RULES, find_rule
@@ -23,7 +25,7 @@ from tpext.experiments.settings import (
     choices_of,
     described,
 )
-from tpext.nn import RNN, TargetLinear
+from tpext.nn import TargetLinear
 from tpext.ops import Activation
 from tpext.rules import Rule
 from tpext.tasks import TASKS, Task
@@ -46,6 +48,7 @@ class Config:
     task: Task
     rule: Rule
     preset: str
+    cell: str | None = described(f"What recurrent layers are made of: {', '.join(CELLS)}.")
     hidden_size: int | None = described("Units of a recurrent layer.")
     layers: int | None = described("Number of recurrent layers.")
     sizes: tuple[int, ...] | None = described("Units of each hidden layer of a feed-forward network.")
@@ -72,7 +75,8 @@ class Config:
         "preset's is the published 1e-2 divided by the batch size."
     )
     head_lr: float = described(
-        "Learning rate of the output layer, which learns by plain gradients (not under the least squares rules)."
+        "Learning rate of the output layer, and of a trained embedding, which learn by plain gradients (not under the "
+        "least squares rules)."
     )
     reverse_lr: float = described("Learning rate of what a rule learns, such as reverse layers.")
     momentum: float = described("Momentum (sgd and the three rmsprop).")
@@ -88,7 +92,7 @@ class Config:
     epochs: int | None = described("Passes through the training images, in place of --iterations.")
     iterations: int | None = described("Number of training steps.")
     batch_size: int = described("Samples per step.")
-    test_size: int = described("Samples of the test set.", "the task's")
+    test_size: int = described("Samples of the test set, and of the validation set of a text.", "the task's")
     eval_interval: int | None = described("Iterations between evaluations.", "100, or the task's; with epochs an epoch")
     checkpoint_interval: int = described("Iterations between checkpoints.")
     seed: int = described("Seed of the initialization, the data and the noise.")
@@ -146,10 +150,10 @@ class Config:
     def _check_network(self) -> None:
         """Check the options that one kind of network has and the other has not."""
         kind = FEED_FORWARD if self.feed_forward else SEQUENCE
-        for name in ("hidden_size", "layers", "sizes"):
+        for name in ("cell", "hidden_size", "layers", "sizes"):
             if kind[name] is None:
                 self._check_belongs(name, None)
-            elif name != "sizes":
+            elif name not in ("cell", "sizes"):
                 check_integer(name, getattr(self, name), 1)
         if self.feed_forward:
             if not isinstance(self.sizes, tuple) or not self.sizes:
@@ -163,9 +167,12 @@ class Config:
             return
         for name in ("reference_compat", "tied", "reduction"):
             self._check_belongs(name, RUN[name])
-        if self.nonlinearity not in ("tanh", "relu", "identity"):
+        if self.cell not in CELLS:
+            raise ConfigError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
+        known = CELLS[self.cell].nonlinearities
+        if self.nonlinearity not in known:
             raise ConfigError(
-                f"nonlinearity of {self.task_name} must be tanh, relu or identity, got {self.nonlinearity}"
+                f"nonlinearity must be one of {', '.join(known)} with cell={self.cell}, got {self.nonlinearity}"
             )
         if self.init == "xavier":
             raise ConfigError(f"init of {self.task_name} must be orthogonal or torch, got xavier")
@@ -181,13 +188,14 @@ class Config:
             if self.feed_forward:
                 activation = Activation(self.nonlinearity, reference_compat=self.reference_compat)
                 TargetLinear(1, 1, activation=activation, rule=rule, device="meta")
-            else:
-                RNN(1, 1, nonlinearity=self.nonlinearity, rule=rule, device="meta")
+            elif self.cell is not None:
+                CELLS[self.cell].make(1, 1, 1, nonlinearity=self.nonlinearity, rule=rule, device="meta")
         except ValueError as error:
             compat = "reference_compat=True, " if self.reference_compat else ""
+            cell = "" if self.feed_forward else f"cell={self.cell}, "
             raise ConfigError(
-                f"rule={self.rule_name} does not go with {compat}nonlinearity={self.nonlinearity}: "
-                + str(error).removeprefix("TargetLinear: ").removeprefix("RNN: ")
+                f"rule={self.rule_name} does not go with {compat}{cell}nonlinearity={self.nonlinearity}: "
+                + re.sub(r"^\w+: ", "", str(error))
             ) from error
 
     def _check_tied(self) -> None:
@@ -251,8 +259,9 @@ class Config:
 
     @property
     def title(self) -> str:
-        """The task and, for sequences, its length: what runs must share to be compared."""
-        return self.task_name if self.feed_forward else f"{self.task_name}, T={self.task.length}"
+        """The task, what it is about and, for sequences, its length: what runs must share to be compared."""
+        parts = [self.task_name, self.task.subject, None if self.feed_forward else f"T={self.task.length}"]
+        return ", ".join(part for part in parts if part)
 
     def make_task(self) -> Task:
         """Return the task with its data folder; it reads no data yet."""
@@ -292,6 +301,8 @@ class Config:
                 known = task_names.find_task(values["task"]).options
                 options = {name: value for name, value in flat.items() if name in known}
                 values["task"] = {"name": values["task"], "options": options}
+            if "cell" not in values:  # earlier versions had one
+                values["cell"] = None if values["hidden_size"] is None else "rnn"
             sizes = None if values["sizes"] is None else tuple(values["sizes"])
             task, rule = task_names.task_from_dict(values["task"]), rule_names.rule_from_dict(values["rule"])
             return cls(**{**values, "task": task, "rule": rule, "sizes": sizes})

@@ -9,6 +9,7 @@ from tpext.rules import (
     ConstrainedLeastSquares,
     DifferenceTargetPropagation,
     Kaczmarz,
+    RegularizedInverse,
     RegularizedLeastSquares,
     Rule,
 )
@@ -38,6 +39,7 @@ RUN: dict[str, Any] = {
 """Of all runs."""
 
 SEQUENCE: dict[str, Any] = {
+    "cell": "rnn",
     "hidden_size": 100,
     "layers": 1,
     "sizes": None,
@@ -50,6 +52,7 @@ SEQUENCE: dict[str, Any] = {
 """Of recurrent networks besides."""
 
 FEED_FORWARD: dict[str, Any] = {
+    "cell": None,
     "hidden_size": None,
     "layers": None,
     "sizes": (64, 64),
@@ -60,6 +63,16 @@ FEED_FORWARD: dict[str, Any] = {
     "eval_interval": None,
 }
 """Of feed-forward ones."""
+
+EVERY_STEP: dict[str, Any] = {"optimizer": "adam", "lr": 3e-3}
+"""Of recurrent networks that are judged at every step. What was published for a text learns too slowly under
+back-propagation, and diverges in the first iteration under the regularised inverse."""
+
+# Inverse slopes of saturated units blow displacements up: from the last of 64 steps they overflow float32.
+EVERY_STEP_RULES: dict[type[Rule], dict[str, Any]] = {
+    RegularizedInverse: {"rule": RegularizedInverse(slope="derivative")},
+}
+"""Of those by their rules."""
 
 DRAWN: dict[str, Any] = {"epochs": None, "iterations": 3_000, "eval_interval": 100}
 """Of feed-forward ones whose task draws its samples."""
@@ -88,10 +101,13 @@ SOLVES: dict[str, Any] = {
 def starting_values(case: Case) -> dict[str, Any]:
     """Return the fields of a configuration that the default preset sets, without ``rule`` if that is the rule's own.
 
-    A sequence starts from the nearest published rates, for fewer iterations.
+    A sequence starts from the nearest published rates, for fewer iterations; but one that is judged at every step, for
+    which these do not work, does not.
     """
     task = case.task
-    if task.length is not None:
+    if task.every_step:
+        values = {**RUN, **SEQUENCE, **EVERY_STEP, **EVERY_STEP_RULES.get(case.rule, {}), **task.defaults}
+    elif task.length is not None:
         published = roulet.nearest(case)
         values = {**RUN, **SEQUENCE, **(published or {"optimizer": "adam"})}
         values["iterations"] = SEQUENCE["iterations"]

@@ -55,6 +55,8 @@ def draw_run(folder: str | Path) -> Path:
 
     losses.plot(metrics.iteration, metrics.train_loss, color=COLOURS[1], lw=1.2, alpha=0.8, label="training")
     losses.plot(metrics.iteration, metrics.test_loss, color=COLOURS[0], lw=1.8, label="test")
+    if metrics.validation_loss.notna().any():
+        losses.plot(metrics.iteration, metrics.validation_loss, color=COLOURS[2], lw=1.2, ls="--", label="validation")
     _style_loss(losses, "loss")
     losses.legend(frameon=False)
     accuracy.plot(metrics.iteration, metrics.accuracy, color=COLOURS[0], lw=1.8)
@@ -309,7 +311,8 @@ def _style_loss(axes: Axes, label: str) -> None:
 def _style_accuracy(axes: Axes, config: Config | ImageConfig, evaluated: str = "test") -> None:
     style(axes)
     task = config.make_task()
-    if task.criterion == "cross_entropy" and task.output_size <= 10:
+    # of the classes of steps none is as frequent as another
+    if task.criterion == "cross_entropy" and not task.every_step and task.output_size <= 10:
         axes.axhline(1 / task.output_size, color="#999999", lw=1, ls=(0, (4, 3)), label=CHANCE_LABEL)
         axes.text(
             0.99, 1 / task.output_size, CHANCE_LABEL, color="#777777", fontsize=8, va="bottom", ha="right",

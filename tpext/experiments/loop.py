@@ -245,7 +245,8 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         }
 
     def _move(self, batch: Batch) -> Batch:
-        return Batch(batch.input.to(self.device, self.dtype), batch.target.to(self.device))
+        dtype = self.dtype if batch.input.is_floating_point() else None
+        return Batch(batch.input.to(self.device, dtype), batch.target.to(self.device))
 
     def _add_row(self, progress: Progress) -> None:
         if self.losses:

@@ -7,8 +7,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from tpext.experiments.cells import CELLS
 from tpext.experiments.config import Config
-from tpext.nn import MLP, RNN, TargetLinear
+from tpext.nn import MLP, TargetLinear
 from tpext.ops import Activation
 from tpext.tasks import Task
 
@@ -17,6 +18,7 @@ class SequenceModel(nn.Module):
     """``output = h_T W_head^T + b_head``, with ``h_T`` the last state of a stack of recurrent layers.
 
     The target of ``h_T`` is made from the loss's gradient, through the head; the head itself learns by that gradient.
+    A task that judges every step has such an output, and such a target, of each state.
     """
 
     def __init__(self, config: Config, task: Task) -> None:
@@ -24,23 +26,38 @@ class SequenceModel(nn.Module):
         rule: Any = config.rule  # for recurrent layers, as the configuration has checked
         assert config.hidden_size is not None
         assert config.layers is not None
-        self.rnn = RNN(task.input_size, config.hidden_size, config.layers, nonlinearity=config.nonlinearity, rule=rule)
+        assert config.cell is not None
+        self.every_step = task.every_step
+        self.embedding = task.make_embedding()
+        cell = CELLS[config.cell]
+        self.rnn = cell.make(
+            task.input_size, config.hidden_size, config.layers, nonlinearity=config.nonlinearity, rule=rule
+        )
         # The layer has two biases that only ever act as their sum, the published model one. Training both would move
         # the sum at twice the rate, so one of them stays zero.
         for name, parameter in self.rnn.named_parameters():
-            if name.startswith("bias_hh"):
+            if name.startswith("bias_hh") and not cell.both_biases:
                 nn.init.zeros_(parameter).requires_grad_(False)
         self.head = nn.Linear(config.hidden_size, task.output_size)
-        initialize(self, config)
+        initialize(self.rnn, config, rows=config.hidden_size)
+        initialize(self.head, config)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the outputs ``[B, output_size]`` of sequences ``[T, B, I]``."""
-        output: Tensor = self.head(self.rnn(input)[1][-1])
+        """Return the outputs ``[B, output_size]``, or ``[T, B, output_size]``, of sequences ``[T, B, I]``."""
+        states, last = self.rnn(self.embedding(input))
+        if isinstance(last, tuple):  # of a cell that has more than the state that it puts out
+            last = last[0]
+        output: Tensor = self.head(states if self.every_step else last[-1])
         return output
 
     def reconstruction_loss(self, input: Tensor) -> Tensor:
         """Return the loss of the reverse layers."""
-        return self.rnn.reconstruction_loss(input)
+        loss: Tensor = self.rnn.reconstruction_loss(self.embedding(input))
+        return loss
+
+    def outer(self) -> list[nn.Module]:
+        """Return the modules around the hidden layers, which learn by plain gradients."""
+        return [self.head, self.embedding]
 
     def local_layers(self) -> list[TargetLinear]:
         """Return no layer: no recurrent layer's gradients are averaged by ``reduction``."""
@@ -87,6 +104,10 @@ class FeedForwardModel(nn.Module):
         """Return the loss of the reverse layers."""
         return self.layers.reconstruction_loss(input)
 
+    def outer(self) -> list[nn.Module]:
+        """Return the modules around the hidden layers."""
+        return [self.head]
+
     def local_layers(self) -> list[TargetLinear]:
         """Return the layers that have local losses."""
         return [module for module in self.modules() if isinstance(module, TargetLinear)]
@@ -101,9 +122,9 @@ def make_model(config: Config, task: Task) -> Model:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, config: Config) -> None:
+def initialize(model: nn.Module, config: Config, rows: int | None = None) -> None:
     """Draw all parameters anew, unless ``init`` is "torch" (what the layers draw themselves): matrices by ``init``,
-    biases 0.
+    each ``rows`` rows (those of a gate) by themselves, biases 0.
 
     "orthogonal": singular values 1 (semi-orthogonal), reverse layers included. It matters: with torch's default
     initialisation, temporal order at T=60 stays at chance for 4,000 iterations under the published settings.
@@ -118,7 +139,8 @@ def initialize(model: nn.Module, config: Config) -> None:
         if parameter.ndim != 2:
             nn.init.zeros_(parameter)
         elif config.init == "orthogonal":
-            nn.init.orthogonal_(parameter)
+            for gate in torch.split(parameter, rows or len(parameter)):
+                nn.init.orthogonal_(gate)
         elif "reverse_" in name:
             nn.init.orthogonal_(parameter, gain=0.95)
         else:
@@ -135,7 +157,8 @@ def owned_names(model: nn.Module) -> set[str]:
 
 
 def split_parameters(model: Model) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Return the trained parameters of the hidden layers, of the head, and of the rule (those of reverse layers, say).
+    """Return the trained parameters of the hidden layers, of the modules around these (the head, and an embedding), and
+    of the rule (those of reverse layers, say).
 
     Weights that the head shares with a hidden layer are the hidden layer's.
     """
@@ -145,7 +168,8 @@ def split_parameters(model: Model) -> tuple[list[nn.Parameter], list[nn.Paramete
     reverse = [parameter for name, parameter in named if name in owned]
     forward = [parameter for name, parameter in named if name not in owned]
     shared = {id(parameter) for parameter in forward}
-    return forward, [parameter for parameter in model.head.parameters() if id(parameter) not in shared], reverse
+    outer = [parameter for module in model.outer() for parameter in module.parameters() if parameter.requires_grad]
+    return forward, [parameter for parameter in outer if id(parameter) not in shared], reverse
 
 
 def local_scales(model: Model, config: Config) -> list[tuple[nn.Parameter, float]]:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tpext.experiments.cells import CELLS
 from tpext.experiments.config import Config
 
 REDRAW_SECONDS = 0.1
@@ -151,12 +152,15 @@ def describe(config: Config) -> str:
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"
     if config.sizes is None:
         layers = f" x {config.layers} layers" if config.layers != 1 else ""
-        network = [f"T={config.task.length}", f"{config.hidden_size} {config.nonlinearity} units{layers}"]
+        several = config.cell is not None and len(CELLS[config.cell].nonlinearities) > 1
+        units = config.nonlinearity if several else config.cell
+        network = [f"T={config.task.length}", f"{config.hidden_size} {units} units{layers}"]
     else:
         tied = ", tied" if config.tied else ""
         network = [f"{'-'.join(map(str, config.sizes))} {config.nonlinearity} units{tied}"]
     parts = [
         config.task_name,
+        *([config.task.subject] if config.task.subject else []),
         *network,
         rule + (f" ({', '.join(options)})" if options else ""),
         f"{config.optimizer} {rates}" + (f" momentum {config.momentum:g}" if config.momentum else ""),

@@ -2,12 +2,14 @@
 
 ====================  =====================================================================================
 config.json           the configuration
-metrics.csv           iteration, train_loss, test_loss, accuracy, seconds, running_accuracy: one row per evaluation
+metrics.csv           iteration, train_loss, test_loss, accuracy, seconds, running_accuracy, validation_loss: one row
+                      per evaluation
 checkpoint.pt         everything that continues the run bit for bit, the metrics so far included
 result.json           final and best accuracy, losses, time, versions: present when the run is complete
 curve.png             loss and accuracy over the iterations
 decision.png          decision regions of a toy set in the plane
 reconstruction.png    test images and what an autoencoder makes of them
+sample.txt            a text by a language model, at the end of its run
 lock                  empty; held by the process that is at the run
 ====================  =====================================================================================
 """
@@ -22,7 +24,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_origin, get_type_hints
@@ -45,6 +47,7 @@ class Row(NamedTuple):
     ``train_loss`` is the mean over the iterations since the row before. Those that train reverse layers alone have
     none; if no other came, it is that row's. ``running_accuracy`` is that of the training batches, each before its
     step, as :func:`tpext.ops.kaczmarz.running_accuracy` averages it from zero; under rule kaczmarz only.
+    ``validation_loss`` is there where the task has a validation set.
     """
 
     iteration: int
@@ -53,9 +56,14 @@ class Row(NamedTuple):
     accuracy: float
     seconds: float
     running_accuracy: float | None = None
+    validation_loss: float | None = None
 
 
-_READ: tuple[Callable[[str], Any], ...] = (int, *[float] * 4, lambda cell: float(cell) if cell else None)
+def _optional(cell: str) -> float | None:
+    return float(cell) if cell else None
+
+
+_READ: tuple[Callable[[str], Any], ...] = (int, *[float] * 4, *[_optional] * 2)
 """How each cell of a row is read."""
 
 
@@ -65,7 +73,8 @@ class Result:
 
     Accuracies are in 0..1, on the test set; ``error`` is ``1 - accuracy``. ``best_accuracy`` is the maximum over the
     evaluations after iteration 0: a choice made on the test set, so it flatters; ``accuracy`` is that of the last
-    iteration. ``running_accuracy`` is that of the last :class:`Row`.
+    iteration. ``running_accuracy`` and ``validation_loss`` are those of the last :class:`Row`; ``measures`` has what
+    the field reports in place of losses, by names such as "test perplexity".
     """
 
     task: str
@@ -84,6 +93,8 @@ class Result:
     threads: int
     versions: dict[str, str]
     running_accuracy: float | None = None
+    validation_loss: float | None = None
+    measures: dict[str, float] = field(default_factory=dict)
 
 
 class RunError(RuntimeError):
@@ -337,6 +348,7 @@ class RunFolder(AnyRunFolder[Config, Row, Result]):
         super().__init__(path)
         self.decision = self.path / "decision.png"
         self.reconstruction = self.path / "reconstruction.png"
+        self.sample = self.path / "sample.txt"
 
     def _header(self) -> Sequence[str]:
         return Row._fields
@@ -345,8 +357,8 @@ class RunFolder(AnyRunFolder[Config, Row, Result]):
         return row
 
     def _rows(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[Row]:
-        # Earlier versions had no running accuracy.
-        if tuple(header) not in (Row._fields, Row._fields[:-1]):
+        # Earlier versions had no validation loss, and before that no running accuracy.
+        if tuple(header) not in (Row._fields, Row._fields[:-1], Row._fields[:-2]):
             raise ValueError(f"its columns are {', '.join(header)}")
         kinds = _READ[: len(header)]
         return [Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True))) for line in lines]

@@ -17,7 +17,7 @@ from tpext.experiments.loop import DivergedError, Run, carry_out
 from tpext.experiments.model import Model, local_scales, make_model, split_parameters
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
-from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder
+from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder, write_whole
 from tpext.experiments.settings import ConfigError
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy
@@ -100,6 +100,7 @@ class _Run(Run[Config, Row, Result]):
         try:
             task.batch(config.seed, 0, config.batch_size)
             self.test_set = task.test_set(config.seed, config.test_size)
+            self.validation_set = task.validation_set(config.seed, config.test_size)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         self.writer: SummaryWriter | None = None
@@ -198,28 +199,34 @@ class _Run(Run[Config, Row, Result]):
         return self.criterion(self._output(input), target).item()
 
     @torch.no_grad()
-    def _evaluate(self) -> tuple[float, float]:
-        """Return mean loss and accuracy on the test set."""
-        size = self.test_set.target.size(0)
-        sequence = self.task.length is not None
-        width = (self.config.hidden_size or 1) * (self.task.length or 1) if sequence else sum(self.config.sizes or ())
-        part = max(1, EVALUATION_NUMBERS // width)
-        loss = correct = 0.0
+    def _evaluate(self, samples: Batch) -> tuple[float, float]:
+        """Return mean loss and accuracy on a set."""
+        task, sequence, every = self.task, self.task.length is not None, self.task.every_step
+        width = (self.config.hidden_size or 0) if sequence else sum(self.config.sizes or ())
+        if every:
+            width += task.input_size + task.output_size
+        part = max(1, EVALUATION_NUMBERS // (width * (task.length or 1)))
+        inputs = torch.split(samples.input, part, dim=1 if sequence else 0)
+        targets = torch.split(samples.target, part, dim=1 if every else 0)
+        loss = correct = judged = 0.0
         self.model.eval()
-        for start in range(0, size, part):
-            rows = slice(start, start + part)
-            input = self.test_set.input[:, rows] if sequence else self.test_set.input[rows]
-            input, target = self._move(Batch(input, self.test_set.target[rows]))
-            output = self._output(input)
-            loss += self.criterion(output, target).item() * target.size(0)
-            correct += self.task.correct(output, target).sum().item()
+        for batch in map(Batch, inputs, targets):
+            input, target = self._move(batch)
+            output, count = self._output(input), task.judged(target)
+            loss += self.criterion(output, target).item() * count
+            correct += task.correct(output, target).sum().item()
+            judged += count
         self.model.train()
-        return loss / size, correct / size
+        return loss / judged, correct / judged
 
     def _row(self, train_loss: float) -> Row:
-        test_loss, accuracy = self._evaluate()
+        test_loss, accuracy = self._evaluate(self.test_set)
         self._watch(test_loss, "test loss")
-        row = Row(self.iteration, train_loss, test_loss, accuracy, round(self._seconds(), 3), self.running_accuracy)
+        validation_loss = None
+        if self.validation_set is not None:
+            validation_loss = self._watch(self._evaluate(self.validation_set)[0], "validation loss")
+        seconds = round(self._seconds(), 3)
+        row = Row(self.iteration, train_loss, test_loss, accuracy, seconds, self.running_accuracy, validation_loss)
         if self.config.tensorboard:
             self._write_events(row)
         return row
@@ -230,7 +237,7 @@ class _Run(Run[Config, Row, Result]):
 
             # What a killed run wrote after its last checkpoint comes again.
             self.writer = SummaryWriter(str(self.folder.path / "tensorboard"), purge_step=row.iteration)
-        for name in ("train_loss", "test_loss", "accuracy", "running_accuracy"):
+        for name in ("train_loss", "test_loss", "accuracy", "running_accuracy", "validation_loss"):
             if (value := getattr(row, name)) is not None:
                 self.writer.add_scalar(name, value, row.iteration)
 
@@ -243,7 +250,9 @@ class _Run(Run[Config, Row, Result]):
         from tpext.experiments.figures import draw_task
 
         draw_task(self.folder.path)
+        self._write_sample()
         last, best = self.rows[-1], self._best_row()
+        losses = {"validation": last.validation_loss, "test": last.test_loss}
         return Result(
             task=self.config.task_name,
             rule=self.config.rule_name,
@@ -255,5 +264,21 @@ class _Run(Run[Config, Row, Result]):
             seconds=last.seconds,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             running_accuracy=last.running_accuracy,
+            validation_loss=last.validation_loss,
+            measures={
+                f"{part} {name}": value
+                for part, loss in losses.items()
+                if loss is not None
+                for name, value in self.task.measures(loss).items()
+            },
             **self._outcome(),
         )
+
+    @torch.no_grad()
+    def _write_sample(self) -> None:
+        """Write a text by the trained network, if the task is about texts."""
+        self.model.eval()
+        text = self.task.generate(lambda input: self._output(input.to(self.device)), self.config.seed)
+        self.model.train()
+        if text is not None:
+            write_whole(self.folder.path / "sample.txt", text.encode())

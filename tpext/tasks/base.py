@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Criterion = Literal["cross_entropy", "mse", "sigmoid_cross_entropy"]
 Picture = Literal["decision", "reconstruction"]
@@ -19,7 +19,18 @@ Order = Literal["shuffled", "sequential_first", "sequential"]
 """In which order an epoch takes its samples: shuffled, as stored in the first epoch only, or as stored in every one."""
 
 # Independent streams of random numbers of one seed: what is drawn for one purpose never moves the others.
-TRAIN_STREAM, TEST_STREAM, SHUFFLE_STREAM, PERMUTATION_STREAM, SPLIT_STREAM, AUGMENTATION_STREAM = range(6)
+(
+    TRAIN_STREAM,
+    TEST_STREAM,
+    SHUFFLE_STREAM,
+    PERMUTATION_STREAM,
+    SPLIT_STREAM,
+    AUGMENTATION_STREAM,
+    GENERATION_STREAM,
+) = range(7)
+
+NOT_ASKED = -100
+"""The class of a step whose output is not judged; torch's cross-entropy passes over it."""
 
 
 def random_generator(seed: int, stream: int, index: int = 0) -> np.random.Generator:
@@ -44,9 +55,10 @@ def random_generator(seed: int, stream: int, index: int = 0) -> np.random.Genera
 class Batch(NamedTuple):
     """Samples of a task.
 
-    ``input`` is ``[T, B, I]`` float32, ``[B, I]`` for a feed-forward task, ``[B, C, H, W]`` for a convolutional one.
-    ``target`` is ``[B]`` int64 classes, ``[B, 1]`` float32 for "mse", ``[B, output_size]`` float32 in [0, 1] for
-    "sigmoid_cross_entropy".
+    ``input`` is ``[T, B, I]`` float32, ``[B, I]`` for a feed-forward task, ``[B, C, H, W]`` for a convolutional one, or
+    ``[T, B, ...]`` of what the task's own embedding reads (:meth:`Task.make_embedding`). ``target`` is ``[B]`` int64
+    classes, ``[B, 1]`` float32 for "mse", ``[B, output_size]`` float32 in [0, 1] for "sigmoid_cross_entropy"; of a task
+    that judges every step each has T in front, and the class of a step that is not judged is :data:`NOT_ASKED`.
     """
 
     input: Tensor
@@ -54,7 +66,8 @@ class Batch(NamedTuple):
 
 
 class Task(ABC):
-    """A problem with one output a sample: that after the last step of a sequence, or that of a feed-forward network.
+    """A problem with one output a sample: that after the last step of a sequence, or that of a feed-forward network;
+    or, with ``every_step``, with one after every step.
 
     Subclasses say the sizes and produce the data. The two methods that do are pure functions of their arguments.
     """
@@ -63,6 +76,9 @@ class Task(ABC):
     """The loss, which says of what kind targets are too: see :meth:`loss` and :class:`Batch`."""
     correct_when: ClassVar[str]
     """How an output counts as correct, in words."""
+
+    every_step: ClassVar[bool] = False
+    """Whether the output after every step is judged; else the one after the last."""
 
     default_test_size: ClassVar[int] = 1000
 
@@ -78,6 +94,11 @@ class Task(ABC):
     @property
     def picture(self) -> Picture | None:
         """What a run draws of what it has learned."""
+        return None
+
+    @property
+    def subject(self) -> str | None:
+        """What a task that may be about several things is about: runs share a figure only where it is the same."""
         return None
 
     @property
@@ -122,29 +143,61 @@ class Task(ABC):
             size: number of samples, >= 1.
         """
 
+    def validation_set(self, seed: int, size: int) -> Batch | None:
+        """Return the fixed validation set, as :meth:`test_set`; None for a task that has none."""
+        return None
+
+    def make_embedding(self) -> nn.Module:
+        """Return the module that turns an input into the numbers ``[T, B, input_size]`` that a recurrent layer reads.
+
+        Parameters of it that are to be trained learn by plain gradients, as the output layer's do. The inputs of most
+        tasks are such numbers.
+        """
+        return nn.Identity()
+
+    def generate(self, network: Callable[[Tensor], Tensor], seed: int) -> str | None:
+        """Return a text by a trained network, for ``sample.txt``; None for a task that is not about texts.
+
+        Args:
+            network: returns the outputs for an input of a :class:`Batch`.
+            seed: of the random numbers.
+        """
+        return None
+
+    def measures(self, loss: float) -> dict[str, float]:
+        """Return the figures, by their names, in which the field reports a mean loss, if it does not report that."""
+        return {}
+
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return the mean loss of outputs ``[B, output_size]``, a scalar, by the criterion.
+        """Return the mean loss of outputs ``[B, output_size]`` or ``[T, B, output_size]``, a scalar, by the criterion.
 
         ================================  ==================================================================
-        ``"cross_entropy"``               of the softmax of the outputs, mean over ``B``
-        ``"mse"``                         squared error, mean over ``B * output_size``
-        ``"sigmoid_cross_entropy"``       of the sigmoid of each output, mean over ``B * output_size``
+        ``"cross_entropy"``               of the softmax of the outputs, mean over those that are judged
+        ``"mse"``                         squared error, mean over ``B * output_size``, and ``T``
+        ``"sigmoid_cross_entropy"``       of the sigmoid of each output, mean over ``B * output_size``, and ``T``
         ================================  ==================================================================
         """
         if self.criterion == "mse":
             return torch.nn.functional.mse_loss(output, target.to(output.dtype))
         if self.criterion == "sigmoid_cross_entropy":
             return torch.nn.functional.binary_cross_entropy_with_logits(output, target.to(output.dtype))
-        return torch.nn.functional.cross_entropy(output, target)
+        return torch.nn.functional.cross_entropy(output.flatten(0, -2), target.flatten(), ignore_index=NOT_ASKED)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor:
-        """Return which outputs ``[B, output_size]`` are correct, ``[B]`` bool, or which share of each, ``[B]``.
+        """Return which outputs ``[B, output_size]`` or ``[T, B, output_size]`` are correct, ``[B]`` or ``[T, B]`` bool,
+        or which share of each; one that is not judged is not.
 
         By default those whose largest value is the class; a task of another criterion than "cross_entropy" says which.
         """
         if self.criterion != "cross_entropy":
             raise NotImplementedError(f"{type(self).__name__}: criterion {self.criterion!r} needs a method correct")
-        return output.argmax(dim=1) == target
+        return output.argmax(dim=-1) == target
+
+    def judged(self, target: Tensor) -> int:
+        """Return how many outputs targets judge: what mean losses and shares of correct outputs are means over."""
+        if self.criterion == "cross_entropy":
+            return int((target != NOT_ASKED).sum())
+        return target.shape[:-1].numel()
 
 
 class SyntheticTask(Task):
@@ -189,7 +242,7 @@ def epoch_batches(batch_size: int, size: int) -> int:
         ValueError: they make none.
     """
     if batch_size > size:
-        raise ValueError(f"batch_size must be at most {size} (the training images), got {batch_size}")
+        raise ValueError(f"batch_size must be at most {size} (the training samples), got {batch_size}")
     return size // batch_size
 
 
