@@ -61,7 +61,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for default in (interval, rows, "500", "32", "orthogonal", "through_time", "sgd; feed-forward adam"):
         assert f"(default: {default})" in shown
     assert "least squares, regularized-least-squares)." in shown.replace("- ", "-").replace("-squares,", " squares,")
-    assert "Number of steps. (temporal-order, temporal-order-3bit, adding, random-permutation)" in shown
+    assert "Number of steps. (temporal-order, temporal-order-3bit, adding, random-permutation, text)" in shown
     assert "What the layer below receives, always in gradient units (rules regularized-inverse)." in shown
     assert "Of the rule" not in shown, "every field of our rules is told of in its docstring"
 

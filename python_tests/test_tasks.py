@@ -139,16 +139,19 @@ def test_sizes_agree_with_the_data(name: str, mnist_folder: Path) -> None:
         pytest.importorskip("sklearn")
     write_cifar10(mnist_folder / CIFAR_FOLDER)
     folder = mnist_folder if "mnist" in name or "cifar" in name else None
-    task = make_task(name, data_dir=folder)
+    (mnist_folder / "text.txt").write_text("It is what it is. " * 400)
+    task = make_task(name, data_dir=folder, **({"file": str(mnist_folder / "text.txt")} if name == "text" else {}))
     for batch in (task.batch(1, 0, 4), task.test_set(1, 4)):
         steps = () if task.length is None else (task.length,)
-        assert batch.input.shape == (*steps, 4, task.input_size)
-        assert batch.input.dtype == torch.float32
+        judged = steps if task.every_step else ()
+        numbers = task.make_embedding()(batch.input)
+        assert numbers.shape == (*steps, 4, task.input_size)
+        assert numbers.dtype == torch.float32
         assert batch.input.is_contiguous()
-        output = torch.zeros(4, task.output_size)
+        output = torch.zeros(*judged, 4, task.output_size)
         assert task.loss(output, batch.target).ndim == 0
-        assert task.correct(output, batch.target).shape == (4,)
-    assert (task.epoch_length(4) is None) == (folder is None and name != "digits-mlp")
+        assert task.correct(output, batch.target).shape == (*judged, 4)
+    assert (task.epoch_length(4) is None) == (folder is None and name not in ("digits-mlp", "text"))
 
 
 @pytest.mark.parametrize(
@@ -396,6 +399,39 @@ def test_chunks_read_the_image_in_order(chunk: int, mnist_folder: Path) -> None:
     assert torch.equal(target, load_mnist(mnist_folder).test_labels)
     if chunk == 28:
         assert torch.equal(input[3], pixels.view(7, 28, 28)[:, 3])
+
+
+def test_clothes_are_read_as_digits_are(tmp_path: Path) -> None:
+    arrays = write_mnist(tmp_path / "fashion-mnist")
+    task = make_task("sequential-mnist", dataset="fashion-mnist", chunk=28, data_dir=tmp_path)
+    input, target = task.test_set(1, 7)
+    assert input.shape == (28, 7, 28)
+    pixels = torch.from_numpy(arrays["t10k-images-idx3-ubyte"]).double()
+    # as published; the files are 28 x 28 images, read by rows
+    expected = ((pixels / 255 - 0.2860) / 0.3202).transpose(0, 1)
+    torch.testing.assert_close(input.double(), expected, rtol=0, atol=1e-6)
+    assert target.tolist() == arrays["t10k-labels-idx1-ubyte"].tolist()
+    with pytest.raises(MissingDataError, match="Fashion-MNIST"):
+        make_task("sequential-mnist", dataset="fashion-mnist", data_dir=tmp_path / "fashion-mnist").batch(1, 0, 1)
+    with pytest.raises(ValueError, match="dataset must be mnist or fashion-mnist, got 'cifar10'"):
+        make_task("permuted-mnist", dataset="cifar10")
+
+
+@pytest.mark.parametrize("chunk", [1, 32, 3072])
+def test_colours_are_read_one_plane_after_another(chunk: int, tmp_path: Path) -> None:
+    arrays = write_cifar10(tmp_path)
+    task = make_task("sequential-cifar", chunk=chunk, data_dir=tmp_path)
+    assert (task.length, task.input_size) == (3072 // chunk, chunk)
+    records = arrays["test_batch.bin"]
+    planes = torch.from_numpy(records[:, 1:].reshape(4, 3, 1024)).double() / 255
+    mean, deviation = torch.tensor([0.4914, 0.4822, 0.4465]).double(), torch.tensor([0.247, 0.243, 0.261]).double()
+    expected = ((planes - mean[:, None]) / deviation[:, None]).flatten(1)
+    input, target = task.test_set(1, 4)
+    torch.testing.assert_close(input.transpose(0, 1).flatten(1).double(), expected, rtol=0, atol=1e-6)
+    assert target.tolist() == records[:, 0].tolist()
+    assert task.epoch_length(4) == 5
+    with pytest.raises(ValueError, match=r"SequentialCifar10: chunk must divide 3072 \(1, 2, 3, 4, .*\), got 28"):
+        make_task("sequential-cifar", chunk=28)
 
 
 def test_permuted_pixels_follow_the_seed(mnist_folder: Path) -> None:

@@ -48,6 +48,8 @@ PUBLISHED = [
     ("backprop", "adding", 30, (1e-3, 1e-3, 0.9, None, None, None, None, 24_000, 20)),
     ("backprop", "sequential-mnist", None, (1e-5, 1e-5, 0, None, None, None, None, 40_000, 16)),
     ("backprop", "permuted-mnist", None, (1e-4, 1e-4, 0, None, None, None, None, 40_000, 16)),
+    ("regularized-inverse", "sequential-cifar", None, (1e-2, 1e-2, 0, 1e-2, 10, None, None, 8_000, 16)),
+    ("backprop", "sequential-cifar", None, (1e-3, 1e-3, 0, None, None, None, None, 8_000, 16)),
     ("learned-inverse", "temporal-order", 60, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 40_000, 20)),
     ("learned-inverse", "temporal-order", 120, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 48_000, 20)),
     ("learned-inverse", "adding", 30, (1e-2 / 20, 1e-2, 0, 1e-1, None, 1e-3, 0, 24_000, 20)),

@@ -1,4 +1,5 @@
-"""Sequence tasks, synthetic long-memory problems and sequential MNIST; and feed-forward ones, image and toy sets.
+"""Sequence tasks, synthetic long-memory problems, images read as sequences and texts; and feed-forward ones, image and
+toy sets.
 
 Images for convolutional networks are :class:`ImageClasses`, made without :func:`make_task`. A new task is one file: see
 :mod:`tpext.tasks.registry`.
@@ -26,9 +27,10 @@ from tpext.tasks.idx import MissingDataError, load_fashion_mnist, load_mnist
 from tpext.tasks.image_sets import IMAGE_SETS, ImageClasses, ImageSet, Normalization, Split
 from tpext.tasks.imagenet32 import load_imagenet32
 from tpext.tasks.images import Digits, FlatCifar10, FlatMnist, ImageTask, MnistAutoencoder, load_cifar10, load_digits
-from tpext.tasks.mnist import SequentialMnist
 from tpext.tasks.registry import TASKS, find_task, make_task, option, register
+from tpext.tasks.sequential_images import SequentialCifar10, SequentialImages, SequentialMnist
 from tpext.tasks.synthetic import Adding, RandomPermutation, TemporalOrder
+from tpext.tasks.text import Text
 from tpext.tasks.toys import ToySet
 
 # A new file registers its tasks and data sets by being here.
@@ -52,11 +54,14 @@ __all__ = [
     "Normalization",
     "Order",
     "RandomPermutation",
+    "SequentialCifar10",
+    "SequentialImages",
     "SequentialMnist",
     "Split",
     "SyntheticTask",
     "Task",
     "TemporalOrder",
+    "Text",
     "ToySet",
     "find_task",
     "load_cifar10",

@@ -108,8 +108,8 @@ class ImageTask(Task):
 
     max_threads: ClassVar[int] = 4
 
-    train_size: int | None = option(None, "Number of training images, the first ones; by default all.")
-    order: Order = option("shuffled", "Order of an epoch's images: shuffled, as stored in the first epoch, or always.")
+    train_size: int | None = option(None, "Number of training images (text: symbols), the first ones; by default all.")
+    order: Order = option("shuffled", "Order of an epoch's samples: shuffled, as stored in the first epoch, or always.")
 
     def __post_init__(self) -> None:
         if self.order not in get_args(Order):
