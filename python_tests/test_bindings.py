@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import layer, scan
+from gated_cases import as_tensors, gated
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
@@ -29,8 +30,37 @@ SIZES = {"S": 2, "T": 3, "B": 4, "H": 5, "I": 3}
 CAPABILITIES = ["baseline", "avx2", "avx512"]
 
 
+def gated_arguments(op: str, **sizes: int) -> Arguments:
+    """Those of the ops of an LSTM."""
+    case = as_tensors(gated("lstm", **SIZES | sizes, own_inputs=op == "gated_layer_backward"), torch.float32)._asdict()
+    of_layer = dict(itertools.islice(case.items(), 10))
+    if op == "gated_layer":
+        return of_layer
+    states, _, _, kept = torch.ops.tpext.gated_layer(**of_layer, keep=True)
+    weight_ih = case.pop("weight_ih")
+    del case["bias_ih"], case["bias_hh"]
+    return {
+        **case,
+        "states": states,
+        "kept": kept,
+        "feedback": case["weight_hh"].clone(),
+        "input_feedback": weight_ih,
+        "inverse": "branch",
+        "credit": "through_time",
+        "target_step": 0.5,
+        "margin": 0.01,
+        "gate_slope": "inverse",
+        "candidate_slope": "one",
+        "slope_reg": 0.0,
+        "scale": 0.5,
+        "input_scale": 2.0,
+    }
+
+
 def op_arguments(op: str, **sizes: int) -> Arguments:
     """Arguments that ``torch.ops.tpext.<op>`` accepts, by name."""
+    if op.startswith("gated"):
+        return gated_arguments(op, **sizes)
     sizes = SIZES | sizes
     options = {"dtype": torch.float32, "ragged": True, "direction": "mixed"}
     inputs = scan(**sizes, **options, enters="both")
@@ -102,6 +132,8 @@ OPTIONAL_OUTPUTS = {
     "rnn_target_scan": {"return_norms": True, "return_displacement": True},
     "rnn_learned_target_scan": {"return_norms": True},
     "rnn_layer_backward": {"needs": [True] * 4},
+    "gated_layer": {"keep": True},
+    "gated_layer_backward": {"needs": [True] * 5},
 }
 # Each op, and the argument that gives sizes and precision: where it is changed, another is found not to fit it.
 OPS = {
@@ -112,8 +144,11 @@ OPS = {
     "rnn_learned_target_scan": "states",
     "rnn_weight_gradients": "delta",
     "rnn_layer_backward": "states",
+    "gated_layer": "input",
+    "gated_layer_backward": "states",
 }
-# Each entry of `_C` with what it writes, in the order of the op's outputs. "rnn_layer" is `_C.rnn_scan` with an input.
+# Each entry of `_C` with what it writes, in the order of the op's outputs, of an LSTM where there are gates.
+# "rnn_layer" is `_C.rnn_scan` with an input.
 ENTRIES = {
     "rnn_scan": {"states": "STBH"},
     "rnn_layer": {"states": "STBH", "h_n": "SBH"},
@@ -134,9 +169,21 @@ ENTRIES = {
         "disp_h0": "SBH",
         "credit_h0": "SBH",
     },
+    "gated_layer": {"states": "STBH", "h_n": "SBH", "c_n": "SBH", "kept": "STBKH"},
+    "gated_layer_backward": {
+        "grad_input": "STBI",
+        "grad_weight_ih": "SGI",
+        "grad_weight_hh": "SGH",
+        "grad_bias_ih": "SG",
+        "grad_bias_hh": "SG",
+        "disp_h0": "SBH",
+        "disp_c0": "SBH",
+        "credit_h0": "SBH",
+        "credit_c0": "SBH",
+    },
 }
-ENTRY_OF = {"rnn_layer": "rnn_scan"}
-LEADING = OPS | {"rnn_scan": "states", "rnn_layer": "states"}
+ENTRY_OF = {"rnn_layer": "rnn_scan", "gated_layer": "gated_scan"}
+LEADING = OPS | {"rnn_scan": "states", "rnn_layer": "states", "gated_layer": "states"}
 # What an entry does without.
 OPTIONAL = {
     "rnn_scan": {"lengths"},
@@ -148,16 +195,22 @@ OPTIONAL = {
         *("grad_states", "disp_n", "credit_n", "lengths", "credit_h0"),
         *("grad_input", "grad_weight_ih", "grad_weight_hh", "grad_bias"),
     },
+    "gated_layer": {"lengths", "kept"},
+    "gated_layer_backward": {
+        *("grad_states", "disp_h_n", "disp_c_n", "credit_h_n", "credit_c_n", "lengths", "disp_c0", "credit_h0"),
+        *("credit_c0", "grad_input", "grad_weight_ih", "grad_weight_hh", "grad_bias_ih", "grad_bias_hh"),
+    },
 }
 # What is one number or one for each member.
 NUMBERS = ("target_step", "margin", "slope_reg", "scale", "input_scale")
-# The entries of what torch's products do on CUDA.
-ON_CPU_ALONE = ("rnn_weight_gradients", "rnn_layer_backward")
+# The entries of what torch's operations do on CUDA.
+ON_CPU_ALONE = ("rnn_weight_gradients", "rnn_layer_backward", "gated_layer", "gated_layer_backward")
 
 
 def entry_arguments(op: str, **sizes: int) -> Arguments:
     """Arguments that the op's entry in ``_C`` accepts: those of the op, outputs to write into, and two threads."""
     size = SIZES | sizes
+    size |= {"G": 4 * size["H"], "K": 5}
     written = {
         output: torch.full([size[symbol] for symbol in symbols], torch.nan) for output, symbols in ENTRIES[op].items()
     }
@@ -284,10 +337,10 @@ def test_entry_takes_what_is_absent_for_zero(op: str) -> None:
             assert torch.equal(absent[output], zero[output]), f"{output} without {argument}"
 
 
-@pytest.mark.parametrize("op", ["rnn_layer", "rnn_weight_gradients", "rnn_layer_backward"])
+@pytest.mark.parametrize("op", [op for op in ENTRIES if "input" in entry_arguments(op) and op != "rnn_scan"])
 @pytest.mark.parametrize("members", [1, SIZES["S"]])
 def test_entry_reads_an_input_of_any_strides_in_place(op: str, members: int) -> None:
-    input = scan(**SIZES, dtype=torch.float32, ragged=True, own_inputs=members > 1).input
+    input = scan(**SIZES, dtype=torch.float32, own_inputs=members > 1).input
     plain = entry_arguments(op) | {"input": input}
     call_entry(op, plain)
     N, T, B, I = input.shape  # noqa: E741
@@ -311,13 +364,15 @@ def test_entry_of_the_scan_needs_a_projection_or_an_input() -> None:
 
 
 def test_local_credit_ignores_what_is_for_the_other() -> None:
-    for op in ("rnn_target_scan", "rnn_learned_target_scan", "rnn_layer_backward"):
-        without = entry_arguments(op) | {"credit": "local", "credit_n": None, "credit_h0": None}
+    for op in ("rnn_target_scan", "rnn_learned_target_scan", "rnn_layer_backward", "gated_layer_backward"):
         given = entry_arguments(op) | {"credit": "local"}
+        credit = {argument for argument in given if argument.startswith("credit_")}
+        without = entry_arguments(op) | {"credit": "local"} | dict.fromkeys(credit)
         for arguments in (without, given):
             call_entry(op, arguments)
-        assert given["credit_h0"].isnan().all(), "not written"
-        for output in ENTRIES[op].keys() - {"credit_h0"}:
+        for output in ENTRIES[op].keys() & credit:
+            assert given[output].isnan().all(), "not written"
+        for output in ENTRIES[op].keys() - credit:
             assert torch.equal(without[output], given[output])
 
 
@@ -699,6 +754,10 @@ WRONG_OPTIONS = {
     "correction": ["quadratic", None],
     "credit": ["global", None],
     "slope": ["steep", None],
+    "gate_slope": ["steep", None],
+    "candidate_slope": ["steep", None],
+    "inverse": ["jacobian", None],
+    "cell": ["elman", None],
     "reverse": [[True], [True] * 3, "ab", None],
     "execution": [0, -1, 2**40, 2**80, 1.0, "two", None, (0, "auto", None)],
     "of_displacement": ["yes"],
@@ -801,6 +860,10 @@ def call_entries_between_fences() -> None:
         if op == "rnn_layer_backward":
             # several tiles of time, what is handed down, and a batch that is taken by whole arrays
             calls += [({"B": 13, "I": 8, "T": 33}, {"of_displacement": True}), ({"B": 150, "I": 3, "T": 2}, {})]
+        if op == "gated_layer_backward":
+            # the same, and the chain rule with local credit
+            chain = {"gate_slope": "derivative", "candidate_slope": "derivative", "credit": "local"}
+            calls += [({"B": 13, "I": 8, "T": 33}, chain), ({"B": 150, "I": 3, "T": 2}, {})]
         for sizes, options in calls:
             fenced, arguments = Fenced(against_end), entry_arguments(op, H=H, **sizes) | options
             for key in tensors_of(arguments):
@@ -833,9 +896,10 @@ def test_op_refuses_a_wrong_tensor(op: str, argument: str) -> None:
     if (op, argument) == ("rnn_weight_gradients", "input"):
         # Any number of inputs will do.
         del values["another size"], values["size zero"]
-    # rnn_layer takes its hidden size from h0, rnn_layer_backward the number of inputs from the input.
-    gives_a_size = argument == OPS[op] or (op, argument) in [("rnn_layer", "h0"), ("rnn_layer_backward", "input")]
-    named = r"\w+" if gives_a_size else argument
+    # Layers take their hidden size from h0, their backward passes the number of inputs from the input.
+    gives_a_size = {"rnn_layer": ["h0"], "rnn_layer_backward": ["input"]}
+    gives_a_size |= {"gated_layer": ["h0"], "gated_layer_backward": ["h0", "input"]}
+    named = r"\w+" if argument in [OPS[op], *gives_a_size.get(op, [])] else argument
     assert_refused(call_op, op, arguments, argument, values, f"{op}: {named} must ")
 
 
@@ -856,9 +920,13 @@ def test_op_refuses_options_out_of_range(op: str) -> None:
         "target_step": [0.0, -1.0, float("nan"), float("inf")],
         "margin": [0.0, 1.0, -0.5, float("nan")],
         "slope": ["steep", ""],
+        "gate_slope": ["steep", ""],
+        "candidate_slope": ["steep", ""],
+        "inverse": ["jacobian", ""],
+        "cell": ["elman", ""],
         "slope_reg": [-1.0, float("nan"), float("inf")],
     }
-    for argument in wrong.keys() & arguments.keys():
+    for argument in wrong.keys() & arguments.keys() - set(tensors_of(arguments)):
         values = {repr(value): value for value in wrong[argument]}
         assert_refused(call_op, op, arguments, argument, values, f"{op}: {argument} must ")
 
@@ -933,7 +1001,7 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
     tests = Path(__file__).parent
     families = (
         *("counter_normal", "layer_inverse", "pooled_difference", "regularized_inverse"),
-        *("rnn_scan", "rnn_target_scan", "rnn_layer"),
+        *("rnn_scan", "rnn_target_scan", "rnn_layer", "gated_layer"),
     )
     files = [str(tests / f"test_{family}.py") for family in families]
     selected = (
@@ -944,7 +1012,8 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
     finished = run_with(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *files)
     assert finished.returncode == 0, finished.stdout[-4000:]
     # the backward pass of a layer has too many options for all of them here
-    files = [str(tests / f"test_{name}.py") for name in ("rnn_layer_backward", "member_numbers")]
+    families = ("rnn_layer_backward", "gated_layer_backward", "member_numbers")
+    files = [str(tests / f"test_{family}.py") for family in families]
     selected = "random_sizes or test_passes or test_inverses or equal_numbers"
     finished = run_with(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *files)
     assert finished.returncode == 0, finished.stdout[-4000:]

@@ -554,7 +554,7 @@ WRONG = [
     ({"target_step": [0.0]}, r"target_step must be a finite number > 0, got 0\.0"),
     ({"margin": [0.5]}, r"margin must be at least .* and below 0\.5, got 0\.5"),
     ({"slope_reg": [0.0, -1.0]}, r"slope_reg must be a finite number >= 0, got -1\.0"),
-    ({"scale": [1.0, 2.0, 3.0]}, "scale must have 1 or S=2 values, got 3"),
+    ({"scale": [1.0, 2.0, 3.0]}, "scale must be one number or S=2 of them, got 3"),
 ]
 
 

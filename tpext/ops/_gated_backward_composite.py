@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tpext.ops._gated_composite import of_run, where_valid
 from tpext.ops._library import compute_dtype
+from tpext.ops._members import Numbers, as_list
 from tpext.ops._rnn_products import directions, valid_steps
 
 if TYPE_CHECKING:
@@ -126,8 +127,9 @@ def _read(call: _Backward, begin: int, end: int) -> _Stretch:
     )
 
 
-def _number(numbers: Sequence[float], like: Tensor) -> Number:
+def _number(given: Numbers, like: Tensor) -> Number:
     """A number for all members, or one for each as a tensor that goes with ``like [S, ...]``."""
+    numbers = as_list(given)
     if len(numbers) == 1:
         return numbers[0]
     return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(-1, *[1] * (like.dim() - 1))

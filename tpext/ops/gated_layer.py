@@ -78,6 +78,7 @@ from tpext.ops._gated_backward_composite import gated_backward_composite
 from tpext.ops._gated_composite import gated_layer_composite
 from tpext.ops._library import (
     CREDITS,
+    PLAIN_RNN,
     are_plain,
     check_choice,
     check_lengths,
@@ -86,11 +87,13 @@ from tpext.ops._library import (
     dense,
     dense_rows,
     execution,
+    explained,
     is_integer,
     on_cuda,
     refuse_derivative,
+    refuse_forward_mode,
 )
-from tpext.ops._members import Numbers, numbers_of
+from tpext.ops._members import Numbers, as_list, numbers_of
 
 CELLS = ("gru", "lstm")
 INVERSES = ("branch", "cell")
@@ -132,13 +135,13 @@ class _Backward(NamedTuple):
     cell: str
     inverse: str
     credit: str
-    target_step: Sequence[float]
-    margin: Sequence[float]
+    target_step: Numbers
+    margin: Numbers
     gate_slope: str
     candidate_slope: str
-    slope_reg: Sequence[float]
-    scale: Sequence[float]
-    input_scale: Sequence[float]
+    slope_reg: Numbers
+    scale: Numbers
+    input_scale: Numbers
     needs: Sequence[bool]
     disp_h_n: Tensor | None = None
     disp_c_n: Tensor | None = None
@@ -152,11 +155,12 @@ def _check_gated(
     """Check the cell and the tensors of a call: what both ops take, and ``others`` as ``check_scan`` takes them."""
     check_choice(op, "cell", call.cell, CELLS)
     rows = f"{GATES[call.cell]}H"
-    stack, hidden = call.h0.shape[0], call.weight_hh.shape[-1]
     # of all sizes this one alone follows from another
-    if call.weight_hh.dim() == 3 and call.weight_hh.shape[1] != GATES[call.cell] * hidden:
-        expected = f"[S={stack}, {rows}={GATES[call.cell] * hidden}, H={hidden}]"
-        raise ValueError(f"{op}: weight_hh must be {expected}, got {list(call.weight_hh.shape)}")
+    if call.weight_hh.dim() == 3:
+        stack, of_gates, hidden = call.weight_hh.shape
+        if of_gates != GATES[call.cell] * hidden:
+            expected = f"[S={stack}, {rows}={GATES[call.cell] * hidden}, H={hidden}]"
+            raise ValueError(f"{op}: weight_hh must be {expected}, got {list(call.weight_hh.shape)}")
     tensors: dict[str, tuple[Tensor | None, Sequence[str]]] = {
         "input": (call.input, "NTBI"),
         "h0": (call.h0, "SBH"),
@@ -165,6 +169,7 @@ def _check_gated(
         **others,
     }
     check_scan(op, leading, tensors, call.lengths, call.reverse)
+    stack = call.h0.shape[0]
     if call.input.shape[0] not in (1, stack):
         time, batch, size = call.input.shape[1:]
         raise ValueError(
@@ -177,10 +182,8 @@ def _check_gated(
         raise ValueError(f"{op}: c0 must be given for cell 'lstm', got None")
 
 
-def _prepare_layer(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Check the arguments and return empty outputs: all that the fake implementation does."""
-    op, call = "gated_layer", _Forward(*args, **kwargs)
-    rows = f"{GATES.get(call.cell)}H"
+def _check_layer(call: _Forward) -> None:
+    op, rows = "gated_layer", f"{GATES.get(call.cell)}H"
     others: dict[str, tuple[Tensor | None, Sequence[str]]] = {
         "weight_ih": (call.weight_ih, ("S", rows, "I")),
         "bias_ih": (call.bias_ih, ("S", rows)),
@@ -190,22 +193,37 @@ def _prepare_layer(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, T
     if (call.bias_ih is None) != (call.bias_hh is None):
         missing = "bias_ih" if call.bias_ih is None else "bias_hh"
         raise ValueError(f"{op}: bias_ih and bias_hh must both be given or both be None, got None for {missing}")
+
+
+def _empty_states(call: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stack, batch, hidden = call.h0.shape
-    states = (stack, call.input.shape[1], batch, hidden)
+    time, new = call.input.shape[1], call.h0.new_empty
     return (
-        call.h0.new_empty(states),
-        call.h0.new_empty(call.h0.shape),
-        call.h0.new_empty(call.h0.shape if call.cell == "lstm" else 0),
-        call.h0.new_empty((*states[:3], KEPT[call.cell], hidden) if call.keep else 0),
+        new(stack, time, batch, hidden),
+        new(stack, batch, hidden),
+        new((stack, batch, hidden) if call.cell == "lstm" else 0),
+        new((stack, time, batch, KEPT[call.cell], hidden) if call.keep else 0),
     )
+
+
+def _fake_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = _Forward(*args)
+    _check_layer(call)
+    return _empty_states(call)
 
 
 def _gated_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = _Forward(*args)
-    outputs = states, h_n, c_n, kept = _prepare_layer(*call)
+    if not on_cuda(call.h0):
+        return explained(_layer_on_cpu, _check_layer, call)
+    _check_layer(call)
+    return gated_layer_composite(*call)
+
+
+def _layer_on_cpu(call: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    refuse_forward_mode("gated_layer", PLAIN_RNN)
     check_lengths("gated_layer", call.lengths, call.input.shape[1])
-    if on_cuda(states):
-        return gated_layer_composite(*call)
+    outputs = states, h_n, c_n, kept = _empty_states(call)
     _C.gated_scan(
         dense_rows(call.input),
         dense(call.h0),
@@ -229,8 +247,9 @@ def _gated_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 _Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _check_rule(op: str, call: _Backward) -> None:
-    """Raise ValueError unless the options of a pass are known and its numbers in range."""
+def _check_options(call: _Backward) -> None:
+    """What of the arguments no binding checks, and which choices there are."""
+    op, members = "gated_layer_backward", call.states.shape[0]
     check_choice(op, "inverse", call.inverse, INVERSES)
     check_choice(op, "credit", call.credit, CREDITS)
     check_choice(op, "gate_slope", call.gate_slope, SLOPES)
@@ -240,30 +259,25 @@ def _check_rule(op: str, call: _Backward) -> None:
             f"{op}: gate_slope and candidate_slope must be 'derivative' for inverse 'cell', got {call.gate_slope!r} "
             f"and {call.candidate_slope!r}"
         )
-    stack = call.states.shape[0]
-    for name in ("target_step", "margin", "slope_reg", "scale", "input_scale"):
-        numbers = getattr(call, name)
-        if len(numbers) not in (1, stack):
-            raise ValueError(f"{op}: {name} must have 1 or S={stack} values, got {len(numbers)}")
-    for step in call.target_step:
+    for step in numbers_of(op, "target_step", call.target_step, members):
         if not 0 < step < math.inf:
             raise ValueError(f"{op}: target_step must be a finite number > 0, got {step}")
     least = torch.finfo(call.states.dtype).eps
-    for margin in call.margin:
+    for margin in numbers_of(op, "margin", call.margin, members):
         if not least <= margin < 0.5:
             raise ValueError(
                 f"{op}: margin must be at least {least:.2g}, the precision of {call.states.dtype}, and below 0.5, "
                 f"got {margin}"
             )
-    for reg in call.slope_reg:
+    for reg in numbers_of(op, "slope_reg", call.slope_reg, members):
         if not 0 <= reg < math.inf:
             raise ValueError(f"{op}: slope_reg must be a finite number >= 0, got {reg}")
+    numbers_of(op, "scale", call.scale, members)
+    numbers_of(op, "input_scale", call.input_scale, members)
 
 
-def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
-    """Check the arguments and return empty outputs: all that the fake implementation does."""
-    op, call = "gated_layer_backward", _Backward(*args, **kwargs)
-    rows, kept = f"{GATES.get(call.cell)}H", str(KEPT.get(call.cell))
+def _check_backward(call: _Backward) -> None:
+    op, rows, kept = "gated_layer_backward", f"{GATES.get(call.cell)}H", str(KEPT.get(call.cell))
     others: dict[str, tuple[Tensor | None, Sequence[str]]] = {
         "states": (call.states, "STBH"),
         "grad_states": (call.grad_states, "STBH"),
@@ -281,79 +295,102 @@ def _prepare_backward(*args: Any, **kwargs: Any) -> _Gradients:
         raise ValueError(
             f"{op}: kept must be [S={stack}, T={time}, B={batch}, {kept}, H={hidden}], got {list(call.kept.shape)}"
         )
-    _check_rule(op, call)
+    _check_options(call)
     if len(call.needs) != 5:
         raise ValueError(f"{op}: needs must have 5 values, got {len(call.needs)}")
     if call.needs[0] and call.input_feedback is None:
         raise ValueError(f"{op}: input_feedback must be given for a gradient of the input, got None")
+
+
+def _wanted(call: _Backward) -> tuple[bool, ...]:
+    """Which of the outputs are not empty."""
     has_cell, through_time = call.cell == "lstm", call.credit == "through_time"
-    of_gates, of_states = GATES[call.cell] * hidden, (stack, batch, hidden)
-    new = call.states.new_empty
+    return *call.needs, True, has_cell, through_time, has_cell and through_time
+
+
+def _empty_gradients(call: _Backward) -> _Gradients:
+    stack, _, batch, hidden = call.states.shape
+    of_gates, of_states, new = GATES[call.cell] * hidden, (stack, batch, hidden), call.states.new_empty
+    of_input, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, disp_h, disp_c, credit_h, credit_c = _wanted(call)
     return (
-        call.input.new_empty(call.input.shape if call.needs[0] else 0),
-        new((stack, of_gates, call.input.shape[3]) if call.needs[1] else 0),
-        new((stack, of_gates, hidden) if call.needs[2] else 0),
-        new((stack, of_gates) if call.needs[3] else 0),
-        new((stack, of_gates) if call.needs[4] else 0),
-        new(of_states),
-        new(of_states if has_cell else 0),
-        new(of_states if through_time else 0),
-        new(of_states if has_cell and through_time else 0),
+        new(call.input.shape if of_input else 0),
+        new((stack, of_gates, call.input.shape[3]) if of_weight_ih else 0),
+        new((stack, of_gates, hidden) if of_weight_hh else 0),
+        new((stack, of_gates) if of_bias_ih else 0),
+        new((stack, of_gates) if of_bias_hh else 0),
+        new(of_states if disp_h else 0),
+        new(of_states if disp_c else 0),
+        new(of_states if credit_h else 0),
+        new(of_states if credit_c else 0),
     )
+
+
+def _fake_backward(*args: Any, **kwargs: Any) -> _Gradients:
+    call = _Backward(*args, **kwargs)
+    _check_backward(call)
+    return _empty_gradients(call)
 
 
 def _gated_layer_backward(*args: Any) -> _Gradients:
     call = _Backward(*args)
-    outputs = _prepare_backward(*call)
-    check_lengths("gated_layer_backward", call.lengths, call.states.shape[1])
-    if on_cuda(call.states):
-        return gated_backward_composite(call)
-    of_input, input = outputs[0], call.input
+    if not on_cuda(call.states):
+        return explained(_backward_on_cpu, _check_backward, call)
+    _check_backward(call)
+    return gated_backward_composite(call)
+
+
+def _backward_on_cpu(call: _Backward) -> _Gradients:
+    refuse_forward_mode("gated_layer_backward", PLAIN_RNN)
+    _check_options(call)
+    input, states, needs = call.input, call.states, call.needs
+    check_lengths("gated_layer_backward", call.lengths, states.shape[1])
+    outputs = _empty_gradients(call)
     # what each member adds, where all share one input
-    shared = call.needs[0] and input.shape[0] != call.states.shape[0]
-    of_member = input.new_empty(call.states.shape[0], *input.shape[1:]) if shared else of_input
-    has_cell, through_time = call.cell == "lstm", call.credit == "through_time"
-    wanted = (*call.needs, True, has_cell, through_time, has_cell and through_time)
-    written = [dense(output) if need else None for output, need in zip((of_member, *outputs[1:]), wanted, strict=True)]
+    shared = needs[0] and input.shape[0] != states.shape[0]
+    of_member = input.new_empty(states.shape[0], *input.shape[1:]) if shared else outputs[0]
+    of_input, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, disp_h, disp_c, credit_h, credit_c = (
+        dense(output) if wanted else None
+        for output, wanted in zip((of_member, *outputs[1:]), _wanted(call), strict=True)
+    )
     _C.gated_layer_backward(
         dense(call.grad_states),
         dense_rows(input),
-        dense(call.states),
+        dense(states),
         dense(call.h0),
         dense(call.c0),
         dense(call.kept),
         dense(call.weight_hh),
         dense(call.feedback),
-        dense(call.input_feedback) if call.needs[0] else None,
+        dense(call.input_feedback) if needs[0] else None,
         dense(call.lengths),
         list(call.reverse),
         call.cell,
         call.inverse,
         call.credit,
-        list(call.target_step),
-        list(call.margin),
+        as_list(call.target_step),
+        as_list(call.margin),
         call.gate_slope,
         call.candidate_slope,
-        list(call.slope_reg),
-        list(call.scale),
-        list(call.input_scale),
+        as_list(call.slope_reg),
+        as_list(call.scale),
+        as_list(call.input_scale),
         dense(call.disp_h_n),
         dense(call.disp_c_n),
         dense(call.credit_h_n),
         dense(call.credit_c_n),
-        written[0],
-        written[1],
-        written[2],
-        written[3],
-        written[4],
-        written[5],
-        written[6],
-        written[7],
-        written[8],
-        execution(call.states),
+        of_input,
+        of_weight_ih,
+        of_weight_hh,
+        of_bias_ih,
+        of_bias_hh,
+        disp_h,
+        disp_c,
+        credit_h,
+        credit_c,
+        execution(states),
     )
     if shared:
-        torch.sum(of_member, 0, keepdim=True, out=of_input)
+        torch.sum(of_member, 0, keepdim=True, out=outputs[0])
     return outputs
 
 
@@ -383,7 +420,7 @@ def gated_jacobian_backward(*args: Any, reg: Numbers, chebyshev_steps: int | Non
     op, call = "gated_jacobian_backward", _Backward(*args)
     check_choice(op, "inverse", call.inverse, ("jacobian",))
     # the same choices of slopes as for a unit, whose inverse has none either
-    _prepare_backward(*call._replace(inverse="cell"))
+    _check_backward(call._replace(inverse="cell"))
     if are_plain((call.lengths,)):
         check_lengths(op, call.lengths, call.states.shape[1])
     ridges = numbers_of(op, "reg", reg, call.states.shape[0])
@@ -401,7 +438,7 @@ gated_layer = define(
     "Tensor? bias_hh, Tensor? lengths, bool[] reverse, str cell, bool keep) -> "
     "(Tensor states, Tensor h_n, Tensor c_n, Tensor kept)",
     _gated_layer,
-    _prepare_layer,
+    _fake_layer,
     cast_outputs=True,
 )
 refuse_derivative("gated_layer", f"gated_layer {_HAS_NO_DERIVATIVE}")
@@ -409,13 +446,13 @@ refuse_derivative("gated_layer", f"gated_layer {_HAS_NO_DERIVATIVE}")
 gated_layer_backward = define(
     "gated_layer_backward(Tensor? grad_states, Tensor input, Tensor states, Tensor h0, Tensor? c0, Tensor kept, "
     "Tensor weight_hh, Tensor feedback, Tensor? input_feedback, Tensor? lengths, bool[] reverse, str cell, "
-    "str inverse, str credit, float[] target_step, float[] margin, str gate_slope, str candidate_slope, "
-    "float[] slope_reg, float[] scale, float[] input_scale, bool[] needs, Tensor? disp_h_n=None, "
+    "str inverse, str credit, float[1] target_step, float[1] margin, str gate_slope, str candidate_slope, "
+    "float[1] slope_reg, float[1] scale, float[1] input_scale, bool[] needs, Tensor? disp_h_n=None, "
     "Tensor? disp_c_n=None, Tensor? credit_h_n=None, Tensor? credit_c_n=None) -> (Tensor grad_input, "
     "Tensor grad_weight_ih, Tensor grad_weight_hh, Tensor grad_bias_ih, Tensor grad_bias_hh, Tensor disp_h0, "
     "Tensor disp_c0, Tensor credit_h0, Tensor credit_c0)",
     _gated_layer_backward,
-    _prepare_backward,
+    _fake_backward,
     cast_outputs=False,
 )
 refuse_derivative("gated_layer_backward", f"gated_layer_backward {_HAS_NO_DERIVATIVE}")
