@@ -1,4 +1,8 @@
-"""A training step of GRU and LSTM by the ops alone, back-propagation, against ``torch.nn.GRU`` and ``LSTM``."""
+"""GRU and LSTM against ``torch.nn.GRU`` and ``LSTM``: whole training steps under each rule, and inference.
+
+A step is a forward and a backward pass with a loss on every step and gradients of all parameters, of the modules as a
+training loop has them.
+"""
 
 from __future__ import annotations
 
@@ -6,67 +10,93 @@ import pytest
 import torch
 from gpu import name_sizes
 
-# What a step of ours is to be faster by.
+import tpext
+
+# What a step of ours under back-propagation is to be faster by, at I, H, B, T.
 TARGETS = {
-    (6, 100, 20, 120): {"gru": 6.0, "lstm": 1.6},
-    (1, 100, 16, 784): {"gru": 8.0, "lstm": 2.6},
-    (28, 128, 64, 28): {"gru": 2.5, "lstm": 1.5},
-    (512, 256, 64, 64): {"gru": 1.5, "lstm": 1.5},
-    (56, 512, 512, 14): {"gru": 1.6, "lstm": 1.5},
-    (1, 128, 512, 784): {"gru": 3.5, "lstm": 3.0},
+    (6, 100, 20, 120): {"GRU": 6.0, "LSTM": 1.6},
+    (1, 100, 16, 784): {"GRU": 8.0, "LSTM": 2.6},
+    (28, 128, 64, 28): {"GRU": 2.5, "LSTM": 1.5},
+    (512, 256, 64, 64): {"GRU": 1.5, "LSTM": 1.5},
+    (56, 512, 512, 14): {"GRU": 1.6, "LSTM": 1.5},
+    (1, 128, 512, 784): {"GRU": 3.5, "LSTM": 3.0},
 }
-CELLS = {"gru": (torch.nn.GRU, 3), "lstm": (torch.nn.LSTM, 4)}
+GATES = {"GRU": 3, "LSTM": 4}
+# Each rule, and which part of that target it is to reach.
+RULES = {
+    "local": (tpext.RegularizedInverse(credit="local"), 0.9),
+    "through_time": (tpext.RegularizedInverse(), 0.7),
+    "backprop": (tpext.Backprop(), 1.0),
+}
+
+two_threads = pytest.mark.parametrize("threads", [2], indirect=True, ids=["threads2"])
+every_cell = pytest.mark.parametrize("cell", GATES)
+every_size = pytest.mark.parametrize("sizes", TARGETS, ids=name_sizes)
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("loss", ["last", "every"])
-@pytest.mark.parametrize("sizes", TARGETS, ids=name_sizes)
-def test_gated_step(against, threads, sizes, loss, cell):
-    """Forward and backward, with gradients of all parameters; the loss stands on the last step or on every one."""
+def products(cell: str, sizes: tuple[int, int, int, int], of_state: int, of_input: int) -> int:
+    """Operations of so many products of each step's rows with ``weight_hh``, and with ``weight_ih``."""
+    inputs, hidden, batch, time = sizes
+    return 2 * time * batch * GATES[cell] * hidden * (of_state * hidden + of_input * inputs)
+
+
+@two_threads
+@every_cell
+@every_size
+@pytest.mark.parametrize("rule", RULES)
+def test_gated_step(against, threads, sizes, cell, rule):
     inputs, hidden, batch, time = sizes
     torch.manual_seed(0)
-    make, gates = CELLS[cell]
-    peer = make(inputs, hidden)
-    x = torch.rand(time, batch, inputs)
-    every, last = torch.randn(time, batch, hidden), torch.randn(1, batch, hidden)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    weight_ih, weight_hh, bias_ih, bias_hh = (getattr(peer, f"{name}_l0").detach().unsqueeze(0) for name in names)
-    h0 = torch.zeros(1, batch, hidden)
-    c0 = h0 if cell == "lstm" else None
-    rule = (cell, "branch", "local", [1.0], [1e-3], "derivative", "derivative", [0.0], [1.0], [1.0])
-    needs = [False, True, True, True, True]
-    grad_states, disp_h_n = (every.unsqueeze(0), None) if loss == "every" else (None, -last)
+    peer = getattr(torch.nn, cell)(inputs, hidden)
+    module = getattr(tpext.nn, cell)(inputs, hidden, rule=RULES[rule][0])
+    module.load_state_dict(peer.state_dict())
+    x, gradient = torch.rand(time, batch, inputs), torch.randn(time, batch, hidden)
 
-    def ours():
-        states, _, _, kept = torch.ops.tpext.gated_layer(
-            x.unsqueeze(0), h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, None, [False], cell, True
-        )
-        return torch.ops.tpext.gated_layer_backward(
-            grad_states, x.unsqueeze(0), states, h0, c0, kept, weight_hh, weight_hh, None, None, [False], *rule, needs,
-            disp_h_n,
-        )[1:5]  # fmt: skip
+    def step(network):
+        network.zero_grad()
+        network(x)[0].backward(gradient)
 
-    def theirs():
-        peer.zero_grad()
-        output, _ = peer(x)
-        output.backward(every) if loss == "every" else output[-1].backward(last[0])
-
-    theirs()
-    for name, found in zip(names, ours(), strict=True):
-        expected = getattr(peer, f"{name}_l0").grad
-        torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    step(peer)
+    step(module)
+    if module.rule.exact:
+        for ours, theirs in zip(module.parameters(), peer.parameters(), strict=True):
+            atol = 1e-3 * float(theirs.grad.abs().max())
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=atol)
     against(
-        ours,
-        theirs,
-        # the products with W_hh forward and back and its gradient, those with the input
-        flops=2 * time * batch * gates * hidden * (3 * hidden + 2 * inputs),
-        peer_name=f"torch.nn.{make.__name__}",
-        target_ratio=TARGETS[sizes][cell],
-        I=inputs,
-        H=hidden,
-        B=batch,
-        T=time,
+        lambda: step(module),
+        lambda: step(peer),
+        # forward, back and the weights' gradient; the credit through time is one more
+        flops=products(cell, sizes, 4 if rule == "through_time" else 3, 2),
+        peer_name=f"torch.nn.{cell}",
+        target_ratio=TARGETS[sizes][cell] * RULES[rule][1],
+        **named(sizes),
         cell=cell,
-        loss=loss,
-        seconds=1.2,
+        rule=rule,
     )
+
+
+@two_threads
+@every_cell
+@every_size
+def test_gated_inference(against, threads, sizes, cell):
+    inputs, hidden, batch, time = sizes
+    torch.manual_seed(0)
+    peer = getattr(torch.nn, cell)(inputs, hidden)
+    module = getattr(tpext.nn, cell)(inputs, hidden, rule=tpext.Backprop())
+    module.load_state_dict(peer.state_dict())
+    x = torch.rand(time, batch, inputs)
+    with torch.inference_mode():
+        torch.testing.assert_close(module(x)[0], peer(x)[0], rtol=1e-4, atol=1e-5)
+        against(
+            lambda: module(x),
+            lambda: peer(x),
+            flops=products(cell, sizes, 1, 1),
+            peer_name=f"torch.nn.{cell}",
+            target_ratio=1.0,
+            **named(sizes),
+            cell=cell,
+        )
+
+
+def named(sizes: tuple[int, int, int, int]) -> dict[str, int]:
+    return dict(zip("IHBT", sizes, strict=True))

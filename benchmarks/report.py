@@ -90,7 +90,27 @@ def summary(results: Results) -> str:
     parts += [f"{machine(results)}; two threads, medians of interleaved rounds, ms, and **torch's time by ours**:"]
     parts += [table([" I, H, B, T", " loss on", "`torch.nn.RNN`", *RULES.values(), "at sgemm's rate"], lines)]
     parts += ["![How many times faster than torch.nn.RNN, over T and over H](docs/speed.png)"]
-    return "\n\n".join([*parts, *memory(results), *feed_forward(results)])
+    return "\n\n".join([*parts, *memory(results), *gated(results), *feed_forward(results)])
+
+
+def gated(results: Results) -> list[str]:
+    """GRU and LSTM beside torch's: steps with a loss on every step, and inference."""
+    lines = []
+    for rules in grouped(results.of("test_gated_step"), lambda r: (r["cell"], sizes(r))):
+        first = next(iter(rules.values()))
+        size = {key: first[key] for key in ("cell", "I", "H", "B", "T")}
+        inference = results.of("test_gated_inference", **size)
+        cells = [first["cell"], sizes(first), ms(statistics.median(r["peer_median"] for r in rules.values()))]
+        cells += [f"{ms(rules[n]['seconds'])} **{rules[n]['ratio']:.1f}**" if n in rules else "" for n in RULES]
+        cells += [f"**{inference[0]['ratio']:.1f}**" if inference else ""]
+        lines.append(cells)
+    if not lines:
+        return []
+    header = [" cell", " I, H, B, T", "torch's", *RULES.values(), "inference"]
+    return [
+        "GRU and LSTM against `torch.nn.GRU` and `torch.nn.LSTM`, a loss on every step, and inference alone:",
+        table(header, lines),
+    ]
 
 
 def memory(results: Results) -> list[str]:
@@ -234,6 +254,8 @@ SECTIONS: list[tuple[str, str, tuple[str, ...]]] = [
     (STEPS, "test_step", STEP),
     (f"{STEPS}: over T and over H", "test_sweep", STEP),
     ("Whole training step against loops of torch operations", "test_eager_loop", ("I, H, B, T", "threads", "peer")),
+    ("GRU and LSTM: whole training step against torch's", "test_gated_step", ("cell", "I, H, B, T", "threads", "rule")),
+    ("GRU and LSTM: inference against torch's", "test_gated_inference", ("cell", "I, H, B, T", "threads")),
     ("Forward scan alone", "test_forward", ("H, B, T", "threads", "peer")),
     ("A step by chunks against the whole sequence", "test_long_sequence", ("I, H, B, T", "threads")),
     ("Regularised inverse", "test_inverse", INVERSE),
