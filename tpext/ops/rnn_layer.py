@@ -240,6 +240,9 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
 def _backward_on_cpu(call: _Backward) -> _Gradients:
     refuse_forward_mode("rnn_layer_backward", PLAIN_RNN)
     _check_options(call)
+    if call.pre is not None and call.correction not in ("none", "learned"):
+        # no kernel reads it, nor looks at it
+        _check_backward(call)
     input, states, feedback, needs = call.input, call.states, call.feedback, call.needs
     check_lengths("rnn_layer_backward", call.lengths, states.shape[1])
     outputs = _empty_gradients(call)
