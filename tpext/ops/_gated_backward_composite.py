@@ -114,7 +114,8 @@ def _read(call: _Backward, begin: int, end: int) -> _Stretch:
 
     own = None
     if call.grad_states is not None:
-        g = where_valid(on, of_run(call.grad_states, call.reverse, begin, end), 0).to(dtype)
+        # the padding may hold NaN, which goes no further than its row and step
+        g = of_run(call.grad_states, call.reverse, begin, end).to(dtype)
         own = -_number(call.target_step, g) * g
         own = torch.stack([own] if call.c0 is None else [own, torch.zeros_like(own)], 3)
     h = before(call.states, call.h0)
