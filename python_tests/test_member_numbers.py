@@ -152,21 +152,22 @@ def test_opcheck() -> None:
 # What CUDA does with numbers that differ, by the kernels of the CPU.
 
 
-@pytest.mark.parametrize("op", ["_rnn_target_scan", "_rnn_learned_target_scan", "_backward_by_products"])
-def test_each_alone(op: str) -> None:
-    inputs = scan(T=9, B=5, H=12, S=STACK, ragged=True, direction="mixed", enters="both", own_inputs=True)
-    calls = {
-        "_rnn_target_scan": rnn_target_scan._Target(*target_arguments(inputs, "difference", "through_time", False)),
-        "_rnn_learned_target_scan": rnn_target_scan._Learned(*learned_arguments(inputs, "local")),
-        "_backward_by_products": rnn_layer._Backward(*backward_arguments(inputs)),
-    }
-    call = with_numbers(calls[op], NUMBERS)
-    module: Any = rnn_layer if op == "_backward_by_products" else rnn_target_scan
-    run = (lambda *args: module._backward_by_products(rnn_layer._Backward(*args))) if module is rnn_layer else None
-    run = run or getattr(module, op)
-    outputs = _members.each_alone(run, call)
-    apart = [run(*alone(call, member)) for member in range(STACK)]
-    assert_same_bits(outputs, [torch.cat(one) for one in zip(*apart, strict=True)])
+def test_passes_one_after_another() -> None:
+    inputs = scan(T=9, B=5, H=12, S=STACK, ragged=True, direction="mixed", enters="both")
+    target = rnn_target_scan._Target(*target_arguments(inputs, "difference", "through_time", False))
+    learned = rnn_target_scan._Learned(*learned_arguments(inputs, "local"))
+    for op, call in ((torch.ops.tpext.rnn_target_scan, target), (torch.ops.tpext.rnn_learned_target_scan, learned)):
+        numbered = with_numbers(call, NUMBERS)
+        assert_same_bits(_members.each_alone(op, numbered), op(*numbered))
+
+
+@pytest.mark.parametrize("own_inputs", [False, True])
+def test_backward_passes_one_after_another(own_inputs: bool) -> None:
+    inputs = scan(T=9, B=5, H=12, S=STACK, ragged=True, direction="mixed", enters="both", own_inputs=own_inputs)
+    call = with_numbers(rnn_layer._Backward(*backward_arguments(inputs)), NUMBERS)
+    for a, b in zip(rnn_layer._backward_on_cuda(call), torch.ops.tpext.rnn_layer_backward(*call), strict=True):
+        # torch's products in place of sums by tiles
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 # The inverse.
