@@ -1,7 +1,7 @@
 """Make README.md's tables, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``.
 
-Results on a GPU are taken from gpu.json beside that file, those of learned feedback, which take as long as all others
-together, from learned_feedback.json.
+Results on a GPU are taken from gpu.json beside that file; those of learned feedback, which take as long as all others
+together, from learned_feedback.json; those of GRU and LSTM from gated.json.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rows import RULES, Results, Row, ms, read, sizes, table, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+GATED_BEGIN, GATED_END = (f"<!-- gated benchmarks: {end} -->" for end in ("begin", "end"))
 FEEDBACK_BEGIN, FEEDBACK_END = (f"<!-- learned feedback benchmarks: {end} -->" for end in ("begin", "end"))
 GPU_BEGIN, GPU_END = "<!-- gpu benchmarks: begin -->", "<!-- gpu benchmarks: end -->"
 # Okabe and Ito: apart in print and for colour-blind readers. Markers and dashes tell the lines apart without colour.
@@ -90,27 +91,24 @@ def summary(results: Results) -> str:
     parts += [f"{machine(results)}; two threads, medians of interleaved rounds, ms, and **torch's time by ours**:"]
     parts += [table([" I, H, B, T", " loss on", "`torch.nn.RNN`", *RULES.values(), "at sgemm's rate"], lines)]
     parts += ["![How many times faster than torch.nn.RNN, over T and over H](docs/speed.png)"]
-    return "\n\n".join([*parts, *memory(results), *gated(results), *feed_forward(results)])
+    return "\n\n".join([*parts, *memory(results), *feed_forward(results)])
 
 
-def gated(results: Results) -> list[str]:
-    """GRU and LSTM beside torch's: steps with a loss on every step, and inference."""
+def gated(results: Results) -> str:
+    """GRU and LSTM beside torch's, for README.md: steps with a loss on every step, and inference."""
     lines = []
     for rules in grouped(results.of("test_gated_step"), lambda r: (r["cell"], sizes(r))):
         first = next(iter(rules.values()))
-        size = {key: first[key] for key in ("cell", "I", "H", "B", "T")}
-        inference = results.of("test_gated_inference", **size)
+        inference = results.of("test_gated_inference", **{key: first[key] for key in ("cell", *"IHBT")})
         cells = [first["cell"], sizes(first), ms(statistics.median(r["peer_median"] for r in rules.values()))]
         cells += [f"{ms(rules[n]['seconds'])} **{rules[n]['ratio']:.1f}**" if n in rules else "" for n in RULES]
-        cells += [f"**{inference[0]['ratio']:.1f}**" if inference else ""]
+        cells += [f"{ms(inference[0]['seconds'])} **{inference[0]['ratio']:.1f}**" if inference else ""]
         lines.append(cells)
-    if not lines:
-        return []
-    header = [" cell", " I, H, B, T", "torch's", *RULES.values(), "inference"]
-    return [
-        "GRU and LSTM against `torch.nn.GRU` and `torch.nn.LSTM`, a loss on every step, and inference alone:",
-        table(header, lines),
-    ]
+    said = (
+        "`tpext.nn.GRU` and `LSTM` against torch's, a step with a loss on every step, and inference alone: "
+        f"{machine(results)}; two threads, ms, and **torch's time by ours**:"
+    )
+    return f"{said}\n\n{table([' cell', ' I, H, B, T', 'step of torch', *RULES.values(), 'inference'], lines)}"
 
 
 def memory(results: Results) -> list[str]:
@@ -254,8 +252,6 @@ SECTIONS: list[tuple[str, str, tuple[str, ...]]] = [
     (STEPS, "test_step", STEP),
     (f"{STEPS}: over T and over H", "test_sweep", STEP),
     ("Whole training step against loops of torch operations", "test_eager_loop", ("I, H, B, T", "threads", "peer")),
-    ("GRU and LSTM: whole training step against torch's", "test_gated_step", ("cell", "I, H, B, T", "threads", "rule")),
-    ("GRU and LSTM: inference against torch's", "test_gated_inference", ("cell", "I, H, B, T", "threads")),
     ("Forward scan alone", "test_forward", ("H, B, T", "threads", "peer")),
     ("A step by chunks against the whole sequence", "test_long_sequence", ("I, H, B, T", "threads")),
     ("Regularised inverse", "test_inverse", INVERSE),
@@ -321,6 +317,18 @@ def details(results: Results, source: str) -> str:
     if others := [row for row in results.rows if row["test"] not in known]:
         cells = [[row["name"], *(timing(row) if "ratio_quartiles" in row else [""] * len(TIMING))] for row in others]
         parts += ["## Other rows", table([" name", *TIMING], cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def gated_details(results: Results, source: str) -> str:
+    """The part of docs/benchmarks.md on GRU and LSTM."""
+    parts = [
+        "## GRU and LSTM: whole training step against torch's, loss on every step",
+        f"From `{source}`: {results.cpu}, torch {results.rows[0]['torch']}.",
+        timed_table(results.of("test_gated_step"), ("cell", "I, H, B, T", "threads", "rule")),
+        "## GRU and LSTM: inference against torch's",
+        timed_table(results.of("test_gated_inference"), ("cell", "I, H, B, T", "threads")),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -419,6 +427,11 @@ def write(source: Path, root: Path = ROOT) -> None:
         on_images = read(learned)
         pages["README.md"] = put(feedback_report.summary(on_images), FEEDBACK_BEGIN, FEEDBACK_END, pages["README.md"])
         pages["docs/benchmarks.md"] += f"\n{feedback_details(on_images, learned.name)}"
+    gates = source.with_name("gated.json")
+    if gates.is_file() and GATED_BEGIN in pages["README.md"]:
+        of_gates = read(gates)
+        pages["README.md"] = put(gated(of_gates), GATED_BEGIN, GATED_END, pages["README.md"])
+        pages["docs/benchmarks.md"] += f"\n{gated_details(of_gates, gates.name)}"
     gpu = source.with_name("gpu.json")
     if gpu.is_file():
         on_gpu = read(gpu)
