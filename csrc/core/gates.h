@@ -150,8 +150,9 @@ struct Lstm {
       squares = c_g * c_g + squares;
       const V of_o = w * w + rule.slope_reg, of_c = squares + rule.slope_reg, mixed = u * squares;
       const V determinant = of_o * of_c + Math::rounded_product(u * mixed, rule.slope_reg + V{});
-      const V x = (of_c * d.h - Math::rounded_product(mixed, d.c)) / determinant, y = (d.c - mixed * x) / of_c;
-      const V moved = u * x + y;
+      const V x = (of_c * d.h - Math::rounded_product(mixed, d.c)) / determinant;
+      // u x + y, in which the large terms have gone
+      const V moved = (u * rule.slope_reg * d.h + Math::rounded_product(of_o, d.c)) / determinant;
       return {{c_i * moved, c_f * moved, c_g * moved, w * x}, f * moved};
     }
     const V moved = Slopes<Math>::times_candidate(rule, d.h * o, seen) + d.c;

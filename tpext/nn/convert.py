@@ -12,7 +12,7 @@ from tpext.nn.lstm import LSTM
 from tpext.nn.recurrent import RecurrentLayers
 from tpext.nn.recurrent_parameters import check_replaceable, sharing_parameters
 from tpext.nn.rnn import RNN
-from tpext.rules import RecurrentRule, RegularizedInverse
+from tpext.rules import Backprop, RecurrentRule, RegularizedInverse
 from tpext.rules.base import require_rule
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -82,7 +82,8 @@ def _replacement(module: nn.Module) -> type[RecurrentLayers] | None:
 
 
 def _from_torch(module: nn.RNNBase, ours: type[RecurrentLayers], rule: RecurrentRule) -> RecurrentLayers:
-    layers = sharing_parameters(module, ours, ours._made_with)
+    # a rule that serves every layer, and owns nothing
+    layers = sharing_parameters(module, ours, ours._made_with, rule=Backprop())
     layers._check_replace_rule(rule)
     layers._replace_rule(rule, layers._new_parameters(rule))
     return layers

@@ -53,8 +53,9 @@ class RecurrentLayers(RecurrentParameters):
             return
         if self._rule.credit != "through_time":
             return
-        weight = self.get_parameter("weight_hh_l0")
-        if any(isinstance(s, Tensor) and s.grad_fn is not None and comes_of_a_pass(s, weight) for s in states):
+        given = [state for state in states if isinstance(state, Tensor) and state.grad_fn is not None]
+        # of a parametrized or pruned weight nothing says in a graph whose it is
+        if any(comes_of_a_pass(state, self._parameters.get("weight_hh_l0")) for state in given):
             warnings.warn(
                 f"{self._kind}: hx comes of an earlier call of this layer, with its graph. Under credit='through_time' "
                 "the credit of a call ends at its hx, so the earlier call's steps learn of this one through its "
@@ -94,8 +95,9 @@ class RecurrentLayers(RecurrentParameters):
         """The initial states of each layer, ``[S, B, H]`` of each kind."""
         directions = len(self._reverse)
         if states is None:
-            zeros = input.new_zeros(directions, input.size(1), self.hidden_size)
-            return [(zeros,) * self._kinds_of_state] * self.num_layers
+            # each of its own: the compiler refuses a node that gets a tensor twice
+            shape = (directions, input.size(1), self.hidden_size)
+            return [tuple(input.new_zeros(shape) for _ in range(self._kinds_of_state))] * self.num_layers
         if self.num_layers == 1:
             return [states]
         return list(zip(*(torch.split(state, directions) for state in states), strict=True))
@@ -130,6 +132,7 @@ class RecurrentLayers(RecurrentParameters):
             "batch_first": False,
             "dropout": 0.0,
             "bidirectional": False,
+            "proj_size": 0,
             "rule": RegularizedInverse(),
             "return_sequence": True,
             "checkpoint_every": None,

@@ -7,7 +7,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -292,10 +292,10 @@ def check_replaceable(module: nn.RNNBase | RecurrentParameters, where: str) -> N
 
 
 def sharing_parameters(
-    module: nn.RNNBase | RecurrentParameters, made: type[_Layers], names: tuple[str, ...]
+    module: nn.RNNBase | RecurrentParameters, made: type[_Layers], names: tuple[str, ...], **options: object
 ) -> _Layers:
     """A module of the class ``made``, with the arguments called ``names``, parameters and mode of another."""
-    arguments = {name: getattr(module, name) for name in names}
+    arguments: dict[str, Any] = {name: getattr(module, name) for name in names} | options
     # on the meta device there are no random draws and no memory for parameters about to be replaced
     new = made(**arguments, device="meta", dtype=module.all_weights[0][0].dtype)
     # set afterwards: the constructor would repeat the warning about a dropout without effect

@@ -272,6 +272,9 @@ def _check_options(call: _Backward) -> None:
     for reg in numbers_of(op, "slope_reg", call.slope_reg, members):
         if not 0 <= reg < math.inf:
             raise ValueError(f"{op}: slope_reg must be a finite number >= 0, got {reg}")
+        if reg == 0 and call.inverse == "cell":
+            # a unit whose gates are all shut has no inverse
+            raise ValueError(f"{op}: slope_reg must be > 0 for inverse 'cell', got {reg}")
     numbers_of(op, "scale", call.scale, members)
     numbers_of(op, "input_scale", call.input_scale, members)
 
@@ -420,7 +423,7 @@ def gated_jacobian_backward(*args: Any, reg: Numbers, chebyshev_steps: int | Non
     op, call = "gated_jacobian_backward", _Backward(*args)
     check_choice(op, "inverse", call.inverse, ("jacobian",))
     # the same choices of slopes as for a unit, whose inverse has none either
-    _check_backward(call._replace(inverse="cell"))
+    _check_backward(call._replace(inverse="cell", slope_reg=1.0))
     if are_plain((call.lengths,)):
         check_lengths(op, call.lengths, call.states.shape[1])
     ridges = numbers_of(op, "reg", reg, call.states.shape[0])

@@ -114,13 +114,18 @@ def run_gated(rule: RecurrentRule, call: GatedCall) -> tuple[Tensor, ...]:
         # One direction is in its last piece where the other is in its first.
         alone = [run_gated(of_member(rule, member), _member(call, member)) for member in range(len(call.reverse))]
         return tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
-    run = (list(call.reverse), call.cell, call.checkpoint_every, call.needs_states)
-    # nothing is kept where no gradient can be asked for
-    settings = _Settings(rule, *run, keep=torch.is_grad_enabled())
     weights = (call.weight_ih, call.weight_hh, call.bias_ih, call.bias_hh)
     # Owned parameters are detached: a layer of which only they are trainable has no backward pass to run.
     owned = (parameter.detach() for parameter in call.owned)
-    tensors = (call.input, *call.start, *weights, call.lengths, *owned)
+    start = call.start
+    if len(start) == 2 and start[0] is start[1]:
+        # the compiler refuses a node that gets a tensor twice
+        start = (start[0], start[1].view_as(start[1]))
+    tensors = (call.input, *start, *weights, call.lengths, *owned)
+    # nothing is kept where no gradient can be asked for
+    keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    run = (list(call.reverse), call.cell, call.checkpoint_every, call.needs_states)
+    settings = _Settings(rule, *run, keep=keep)
     return apply_node(_GatedPass, (settings,), tensors, low_precision=True)  # type: ignore[no-any-return]
 
 

@@ -116,6 +116,8 @@ class RecurrentRule(Rule, ABC):
                 f"{name}: gate_slope and candidate_slope belong to inverse='branch', got inverse={self.inverse!r} with "
                 f"gate_slope={self.gate_slope!r}, candidate_slope={self.candidate_slope!r}"
             )
+        if self.inverse == "cell" and not all(as_list(self.slope_reg)):
+            raise ValueError(f"{name}: slope_reg must be > 0 for inverse='cell', got {self.slope_reg!r}")
         check_flag(self, "normalize")
         check_choice(name, "input_rule", self.input_rule, get_args(InputRule))
         slope_regs = as_list(self.slope_reg)
@@ -144,6 +146,15 @@ class RecurrentRule(Rule, ABC):
             raise ValueError(
                 f"{kind}: proj_size needs rule=tpext.Backprop(); targets of a projected state say nothing of what the "
                 f"projection leaves out, got {self}"
+            )
+        if self.learns or (
+            type(self).start_sweep is not RecurrentRule.start_sweep
+            and type(self).gated_way is RecurrentRule.gated_way
+            and not self.exact
+        ):
+            raise ValueError(
+                f"{kind}: rule must be a feedback matrix without a loss of its own, or have a method gated_way; "
+                f"{type(self).__name__} is for the simple cell, tpext.nn.RNN"
             )
         if self.correction != "linearized" or self.input_rule != "gradient":
             raise ValueError(

@@ -154,8 +154,10 @@ _REARRANGES = (
 )
 
 
-def comes_of_a_pass(state: Tensor, weight: Tensor) -> bool:
+def comes_of_a_pass(state: Tensor, weight: Tensor | None) -> bool:
     """Whether ``state`` is one of a recorded pass on this weight_hh, rearranged perhaps, and still in its graph."""
+    if weight is None:
+        return False
     nodes = [state.grad_fn]
     # layers and directions are few, and so are the nodes that put them together
     for _ in range(64):
