@@ -506,7 +506,7 @@ def test_states_with_a_weight_that_is_no_parameter(cell):
 
 
 def test_the_cells_inverse_needs_a_ridge(cell):
-    with pytest.raises(ValueError, match="slope_reg must be > 0 for inverse='cell', got 0.0"):
+    with pytest.raises(ValueError, match=r"slope_reg must be > 0 for inverse='cell', got 0\.0"):
         RegularizedInverse(inverse="cell")
     module = getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(inverse="cell", slope_reg=1e-3))
     with torch.no_grad():
