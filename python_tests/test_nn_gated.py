@@ -432,13 +432,13 @@ def test_no_derivative_of_targets(cell):
 def test_nothing_is_kept_without_a_gradient(cell, monkeypatch):
     """Inference does not write the gates, which are four or five times the states."""
     kept = []
-    op = tpext.rules.gated_pass.gated_layer
+    op = tpext.rules.gated_call.gated_layer
 
     def watched(*arguments: Any) -> Any:
         kept.append(arguments[-1])
         return op(*arguments)
 
-    monkeypatch.setattr(tpext.rules.gated_pass, "gated_layer", watched)
+    monkeypatch.setattr(tpext.rules.gated_call, "gated_layer", watched)
     module = getattr(tpext.nn, cell)(I, H)
     for mode, expected in ((torch.inference_mode, False), (torch.no_grad, False), (torch.enable_grad, True)):
         with mode():

@@ -460,7 +460,10 @@ def test_what_a_cell_cannot_do_is_named() -> None:
     for options, message in (
         ({"cell": "gru", "nonlinearity": "relu"}, "nonlinearity must be one of tanh with cell=gru, got relu"),
         ({"cell": "lstm", "rule": "learned-inverse"}, "rule=learned-inverse does not go with cell=lstm, "),
-        ({"cell": "rnn", "inverse": "cell"}, "rule=regularized-inverse does not go with cell=rnn, nonlinearity=tanh: "),
+        (
+            {"cell": "rnn", "inverse": "cell", "slope_reg": 1.0},
+            "rule=regularized-inverse does not go with cell=rnn, nonlinearity=tanh: ",
+        ),
         ({"cell": "none"}, "cell must be one of rnn, gru, lstm, got 'none'"),
     ):
         with pytest.raises(ConfigError, match=message):

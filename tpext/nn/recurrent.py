@@ -65,31 +65,19 @@ class RecurrentLayers(RecurrentParameters):
                 stacklevel=6,
             )
 
-    def _layer_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Stacked ``weight_ih`` [S, H, I], ``weight_hh`` [S, H, H] and the sum of both biases [S, H] of one layer."""
-        directions = len(self._reverse)
-        columns: list[list[Tensor]] = [[], [], []]
-        for names in self._all_weights[layer * directions : (layer + 1) * directions]:
-            parameters = [getattr(self, name) for name in names]
-            for parameter in parameters:
-                check_device("parameter", parameter, input)
-            columns[0].append(parameters[0])
-            columns[1].append(parameters[1])
-            if self.bias:
-                columns[2].append(parameters[2] + parameters[3])
-        return _stack(columns[0]), _stack(columns[1]), _stack(columns[2]) if self.bias else None
+    def _stacked(self, names: Sequence[Sequence[str]], layer: int, input: Tensor) -> tuple[Tensor, ...]:
+        """Those parameters of one layer, of its directions side by side: ``[S, ...]`` each.
 
-    def _owned_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, ...]:
-        """The rule's own parameters of one layer, stacked ``[S, ...]``."""
+        ``names`` has one list a layer and direction: ``_all_weights``, or ``_owned_names``.
+        """
         directions = len(self._reverse)
-        members = self._owned_names[layer * directions : (layer + 1) * directions]
-        owned = []
-        for names in zip(*members, strict=True):
-            parameters = [getattr(self, name) for name in names]
+        stacks = []
+        for of_directions in zip(*names[layer * directions : (layer + 1) * directions], strict=True):
+            parameters = [getattr(self, name) for name in of_directions]
             for parameter in parameters:
                 check_device("parameter", parameter, input)
-            owned.append(_stack(parameters))
-        return tuple(owned)
+            stacks.append(parameters[0].unsqueeze(0) if directions == 1 else torch.stack(parameters))
+        return tuple(stacks)
 
     def _initial_states(self, states: tuple[Tensor, ...] | None, input: Tensor) -> Sequence[tuple[Tensor, ...]]:
         """The initial states of each layer, ``[S, B, H]`` of each kind."""
@@ -110,7 +98,7 @@ class RecurrentLayers(RecurrentParameters):
         for layer, starts in enumerate(self._initial_states(states, input)):
             if layer > 0:
                 output = self._between_layers(output)
-            states_of_layer, *last = self._call(layer, output, starts, lengths).run(self._rule)
+            states_of_layer, *last = self._rule.run_recurrent(self._call(layer, output, starts, lengths))
             output = join_directions(states_of_layer) if self._has_readers(layer) else states_of_layer
             finals.append(last)
         return output, tuple(kind[0] if len(kind) == 1 else torch.cat(kind) for kind in zip(*finals, strict=True))
@@ -143,10 +131,6 @@ class RecurrentLayers(RecurrentParameters):
             if value != default:
                 parts.append(f"{name}={value}")
         return ", ".join(parts)
-
-
-def _stack(members: list[Tensor]) -> Tensor:
-    return members[0].unsqueeze(0) if len(members) == 1 else torch.stack(members)
 
 
 def join_directions(states: Tensor) -> Tensor:

@@ -182,20 +182,11 @@ class RNN(RecurrentLayers):
         return output, h_n  # type: ignore[return-value]
 
     def _call(self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None) -> RecurrentCall:
-        (h0,) = starts
-        weights = self._layer_parameters(layer, input)
-        owned = self._owned_parameters(layer, input)
-        return RecurrentCall(
-            input.unsqueeze(0),
-            h0,
-            *weights,
-            lengths,
-            self._reverse,
-            self.nonlinearity,
-            owned,
-            self.checkpoint_every,
-            self._has_readers(layer),
-        )
+        weight_ih, weight_hh, *biases = self._stacked(self._all_weights, layer, input)
+        bias = biases[0] + biases[1] if self.bias else None
+        owned = self._stacked(self._owned_names, layer, input)
+        run = (lengths, self._reverse, self.nonlinearity, owned, self.checkpoint_every, self._has_readers(layer))
+        return RecurrentCall(input.unsqueeze(0), starts[0], weight_ih, weight_hh, bias, *run)
 
     def reconstruction_loss(
         self,

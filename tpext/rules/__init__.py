@@ -67,14 +67,15 @@ from tpext.ops.activation import Form
 from tpext.rules.backprop import Backprop
 from tpext.rules.base import PerMember, Rule, number
 from tpext.rules.difference import DifferenceTargetPropagation, ReverseCorrection
-from tpext.rules.gated_pass import GatedCall, GatedWay
+from tpext.rules.gated_call import GatedCall, GatedHowBack, GatedWeights, run_gated_backward
 from tpext.rules.kaczmarz import First, Kaczmarz, Move, Update
 from tpext.rules.layer import LayerCall, LayerRule
 from tpext.rules.learned_inverse import LearnedInverse
 from tpext.rules.least_squares import ConstrainedLeastSquares, LocalLoss, RegularizedLeastSquares
 from tpext.rules.network import DifferenceTargets, DirectTargets, GaussNewtonTargets, NetworkRule, Reduction, Targets
 from tpext.rules.recurrent import Correction, Credit, InputRule, RecurrentRule, Slope
-from tpext.rules.recurrent_pass import HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward
+from tpext.rules.recurrent_call import HowBack, LayerWeights, RecurrentCall, run_backward
+from tpext.rules.recurrent_pass import Piece, Sweep
 from tpext.rules.regularized_inverse import RegularizedInverse
 
 __all__ = [
@@ -88,7 +89,8 @@ __all__ = [
     "First",
     "Form",
     "GatedCall",
-    "GatedWay",
+    "GatedHowBack",
+    "GatedWeights",
     "GaussNewtonTargets",
     "HowBack",
     "InputRule",
@@ -115,4 +117,5 @@ __all__ = [
     "Update",
     "number",
     "run_backward",
+    "run_gated_backward",
 ]

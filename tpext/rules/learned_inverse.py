@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tpext.ops._rnn_products import input_projection, valid_steps
 from tpext.rules.base import Kind, PerMember, number, of_each
 from tpext.rules.recurrent import Credit, RecurrentRule
-from tpext.rules.recurrent_pass import Gradients, HowBack, LayerWeights, Piece, RecurrentCall, Sweep, run_backward
+from tpext.rules.recurrent_call import HowBack, LayerWeights, RecurrentCall, run_backward
+from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class LearnedInverse(RecurrentRule):
         scales = (inverse if self.normalize else 1.0, inverse)
 
         def run(
-            piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
-        ) -> tuple[Gradients, Tensor, Tensor | None]:
+            piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
+        ) -> tuple[Gradients, State, StateOrNone]:
             from_input = input_projection(piece.input, layer.weight_ih, reverse_bias).flatten(1, 2)
             pre = torch.baddbmm(from_input, piece.states.flatten(1, 2), reverse_weight.mT).view(piece.states.shape)
             feedback, back = reverse_weight.mT, (grad_states, arriving, credit)

@@ -8,9 +8,9 @@ business (:mod:`tpext.rules.recurrent_pass`).
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,12 @@ from tpext.ops._library import (
 from tpext.ops._members import as_list
 from tpext.ops._rnn_products import input_projection
 from tpext.rules.base import Kind, PerMember, Rule, check_flag, check_positive, of_each, require_result
-from tpext.rules.gated_pass import GatedCall, GatedWay, run_gated
-from tpext.rules.recurrent_pass import (
-    Gradients,
-    HowBack,
-    LayerWeights,
-    Piece,
-    RecurrentCall,
-    Sweep,
-    run_backward,
-    run_pass,
-)
+from tpext.rules.gated_call import GatedHowBack, GatedWeights, run_gated_backward
+from tpext.rules.recurrent_call import HowBack, LayerWeights, RecurrentCall, run_backward
+from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep, run_pass
+
+if TYPE_CHECKING:
+    from tpext.rules.recurrent_pass import CellCall
 
 Correction = Literal["linearized", "difference", "none"]
 Credit = Literal["through_time", "local"]
@@ -149,12 +144,12 @@ class RecurrentRule(Rule, ABC):
             )
         if self.learns or (
             type(self).start_sweep is not RecurrentRule.start_sweep
-            and type(self).gated_way is RecurrentRule.gated_way
+            and type(self).start_gated_sweep is RecurrentRule.start_gated_sweep
             and not self.exact
         ):
             raise ValueError(
-                f"{kind}: rule must be a feedback matrix without a loss of its own, or have a method gated_way; "
-                f"{type(self).__name__} is for the simple cell, tpext.nn.RNN"
+                f"{kind}: rule must be a feedback matrix without a loss of its own, or have a method "
+                f"start_gated_sweep; {type(self).__name__} is for the simple cell, tpext.nn.RNN"
             )
         if self.correction != "linearized" or self.input_rule != "gradient":
             raise ValueError(
@@ -199,35 +194,13 @@ class RecurrentRule(Rule, ABC):
         """Initialise one of those parameters in place: one of float32 or float64, rounded later for a 16-bit layer."""
         raise NotImplementedError(f"{type(self).__name__}: reset_parameter must initialise {name}")
 
-    def run_recurrent(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
-        """Run a layer whose backward pass is this rule's.
+    def run_recurrent(self, call: CellCall) -> tuple[Tensor, ...]:
+        """Run a layer of any cell (:class:`RecurrentCall`, :class:`GatedCall`) whose backward pass is this rule's.
 
         Returns:
-            States ``[S, T, B, H]`` and the states after the last valid steps ``[S, B, H]``.
+            States ``[S, T, B, H]`` and the state after the last valid steps, one tensor ``[S, B, H]``, of an LSTM two.
         """
         return run_pass(self, call)
-
-    def run_gated(self, call: GatedCall) -> tuple[Tensor, ...]:
-        """Run a layer of a cell with gates whose backward pass is this rule's.
-
-        Returns:
-            States ``[S, T, B, H]`` and the state after the last valid steps, one tensor ``[S, B, H]`` or two.
-        """
-        return run_gated(self, call)
-
-    def gated_way(self, weight_hh: Tensor, owned: Sequence[Tensor]) -> GatedWay:
-        """Return how this rule goes back through a layer of a cell with gates; called once a backward pass."""
-        return GatedWay(
-            self._matrix("feedback", weight_hh, *owned),
-            self.inverse,
-            self.credit,
-            self.target_step,
-            self.margin,
-            self.gate_slope,
-            self.candidate_slope,
-            self.slope_reg,
-            self.normalize,
-        )
 
     def start_sweep(self, layer: LayerWeights) -> Sweep:
         """Return how this rule goes from the last step of a layer to the first; called once a backward pass."""
@@ -241,8 +214,8 @@ class RecurrentRule(Rule, ABC):
         scales = (of_each(step, lambda s: 1 / s) if self.normalize else 1.0, of_each(step, lambda s: sign / s))
 
         def run(
-            piece: Piece, grad_states: Tensor | None, arriving: Tensor | None, credit: Tensor | None
-        ) -> tuple[Gradients, Tensor, Tensor | None]:
+            piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
+        ) -> tuple[Gradients, State, StateOrNone]:
             # Recomputing the projection is one product; keeping it would cost as much memory as the states.
             pre = None
             if self.correction == "none":
@@ -250,7 +223,26 @@ class RecurrentRule(Rule, ABC):
             back = (grad_states, arriving, credit)
             return run_backward(layer, piece, how, feedback, input_feedback, pre, scales, of_displacement, *back)
 
-        return Sweep(run, of_each(step, lambda s: -s), self.correction != "none")
+        return Sweep(run, of_each(step, operator.neg), self.correction != "none")
+
+    def start_gated_sweep(self, layer: GatedWeights) -> Sweep:
+        """Return what :meth:`start_sweep` does, of a layer of a cell with gates."""
+        return self._gated_sweep(layer, None)
+
+    def _gated_sweep(self, layer: GatedWeights, jacobian: tuple[PerMember, int | None] | None) -> Sweep:
+        feedback = self._matrix("feedback", layer.weight_hh, *layer.owned)
+        step = self.target_step
+        slopes = (self.gate_slope, self.candidate_slope, self.slope_reg)
+        how = GatedHowBack(self.inverse, self.credit, step, self.margin, *slopes, jacobian)
+        of_input = of_each(step, lambda s: 1 / s)
+        scales: tuple[PerMember, PerMember] = (of_input if self.normalize else 1.0, of_input)
+
+        def run(
+            piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
+        ) -> tuple[Gradients, State, StateOrNone]:
+            return run_gated_backward(layer, piece, how, feedback, scales, grad_states, arriving, credit)
+
+        return Sweep(run, of_each(step, operator.neg), fades=True)
 
     def _matrix(self, method: str, weight: Tensor, *owned: Tensor) -> Tensor:
         """What ``feedback`` or ``input_feedback`` makes of a weight, checked, in the weight's dtype."""
@@ -268,14 +260,11 @@ class RecurrentRule(Rule, ABC):
             raise ValueError(wrong)
         return matrix.to(weight.dtype)  # type: ignore[no-any-return]
 
-    def composite(self, call: RecurrentCall) -> tuple[Tensor, Tensor]:
-        """Run a layer by operations with derivatives of every order, for rules whose backward pass is a derivative."""
-        refuse_forward_mode("rnn_layer", PLAIN_RNN)
-        raise RuntimeError(NOT_A_DERIVATIVE)
-
-    def gated_composite(self, call: GatedCall) -> tuple[Tensor, ...]:
-        """What :meth:`composite` is, of a layer of a cell with gates."""
-        refuse_forward_mode("gated_layer", PLAIN_RNN)
+    def composite(self, call: CellCall) -> tuple[Tensor, ...]:
+        """Run a layer by operations with derivatives of every order: where the backward pass is the chain rule."""
+        if self.exact:
+            return call.composite()
+        refuse_forward_mode(call.op, PLAIN_RNN)
         raise RuntimeError(NOT_A_DERIVATIVE)
 
     def recurrent_loss(self, call: RecurrentCall, noise: float | None) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,8 +12,9 @@ from tpext.ops._library import is_integer
 from tpext.ops._members import as_list
 from tpext.ops.regularized_inverse import regularized_inverse
 from tpext.rules.base import Kind, PerMember, number
-from tpext.rules.gated_pass import GatedWay
+from tpext.rules.gated_call import GatedWeights
 from tpext.rules.recurrent import Correction, Credit, GatedInverse, InputRule, RecurrentRule, Slope
+from tpext.rules.recurrent_pass import Sweep
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,8 @@ class RegularizedInverse(RecurrentRule):
             reg = tuple(of_member for of_member in reg for _ in range(gates))
         return regularized_inverse(of_gates, reg).mT.reshape(weight_hh.shape)
 
-    def gated_way(self, weight_hh: Tensor, owned: Sequence[Tensor]) -> GatedWay:
-        way = super().gated_way(weight_hh, owned)
-        return way._replace(jacobian=(self.reg, self.chebyshev_steps)) if self.inverse == "jacobian" else way
+    def start_gated_sweep(self, layer: GatedWeights) -> Sweep:
+        return self._gated_sweep(layer, (self.reg, self.chebyshev_steps) if self.inverse == "jacobian" else None)
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
         return regularized_inverse(weight_ih, self.reg).mT
