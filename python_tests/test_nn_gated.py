@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import tpext
-from tpext import Backprop, LearnedInverse, RegularizedInverse
+from tpext import Backprop, RegularizedInverse
 
 T, B, I, H = 6, 4, 3, 5  # noqa: E741
 LENGTHS = torch.tensor([3, 6, 1, 4])
@@ -410,10 +410,9 @@ def test_representation_and_the_way_to_torch_and_back(cell):
         (RegularizedInverse(correction="difference"), r"correction='linearized'"),
         (RegularizedInverse(input_rule="target"), r"input_rule='gradient'"),
         (RegularizedInverse(margin=0.5), r"margin < 0\.5"),
-        (LearnedInverse(), r"LearnedInverse is for the simple cell"),
         (SweepsItself(), r"SweepsItself is for the simple cell"),
     ],
-    ids=["correction", "input_rule", "margin", "learned", "a sweep of its own"],
+    ids=["correction", "input_rule", "margin", "a sweep of its own"],
 )
 def test_rules_that_do_not_serve_gates(cell, rule, text):
     with pytest.raises(ValueError, match=rf"{cell}: .*{text}"):

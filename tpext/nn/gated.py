@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from tpext.nn.recurrent import RecurrentLayers
+from tpext.nn.recurrent import RecurrentLayers, stack_members
 from tpext.rules import GatedCall
 
 
@@ -18,8 +18,8 @@ class GatedLayers(RecurrentLayers):
     """What ``torch.ops.tpext.gated_layer`` calls the cell."""
 
     def _call(self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None) -> GatedCall:
-        weight_ih, weight_hh, *biases = self._stacked(self._all_weights, layer, input)
+        weight_ih, weight_hh, *biases = stack_members(self._parameters_of(self._all_weights, layer, input))
         bias_ih, bias_hh = biases if self.bias else (None, None)
-        owned = self._stacked(self._owned_names, layer, input)
+        owned = self._owned_parameters(layer, input)
         run = (lengths, self._reverse, self._cell, owned, self.checkpoint_every, self._has_readers(layer))
         return GatedCall(input.unsqueeze(0), tuple(starts), weight_ih, weight_hh, bias_ih, bias_hh, *run)

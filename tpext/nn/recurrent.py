@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from tpext.nn.recurrent_input import as_given, check_device, time_major
 from tpext.nn.recurrent_parameters import RecurrentParameters
 from tpext.nn.torchscript import refuse_script, refuse_trace
+from tpext.ops._library import full_precision
 from tpext.rules import GatedCall, RecurrentCall, RegularizedInverse
 from tpext.rules.recurrent_pass import comes_of_a_pass
 
@@ -65,19 +66,20 @@ class RecurrentLayers(RecurrentParameters):
                 stacklevel=6,
             )
 
-    def _stacked(self, names: Sequence[Sequence[str]], layer: int, input: Tensor) -> tuple[Tensor, ...]:
-        """Those parameters of one layer, of its directions side by side: ``[S, ...]`` each.
-
-        ``names`` has one list a layer and direction: ``_all_weights``, or ``_owned_names``.
-        """
+    def _parameters_of(self, names: Sequence[Sequence[str]], layer: int, input: Tensor) -> list[list[Tensor]]:
+        """Those of a layer, a list each direction; ``names``: ``_all_weights`` or ``_owned_names``."""
         directions = len(self._reverse)
-        stacks = []
-        for of_directions in zip(*names[layer * directions : (layer + 1) * directions], strict=True):
-            parameters = [getattr(self, name) for name in of_directions]
+        members = []
+        for of_member in names[layer * directions : (layer + 1) * directions]:
+            parameters = [getattr(self, name) for name in of_member]
             for parameter in parameters:
                 check_device("parameter", parameter, input)
-            stacks.append(parameters[0].unsqueeze(0) if directions == 1 else torch.stack(parameters))
-        return tuple(stacks)
+            members.append(parameters)
+        return members
+
+    def _owned_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, ...]:
+        """The rule's own parameters of one layer, stacked ``[S, ...]``."""
+        return stack_members(self._parameters_of(self._owned_names, layer, input))
 
     def _initial_states(self, states: tuple[Tensor, ...] | None, input: Tensor) -> Sequence[tuple[Tensor, ...]]:
         """The initial states of each layer, ``[S, B, H]`` of each kind."""
@@ -110,6 +112,59 @@ class RecurrentLayers(RecurrentParameters):
     def _between_layers(self, output: Tensor) -> Tensor:
         return functional.dropout(output, self.dropout) if self.training and self.dropout > 0 else output
 
+    def reconstruction_loss(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | tuple[Tensor, ...] | None = None,
+        lengths: Tensor | None = None,
+        *,
+        noise: float | None = None,
+    ) -> Tensor:
+        """Loss that trains the reverse layers of :class:`tpext.LearnedInverse`, of an RNN or a GRU.
+
+        ``1/(2B) sum_t ||G(x_t, f(x_t, h_{t-1} + n_t)) - (h_{t-1} + n_t)||^2``, summed over layers and directions, with
+        a step ``f`` of the layer, its reverse ``G(x, h) = tanh(h V^T + c + x U^T)`` and Gaussian noise ``n_t``, drawn
+        anew for each entry. Only ``V`` and ``c`` receive gradients. Call it, and step an optimizer of the reverse
+        parameters, before the target pass of the same batch. Steps beyond ``lengths`` do not count. Computed in the
+        parameters' dtype, autocast or not. Under ``DistributedDataParallel`` call it inside the wrapped module's
+        ``forward``: see :class:`tpext.LearnedInverse`.
+
+        Args:
+            input, hx, lengths: as in the forward pass.
+            noise: standard deviation of ``n_t``, >= 0; None means the rule's.
+
+        Returns:
+            The scalar loss.
+
+        Raises:
+            RuntimeError: the rule is not ``LearnedInverse``; else as the forward pass.
+            ValueError: noise is not a finite number >= 0; else as the forward pass.
+
+        Cost: two forward passes, the second of all steps at once, and a product (with the backward pass 2) of ``T*B``
+        rows with an ``H x H`` matrix, beside the input's projection.
+
+        Source: Lee et al., "Difference Target Propagation", 2015, equation 13; Manchev and Spratling, JMLR 21(7), 2020.
+
+        >>> import torch, tpext
+        >>> rnn = tpext.nn.RNN(3, 4, rule=tpext.LearnedInverse(noise=0.1))
+        >>> rnn.reconstruction_loss(torch.randn(7, 2, 3)).backward()
+        >>> rnn.reverse_weight_hh_l0.grad.shape, rnn.weight_hh_l0.grad
+        (torch.Size([4, 4]), None)
+        """
+        given = hx if hx is None or isinstance(hx, tuple) else (hx,)
+        rows, states, lengths = time_major(self, input, given, lengths)
+        with full_precision(rows.device.type):
+            output = rows.to(self.weight_ih_l0.dtype)
+            states = None if states is None else tuple(state.to(output.dtype) for state in states)
+            loss = output.new_zeros(())
+            for layer, starts in enumerate(self._initial_states(states, output)):
+                with torch.no_grad():
+                    output = self._between_layers(output) if layer > 0 else output
+                of_layer, reached = self._rule.recurrent_loss(self._call(layer, output, starts, lengths), noise)
+                loss = loss + of_layer
+                output = join_directions(reached)
+        return loss / max(rows.size(1), 1)
+
     def extra_repr(self) -> str:
         """Sizes and every option that differs from its default."""
         parts = [str(self.input_size), str(self.hidden_size)]
@@ -131,6 +186,13 @@ class RecurrentLayers(RecurrentParameters):
             if value != default:
                 parts.append(f"{name}={value}")
         return ", ".join(parts)
+
+
+def stack_members(members: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+    """Tensors of each direction side by side, ``[S, ...]`` each."""
+    if len(members) == 1:
+        return tuple(tensor.unsqueeze(0) for tensor in members[0])
+    return tuple(map(torch.stack, zip(*members, strict=True)))
 
 
 def join_directions(states: Tensor) -> Tensor:

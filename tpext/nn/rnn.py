@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tpext.nn.recurrent import RecurrentLayers, join_directions
-from tpext.nn.recurrent_input import time_major
+from tpext.nn.recurrent import RecurrentLayers, stack_members
 from tpext.nn.recurrent_parameters import check_replaceable, sharing_parameters
-from tpext.ops._library import full_precision
 from tpext.rules import RecurrentCall, RecurrentRule
 
 _MODES = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "identity": "RNN_IDENTITY"}
@@ -182,59 +180,12 @@ class RNN(RecurrentLayers):
         return output, h_n  # type: ignore[return-value]
 
     def _call(self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None) -> RecurrentCall:
-        weight_ih, weight_hh, *biases = self._stacked(self._all_weights, layer, input)
-        bias = biases[0] + biases[1] if self.bias else None
-        owned = self._stacked(self._owned_names, layer, input)
+        members = self._parameters_of(self._all_weights, layer, input)
+        if self.bias:
+            # summed before they are stacked: of a sum of views both biases would get one tensor for a gradient
+            members = [[weight_ih, weight_hh, bias_ih + bias_hh] for weight_ih, weight_hh, bias_ih, bias_hh in members]
+        weight_ih, weight_hh, *biases = stack_members(members)
+        bias = biases[0] if self.bias else None
+        owned = self._owned_parameters(layer, input)
         run = (lengths, self._reverse, self.nonlinearity, owned, self.checkpoint_every, self._has_readers(layer))
         return RecurrentCall(input.unsqueeze(0), starts[0], weight_ih, weight_hh, bias, *run)
-
-    def reconstruction_loss(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        lengths: Tensor | None = None,
-        *,
-        noise: float | None = None,
-    ) -> Tensor:
-        """Loss that trains the reverse layers of ``LearnedInverse``.
-
-        ``1/(2B) sum_t ||G(x_t, f(x_t, h_{t-1} + n_t)) - (h_{t-1} + n_t)||^2``, summed over layers and directions, with
-        the layer ``f``, its reverse ``G(x, h) = tanh(h V^T + c + x U^T)`` and Gaussian noise ``n_t``, drawn anew for
-        each entry. Only ``V`` and ``c`` receive gradients. Call it, and step an optimizer of the reverse parameters,
-        before the target pass of the same batch. Steps beyond ``lengths`` do not count. Computed in the parameters'
-        dtype, autocast or not. Under ``DistributedDataParallel`` call it inside the wrapped module's ``forward``: see
-        :class:`tpext.LearnedInverse`.
-
-        Args:
-            input, hx, lengths: as in the forward pass.
-            noise: standard deviation of ``n_t``, >= 0; None means the rule's.
-
-        Returns:
-            The scalar loss.
-
-        Raises:
-            RuntimeError: the rule is not ``LearnedInverse``; else as the forward pass.
-            ValueError: noise is not a finite number >= 0; else as the forward pass.
-
-        Cost: a forward pass and 3 (with its backward 4) more products of ``T*B`` rows with an ``H x H`` matrix.
-
-        Source: Lee et al., "Difference Target Propagation", 2015, equation 13; Manchev and Spratling, JMLR 21(7), 2020.
-
-        >>> import torch, tpext
-        >>> rnn = tpext.nn.RNN(3, 4, rule=tpext.LearnedInverse(noise=0.1))
-        >>> rnn.reconstruction_loss(torch.randn(7, 2, 3)).backward()
-        >>> rnn.reverse_weight_hh_l0.grad.shape, rnn.weight_hh_l0.grad
-        (torch.Size([4, 4]), None)
-        """
-        rows, states, lengths = time_major(self, input, None if hx is None else (hx,), lengths)
-        with full_precision(rows.device.type):
-            output = rows.to(self.weight_ih_l0.dtype)
-            states = None if states is None else tuple(state.to(output.dtype) for state in states)
-            loss = output.new_zeros(())
-            for layer, starts in enumerate(self._initial_states(states, output)):
-                with torch.no_grad():
-                    output = self._between_layers(output) if layer > 0 else output
-                of_layer, reached = self._rule.recurrent_loss(self._call(layer, output, starts, lengths), noise)
-                loss = loss + of_layer
-                output = join_directions(reached)
-        return loss / max(rows.size(1), 1)

@@ -167,3 +167,19 @@ def final_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Se
             last = _at_last_valid(states[member : member + 1], lengths)[0]
         members.append(last if lengths is None else torch.where((lengths > 0).unsqueeze(1), last, h0[member]))
     return torch.stack(members)
+
+
+def states_before(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]) -> Tensor:
+    """The state that each step started from, ``[S, T, B, H]``; unspecified beyond ``lengths``."""
+    members = []
+    for member, start, backwards in zip(states, h0, reverse, strict=True):
+        first = start.unsqueeze(0)
+        if not backwards:
+            members.append(torch.cat((first, member[:-1])))
+            continue
+        before = torch.cat((member[1:], first))
+        if lengths is not None:
+            starts = torch.arange(member.size(0), device=lengths.device).unsqueeze(1) == lengths - 1
+            before = torch.where(starts.unsqueeze(2), first, before)
+        members.append(before)
+    return torch.stack(members)

@@ -7,6 +7,7 @@ Nothing in here imports the rest of the package, and only tests and documentatio
 """
 
 from tpext.reference.counter_normal import counter_normal, philox4x32
+from tpext.reference.gated_learned_target_pass import gru_learned_gradients
 from tpext.reference.gated_scan import GatedStates, gated_scan
 from tpext.reference.gated_target_pass import GatedPass, gated_feedback, gated_target_pass
 from tpext.reference.layer_inverse import (
@@ -53,6 +54,7 @@ __all__ = [
     "gated_feedback",
     "gated_scan",
     "gated_target_pass",
+    "gru_learned_gradients",
     "layer_inverse",
     "learned_target_rnn_gradients",
     "linear_inverse",

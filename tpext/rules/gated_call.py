@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from tpext.ops._gated_composite import gated_layer_composite
 from tpext.ops._members import as_list
+from tpext.ops._rnn_products import states_before, valid_steps
 from tpext.ops.gated_layer import gated_jacobian_backward, gated_layer, gated_layer_backward
 from tpext.rules.base import PerMember
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep
@@ -84,6 +85,16 @@ class GatedCall(NamedTuple):
             self.input, h0, c0, *self.weights, self.lengths, self.reverse, self.cell
         )
         return states, *(h_n, c_n)[: len(self.start)]
+
+    def restarted(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the layer, then each of its steps again from a changed h before it: see :class:`RecurrentCall`."""
+        states, _, kept = self.forward(keep=len(self.start) > 1)
+        piece = Piece(self.input, self.start, states, kept, self.lengths)
+        h, *c = _before_steps(piece, self.reverse)
+        before = change(h)
+        start = (before.flatten(1, 2), *(kind.flatten(1, 2) for kind in c))
+        steps = self.on(_rows(self.input), start, self.weights, None, self.owned)
+        return states, before, steps.forward(keep=False)[0].view_as(states)
 
     def start_sweep(self, rule: RecurrentRule, needs: Sequence[bool]) -> Sweep:
         return rule.start_gated_sweep(GatedWeights(*self.weights, self.owned, self.reverse, self.cell, needs))
@@ -200,3 +211,25 @@ def run_gated_backward(
 def _two(state: StateOrNone) -> StateOrNone:
     """Of h and of c, which a GRU has not."""
     return (*state, None)[:2]
+
+
+def steps_apart(piece: Piece, reverse: Sequence[bool]) -> Piece:
+    """The steps of a piece side by side, as rows ``[S, 1, t B, ...]`` of a single step.
+
+    Nothing goes from one to another: taken back so, a gradient of the states gives the parameters each step's own.
+    """
+    assert piece.kept is not None
+    start = tuple(kind.flatten(1, 2) for kind in _before_steps(piece, reverse))
+    lengths = None if piece.lengths is None else valid_steps(piece.lengths, piece.states.shape[1]).flatten().long()
+    return Piece(_rows(piece.input), start, _rows(piece.states), _rows(piece.kept), lengths)
+
+
+def _before_steps(piece: Piece, reverse: Sequence[bool]) -> State:
+    """The state that each step started from, ``[S, t, B, H]`` of each kind."""
+    of_cell = [] if len(piece.start) == 1 or piece.kept is None else [piece.kept[:, :, :, 4]]
+    kinds = zip((piece.states, *of_cell), piece.start, strict=True)
+    return tuple(states_before(states, first, piece.lengths, reverse) for states, first in kinds)
+
+
+def _rows(of_steps: Tensor) -> Tensor:
+    return of_steps.flatten(1, 2).unsqueeze(1)

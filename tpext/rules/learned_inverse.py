@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tpext.ops._members import as_list
 from tpext.ops._rnn_products import input_projection, valid_steps
+from tpext.ops.rnn_target_scan import rnn_learned_target_scan
 from tpext.rules.base import Kind, PerMember, number, of_each
+from tpext.rules.gated_call import GatedHowBack, GatedWeights, run_gated_backward, steps_apart
 from tpext.rules.recurrent import Credit, RecurrentRule
-from tpext.rules.recurrent_call import HowBack, LayerWeights, RecurrentCall, run_backward
+from tpext.rules.recurrent_call import HowBack, LayerWeights, run_backward
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep
+
+if TYPE_CHECKING:
+    from tpext.rules.recurrent_pass import CellCall
 
 
 @dataclass(frozen=True)
 class LearnedInverse(RecurrentRule):
     """Target propagation through a learned reverse layer (an auto-encoder of each step).
 
-    With ``G(x_t, h) = tanh(h V^T + c + x_t U^T)``, which shares ``U`` with the layer,
+    With ``G(x_t, h) = tanh(h V^T + c + x_t U^T)``, which shares ``U`` with the layer (of a GRU with its candidate),
 
     ``d_{t-1} = G(x_t, h_t + d_t) - G(x_t, h_t) - target_step g_{t-1}``
 
     The reverse weights ``V`` and biases ``c`` are parameters of the module, present only under this rule. The loss's
     backward pass leaves them without a gradient; they learn from :meth:`tpext.nn.RNN.reconstruction_loss`, stepped
-    before the target pass. Needs the tanh nonlinearity. Not linear in the gradient (see the module's head).
+    before the target pass. Not linear in the gradient (see the module's head).
+
+    It serves the simple cell with tanh, and the GRU, whose state has tanh's range too. There ``G`` has to undo all
+    gates at once, and is given the input but none of the gates; no publication has it. An LSTM's c is beyond a reverse
+    layer of h.
 
     Under ``DistributedDataParallel`` compute the reconstruction loss in the wrapped module's ``forward``, by a flag,
     and pass ``find_unused_parameters=True``, with no other forward pass between a loss's forward and its backward: then
@@ -64,14 +75,16 @@ class LearnedInverse(RecurrentRule):
 
     def check(self, layer: nn.Module) -> None:
         super().check(layer)
-        if layer.gates != 1:
+        if layer.gates == 4:
             raise ValueError(
-                f"{type(layer).__name__}: rule=LearnedInverse is for the simple cell (tpext.nn.RNN); use "
-                "rule=tpext.RegularizedInverse() or rule=tpext.Backprop() with gates"
+                f"{type(layer).__name__}: rule=LearnedInverse has a reverse layer of h, which says nothing of c; use "
+                "tpext.nn.GRU, rule=tpext.RegularizedInverse() or rule=tpext.Backprop()"
             )
-        if layer.nonlinearity != "tanh":
+        # a cell with gates has no other
+        nonlinearity = getattr(layer, "nonlinearity", "tanh")
+        if nonlinearity != "tanh":
             raise ValueError(
-                f"RNN: rule=LearnedInverse needs nonlinearity='tanh', got '{layer.nonlinearity}'; "
+                f"RNN: rule=LearnedInverse needs nonlinearity='tanh', got '{nonlinearity}'; "
                 "use rule=tpext.RegularizedInverse() or rule=tpext.Backprop() with this nonlinearity"
             )
 
@@ -85,58 +98,71 @@ class LearnedInverse(RecurrentRule):
             nn.init.orthogonal_(parameter)
 
     def start_sweep(self, layer: LayerWeights) -> Sweep:
-        reverse_weight, reverse_bias = layer.owned
+        reverse_weight = layer.owned[0]
         step = self.target_step
         how = HowBack("learned", self.credit, step, 1e-3, "inverse", 0.0)
-        inverse = of_each(step, lambda s: 1 / s)
-        scales = (inverse if self.normalize else 1.0, inverse)
+        scales = self._scales()
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
         ) -> tuple[Gradients, State, StateOrNone]:
-            from_input = input_projection(piece.input, layer.weight_ih, reverse_bias).flatten(1, 2)
-            pre = torch.baddbmm(from_input, piece.states.flatten(1, 2), reverse_weight.mT).view(piece.states.shape)
+            pre = _before_tanh(piece.states, piece.input, layer.weight_ih, layer.owned)
             feedback, back = reverse_weight.mT, (grad_states, arriving, credit)
             return run_backward(layer, piece, how, feedback, layer.weight_ih, pre, scales, False, *back)
 
-        return Sweep(run, of_each(step, lambda s: -s), fades=True)
+        return Sweep(run, of_each(step, operator.neg), fades=True)
 
-    def recurrent_loss(self, call: RecurrentCall, noise: float | None) -> tuple[Tensor, Tensor]:
-        std = self.noise if noise is None else replace(self, noise=noise).noise
-        reverse_weight, reverse_bias = call.owned
-        with torch.no_grad():
-            shared = input_projection(call.input, call.weight_ih, None)
-            x_proj = shared if call.bias is None else shared + call.bias[:, None, None]
-            states: Tensor = torch.ops.tpext.rnn_scan(
-                x_proj, call.h0, call.weight_hh, call.lengths, call.reverse, call.nonlinearity
+    def start_gated_sweep(self, layer: GatedWeights) -> Sweep:
+        reverse_weight = layer.owned[0]
+        step = self.target_step
+        scales = self._scales()
+
+        def run(
+            piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
+        ) -> tuple[Gradients, State, StateOrNone]:
+            pre = _before_tanh(piece.states, piece.input, layer.weight_ih, layer.owned)
+            # with the identity for a slope delta is -d_t, the gradient of the state's local loss
+            reverse_layer = (reverse_weight, reverse_weight, pre, piece.lengths, layer.reverse)
+            of_states, first, _, _ = rnn_learned_target_scan(
+                grad_states, piece.states, *reverse_layer, "identity", "local", as_list(step), False, arriving[0], None
             )
-            target = _previous_states(states, call.h0, call.lengths, call.reverse)
-            if std > 0:
-                target = target + std * torch.randn_like(target)
-            reached = torch.tanh(x_proj + _rows_times(target, call.weight_hh))
-        rebuilt = torch.tanh(_rows_times(reached, reverse_weight) + (shared + reverse_bias[:, None, None]))
-        residual = rebuilt - target
+            # from there on it is the chain rule, whose displacement is minus the credit
+            how = GatedHowBack("branch", "local", 1.0, 0.25, "derivative", "derivative", 0.0, None)
+            through_time = self.credit == "through_time"
+            part = piece if through_time else steps_apart(piece, layer.reverse)
+            beyond = None if credit[0] is None else -credit[0]
+            given = of_states.view(part.states.shape)
+            gradients, before, _ = run_gated_backward(
+                layer, part, how, layer.weight_hh, scales, given, (beyond,), (None,)
+            )
+            if gradients[0] is not None:
+                gradients[0] = gradients[0].view(piece.input.shape)
+            return gradients, (first,), (-before[0] if through_time else None,)
+
+        return Sweep(run, of_each(step, operator.neg), fades=True)
+
+    def _scales(self) -> tuple[PerMember, PerMember]:
+        inverse = of_each(self.target_step, lambda s: 1 / s)
+        return inverse if self.normalize else 1.0, inverse
+
+    def recurrent_loss(self, call: CellCall, noise: float | None) -> tuple[Tensor, Tensor]:
+        std = self.noise if noise is None else replace(self, noise=noise).noise
+
+        def disturbed(before: Tensor) -> Tensor:
+            return before + std * torch.randn_like(before) if std > 0 else before
+
+        with torch.no_grad():
+            states, target, reached = call.restarted(disturbed)
+        residual = torch.tanh(_before_tanh(reached, call.input, call.weight_ih, call.owned)) - target
         if call.lengths is not None:
             residual = residual * valid_steps(call.lengths, residual.size(1))
         return residual.square().sum() / 2, states
 
 
-def _rows_times(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows W^T`` for ``[S, T, B, H]`` and ``[S, H, H]`` as one product a member (matmul would make T of them)."""
-    return torch.bmm(rows.flatten(1, 2), weight.mT).view_as(rows)
-
-
-def _previous_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]) -> Tensor:
-    """The state that each step started from, ``[S, T, B, H]``; unspecified beyond ``lengths``."""
-    members = []
-    for member, start, runs_back in zip(states, h0, reverse, strict=True):
-        first = start.unsqueeze(0)
-        if not runs_back:
-            members.append(torch.cat((first, member[:-1])))
-            continue
-        previous = torch.cat((member[1:], first))
-        if lengths is not None:
-            starts = torch.arange(member.size(0), device=lengths.device).unsqueeze(1) == lengths - 1
-            previous = torch.where(starts.unsqueeze(2), first, previous)
-        members.append(previous)
-    return torch.stack(members)
+def _before_tanh(states: Tensor, input: Tensor, weight_ih: Tensor, owned: Sequence[Tensor]) -> Tensor:
+    """What the reverse layer makes of each state before its tanh, ``h V^T + c + x U^T [S, T, B, H]``."""
+    reverse_weight, reverse_bias = owned
+    # the layer's weights do not learn from the reverse layer's loss; a GRU's candidate is the last of its gates
+    shared = weight_ih.detach()[:, -states.shape[3] :]
+    from_input = input_projection(input.detach(), shared, reverse_bias).flatten(1, 2)
+    return torch.baddbmm(from_input, states.flatten(1, 2), reverse_weight.mT).view(states.shape)

@@ -27,7 +27,7 @@ from tpext.ops._members import as_list
 from tpext.ops._rnn_products import input_projection
 from tpext.rules.base import Kind, PerMember, Rule, check_flag, check_positive, of_each, require_result
 from tpext.rules.gated_call import GatedHowBack, GatedWeights, run_gated_backward
-from tpext.rules.recurrent_call import HowBack, LayerWeights, RecurrentCall, run_backward
+from tpext.rules.recurrent_call import HowBack, LayerWeights, run_backward
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep, run_pass
 
 if TYPE_CHECKING:
@@ -142,11 +142,8 @@ class RecurrentRule(Rule, ABC):
                 f"{kind}: proj_size needs rule=tpext.Backprop(); targets of a projected state say nothing of what the "
                 f"projection leaves out, got {self}"
             )
-        if self.learns or (
-            type(self).start_sweep is not RecurrentRule.start_sweep
-            and type(self).start_gated_sweep is RecurrentRule.start_gated_sweep
-            and not self.exact
-        ):
+        goes_itself = self.learns or type(self).start_sweep is not RecurrentRule.start_sweep
+        if goes_itself and type(self).start_gated_sweep is RecurrentRule.start_gated_sweep:
             raise ValueError(
                 f"{kind}: rule must be a feedback matrix without a loss of its own, or have a method "
                 f"start_gated_sweep; {type(self).__name__} is for the simple cell, tpext.nn.RNN"
@@ -267,14 +264,14 @@ class RecurrentRule(Rule, ABC):
         refuse_forward_mode(call.op, PLAIN_RNN)
         raise RuntimeError(NOT_A_DERIVATIVE)
 
-    def recurrent_loss(self, call: RecurrentCall, noise: float | None) -> tuple[Tensor, Tensor]:
+    def recurrent_loss(self, call: CellCall, noise: float | None) -> tuple[Tensor, Tensor]:
         """Return the loss that trains the rule's own parameters, summed over the batch, and the layer's states.
 
         Raises:
             RuntimeError: the rule has no such loss.
         """
         raise RuntimeError(
-            "RNN.reconstruction_loss needs rule=tpext.LearnedInverse(), or a rule of your own with recurrent_loss, the "
+            "reconstruction_loss needs rule=tpext.LearnedInverse(), or a rule of your own with recurrent_loss, the "
             f"rule is {self}"
         )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tpext.ops._members import as_list
-from tpext.ops._rnn_products import final_states, input_projection
+from tpext.ops._rnn_products import final_states, input_projection, states_before
 from tpext.ops.rnn_layer import rnn_layer, rnn_layer_backward
 from tpext.rules.base import PerMember
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep
@@ -89,6 +89,21 @@ class RecurrentCall(NamedTuple):
             x_proj, self.h0, self.weight_hh, self.lengths, self.reverse, self.nonlinearity
         )
         return states, final_states(states, self.h0, self.lengths, self.reverse)
+
+    def restarted(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the layer, then each of its steps again from a changed state before it.
+
+        Returns:
+            The states, ``change(states before each step)`` and what the steps reach from these, ``[S, T, B, H]`` each.
+        """
+        x_proj = input_projection(self.input, self.weight_ih, self.bias)
+        states = torch.ops.tpext.rnn_scan(
+            x_proj, self.h0, self.weight_hh, self.lengths, self.reverse, self.nonlinearity
+        )
+        before = change(states_before(states, self.h0, self.lengths, self.reverse))
+        steps = (x_proj.flatten(1, 2).unsqueeze(1), before.flatten(1, 2), self.weight_hh)
+        reached = torch.ops.tpext.rnn_scan(*steps, None, self.reverse, self.nonlinearity)
+        return states, before, reached.view_as(states)
 
     def start_sweep(self, rule: RecurrentRule, needs: Sequence[bool]) -> Sweep:
         return rule.start_sweep(LayerWeights(*self.weights, self.owned, self.reverse, self.nonlinearity, needs))
