@@ -55,6 +55,25 @@ def test_rules_pass_their_check(rule: tpext.rules.Rule) -> None:
     check_rule(rule)
 
 
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FeedbackAlignment(),
+        tpext.Backprop(),
+        tpext.RegularizedInverse(),
+        tpext.RegularizedInverse(inverse="cell", slope_reg=1.0),
+    ],
+    ids=repr,
+)
+def test_rules_pass_their_check_with_gates(rule: tpext.rules.Rule, cell: str) -> None:
+    check_rule(rule, cell=cell)
+
+
+def test_a_learned_rule_passes_its_check_with_gates() -> None:
+    check_rule(tpext.LearnedInverse(), cell="gru")
+
+
 def test_every_rule_of_the_package_is_checked() -> None:
     assert {type(rule) for rule in OURS} == set(exported_rules())
 
@@ -114,7 +133,7 @@ def test_a_rule_that_is_broken_in_one_way_fails_that_check(broken: Broken) -> No
     assert ", got " in found
     if "expected no error" in found:
         assert type(error.value.__cause__).__name__ in found
-    for name, check in _rule_checks(broken.rule, "tanh", None):
+    for name, check in _rule_checks(broken.rule):
         # gradients are checked in float32 and in float64
         if broken.alone and name.split(" (")[0] != broken.check.split(" (")[0]:
             check()
@@ -132,6 +151,10 @@ def test_the_caller_chooses_the_activation() -> None:
         check_rule(SignSymmetry(), nonlinearity="gelu")
     with pytest.raises(ValueError, match=r"nonlinearity belongs to rules of recurrent layers, got PseudoInverseTarg"):
         check_rule(PseudoInverseTargets(), nonlinearity="relu")
+    with pytest.raises(ValueError, match="check_rule: nonlinearity belongs to cell 'rnn', got cell 'gru'"):
+        check_rule(SignSymmetry(), cell="gru", nonlinearity="relu")
+    with pytest.raises(ValueError, match="check_rule: cell must be one of 'rnn', 'gru', 'lstm', got 'mlp'"):
+        check_rule(SignSymmetry(), cell="mlp")
     with pytest.raises(ValueError, match=r"check_rule: activation belongs to rules of feed-forward layers, got Sign"):
         check_rule(SignSymmetry(), activation="relu")
 

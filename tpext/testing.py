@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpext.nn import MLP, RNN, TargetSequential
+from tpext.nn import GRU, LSTM, MLP, RNN, TargetSequential
 from tpext.nn.linear import as_activation
 from tpext.ops import Activation, Units
 from tpext.ops._library import NONLINEARITIES, check_choice
@@ -32,11 +32,13 @@ from tpext.tasks import ImageClasses
 from tpext.tasks.base import NOT_ASKED, Batch, Task
 
 _STEPS, _BATCH = 7, 4
+_CELLS: dict[str, Any] = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
 
 
 def check_rule(
     rule: Rule,
     *,
+    cell: str | None = None,
     nonlinearity: str | None = None,
     activation: ActivationName | UnitsName | Activation | Units | None = None,
 ) -> None:
@@ -59,7 +61,8 @@ def check_rule(
 
     Args:
         rule: of recurrent layers, of feed-forward layers or of networks.
-        nonlinearity: of the recurrent layers, None means "tanh".
+        cell: of the recurrent layers, "rnn", "gru" or "lstm"; None means "rnn".
+        nonlinearity: of the simple recurrent cell, None means "tanh".
         activation: of the feed-forward layers, None means "tanh" ("relu" for a rule that ``takes_units``).
 
     Raises:
@@ -70,16 +73,22 @@ def check_rule(
     """
     if not isinstance(rule, Rule):
         raise TypeError(f"check_rule: rule must be a tpext.rules.Rule, got {rule!r}{not_an_instance(rule)}")
+    for name, value, choices in (("cell", cell, tuple(_CELLS)), ("nonlinearity", nonlinearity, NONLINEARITIES)):
+        if value is not None:
+            if "recurrent" not in rule.kinds:
+                raise ValueError(f"check_rule: {name} belongs to rules of recurrent layers, got {rule}")
+            check_choice("check_rule", name, value, choices)
+    recurrent = _CELLS[cell or "rnn"]
     if nonlinearity is not None:
-        if "recurrent" not in rule.kinds:
-            raise ValueError(f"check_rule: nonlinearity belongs to rules of recurrent layers, got {rule}")
-        check_choice("check_rule", "nonlinearity", nonlinearity, NONLINEARITIES)
+        if recurrent is not RNN:
+            raise ValueError(f"check_rule: nonlinearity belongs to cell 'rnn', got cell {cell!r}")
+        recurrent = partial(RNN, nonlinearity=nonlinearity)
     if activation is not None:
         if "layer" not in rule.kinds:
             raise ValueError(f"check_rule: activation belongs to rules of feed-forward layers, got {rule}")
         activation = as_activation(activation)
     with torch.random.fork_rng(devices=[]):
-        for name, check in _rule_checks(rule, nonlinearity or "tanh", activation):
+        for name, check in _rule_checks(rule, recurrent, activation):
             _run(rule, name, check)
 
 
@@ -103,11 +112,11 @@ def _run(subject: object, name: str, check: Callable[[], None]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A rule, the kind of layer it is to be checked in, and that layer's activation."""
+    """A rule, the kind of layer it is to be checked in, and what such layers are made of."""
 
     rule: Any
     kind: Kind
-    nonlinearity: str
+    recurrent: Callable[..., Any]
     activation: Any
 
     def network(self, dtype: torch.dtype = torch.float64, rule: Rule | None = None) -> tuple[Any, Tensor]:
@@ -116,7 +125,7 @@ class _Case:
         one: Any = self.rule if rule is None else rule
         if self.kind == "recurrent":
             sizes: dict[str, Any] = {"num_layers": 2, "bidirectional": True}
-            return RNN(3, 5, nonlinearity=self.nonlinearity, rule=one, dtype=dtype, **sizes), _sequences(dtype)
+            return self.recurrent(3, 5, rule=one, dtype=dtype, **sizes), _sequences(dtype)
         if self.kind == "layer":
             return MLP([6, 5, 4], self._activation, rule=one, dtype=dtype), torch.randn(_BATCH, 6, dtype=dtype)
         blocks = [nn.Sequential(nn.Linear(n, m), nn.Tanh()) for n, m in ((6, 5), (5, 4), (4, 3))]
@@ -127,7 +136,7 @@ class _Case:
         """One layer, whose weights the rule is given themselves; a network where the kind is that."""
         torch.manual_seed(0)
         if self.kind == "recurrent":
-            return RNN(3, 5, nonlinearity=self.nonlinearity, rule=self.rule, dtype=dtype, **options), _sequences(dtype)
+            return self.recurrent(3, 5, rule=self.rule, dtype=dtype, **options), _sequences(dtype)
         if self.kind == "layer":
             mlp = MLP([6, 5], rule=self.rule, output_activation=self._activation, dtype=dtype)
             return mlp, torch.randn(_BATCH, 6, dtype=dtype)
@@ -142,10 +151,12 @@ def _sequences(dtype: torch.dtype) -> Tensor:
     return torch.randn(_STEPS, _BATCH, 3, dtype=dtype)
 
 
-def _rule_checks(rule: Rule, nonlinearity: str, activation: Any) -> Iterator[tuple[str, Callable[[], None]]]:
+def _rule_checks(
+    rule: Rule, recurrent: Callable[..., Any] = RNN, activation: Any = None
+) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "value", partial(_check_value, rule)
     for kind in sorted(rule.kinds):
-        case = _Case(rule, kind, nonlinearity, activation)
+        case = _Case(rule, kind, recurrent, activation)
         for dtype in (torch.float32, torch.float64):
             yield f"gradients ({kind}, {dtype})", partial(_check_gradients, case, dtype)
         yield f"given tensors ({kind})", partial(_check_given, case)
@@ -352,7 +363,8 @@ def _check_checkpoints(case: _Case) -> None:
         for lengths in (None, torch.tensor(_LENGTHS)):
 
             def final(x: Tensor, model: Any = model, lengths: Tensor | None = lengths) -> Tensor:
-                return model(x, lengths=lengths)[1]  # type: ignore[no-any-return]
+                states = model(x, lengths=lengths)[1]
+                return torch.cat(states) if isinstance(states, tuple) else states
 
             model.checkpoint_every = None
             expected = _gradients(model, input, final)
