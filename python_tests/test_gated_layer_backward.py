@@ -308,7 +308,7 @@ def test_the_same_bits_on_any_number_of_threads(cell: str, dtype: torch.dtype, s
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("B", [1, 2, 3, 5])
+@pytest.mark.parametrize("B", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow)])
 def test_the_same_bits_by_a_team_of_threads(cell: str, B: int) -> None:
     """With fewer groups of rows than threads a team takes one: each some of its rows, or some columns of the only one.
 

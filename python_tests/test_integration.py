@@ -177,7 +177,9 @@ def test_compiles_whole(rule):
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("every", [None, 2])
-@pytest.mark.parametrize("layers", [{}, {"num_layers": 2, "bidirectional": True}], ids=repr)
+@pytest.mark.parametrize(
+    "layers", [pytest.param({}, marks=pytest.mark.slow), {"num_layers": 2, "bidirectional": True}], ids=repr
+)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_whole_without_outputs(rule, every, layers):
     rnn = tpext.nn.RNN(I, H, rule=rule, return_sequence=False, checkpoint_every=every, **layers)
@@ -222,7 +224,9 @@ def test_compiles_with_changing_sizes():
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "frozen", "eval after training"])
+@pytest.mark.parametrize(
+    "mode", ["no_grad", pytest.param("inference_mode", marks=pytest.mark.slow), "frozen", "eval after training"]
+)
 @pytest.mark.usefixtures("fresh_compiler")
 def test_compiles_without_gradients(rule, mode):
     rnn = tpext.nn.RNN(I, H, rule=rule)

@@ -285,7 +285,7 @@ def test_directions_of_a_network(rule: RecurrentRule, every: int | None) -> None
 
 
 @pytest.mark.parametrize("rule", RULES[:3], ids=repr)
-@pytest.mark.parametrize("every", [None, 4])
+@pytest.mark.parametrize("every", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_compiled(rule: RecurrentRule, every: int | None) -> None:
     """Without a break of the graph, and anew where one of a tuple's numbers changes."""
     torch._dynamo.reset()

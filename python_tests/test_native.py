@@ -63,7 +63,8 @@ def test_objects_with_shared_or_missing_functions_fail_the_build(
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (finished.returncode == 0) == (message is None), finished.stderr
     if message is not None:
-        assert message in finished.stderr
+        # CMake breaks lines where the length of a path has it
+        assert message in " ".join(finished.stderr.split())
 
 
 def write(folder: Path, **files: str) -> None:

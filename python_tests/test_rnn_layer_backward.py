@@ -245,7 +245,7 @@ LARGE = [
 
 @pytest.mark.parametrize("sizes", LARGE, ids=name)
 @pytest.mark.parametrize("way", [("linearized", "through_time", False), ("difference", "local", True)], ids=str)
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("ragged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_large_layers_equal_a_pass_and_its_products(
     sizes: dict[str, int], way: tuple[str, str, bool], ragged: bool
 ) -> None:
@@ -254,7 +254,9 @@ def test_large_layers_equal_a_pass_and_its_products(
     check(backward_arguments(inputs, way), expected=in_double)
 
 
-@pytest.mark.parametrize("T", [1, 2, 7, 12, 14])
+@pytest.mark.parametrize(
+    "T", [1, 2, pytest.param(7, marks=pytest.mark.slow), 12, pytest.param(14, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("options", EACH_PAIR_OF_OPTIONS[::17], ids=name)
 def test_a_large_batch_of_short_sequences_equals_the_oracle(T: int, options: dict[str, Any]) -> None:
     """Sums for each group of rows would take more memory than the states: from some T on they do not."""
