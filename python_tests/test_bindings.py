@@ -1008,8 +1008,8 @@ def test_every_instruction_set_equals_the_oracle(capability: str) -> None:
     files = [str(tests / f"test_{family}.py") for family in families]
     selected = (
         "random_sizes or every_combination or (keep_their_digits and (small or 0.1)) or tiny "
-        "or units_in_the_last_place or batch_split or (share_a_row and 265) or every_width or chunk_long or to_the_bit or any_number_of_threads "
-        "or block_edges or same_bits or status or equal_rows"
+        "or units_in_the_last_place or batch_split or (share_a_row and 265) or every_width or chunk_long "
+        "or to_the_bit or any_number_of_threads or block_edges or same_bits or status or equal_rows"
     )
     finished = run_with(capability, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", selected, *files)
     assert finished.returncode == 0, finished.stdout[-4000:]
