@@ -385,6 +385,7 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
         ("train mnist-mlp --preset lee", 1, "(presets there: default, seely)"),
         ("train mnist-mlp --epochs 2 --iterations 2", 1, "give epochs or iterations"),
         ("train random-permutation --preset published", 1, "no settings were published"),
+        ("train adding --cell gru --preset published", 1, "task=adding, length=30, cell=gru, rule=regularized-inverse"),
     ],
 )
 def test_bad_options(

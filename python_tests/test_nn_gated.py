@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,11 @@ DOUBLE = torch.float64
 CELLS = ["GRU", "LSTM"]
 DATA = Path(__file__).parent / "data"
 
-pytestmark = pytest.mark.parametrize("cell", CELLS)
+pytestmark = [
+    pytest.mark.parametrize("cell", CELLS),
+    # of slopes that are here for their numbers, not to learn by
+    pytest.mark.filterwarnings("ignore:.*gate_slope='inverse', as published"),
+]
 
 
 def pair(cell: str, **options: Any) -> tuple[Any, Any]:
@@ -250,6 +255,15 @@ def test_numbers_one_a_direction(cell, every):
             torch.testing.assert_close(found[name + suffix], of_all[name + suffix], rtol=0, atol=0)
 
 
+def test_what_was_published_is_warned_of(cell):
+    with pytest.warns(UserWarning, match=rf"^{cell}: gate_slope='inverse', as published, .* learns\.$") as caught:
+        getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(gate_slope="inverse"))
+    assert [one.filename for one in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(gate_slope="inverse", slope_reg=0.1))
+
+
 def test_every_option_of_a_rule_reaches_the_layer(cell):
     """Each changes the gradients; to what, the oracle says of the same options in test_gated_layer_backward."""
     rule = RegularizedInverse(target_step=0.5, normalize=False, gate_slope="inverse")
@@ -277,7 +291,8 @@ def test_every_option_of_a_rule_reaches_the_layer(cell):
         changed = gradients(dataclasses.replace(rule, **{name: value}))
         assert any(not torch.allclose(changed[key], usual[key]) for key in usual), name
     ways = [gradients(RegularizedInverse(inverse="jacobian", chebyshev_steps=steps)) for steps in (None, 1, 3)] + [
-        gradients(RegularizedInverse(inverse=inverse, slope_reg=1.0)) for inverse in ("branch", "cell")
+        gradients(RegularizedInverse()),
+        gradients(RegularizedInverse(inverse="cell", slope_reg=1.0)),
     ]
     for one, other in itertools.combinations(ways, 2):
         assert any(not torch.allclose(one[key], other[key]) for key in one)
@@ -410,9 +425,14 @@ def test_representation_and_the_way_to_torch_and_back(cell):
         (RegularizedInverse(correction="difference"), r"correction='linearized'"),
         (RegularizedInverse(input_rule="target"), r"input_rule='gradient'"),
         (RegularizedInverse(margin=0.5), r"margin < 0\.5"),
+        (
+            RegularizedInverse(slope="one"),
+            "slope of a rule has no effect here, where there is gate_slope and candidate_s",
+        ),
+        (RegularizedInverse(slope_reg=0.1), "slope_reg of a rule belongs to inverse='cell' and to slopes 'inverse'"),
         (SweepsItself(), r"SweepsItself is for the simple cell"),
     ],
-    ids=["correction", "input_rule", "margin", "a sweep of its own"],
+    ids=["correction", "input_rule", "margin", "slope", "slope_reg", "a sweep of its own"],
 )
 def test_rules_that_do_not_serve_gates(cell, rule, text):
     with pytest.raises(ValueError, match=rf"{cell}: .*{text}"):
@@ -477,11 +497,15 @@ def test_projections(cell, with_lengths):
         assert_same(results(ours, "padded", with_hx=True, lengths=LENGTHS), results(theirs, "packed", with_hx=True))
         with pytest.raises(ValueError, match="lengths must be at least 1 with proj_size"):
             ours(torch.randn(T, B, I, dtype=DOUBLE), None, torch.tensor([3, 6, 0, 4]))
+        with pytest.raises(ValueError, match=rf"LSTM: lengths must lie in 0\.\.T={T}, got"):
+            ours(torch.randn(T, B, I, dtype=DOUBLE), None, torch.tensor([3, T + 1, 1, 4]))
     else:
         assert_same(results(ours, "padded", with_hx=True), results(theirs, "padded", with_hx=True))
     assert str(ours.to_torch()) == str(theirs)
     with pytest.raises(ValueError, match=r"LSTM: proj_size needs rule=tpext\.Backprop\(\)"):
         tpext.nn.LSTM(I, H, proj_size=2)
+    with pytest.raises(ValueError, match="LSTM: checkpoint_every needs proj_size=0, got proj_size=2"):
+        tpext.nn.LSTM(I, H, proj_size=2, checkpoint_every=3, rule=Backprop())
 
 
 def test_conversion_of_every_form(cell):

@@ -378,6 +378,31 @@ def test_resuming_changes_nothing(
     assert samples[0] == samples[1] != b""
 
 
+def test_a_run_resumes_on_its_text_wherever_that_is(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = (
+        "train text --length 6 --hidden-size 8 --batch-size 4 --iterations 8 --eval-interval 4 --checkpoint-interval 4"
+    )
+    line += f" --threads 1 --cell lstm --precision bf16 --out {tmp_path / 'run'}"
+    assert main([*line.split(), "--file", Path(file).name]) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert main(["train", "text", "--resume", "--out", str(tmp_path / "run")]) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    Path(file).rename(elsewhere / "moved.txt")
+    assert main([*line.split(), "--resume", "--file", "moved.txt"]) == 0
+    (tmp_path / "run" / "result.json").unlink()
+    with open("moved.txt", "a") as text:
+        text.write("a")
+    capsys.readouterr()
+    assert main([*line.split(), "--resume", "--file", "moved.txt"]) == 1
+    assert "moved.txt by characters must be what the run began with, and has changed" in capsys.readouterr().err
+
+
 def test_command_line(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     line = f"train text --file {file} --length 6 --hidden-size 8 --batch-size 4 --iterations 20 --eval-interval 10 "
@@ -405,7 +430,7 @@ def test_command_line(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[s
     ("line", "message"),
     [
         ("text", "tpext: text: name a text with --file FILE"),
-        ("text --file nowhere.txt", "tpext: text: there is no file nowhere.txt"),
+        ("text --file nowhere.txt", "tpext: text: there is no file /"),
         ("text --data-dir nowhere", "data_dir does not belong to text"),
         ("adding --file nowhere.txt", "file does not belong to adding"),
         ("adding --cell transformer", "cell must be one of rnn, gru, lstm, got 'transformer'"),

@@ -215,6 +215,7 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
             "needs form='proximal' .* got form='ridge'",
         ),
         ({"margin": 1e-9}, "margin must be at least 1.19e-07 with precision=32, got 1e-09"),
+        ({"margin": (0.1, 1e-9)}, "margin must be at least 1.19e-07 with precision=32, got \\(0.1, 1e-09\\)"),
         (
             {"task": "spiral", "rule": "constrained-least-squares", "margin": 1e-17, "precision": "64"},
             "margin must be at least 2.22e-16 with precision=64, got 1e-17",

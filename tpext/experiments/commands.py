@@ -48,8 +48,8 @@ from tpext.experiments.rule_names import (
     SEQUENCE_RULES,
     find_rule,
 )
-from tpext.experiments.run_folder import FREE_FIELDS, HasOptions, RunError, RunFolder
-from tpext.experiments.settings import ConfigError, choices_of, of_text
+from tpext.experiments.run_folder import HasOptions, RunError, RunFolder
+from tpext.experiments.settings import FREE_FIELDS, ConfigError, choices_of, of_text
 from tpext.experiments.task_names import NOT_OPTIONS, find_task, task_options
 from tpext.experiments.train import train
 from tpext.rules import Rule
@@ -142,6 +142,9 @@ class _Train:
         options: dict[str, Any] = {**asdict(self), "tensorboard": self.tensorboard or None}
         del options["out"], options["resume"]
         options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
+        if options.get("file") is not None:
+            # a run resumes from any folder
+            options["file"] = str(Path(options["file"]).absolute())
         if self.task_options and self.task not in TASKS:
             options["task_options"] = parse_options("task", self.task, find_task(self.task).kind, self.task_options)
         if self.rule_options and self.rule is not None and self.rule not in RULES:

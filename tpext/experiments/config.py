@@ -18,6 +18,7 @@ from tpext.experiments.defaults import FEED_FORWARD, RATE, RUN, SEQUENCE, starti
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, RULES, SEQUENCE_RULES, find_rule
 from tpext.experiments.settings import (
+    FREE_FIELDS,
     ConfigError,
     check_device_name,
     check_integer,
@@ -27,6 +28,7 @@ from tpext.experiments.settings import (
 )
 from tpext.nn import TargetLinear
 from tpext.ops import Activation
+from tpext.ops._members import as_list
 from tpext.rules import Rule
 from tpext.tasks import TASKS, Task
 
@@ -110,8 +112,8 @@ class Config:
         self._check_types()
         self._check_optimizer()
         margin, least = getattr(self.rule, "margin", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
-        if margin < least:
-            raise ConfigError(f"margin must be at least {least:.3g} with precision={self.precision}, got {margin:g}")
+        if min(as_list(margin)) < least:
+            raise ConfigError(f"margin must be at least {least:.3g} with precision={self.precision}, got {margin}")
         _check_rule(self.task_name, self.task, type(self.rule))
         self._check_network()
         self._check_layer()
@@ -282,6 +284,13 @@ class Config:
             values |= {f"{what}_options.{name}" if own else name: value for name, value in of_it.items()}
         return values
 
+    def carried_out(self, asked: Mapping[str, Any]) -> Config:
+        """Return the configuration with those of the options asked for that a resumed run may change."""
+        of_task = {name: asked[name] for name in self.task.free_options if name in asked}
+        task: Any = self.task
+        free = {name: asked[name] for name in FREE_FIELDS if name in asked}
+        return replace(self, task=replace(task, **of_task) if of_task else task, **free)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as config.json holds them."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -354,7 +363,7 @@ def make_config(
     for_rule = _of_rule(rule, given, rule_options)
     batch_size = given.get("batch_size", 0)
     check_integer("batch_size", batch_size, 0)
-    case = Case(task, made, kind, int(batch_size))
+    case = Case(task, made, kind, int(batch_size), str(given.get("cell", SEQUENCE["cell"])))
     values = starting_values(case)
     if preset != "default":
         values |= _preset(preset, case)
@@ -427,8 +436,9 @@ def _preset(name: str, case: Case) -> dict[str, Any]:
     if found is None:
         options = "".join(f", {option}={value}" for option, value in task_names.options_of(case.task).items())
         known = ", ".join(["default", *presets_of(case)])
+        cell = f", cell={case.cell}" if case.task.length is not None else ""
         raise ConfigError(
-            f"no settings were published for preset={name}, task={case.name}{options}, "
+            f"no settings were published for preset={name}, task={case.name}{options}{cell}, "
             f"rule={rule_names.name_of(case.rule)} (presets there: {known})"
         )
     return found

@@ -72,7 +72,7 @@ back-propagation, and diverges in the first iteration under the regularised inve
 EVERY_STEP_RULES: dict[type[Rule], dict[str, Any]] = {
     RegularizedInverse: {"rule": RegularizedInverse(slope="derivative")},
 }
-"""Of those by their rules."""
+"""Of those by their rules, with the simple cell: cells with gates go by slopes of their own, "derivative" anyway."""
 
 DRAWN: dict[str, Any] = {"epochs": None, "iterations": 3_000, "eval_interval": 100}
 """Of feed-forward ones whose task draws its samples."""
@@ -106,7 +106,8 @@ def starting_values(case: Case) -> dict[str, Any]:
     """
     task = case.task
     if task.every_step:
-        values = {**RUN, **SEQUENCE, **EVERY_STEP, **EVERY_STEP_RULES.get(case.rule, {}), **task.defaults}
+        of_rule = EVERY_STEP_RULES.get(case.rule, {}) if case.cell == "rnn" else {}
+        values = {**RUN, **SEQUENCE, **EVERY_STEP, **of_rule, **task.defaults}
     elif task.length is not None:
         published = roulet.nearest(case)
         values = {**RUN, **SEQUENCE, **(published or {"optimizer": "adam"})}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
@@ -22,6 +22,7 @@ from tpext.experiments.feedback_presets import METHODS, Method, find_method, set
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS
 from tpext.experiments.own import find_own, is_path
 from tpext.experiments.settings import (
+    FREE_FIELDS,
     ConfigError,
     check_device_name,
     check_integer,
@@ -338,6 +339,10 @@ class ImageConfig:
         del values["rule_folder"], values["dataset_folder"]
         own = values.pop("rule_options") or {}
         return {**values, **{f"rule_options.{name}": value for name, value in own.items()}}
+
+    def carried_out(self, asked: Mapping[str, Any]) -> ImageConfig:
+        """Return the configuration with those of the options asked for that a resumed run may change."""
+        return replace(self, **{name: asked[name] for name in FREE_FIELDS if name in asked})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as config.json holds them."""

@@ -24,7 +24,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_origin, get_type_hints
@@ -36,9 +36,6 @@ from tpext.experiments.own import find_own, is_path, place_of
 from tpext.experiments.settings import ConfigError
 
 CHECKPOINT_FORMAT = 1
-
-FREE_FIELDS = ("device", "threads", "data_dir", "tensorboard")
-"""Fields that say how a run is carried out, not what it computes: a resumed run may change them."""
 
 
 class Row(NamedTuple):
@@ -116,6 +113,9 @@ class RunConfig(Protocol):
     def options(self) -> dict[str, Any]:
         """Return the value of every option by its name."""
 
+    def carried_out(self: ConfigT, asked: Mapping[str, Any]) -> ConfigT:
+        """Return the configuration with those of the options asked for that a resumed run may change."""
+
 
 class HasOptions(Protocol):
     """A configuration, as far as :func:`differences` looks at it."""
@@ -125,7 +125,7 @@ class HasOptions(Protocol):
 
 
 def differences(saved: HasOptions, asked: Mapping[str, object]) -> list[str]:
-    """Return how options asked for differ from a saved configuration, one sentence each, :data:`FREE_FIELDS` apart."""
+    """Return how options asked for differ from a saved configuration, one sentence each."""
     present, flat = saved.options(), dict(asked)
     for group in ("task_options", "rule_options"):
         own = flat.pop(group, None)
@@ -133,7 +133,7 @@ def differences(saved: HasOptions, asked: Mapping[str, object]) -> list[str]:
             flat |= {f"{group}.{name}": value for name, value in own.items()}
     found = []
     for name, value in flat.items():
-        if name in FREE_FIELDS or present.get(name) == value:
+        if present.get(name) == value:
             continue
         if is_path(value) and name in ("task", "rule", "dataset"):
             # one class may be named by several paths; the saved one was found first
@@ -251,10 +251,11 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         saved = self.read_config()
         if saved is None:
             return None
+        saved = saved.carried_out(asked)
         found = differences(saved, asked)
         if found:
             raise RunError(f"{self.path} holds another run: {'; '.join(found)}. Pass another --out for a new run")
-        return replace(saved, **{name: asked[name] for name in FREE_FIELDS if name in asked})
+        return saved
 
     def read_result(self) -> ResultT | None:
         """Return the result of the run here, None if it is not complete.

@@ -10,6 +10,9 @@ import torch
 
 from tpext.rules import PerMember
 
+FREE_FIELDS = ("device", "threads", "data_dir", "tensorboard")
+"""Fields that say how a run is carried out, not what it computes: a resumed run may change them."""
+
 
 class ConfigError(ValueError):
     """A setting that is unknown, out of its range, or in conflict with another."""

@@ -124,10 +124,19 @@ class _Run(Run[Config, Row, Result]):
         self.running_accuracy = 0.0 if by_targets else None
         if by_targets:
             self.saved = {**self.saved, "running_accuracy": float}
+        self.data = task.fingerprint()
+        self.saved = {**self.saved, "data": str}
         # Whatever is not finite in a backward pass reaches these: they sum it over time and batch.
         self.biases = [
             parameter for name, parameter in self.model.named_parameters() if "bias_ih" in name or ".bias" in name
         ]
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        own = self.data
+        # checkpoints of earlier versions have none
+        super()._take_over({"data": own, **state})
+        if self.data != own:
+            raise ValueError(f"{self.task.subject or 'the data'} must be what the run began with, and has changed")
 
     def carry_out(self, interrupts: list[int]) -> Result:
         try:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from tpext.nn.gated import GatedLayers
 from tpext.nn.recurrent_parameters import check_replaceable, sharing_parameters
+from tpext.ops._library import check_lengths
 from tpext.rules import RecurrentRule
 
 
@@ -39,7 +40,8 @@ class LSTM(GatedLayers):
         dropout: probability of zeroing an output of every layer but the last, in training.
         bidirectional: True adds a second set of weights per layer that runs backwards in time.
         proj_size: P < H: ``h_t`` is projected to P features, ``h_t W_hr^T``. Only under ``Backprop()``, where such a
-            layer is torch's own.
+            layer is torch's own, without ``checkpoint_every``; ``lengths`` are packed then, which the compiler cannot
+            take in one graph.
         device, dtype: of the parameters; float32 or float64.
         rule: what the backward pass computes; None means ``RegularizedInverse()``.
         return_sequence, checkpoint_every: as of :class:`tpext.nn.RNN`. With ``checkpoint_every`` the gates, five times
@@ -119,6 +121,11 @@ class LSTM(GatedLayers):
         if isinstance(hidden_size, int) and proj_size >= max(hidden_size, 1):
             raise ValueError("proj_size has to be smaller than hidden_size")
 
+    def _check_checkpointing(self) -> None:
+        super()._check_checkpointing()
+        if self.checkpoint_every is not None and self.proj_size > 0:
+            raise ValueError(f"LSTM: checkpoint_every needs proj_size=0, got proj_size={self.proj_size}")
+
     def _run(
         self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -128,8 +135,6 @@ class LSTM(GatedLayers):
         self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """The layers with projections, by torch."""
-        if self.checkpoint_every is not None:
-            raise ValueError(f"LSTM: checkpoint_every needs proj_size=0, got proj_size={self.proj_size}")
         if states is None:
             sizes = (self.output_size, self.hidden_size)
             states = tuple(input.new_zeros(len(self._all_weights), input.size(1), size) for size in sizes)
@@ -138,6 +143,7 @@ class LSTM(GatedLayers):
         if lengths is None:
             output, *final = torch.lstm(input, states, weights, *options, False)
             return output, tuple(final)
+        check_lengths("LSTM", lengths, input.size(0))
         if not bool((lengths > 0).all()):
             raise ValueError(f"LSTM: lengths must be at least 1 with proj_size, got {lengths.tolist()}")
         packed = pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpext.ops._library import is_integer
 from tpext.ops._members import as_list
@@ -112,6 +113,31 @@ class RegularizedInverse(RecurrentRule):
             raise ValueError(
                 f"{name}: chebyshev_steps must be None, or an integer >= 1 with inverse='jacobian', got {steps!r} with "
                 f"inverse={self.inverse!r}"
+            )
+
+    def check(self, layer: nn.Module) -> None:
+        super().check(layer)
+        gates = getattr(layer, "gates", None)
+        if gates is None:
+            return
+        kind = type(layer).__name__
+        slopes = {"slope": "inverse"} if gates > 1 else {"gate_slope": "derivative", "candidate_slope": "derivative"}
+        for name, default in slopes.items():
+            if getattr(self, name) != default:
+                others = "gate_slope and candidate_slope" if gates > 1 else "slope"
+                raise ValueError(f"{kind}: {name} of a rule has no effect here, where there is {others}, got {self}")
+        has_reg = self.inverse == "cell" or "inverse" in (self.gate_slope, self.candidate_slope)
+        if gates > 1 and any(as_list(self.slope_reg)) and not has_reg:
+            raise ValueError(
+                f"{kind}: slope_reg of a rule belongs to inverse='cell' and to slopes 'inverse', got {self}"
+            )
+        if gates > 1 and self.gate_slope == "inverse" and not all(as_list(self.slope_reg)):
+            warnings.warn(
+                f"{kind}: gate_slope='inverse', as published, divides by slopes of gates that are nearly shut; what "
+                "goes back explodes, and in our trials nothing was learned (docs/results.md). "
+                "gate_slope='derivative' learns.",
+                # the line of the user's that made the module
+                stacklevel=5,
             )
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:

@@ -88,6 +88,9 @@ class Task(ABC):
     """Most CPU threads of a run that names none. A step of a synthetic task takes a few milliseconds: a second thread
     gains little there on an idle machine, and on a busy one the waits for it made such a run four times slower."""
 
+    free_options: ClassVar[tuple[str, ...]] = ()
+    """Options that say where data are, not what they are: a resumed run may change them."""
+
     length: int | None = None
     """Number of steps T; None for a feed-forward task, whose input has no dimension T."""
 
@@ -123,6 +126,10 @@ class Task(ABC):
             ValueError: fewer training samples than a batch has.
         """
         return None
+
+    def fingerprint(self) -> str:
+        """Return what tells a user's data from others, such as a hash: a run resumes on the same data only."""
+        return ""
 
     @abstractmethod
     def batch(self, seed: int, iteration: int, batch_size: int) -> Batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import re
 from collections import Counter
@@ -106,6 +107,8 @@ class Text(Task):
         "eval_interval": 500,
     }
 
+    free_options: ClassVar[tuple[str, ...]] = ("file",)
+
     file: str | None = option(None, "The text: any file, or NAME.train.txt beside NAME.valid.txt and NAME.test.txt.")
     level: Level = option("character", "What the symbols of a text are.")
     length: int = option(64, "Number of steps.")
@@ -158,6 +161,13 @@ class Text(Task):
                     f"{shortest} {self.level}s, got {len(part)}"
                 )
         return corpus
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the vocabulary and the three parts of the text."""
+        digest = hashlib.sha256("\0".join(self.data.symbols).encode("utf-8", "surrogatepass"))
+        for part in self.data[1:]:
+            digest.update(part.numpy().tobytes() + b"\0")
+        return digest.hexdigest()
 
     def epoch_length(self, batch_size: int) -> int:
         return epoch_batches(batch_size, len(self.data.train) - self.length)

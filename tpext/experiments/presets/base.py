@@ -18,12 +18,14 @@ class Case(NamedTuple):
         task: the task with its options.
         rule: the rule's class.
         batch_size: the one asked for, 0 if none was.
+        cell: of recurrent layers.
     """
 
     name: str
     task: Task
     rule: type[Rule]
     batch_size: int = 0
+    cell: str = "rnn"
 
 
 @dataclass(frozen=True)
