@@ -135,6 +135,75 @@ void kaczmarz_step(std::vector<float>& weight_change) {
   run_kernel(args);
 }
 
+// A layer of a cell with gates, forward, or back by a cell's inverse with credit through time.
+void gated(tpext::Cell cell, bool backward, std::vector<float>& found) {
+  const bool lstm = cell == tpext::Cell::lstm;
+  const int64_t gates = lstm ? 4 : 3, kept_count = lstm ? 5 : 4;
+  const uint8_t reverse = 0;
+  const std::vector<float> input = numbers(T * B * I, 1), h0 = numbers(B * H, 1), c0 = numbers(B * H, 1),
+                           weight_ih = numbers(gates * H * I, 0.3f), weight_hh = numbers(gates * H * H, 0.1f),
+                           bias = numbers(gates * H, 0.3f), grad_states = numbers(T * B * H, 1);
+  std::vector<float> states(static_cast<size_t>(T * B * H)), kept(static_cast<size_t>(kept_count) * states.size()),
+      h_n(h0.size()), c_n(h0.size());
+  tpext::GatedScan<float> forward{};
+  forward.sizes.stack = 1;
+  forward.sizes.time = T;
+  forward.sizes.batch = B;
+  forward.sizes.hidden = H;
+  forward.sizes.reverse = &reverse;
+  forward.cell = cell;
+  forward.input = {input.data(), I, 0, B * I, I};
+  forward.weight_ih = weight_ih.data();
+  forward.weight_hh = weight_hh.data();
+  forward.bias_ih = forward.bias_hh = bias.data();
+  forward.h0 = h0.data();
+  forward.c0 = lstm ? c0.data() : nullptr;
+  forward.states = states.data();
+  forward.h_n = h_n.data();
+  forward.c_n = lstm ? c_n.data() : nullptr;
+  forward.kept = kept.data();
+  if (!backward) {
+    run_kernel(forward);
+    found = kept;
+    return;
+  }
+  tpext::cpu::kernels()(forward, 1);
+  std::vector<float> grad_input(input.size()), grad_weight_ih(weight_ih.size()), grad_bias_ih(bias.size()),
+      grad_bias_hh(bias.size()), disp_h(h0.size()), disp_c(h0.size()), credit_h(h0.size()), credit_c(h0.size());
+  found.resize(weight_hh.size());
+  tpext::GatedLayerBackward<float> args{};
+  args.sizes = forward.sizes;
+  args.cell = cell;
+  args.inverse = tpext::CellInverse::cell;
+  args.through_time = true;
+  args.gate_slope = args.candidate_slope = tpext::Slope::derivative;
+  args.target_step = args.slope_reg = of_all(kOne);
+  args.margin = of_all(kSmall);
+  args.grad_states = grad_states.data();
+  args.states = states.data();
+  args.kept = kept.data();
+  args.h0 = forward.h0;
+  args.c0 = forward.c0;
+  args.weight_hh = args.feedback = weight_hh.data();
+  args.initial = {disp_h.data(), lstm ? disp_c.data() : nullptr, credit_h.data(), lstm ? credit_c.data() : nullptr};
+  tpext::RnnWeightGradients<float>& sums = args.gradients.parameters;
+  sums.sizes = args.sizes;
+  sums.scale = args.gradients.input_scale = of_all(kOne);
+  sums.states = states.data();
+  sums.h0 = forward.h0;
+  sums.input = forward.input;
+  sums.grad_weight_ih = grad_weight_ih.data();
+  sums.grad_weight_hh = found.data();
+  sums.grad_bias = grad_bias_ih.data();
+  sums.grad_bias_hh = grad_bias_hh.data();
+  sums.blocks = tpext::delta_blocks(cell);
+  args.gradients.input_feedback = weight_ih.data();
+  args.gradients.grad_input = grad_input.data();
+  run_kernel(args);
+  for (const std::vector<float>* more : {&grad_input, &grad_weight_ih, &grad_bias_ih, &grad_bias_hh})
+    found.insert(found.end(), more->begin(), more->end());
+}
+
 // Some samples through two layers; by how much they change the weights of the first is left in `change`.
 void kaczmarz_train(std::vector<float>& change) {
   constexpr int64_t K = 24, N = 100, M = 13, classes = 7;
@@ -187,6 +256,9 @@ int run(const std::string& kernel) {
   } else if (kernel == "counter_normal") {
     large.resize(static_cast<size_t>(B * H * H));
     run_kernel(tpext::CounterNormal<float>{B, H * H, kCounter, 1, large.data()});
+  } else if (kernel.rfind("gru_", 0) == 0 || kernel.rfind("lstm_", 0) == 0) {
+    const bool lstm = kernel[0] == 'l', backward = kernel.find("backward") != std::string::npos;
+    gated(lstm ? tpext::Cell::lstm : tpext::Cell::gru, backward, large);
   } else if (kernel == "kaczmarz_step") {
     kaczmarz_step(large);
   } else if (kernel == "kaczmarz_train") {
