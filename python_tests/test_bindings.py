@@ -973,6 +973,13 @@ def test_kernels_leave_the_treatment_of_subnormals_alone() -> None:
     assert np.float32(1e-40) * np.float32(1) > 0
 
 
+def test_numbers_beyond_float32_are_refused() -> None:
+    weight = torch.eye(3).unsqueeze(0)
+    with pytest.raises(ValueError, match=r"regularized_inverse: reg must be within the range of float32, got 1e\+39"):
+        torch.ops.tpext.regularized_inverse(weight, 1e39)
+    assert torch.ops.tpext.regularized_inverse(weight.double(), 1e39).isfinite().all()
+
+
 def supported(capability: str) -> bool:
     """Whether this processor has the instruction set, by torch's account."""
     levels = {"DEFAULT": 0, "AVX2": 1, "AVX512": 2}

@@ -1,6 +1,9 @@
 #include "bindings/call.h"
 
+#include <cmath>
+#include <cstdio>
 #include <cstring>
+#include <limits>
 
 namespace tpext::bindings {
 
@@ -81,6 +84,14 @@ void KernelCall::none_on_cpu(const Argument& argument) const {
 }
 
 void KernelCall::numbers(const Numbers& numbers, const Dim& members) const {
+  constexpr double kMost = std::numeric_limits<float>::max();
+  for (const double value : numbers.values())
+    // the kernel of a 16-bit dtype computes in float32 too
+    if (dtype_ != dlpack::kFloat64 && std::isfinite(value) && std::fabs(value) > kMost) {
+      char text[32];
+      std::snprintf(text, sizeof text, "%g", value);
+      refuse(std::string(numbers.name()) + " must be within the range of float32, got " + text);
+    }
   if (numbers.count() == 1 || (numbers.count() == members.size && !on_cuda())) return;
   const std::string or_each =
       on_cuda() ? " value on CUDA"

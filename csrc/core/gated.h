@@ -38,7 +38,7 @@ struct GatedStates {
   T *credit_h, *credit_c;  // [S, B, H], credit through time only
 };
 
-// d_{t-1} = -target_step g_{t-1} + direct(d_t) + m_t P, with all gradients of its delta, which never stands in memory.
+// d_{t-1} = -target_step g_{t-1} + direct(d_t) + m_t P, with all gradients of its delta: see RnnLayerBackward.
 template <class T>
 struct GatedLayerBackward {
   RnnSizes sizes;

@@ -129,7 +129,8 @@ struct LayerGradients {
   T* grad_input;  // [S, T, B, I], or null
 };
 
-// A target pass with the gradients of its delta, which itself never stands in memory.
+// A target pass with the gradients of its delta, which stands in memory as a tile of time only, or whole where rows are
+// many and steps few (group_count in cpu/layer_gradients.h).
 template <class T>
 struct RnnLayerBackward {
   RnnTargetScan<T> pass;  // without delta, norms and displacement

@@ -15,7 +15,9 @@
 namespace tpext::cpu::TPEXT_CAPABILITY {
 namespace {
 
-// Of a rule by the chain rule, with P of choice; or of any.
+// Of a rule by the chain rule, with P of choice; or of any. By the chain rule the moves m of a displacement d are minus
+// the errors e of the credit k = -d, so that errors alone are computed and carried, and what is carried changes its
+// sign.
 template <class T, class Cell, bool Chain>
 struct GatedStep {
   static constexpr bool zero_stays_zero = true, kDirect = true, kHandsDown = false;
@@ -38,9 +40,11 @@ struct GatedStep {
     Vec<T> kept[Cell::kKept];
     for (int i = 0; i < Cell::kKept; ++i)
       kept[i] = load_part(args.kept + at.current * Cell::kKept + i * H + column, count);
-    const T* before =
-        Cell::kHasCell ? args.kept + at.before * Cell::kKept + (Cell::kKept - 1) * H : args.states + at.before;
-    if (at.first) before = (Cell::kHasCell ? args.c0 : args.h0) + at.initial;
+    // before the first step there is no place in kept or states to point at
+    const T* const start = Cell::kHasCell ? args.c0 : args.h0;
+    const T* const before = at.first         ? start + at.initial
+                            : Cell::kHasCell ? args.kept + at.before * Cell::kKept + (Cell::kKept - 1) * H
+                                             : args.states + at.before;
     const Vec<T> state = load_part(before + column, count);
     OfStates<Vec<T>> d = Cell::join(Chain && !Last ? -incoming.displaced : incoming.displaced, incoming.direct);
     if (args.grad_states != nullptr) d.h -= load_part(args.grad_states + at.current + column, count) * target_step;

@@ -22,8 +22,9 @@ reverse layer's ``V'``; else None. ``needs`` says which of the first four output
 alone, for a delta that stands in memory, where it must be zero beyond ``lengths``.
 
 On the CPU the projection of the input is computed inside the scan. The backward pass goes by tiles of time, whose delta
-stays in the cache: neither the projection nor delta ever stands in memory. On CUDA they do, and the large products are
-torch's. ``h_n [S, B, H]`` is the state after each row's last valid step, ``h0`` without one.
+stays in the cache: neither the projection nor delta stands in memory, but for delta where rows are many and steps few
+(B 512, T 64, H 256, say), which would need sums as large. On CUDA they do, and the large products are torch's.
+``h_n [S, B, H]`` is the state after each row's last valid step, ``h0`` without one.
 
 Stack, ``reverse``, ``lengths``, dtypes and determinism are those of ``rnn_scan``. These ops have no derivative of
 their own: ``tpext.nn.RNN(rule=Backprop())``, which is made of them, has, of every order. Where ``grad_states`` is None
