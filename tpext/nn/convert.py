@@ -1,4 +1,4 @@
-"""Conversion of models made with ``torch.nn.RNN``."""
+"""Conversion of models made with ``torch.nn.RNN``, ``torch.nn.GRU`` and ``torch.nn.LSTM``."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _OURS: dict[type[nn.RNNBase], type[RecurrentLayers]] = {nn.RNN: RNN, nn.GRU: GRU
 def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | RecurrentLayers:
     """Make every recurrent network inside ``model`` train by ``rule``, in place, sharing its parameters.
 
-    Each ``torch.nn.RNN`` (that type itself, not its subclasses) among the registered submodules is replaced by a
-    :class:`tpext.nn.RNN` that holds the same ``Parameter`` objects, so optimizers stay valid and checkpoints keep their
-    keys. A module registered in several places stays shared, the training flag is kept, parameters may be on the meta
-    device. Each ``tpext.nn.RNN`` found keeps its place and takes the new rule. Going to a rule with parameters of
-    its own (``LearnedInverse``) adds them, freshly initialised, going away from it removes them: make the optimizer
-    afterwards. Convert before
-    wrapping or compiling. Plain attributes set on a ``torch.nn.RNN`` from outside are not carried over.
+    Each ``torch.nn.RNN``, ``GRU`` and ``LSTM`` (these types themselves, not their subclasses) among the registered
+    submodules is replaced by the module of ``tpext.nn`` of its name, which holds the same ``Parameter`` objects, so
+    optimizers stay valid and checkpoints keep their keys. A module registered in several places stays shared, the
+    training flag is kept, parameters may be on the meta device. Each module of ``tpext.nn`` found keeps its place and
+    takes the new rule. Going to a rule with parameters of its own (``LearnedInverse``) adds them, freshly initialised,
+    going away from it removes them: make the optimizer afterwards. Convert before wrapping or compiling. Plain
+    attributes set on one of torch's modules from outside are not carried over.
 
     Args:
         model: any module; a recurrent network itself also serves.
         rule: for all of them; None means ``tpext.RegularizedInverse()``.
 
     Returns:
-        ``model``, or the new module where ``model`` itself is a ``torch.nn.RNN``.
+        ``model``, or the new module where ``model`` itself is one of torch's.
 
     Raises:
-        ValueError: a ``torch.nn.RNN`` carries hooks, parametrized or pruned weights or members of its own, which a
-            replacement would lose; the reverse parameters of a ``tpext.nn.RNN`` cannot be removed, being parametrized
-            or pruned; the rule does not fit a nonlinearity. The model is then unchanged.
+        ValueError: one of torch's modules carries hooks, parametrized or pruned weights or members of its own, which a
+            replacement would lose; reverse parameters cannot be removed, being parametrized or pruned; the rule does
+            not fit a cell or its nonlinearity. The model is then unchanged.
         TypeError: ``rule`` is none of recurrent layers.
 
     >>> import torch, tpext
