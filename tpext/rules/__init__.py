@@ -3,8 +3,9 @@
 Recurrent layers (:class:`tpext.nn.RNN`, :class:`tpext.nn.GRU`, :class:`tpext.nn.LSTM`) take ``Backprop``,
 ``RegularizedInverse`` and, but for the LSTM, ``LearnedInverse``. The simple one computes ``h_t = a(x_t U^T + b +
 h_{t-1} W^T)`` and receives the gradients ``g_t = dL/dh_t``; what is said of it here holds for cells with gates, whose
-equations :mod:`tpext.ops.gated_layer` has. Every rule below is a small immutable value; the layer that holds it turns ``loss.backward()`` into that rule's backward pass. Row vectors
-throughout: ``h_t`` is ``[B, H]``, ``W = weight_hh`` is ``[H, H]``, ``U = weight_ih`` is ``[H, I]``.
+equations :mod:`tpext.ops.gated_layer` has. Every rule below is a small immutable value; the layer that holds it turns
+``loss.backward()`` into that rule's backward pass. Row vectors throughout: ``h_t`` is ``[B, H]``, ``W = weight_hh`` is
+``[H, H]``, ``U = weight_ih`` is ``[H, I]``.
 
 Their target rules share one scheme. A displacement ``d_t`` says by how much ``h_t`` should move::
 
