@@ -302,6 +302,14 @@ def test_closed_form_is_zero_where_nothing_passes() -> None:
     assert weight.isfinite().all()
 
 
+@pytest.mark.parametrize("make", [ClosedForm, lambda net: RunningLDRL(net, noise=0.1)], ids=["closed", "running"])
+def test_a_batch_with_nan_shows_in_the_solution(make: Any) -> None:
+    """Not as weights of zero, which look like a layer that nothing passes."""
+    net, _ = one_block(PLANES["pool"], (2, 6, 6))
+    make(net).step(torch.full((3, 2, 6, 6), torch.nan, dtype=DOUBLE))
+    assert head_of(net).current_weight().isnan().all()
+
+
 def test_running_means_over_two_batches() -> None:
     """``W = sum of R / sum of D``, older batches times ``decay``, both means over the batch."""
     net, _ = one_block(VECTORS["linear, elu"], (4,))

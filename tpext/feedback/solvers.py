@@ -178,5 +178,6 @@ class Fixed(FeedbackTrainer):
 
 def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     """Return the quotient, zero where the denominator is zero: where nothing passes, no weight matters."""
-    passes = denominator > 0
-    return torch.where(passes, numerator / torch.where(passes, denominator, 1), 0)
+    # NaN passes, and stays one
+    blocked = denominator == 0
+    return torch.where(blocked, 0, numerator / torch.where(blocked, 1, denominator))
