@@ -30,6 +30,24 @@ def test_a_module_that_comes_twice_runs_twice() -> None:
     net(x).sum().backward()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_blocks_own_activations_run_in_training(inplace: bool) -> None:
+    """With their hooks, as in evaluation."""
+    act = nn.ELU(inplace=inplace)
+    net = TargetSequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 5), act), nn.Linear(5, 3))
+    act.register_forward_hook(lambda module, args, output: 3 * output)
+    x = torch.randn(2, 4)
+    assert torch.equal(net(x), net.blocks(x))
+
+
+def test_an_activation_in_place_of_another_is_refused() -> None:
+    """The feedback is still that of the one before."""
+    net = TargetSequential(nn.Linear(4, 5), nn.Sequential(nn.Linear(5, 5), nn.ELU()), nn.Linear(5, 3))
+    net.blocks[1][1] = nn.Tanh()
+    with pytest.raises(ValueError, match="block must be ELU, of which it was made, got Tanh"):
+        net(torch.randn(2, 4))
+
+
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
 @pytest.mark.parametrize("sizes", list(itertools.product((8, 4), repeat=3)))
 def test_sizes_of_images_may_change(optimizer: str, sizes: tuple[int, ...]) -> None:

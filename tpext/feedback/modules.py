@@ -33,14 +33,19 @@ class ActivationFeedback(Feedback):
         self.skipped = False
         activation: Any = copy.deepcopy(block)
         if hasattr(activation, "inplace"):
-            # what it would overwrite is the code of the module before
             activation.inplace = False
         self.activation: nn.Module = activation
         if type(block) in _KERNELS:
             self.kernel = _KERNELS[type(block)], float(getattr(block, "alpha", 1.0))
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
-        return self.activation(input), None
+        if type(block) is not type(self.activation):
+            raise ValueError(
+                f"ActivationFeedback: block must be {type(self.activation).__name__}, of which it was made, got "
+                f"{type(block).__name__}; make the network anew with it"
+            )
+        # in place it would overwrite the code of the module before
+        return block(input.clone() if getattr(block, "inplace", False) else input), None
 
     def forward(self, output: Tensor, code: Code) -> Tensor:
         return output if self.skipped else self.activation(output)

@@ -64,8 +64,8 @@ class TargetSequential(nn.Module):
     ``DistributedDataParallel`` touches them. A trainer of :mod:`tpext.feedback` trains them.
 
     Under ``DistributedDataParallel`` and ``torch.compile`` call the wrapped network after ``trainer.step(x)``:
-    :meth:`trace` is a method of the bare network, past them both. In training, forward hooks of a block's sequence, of
-    its activations and of its max-pools do not run.
+    :meth:`trace` is a method of the bare network, past them both. In training, forward hooks of a block's sequence and
+    of its max-pools do not run.
 
     Args:
         blocks: the modules one by one, ``*net`` for those of a ``torch.nn.Sequential``, or one dict of them by names.
