@@ -25,8 +25,9 @@ from torch.nn import functional
 
 import tpext
 from tpext import Backprop, DifferenceTargets, DirectTargets, GaussNewtonTargets, Targets
-from tpext.feedback import BlockCall, DifferenceReconstruction, Feedback
+from tpext.feedback import BlockCall, DifferenceReconstruction, Feedback, Tied
 from tpext.nn import TargetSequential
+from tpext.nn.networks import resnet18
 from tpext.rules import NetworkRule
 
 # Structure
@@ -143,6 +144,14 @@ def test_warning_of_relu_says_what_to_use() -> None:
         with pytest.warns(UserWarning, match=r"^TargetSequential: with ReLU .* ELU is within a few") as caught:
             TargetSequential(*blocks, feedback_init=init)
         assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match=r"^Tied: with ReLU") as caught:
+        Tied(TargetSequential(*blocks))
+    assert caught[0].filename == __file__
+
+
+def test_warning_of_relu_in_residual_blocks() -> None:
+    with pytest.warns(UserWarning, match="with ReLU even tied feedback stays"):
+        TargetSequential(resnet18((3, 8, 8), channels=(2, 2)), feedback_init="tied")
 
 
 @pytest.mark.filterwarnings("error")

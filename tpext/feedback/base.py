@@ -22,6 +22,7 @@ Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learni
 from __future__ import annotations
 
 import contextlib
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
@@ -191,6 +192,16 @@ def still_statistics(blocks: nn.Module) -> Iterator[None]:
     finally:
         for module in kept:
             module.track_running_stats = True
+
+
+def warn_of_relu(where: str, feedback: nn.Module, stacklevel: int) -> None:
+    """Warn where feedback with the blocks' own weights has a ReLU."""
+    if any(isinstance(module, nn.ReLU) for module in feedback.modules()):
+        warnings.warn(
+            f"{where}: with ReLU even tied feedback stays some 40 degrees from back-propagation, as units at zero let "
+            "targets through; ELU is within a few",
+            stacklevel=stacklevel,
+        )
 
 
 class BlockCall(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from tpext.feedback.base import BlockCall, Indices
+from tpext.feedback.base import BlockCall, Indices, warn_of_relu
 from tpext.feedback.linear_block import Pixels, correlation, feedback_power, linear_block
 from tpext.feedback.trainer import FeedbackTrainer, NoiseSource, Record, average_over_processes, weight_alignment
 from tpext.ops._library import check_choice, is_number
@@ -155,6 +155,7 @@ class Tied(FeedbackTrainer):
             copy.deepcopy(feedback).tie(blocks[index])
         for index, feedback in self.layers:
             feedback.tie(blocks[index])
+        warn_of_relu("Tied", self.net.feedback, stacklevel=3)
 
     def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         pass

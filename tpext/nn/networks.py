@@ -214,6 +214,7 @@ class InvertedBasicBlock(Feedback):
         self.conv1, self.bn1 = make_feedback(block.conv1), make_feedback(block.bn1)
         self.conv2, self.bn2 = make_feedback(block.conv2), make_feedback(block.bn2)
         self.shortcut = make_feedback(block.shortcut)
+        self.rho = nn.ReLU()
 
     def encode(self, block: nn.Module, input: Tensor, clean: Code | None = None) -> tuple[Tensor, Code]:
         assert isinstance(block, BasicBlock)
@@ -228,8 +229,8 @@ class InvertedBasicBlock(Feedback):
     def forward(self, output: Tensor, code: Code) -> Tensor:
         """Return ``G(y; code)`` in the shape of the block's input."""
         conv1, bn1, conv2, bn2, shortcut = code
-        start = torch.relu(output)
-        hidden = torch.relu(self.conv2(self.bn2(start, bn2), conv2))
+        start = self.rho(output)
+        hidden = self.rho(self.conv2(self.bn2(start, bn2), conv2))
         around: Tensor = self.shortcut(start, shortcut)
         back: Tensor = self.conv1(self.bn1(hidden, bn1), conv1)
         return back + around

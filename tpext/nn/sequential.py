@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -10,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors
+from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors, warn_of_relu
 from tpext.nn.torchscript import refuse_script, refuse_trace
 from tpext.ops._library import (
     LOW_PRECISION,
@@ -158,12 +157,8 @@ class TargetSequential(nn.Module):
                 feedback.tie(block)
             self.feedback[name] = feedback
         self.feedback.requires_grad_(False)
-        if self.feedback_init != "random" and any(isinstance(module, nn.ReLU) for module in self.feedback.modules()):
-            warnings.warn(
-                "TargetSequential: with ReLU even tied feedback stays some 40 degrees from back-propagation, as "
-                "units at zero let targets through; ELU is within a few",
-                stacklevel=3,
-            )
+        if self.feedback_init != "random":
+            warn_of_relu("TargetSequential", self.feedback, stacklevel=4)
 
     @torch.no_grad()
     def _shapes(self, input_shape: Sequence[int]) -> list[torch.Size]:
