@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tpext.nn import networks
+import tpext
+from tpext.feedback import BlockCall, IdentityFeedback
+from tpext.nn import TargetSequential, networks
 from tpext.nn.networks import BasicBlock
 
 IMAGE_NETWORKS = [
@@ -247,6 +249,59 @@ def test_stages_of_a_resnet() -> None:
     blocks = networks.resnet18(channels=(4, 5, 6, 7), use_batchnorm=True)
     norms = [module for block in blocks.values() for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) == 1 + 2 * 8 + 3
+
+
+def transposed(feedback: nn.Module, values: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """A feedback convolution by torch's transposed one."""
+    padding = feedback.weight.shape[-1] // 2
+    return functional.conv_transpose2d(
+        values, feedback.weight, stride=stride, padding=padding, output_padding=stride - 1
+    )
+
+
+def batch_normalised(feedback: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """By the batch's mean and variance; the identity without normalisation."""
+    if isinstance(feedback, IdentityFeedback):
+        return values
+    variance, mean = torch.var_mean(values, (0, 2, 3), correction=0, keepdim=True)
+    scaled = (values - mean) / (variance + feedback.eps).sqrt()
+    return scaled * feedback.weight[:, None, None] + feedback.bias[:, None, None]
+
+
+def residual_feedback(feedback: nn.Module, stride: int, output: torch.Tensor) -> torch.Tensor:
+    """``conv1T(bn1(relu(conv2T(bn2(r))))) + shortcutT(r)``, ``r = relu(y)``; ``shortcutT`` is convT after bn."""
+    start = output.clamp(min=0)
+    hidden = transposed(feedback.conv2, batch_normalised(feedback.bn2, start)).clamp(min=0)
+    around = start
+    if not isinstance(feedback.shortcut, IdentityFeedback):
+        parts = feedback.shortcut.parts
+        around = transposed(parts["conv"], batch_normalised(parts["bn"], start), stride)
+    return transposed(feedback.conv1, batch_normalised(feedback.bn1, hidden), stride) + around
+
+
+@pytest.mark.parametrize("use_batchnorm", [False, True])
+def test_targets_of_a_resnet_by_hand(use_batchnorm: bool) -> None:
+    blocks = networks.resnet18((3, 8, 8), 5, (4, 6, 5, 7), use_batchnorm=use_batchnorm, dtype=torch.float64)
+    net = TargetSequential(blocks, rule=tpext.DifferenceTargets(target_step=0.7))
+    for parameter in net.feedback.parameters():
+        nn.init.uniform_(parameter, -0.5, 0.5)
+    input, move = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    calls = net.trace(input).calls
+    plain = nn.Sequential(blocks)
+    torch.testing.assert_close(calls[-1].output, plain(input), rtol=1e-12, atol=1e-12)
+    moves = [move, (move @ net.feedback["fc"].parts["linear"].weight.mT)[:, :, None, None]]
+    for call in calls[-2:0:-1]:
+
+        def stage(output: torch.Tensor, call: BlockCall = call) -> torch.Tensor:
+            for name, block in reversed(list(call.block.named_children())):
+                output = residual_feedback(call.feedback.parts[name], block.conv1.stride[0], output)
+            return output
+
+        # the last stage's one pixel is all that the average is over
+        assert moves[-1].shape[2:] == call.output.shape[2:]
+        moves.append(stage(call.output + moves[-1]) - stage(call.output))
+    for found, expected in zip(net.rule.displacements(calls, move), reversed(moves), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
