@@ -13,7 +13,20 @@ import torch
 from torch import nn
 
 import tpext
-from tpext.feedback import LDRL, ClosedForm, DifferenceReconstruction, Fixed, Reconstruction, RunningLDRL, Tied
+from tpext.feedback import (
+    LDRL,
+    ClosedForm,
+    CounterNoise,
+    DifferenceReconstruction,
+    Draw,
+    Fixed,
+    Reconstruction,
+    RunningLDRL,
+    Tied,
+    difference_reconstruction_loss,
+    ldrl_loss,
+    reconstruction_loss,
+)
 from tpext.nn import TargetSequential
 
 
@@ -205,3 +218,52 @@ def test_saved_sums_of_another_network_are_refused() -> None:
     state = trainer.state_dict()
     with pytest.raises(ValueError, match="sums of 1 layers, got 0"):
         trainer.load_state_dict({**state, "sums": []})
+
+
+def test_feedback_of_another_rule_is_named() -> None:
+    """All sizes would fit."""
+    blocks = [nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)]
+    for made, other, source in (
+        (tpext.DifferenceTargets(), tpext.DirectTargets(), "network"),
+        (tpext.DirectTargets(), tpext.DifferenceTargets(), "block"),
+        (tpext.DirectTargets(), tpext.Targets(), "block"),
+    ):
+        net = TargetSequential(*blocks, rule=made, input_shape=(3,))
+        net.rule = other
+        with pytest.raises(ValueError, match=rf"feedback must map from the output of the {source}, that of block \d"):
+            net(torch.randn(2, 3)).sum().backward()
+
+
+def test_noise_that_would_be_broadcast_is_refused() -> None:
+    calls = small_net().trace(torch.randn(2, 4)).calls
+    one, rule = torch.randn(1, 5), tpext.DifferenceTargets()
+    for loss in (
+        lambda: ldrl_loss(calls[1], one, torch.randn(2, 3)),
+        lambda: reconstruction_loss(calls[1], one),
+        lambda: difference_reconstruction_loss(calls, 1, rule, one),
+    ):
+        with pytest.raises(ValueError, match=r"_loss: input_noise must be \[2, 5\], got \[1, 5\]"):
+            loss()
+    with pytest.raises(ValueError, match=r"ldrl_loss: output_noise must be \[2, 3\], got \[1, 3\]"):
+        ldrl_loss(calls[1], torch.randn(2, 5), torch.randn(1, 3))
+    for index in (0, 2, -1):
+        with pytest.raises(ValueError, match=rf"index must be in 1 \.\. 1, got {index}"):
+            difference_reconstruction_loss(calls, index, rule, one)
+
+
+def test_draws_without_a_stream_of_their_own_are_refused() -> None:
+    """Noise of the layer above would come again."""
+    like = torch.zeros(1, 1)
+    CounterNoise(0)(Draw(0, 1, 2**19 - 1, True), like)
+    for draw in (Draw(0, 1, 2**19, False), Draw(0, 2**12, 0, False)):
+        with pytest.raises(ValueError, match=r"layer must be below 2\^12 and draw below 2\^19"):
+            CounterNoise(0)(draw, like)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_lazy_modules_are_named() -> None:
+    lazy = nn.LazyLinear(3)
+    with pytest.raises(ValueError, match="make_feedback: LazyLinear must know its sizes"):
+        TargetSequential(nn.Linear(4, 5), lazy)
+    lazy(torch.zeros(1, 5))
+    TargetSequential(nn.Linear(4, 5), lazy)(torch.randn(2, 4)).sum().backward()

@@ -37,6 +37,9 @@ from tpext.ops._library import cast
 Indices = Literal["noisy", "clean"]
 """Which places of maxima feedback of a noisy pass uses: those of that pass or of the clean one."""
 
+Source = Literal["block", "network"]
+"""Whose output feedback maps from."""
+
 Code: TypeAlias = Any
 """What a feedback module has to know of a forward pass of its block: tensors and sizes, in nested tuples."""
 
@@ -76,7 +79,7 @@ class Feedback(nn.Module, ABC):
     elementwise: bool = False
     is_linear: bool = False
     is_view: ClassVar[bool] = False
-    source: ClassVar[Literal["block", "network"]] = "block"
+    source: ClassVar[Source] = "block"
     kernel: tuple[str, float] | None = None
     window: Window | None = None
 
@@ -162,8 +165,10 @@ def make_feedback(block: nn.Module) -> Feedback:
 
     Raises:
         TypeError: a module of a class that no feedback is registered for; names it.
-        ValueError: a module with an option that its feedback does not know.
+        ValueError: a module with an option that its feedback does not know, or a lazy one before its first pass.
     """
+    if any(isinstance(parameter, nn.UninitializedParameter) for parameter in block.parameters()):
+        raise ValueError(f"make_feedback: {type(block).__name__} must know its sizes; call a lazy module once before")
     builder = find_builder(block)
     if builder is None:
         raise TypeError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tpext.feedback.base import BlockCall, Code, Feedback, Indices, require_fit
-from tpext.ops._library import check_choice, check_tensor
+from tpext.ops._library import check_choice, check_tensor, is_integer
 
 
 class Recursion(Protocol):
@@ -29,6 +29,12 @@ def _feedback(op: str, call: BlockCall, name: str = "call") -> Feedback:
     if call.feedback is None:
         raise ValueError(f"{op}: {name} must be one of a block with feedback, got one without")
     return call.feedback
+
+
+def _check_noise(op: str, name: str, noise: Tensor, like: Tensor) -> None:
+    check_tensor(op, name, noise)
+    if noise.shape != like.shape:
+        raise ValueError(f"{op}: {name} must be {list(like.shape)}, got {list(noise.shape)}")
 
 
 @torch.no_grad()
@@ -63,8 +69,8 @@ def ldrl_loss(call: BlockCall, input_noise: Tensor, output_noise: Tensor, indice
     Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022.
     """
     feedback = _feedback("ldrl_loss", call)
-    check_tensor("ldrl_loss", "input_noise", input_noise)
-    check_tensor("ldrl_loss", "output_noise", output_noise)
+    _check_noise("ldrl_loss", "input_noise", input_noise, call.input)
+    _check_noise("ldrl_loss", "output_noise", output_noise, call.output)
     noisy, code = _noisy("ldrl_loss", call, call.input + input_noise, indices)
     clean: Tensor = feedback(call.output, call.code)
     first = (input_noise * (feedback(noisy, code) - clean)).sum()
@@ -81,7 +87,7 @@ def reconstruction_loss(call: BlockCall, input_noise: Tensor, indices: Indices =
     Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015.
     """
     feedback = _feedback("reconstruction_loss", call)
-    check_tensor("reconstruction_loss", "input_noise", input_noise)
+    _check_noise("reconstruction_loss", "input_noise", input_noise, call.input)
     noisy_input = call.input + input_noise
     output, code = _noisy("reconstruction_loss", call, noisy_input, indices)
     rebuilt: Tensor = feedback(output, code)
@@ -111,9 +117,11 @@ def difference_reconstruction_loss(
     Source: Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020.
     """
     op = "difference_reconstruction_loss"
-    check_tensor(op, "input_noise", input_noise)
+    if not is_integer(index) or not 1 <= index < len(calls):
+        raise ValueError(f"{op}: index must be in 1 .. {len(calls) - 1}, got {index!r}")
     call = calls[index]
     feedback = _feedback(op, call, f"calls[{index}]")
+    _check_noise(op, "input_noise", input_noise, call.input)
     noisy_input = state = call.input + input_noise
     with torch.no_grad():
         for above in calls[index:]:

@@ -57,6 +57,8 @@ class CounterNoise(NamedTuple):
 
         A stream's number has 12 bits for the layer, 19 for the draw and one for the side.
         """
+        if draw.layer >= 2**12 or draw.draw >= 2**19:
+            raise ValueError(f"CounterNoise: layer must be below 2^12 and draw below 2^19, got {draw}")
         stream = (draw.layer << 20) + 2 * draw.draw + draw.output
         return {"seed": self.seed, "step": draw.step, "stream": stream, "first_row": _rank() * like.shape[0]}
 

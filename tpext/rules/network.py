@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from tpext.feedback.base import BlockCall, Feedback, in_full_precision, make_feedback, require_fit
+from tpext.feedback.base import BlockCall, Feedback, Source, in_full_precision, make_feedback, require_fit
 from tpext.feedback.direct import HiddenLayer, make_direct_feedback
 from tpext.ops._library import LOW_PRECISION, check_choice, full_precision
 from tpext.ops.regularized_inverse import regularized_inverse
@@ -80,15 +80,23 @@ class NetworkRule(Rule, ABC):
         """
         return [None, *map(make_feedback, blocks[1:])]
 
-    def feedback(self, call: BlockCall) -> Feedback:
+    def feedback(self, call: BlockCall, source: Source | None = None) -> Feedback:
         """Return the feedback of a call.
 
+        Args:
+            source: whose output it must map from, see :class:`tpext.feedback.Feedback`; None: either's.
+
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or it maps from another output.
         """
         if call.feedback is None:
             raise ValueError(
                 f"{type(self).__name__}: every block but the first needs feedback, block {call.name} has none"
+            )
+        if source is not None and call.feedback.source != source:
+            raise ValueError(
+                f"{type(self).__name__}: feedback must map from the output of the {source}, that of block {call.name} "
+                f"maps from the {call.feedback.source}'s; make the network with this rule"
             )
         return call.feedback
 
@@ -160,7 +168,7 @@ class DifferenceTargets(NetworkRule):
     kin: ClassVar[Mapping[Kind, str]] = {"recurrent": "LearnedInverse", "layer": "DifferenceTargetPropagation"}
 
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
-        return self.feedback(call).difference(call.output, displacement, call.code)
+        return self.feedback(call, "block").difference(call.output, displacement, call.code)
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ class Targets(NetworkRule):
     """
 
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
-        target: Tensor = self.feedback(call)(call.output + displacement, call.code)
+        target: Tensor = self.feedback(call, "block")(call.output + displacement, call.code)
         return target - call.input
 
 
@@ -242,7 +250,7 @@ class DirectTargets(NetworkRule):
         return self._direct(calls[1], calls[-1].output, displacement)
 
     def _direct(self, call: BlockCall, output: Tensor, displacement: Tensor) -> Tensor:
-        return self.feedback(call).difference(output, displacement, call.code)
+        return self.feedback(call, "network").difference(output, displacement, call.code)
 
 
 @dataclass(frozen=True)
