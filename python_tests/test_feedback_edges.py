@@ -19,6 +19,7 @@ from tpext.feedback import (
     CounterNoise,
     DifferenceReconstruction,
     Draw,
+    Feedback,
     Fixed,
     Reconstruction,
     RunningLDRL,
@@ -26,6 +27,7 @@ from tpext.feedback import (
     difference_reconstruction_loss,
     ldrl_loss,
     reconstruction_loss,
+    register_feedback,
 )
 from tpext.nn import TargetSequential
 
@@ -267,3 +269,27 @@ def test_lazy_modules_are_named() -> None:
         TargetSequential(nn.Linear(4, 5), lazy)
     lazy(torch.zeros(1, 5))
     TargetSequential(nn.Linear(4, 5), lazy)(torch.randn(2, 4)).sum().backward()
+
+
+class Through(nn.Module):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input
+
+
+class ThroughFeedback(Feedback):
+    def forward(self, output: torch.Tensor, code: Any) -> torch.Tensor:
+        return output
+
+
+@pytest.mark.parametrize("kinds", [("Through",), (), (ThroughFeedback,), (Through(),)])
+def test_only_classes_of_blocks_are_registered(kinds: Any) -> None:
+    with pytest.raises(TypeError, match="register_feedback: kinds must be"):
+        register_feedback(*kinds)
+
+
+@pytest.mark.parametrize("made", [None, nn.Linear(5, 5)])
+def test_what_is_registered_must_return_feedback(made: Any) -> None:
+    register_feedback(Through)(lambda block: made)
+    for block in (Through(), nn.Sequential(nn.Linear(5, 5), Through())):
+        with pytest.raises(TypeError, match=r"for Through must return a tpext\.feedback\.Feedback, got"):
+            TargetSequential(nn.Linear(4, 5), block)

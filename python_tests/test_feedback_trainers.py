@@ -293,6 +293,21 @@ def test_closed_form_of_a_linear_block_is_its_weight() -> None:
         assert_equal(head_of(net).current_weight(), head_of(net).transported(net.blocks[1]), 1e-12)
 
 
+def test_expected_second_term_leaves_out_units_at_zero() -> None:
+    """Behind a ReLU a unit at zero has no slope, and lets half the noise through."""
+    net, _ = one_block(VECTORS["linear, relu"], (4,))
+    net.blocks[1][0].weight.data.fill_(-1)
+    x, losses = torch.ones(50, 4, dtype=DOUBLE), {}
+    for term in ("drawn", "expected"):
+        trainer = LDRL(copy.deepcopy(net), lr=1.0, noise=1e-3, samples=50, second_term=term)
+        (losses[term],) = (record.loss for record in trainer.step(x, record=True))
+    # E[relu(d)^2] = sigma^2 / 2, and of two units sigma^2 / (2 pi)
+    square = head_of(net).current_weight().mT @ head_of(net).current_weight()
+    off = square.sum() - square.trace()
+    assert losses["expected"] == 0
+    assert_equal(losses["drawn"], 1e-6 * (square.trace() / 2 + off / (2 * torch.pi)), 0.1)
+
+
 def test_closed_form_is_zero_where_nothing_passes() -> None:
     net, _ = one_block(VECTORS["linear, relu"], (4,))
     net.blocks[1][0].weight.data[1] = -1

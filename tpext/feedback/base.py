@@ -90,7 +90,8 @@ class Feedback(nn.Module, ABC):
             block: the module that this feedback was made from.
             input: ``[B, ...]``.
             clean: the code of the pass without noise when this is a noisy one. What is random in the block is taken
-                from it, and no running statistics are updated.
+                from it, and no running statistics are updated. So the code of a block that draws random numbers must
+                be what it drew; a code of None does not tell the passes apart.
         """
         return block(input), None
 
@@ -138,6 +139,9 @@ def register_feedback(*kinds: type[nn.Module]) -> Callable[[_BuilderT], _Builder
 
     Subclasses that keep the ``forward`` of a registered class are served too.
 
+    Raises:
+        TypeError: something that is no class of modules, or a class of feedback.
+
     >>> import torch, tpext
     >>> class Double(torch.nn.Module):
     ...     def forward(self, x):
@@ -151,6 +155,11 @@ def register_feedback(*kinds: type[nn.Module]) -> Callable[[_BuilderT], _Builder
     >>> tpext.feedback.make_feedback(Double())
     Half()
     """
+    if not kinds:
+        raise TypeError("register_feedback: kinds must be one or more classes of modules, got none")
+    for kind in kinds:
+        if not isinstance(kind, type) or not issubclass(kind, nn.Module) or issubclass(kind, Feedback):
+            raise TypeError(f"register_feedback: kinds must be classes of modules that are blocks, got {kind!r}")
 
     def register(builder: _BuilderT) -> _BuilderT:
         for kind in kinds:
@@ -164,7 +173,7 @@ def make_feedback(block: nn.Module) -> Feedback:
     """Return the feedback module of a block, initialised as torch initialises such layers.
 
     Raises:
-        TypeError: a module of a class that no feedback is registered for; names it.
+        TypeError: a module of a class that no feedback is registered for, or something else than feedback; names it.
         ValueError: a module with an option that its feedback does not know, or a lazy one before its first pass.
     """
     if any(isinstance(parameter, nn.UninitializedParameter) for parameter in block.parameters()):
@@ -175,7 +184,13 @@ def make_feedback(block: nn.Module) -> Feedback:
             f"make_feedback: no feedback is known for {type(block).__name__}; give one to the block with "
             "tpext.feedback.register_feedback"
         )
-    return builder(block)
+    made = builder(block)
+    if not isinstance(made, Feedback):
+        raise TypeError(
+            f"make_feedback: what is registered for {type(block).__name__} must return a tpext.feedback.Feedback, got "
+            f"{type(made).__name__}"
+        )
+    return made
 
 
 def find_builder(block: nn.Module) -> _Builder | None:

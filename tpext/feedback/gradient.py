@@ -230,7 +230,8 @@ class LDRL(GradientTrainer):
 
     Args:
         second_term: "drawn" (published) or "expected", which needs such a block with an elementwise ``psi`` and
-            ``phi`` (activations, max-pooling).
+            ``phi`` (activations, max-pooling). Behind a ReLU the two differ at any size of noise: units at zero, whose
+            slope counts as zero, let noise above zero through, and the drawn term makes weights smaller for it.
         indices: "noisy" (published) or "clean", see :func:`ldrl_loss`.
         pixels: "all" (published) or "grid", which needs the expected second term and a block with a convolution of
             stride 1: before such a convolution noise is on one of every ``k x k`` pixels, the next ones at each draw,

@@ -23,7 +23,8 @@ class RunningLDRL(FeedbackTrainer):
         R = E[wgrad(dx, A' - A)] / sigma^2,    D = E[sum over the uses of s_G^2]
 
     ``D`` is known exactly for a batch, ``R`` is estimated from noise, without the block's weights; both are running
-    means over batches. Noise of rows, not weights, is all that passes between block and feedback.
+    means over batches. Noise of rows, not weights, is all that passes between block and feedback. It is the fixed point
+    of ``second_term="expected"``, which behind a ReLU is another than that of the drawn term.
 
     Args:
         net: whose feedback to train: blocks of a linear layer or convolution, then activations and max-pooling.
@@ -109,7 +110,8 @@ class ClosedForm(FeedbackTrainer):
 
     ``W = F <s_F s_G> / <s_G^2>``, means over the batch and the features that an element of ``W`` acts on, ``s_F`` and
     ``s_G`` the slopes of block and feedback. This is **weight transport** times a gain for each channel: it uses the
-    block's own weights ``F``. Where there is max-pooling it is the minimiser with ``indices="clean"``.
+    block's own weights ``F``. Where there is max-pooling it is the minimiser with ``indices="clean"``; behind a ReLU
+    that of the loss with ``second_term="expected"``.
 
     Args:
         net: whose feedback to set: blocks of a linear layer or convolution, then activations and max-pooling.
