@@ -293,3 +293,13 @@ def test_what_is_registered_must_return_feedback(made: Any) -> None:
     for block in (Through(), nn.Sequential(nn.Linear(5, 5), Through())):
         with pytest.raises(TypeError, match=r"for Through must return a tpext\.feedback\.Feedback, got"):
             TargetSequential(nn.Linear(4, 5), block)
+
+
+def test_one_value_a_channel_is_not_normalised() -> None:
+    block = nn.Sequential(nn.Linear(5, 5), nn.BatchNorm1d(5))
+    net = TargetSequential(nn.Linear(4, 5), block, nn.Linear(5, 3)).eval()
+    with pytest.raises(
+        ValueError, match=r"BatchNormFeedback: output must have more than one value a channel.*\[1, 5\]"
+    ):
+        net(torch.randn(1, 4)).sum().backward()
+    net(torch.randn(2, 4)).sum().backward()

@@ -129,7 +129,8 @@ class ReshapeFeedback(Feedback):
 class BatchNormFeedback(Feedback):
     """The feedback of a batch normalisation: one of its own, by the statistics of the batch; it has no running ones.
 
-    A noisy pass through the block takes that batch's statistics too, but leaves the running ones alone.
+    A noisy pass through the block takes that batch's statistics too, but leaves the running ones alone. So targets need
+    more than one value a channel, in evaluation mode too.
     """
 
     def __init__(self, block: batchnorm._BatchNorm) -> None:
@@ -145,6 +146,11 @@ class BatchNormFeedback(Feedback):
         return functional.batch_norm(input, None, None, block.weight, block.bias, True, 0.0, block.eps), True
 
     def forward(self, output: Tensor, code: Code) -> Tensor:
+        if output.numel() == output.shape[1]:
+            raise ValueError(
+                "BatchNormFeedback: output must have more than one value a channel, as feedback is normalised by the "
+                f"batch in evaluation mode too, got {list(output.shape)}"
+            )
         return functional.batch_norm(output, None, None, self.weight, self.bias, True, 0.0, self.eps)
 
 

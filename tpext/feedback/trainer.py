@@ -84,7 +84,8 @@ class FeedbackTrainer(ABC):
     """Trains the feedback modules of a :class:`tpext.nn.TargetSequential`, beside the optimizer of its blocks.
 
     ``step`` does what is due for one batch. Under ``torch.distributed`` every process calls it with its part of the
-    batch, in equal parts, and gradients (or sums) are averaged, so the result is that of the joint batch.
+    batch, in equal parts, and gradients (or sums) are averaged, so the result is that of the joint batch; batch
+    normalisation apart, which takes the statistics of each part.
 
     For a trainer of your own subclass it and give :meth:`update`, what one batch does to the feedback; for a loss of
     your own that is trained by gradients subclass :class:`GradientTrainer` instead. A whole one is
