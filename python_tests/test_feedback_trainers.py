@@ -615,6 +615,18 @@ def test_step_on_a_trace_under_autocast(name: str, inside: bool) -> None:
         assert (after - before[key] - wanted).norm() <= most * wanted.norm(), key
 
 
+def test_gradients_of_a_sum_of_losses_are_those_of_each_layer() -> None:
+    net = small_net()
+    calls = net.trace(batch(0)[0]).calls[1:]
+    noise = [(torch.randn_like(call.input), torch.randn_like(call.output)) for call in calls]
+    losses = [lambda call=call, pair=pair: ldrl_loss(call, *pair) for call, pair in zip(calls, noise, strict=True)]
+    _, joint = by_autograd(net, lambda: sum(loss() for loss in losses))
+    for call, loss in zip(calls, losses, strict=True):
+        for name, grad in by_autograd(net, loss)[1].items():
+            own = name.startswith(f"{call.name}.")
+            assert torch.equal(grad, joint[name] if own else torch.zeros_like(grad)), name
+
+
 def test_parallel_form_is_adam_on_the_mean_of_the_losses() -> None:
     """ParallelDTP: ten draws together, one step of Adam for all layers."""
     net, sigma = small_net().double(), 0.3
