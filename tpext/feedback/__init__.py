@@ -14,6 +14,8 @@ feedback comes to be what it is:
 :class:`Fixed`                 random weights for good (Shibuya et al.)
 =============================  ========================================================================================
 
+Behind a ReLU that fixed point is the expected second term's; the drawn one has another (:class:`LDRL`).
+
 A trainer of your own subclasses :class:`FeedbackTrainer`, or :class:`GradientTrainer` for a loss of your own.
 """
 
