@@ -18,30 +18,49 @@ struct SweepSizes {
   uint32_t reverse[kMaxMembers / 32];
 };
 
-// Bytes of shared memory of a block: states, the rows' steps, scratch of the products.
-TPEXT_HOST_DEVICE constexpr int64_t state_bytes(int products, int64_t rows, int stride, int element_bytes) {
-  return 2 * products * rows * stride * element_bytes;
+// What a step multiplies: kSets sets of kIn states, of which each gives kOut sums, y_o = sum_i state_i M_io. The states
+// of a simple cell are sets of their own; gates are what one state fans out to, or what fans in to one sum.
+template <int kSetCount, int kInCount, int kOutCount>
+struct Fan {
+  static constexpr int kSets = kSetCount, kIn = kInCount, kOut = kOutCount;
+  static constexpr int kStates = kSets * kIn, kSums = kSets * kOut, kProducts = kSets * kIn * kOut;
+};
+
+// Bytes of shared memory of a block: states, the rows' steps, scratch of the sums, what threads keep to themselves.
+TPEXT_HOST_DEVICE constexpr int64_t state_bytes(int states, int64_t rows, int stride, int element_bytes) {
+  return 2 * states * rows * stride * element_bytes;
 }
 TPEXT_HOST_DEVICE constexpr int64_t steps_bytes(int64_t rows) { return (rows * 4 + 15) / 16 * 16; }
+TPEXT_HOST_DEVICE constexpr int64_t own_bytes(int own, int64_t rows, int columns, int compute_bytes) {
+  return own * rows * columns * compute_bytes;
+}
 
 // The shared memory of a block. Two copies of the states in turns: what a step writes is read at the next, and nobody
 // still reads what it overwrites.
-template <class Product, int kProducts>
+template <class Product, class Step>
 struct Memory {
   using T = typename Product::Storage;
+  using C = typename Product::Compute;
+  static constexpr int kStates = Step::Products::kStates;
   int rows;
   T* states;      // [2, P, rows, stride]
   int* steps;     // [rows] valid steps
-  char* scratch;  // of each product
+  char* scratch;  // of each sum
+  C* own;         // [O, rows, columns] what a step hands to the next of the same element: its thread's alone
 
   __device__ __forceinline__ explicit Memory(int rows)
       : rows(rows),
         states(reinterpret_cast<T*>(shared_memory())),
-        steps(reinterpret_cast<int*>(states + 2 * kProducts * rows * Product::kStride)),
-        scratch(reinterpret_cast<char*>(steps) + steps_bytes(rows)) {}
+        steps(reinterpret_cast<int*>(states + 2 * kStates * rows * Product::kStride)),
+        scratch(reinterpret_cast<char*>(steps) + steps_bytes(rows)),
+        own(reinterpret_cast<C*>(scratch + Step::Products::kSums * Product::kScratchBytes)) {}
 
   __device__ __forceinline__ int at(int turn, int p, int row = 0, int column = 0) const {
-    return ((turn * kProducts + p) * rows + row) * Product::kStride + column;
+    return ((turn * kStates + p) * rows + row) * Product::kStride + column;
+  }
+  // `column` of the block's.
+  __device__ __forceinline__ C& own_at(int o, int row, int column) const {
+    return own[(o * rows + row) * Product::kColumns + column];
   }
 };
 
@@ -57,10 +76,10 @@ constexpr int64_t kCounterStride = 32;
 // arrive(), what only memory gets after: an arrival among blocks waits for the writes before it.
 
 // Of a block that has all columns.
-template <class Product, int kProducts>
+template <class Product, class Step>
 class OwnStates {
  public:
-  using Block = Memory<Product, kProducts>;
+  using Block = Memory<Product, Step>;
   using T = typename Product::Storage;
   __device__ __forceinline__ OwnStates(const SweepSizes&, const GridMemory&, const Block& memory, int)
       : memory_(memory) {}
@@ -77,10 +96,10 @@ class OwnStates {
 };
 
 // Of blocks that share the columns of a group, whose number it is in the launch.
-template <class Product, int kProducts>
+template <class Product, class Step>
 class SharedStates {
  public:
-  using Block = Memory<Product, kProducts>;
+  using Block = Memory<Product, Step>;
   using T = typename Product::Storage;
   __device__ __forceinline__ SharedStates(const SweepSizes& sizes, const GridMemory& grid, const Block& memory,
                                           int group)
@@ -124,7 +143,7 @@ class SharedStates {
   }
 
  private:
-  __device__ __forceinline__ int copy_size() const { return kProducts * memory_.rows * Product::kStride; }
+  __device__ __forceinline__ int copy_size() const { return Block::kStates * memory_.rows * Product::kStride; }
 
   __device__ __forceinline__ void fetch(int turn) const {
     static_assert(Product::kStride * sizeof(T) % sizeof(Words) == 0);

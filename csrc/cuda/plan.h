@@ -18,6 +18,15 @@ struct Variant {
   void (*kernel)(SweepArgs<Step>);
   bool shared;
   int rows, depth, columns, stride, scratch_bytes, cycles;
+
+  // Of a group of so many rows: its states, and all that a block of it has in shared memory.
+  int64_t state_bytes(int64_t group_rows) const {
+    return cuda::state_bytes(Step::Products::kStates, group_rows, stride, sizeof(typename Step::Storage));
+  }
+  int64_t shared_bytes(int64_t group_rows) const {
+    return state_bytes(group_rows) + steps_bytes(group_rows) + int64_t{Step::Products::kSums} * scratch_bytes +
+           own_bytes(Step::kOwn, group_rows, columns, sizeof(Compute<typename Step::Storage>));
+  }
 };
 
 // Predicted cycles of a step: the chain of dependent operations, and the products, which it hides at best where blocks
@@ -51,8 +60,6 @@ inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class Step>
 Choice<Step> fit(const Variant<Step>& variant, Regime regime, int64_t stack, int64_t batch, int64_t hidden,
                  int device) {
-  using T = typename Step::Storage;
-  constexpr int kProducts = Step::kProducts;
   const Limits& limit = limits(device);
   Choice<Step> choice;
   const int64_t shards = variant.shared ? ceil_divide(hidden, variant.columns) : 1;
@@ -63,11 +70,7 @@ Choice<Step> fit(const Variant<Step>& variant, Regime regime, int64_t stack, int
   if (grid && !limit.cooperative) return choice;
 
   // As many rows as shared memory holds.
-  const auto shared_bytes = [&](int64_t tiles) {
-    const int64_t rows = tiles * variant.rows;
-    return state_bytes(kProducts, rows, variant.stride, sizeof(T)) + steps_bytes(rows) +
-           int64_t{kProducts} * variant.scratch_bytes;
-  };
+  const auto shared_bytes = [&](int64_t tiles) { return variant.shared_bytes(tiles * variant.rows); };
   int64_t most_tiles = 0;
   while ((variant.shared || most_tiles == 0) && shared_bytes(most_tiles + 1) <= limit.shared_memory) ++most_tiles;
   if (most_tiles == 0) return choice;
@@ -99,12 +102,11 @@ Choice<Step> fit(const Variant<Step>& variant, Regime regime, int64_t stack, int
   choice.tiles = static_cast<int>(tiles);
   choice.shards = static_cast<int>(shards);
   choice.members = static_cast<int>(members);
-  if (grid)
-    choice.workspace_bytes =
-        stack * groups * (kCounterStride * 4 + state_bytes(kProducts, tiles * variant.rows, variant.stride, sizeof(T)));
-  choice.cycles = static_cast<double>(rounds) *
-                  cycles_of_step(regime, double{kProducts} * static_cast<double>(tiles) * variant.cycles,
-                                 ceil_divide(blocks, limit.multiprocessors));
+  if (grid) choice.workspace_bytes = stack * groups * (kCounterStride * 4 + variant.state_bytes(tiles * variant.rows));
+  choice.cycles =
+      static_cast<double>(rounds) *
+      cycles_of_step(regime, double{Step::Products::kProducts} * static_cast<double>(tiles) * variant.cycles,
+                     ceil_divide(blocks, limit.multiprocessors));
   return choice;
 }
 
@@ -131,8 +133,8 @@ Choice<Step> choose(const Variants& variants, int64_t stack, int64_t batch, int6
   if (wanted != Regime::automatic)
     throw std::invalid_argument(std::string("regime '") + regime_name(wanted) +
                                 "' cannot run H=" + std::to_string(hidden) + ", B=" + std::to_string(batch) + " with " +
-                                std::to_string(Step::kProducts) + " products a step in this dtype on device " +
-                                std::to_string(device));
+                                std::to_string(Step::Products::kProducts) +
+                                " products a step in this dtype on device " + std::to_string(device));
   return best;
 }
 
@@ -218,7 +220,7 @@ struct VariantsOf<Float16, kProducts> : MatrixUnitVariants<Float16, kProducts> {
 
 template <class Step>
 Choice<Step> choose_sweep(const RnnSizes& sizes, int device, Regime wanted) {
-  return choose<Step>(VariantsOf<typename Step::Storage, Step::kProducts>::template table<Step>, sizes.stack,
+  return choose<Step>(VariantsOf<typename Step::Storage, Step::Products::kProducts>::template table<Step>, sizes.stack,
                       sizes.batch, sizes.hidden, device, wanted);
 }
 
@@ -243,8 +245,8 @@ void run_single_step(const RnnSizes& sizes, const RnnExecution& execution, const
     const int64_t members = std::min<int64_t>(kMaxMembers, sizes.stack - first);
     const SingleStepArgs<Step> args{sizes_of(sizes, first, members),
                                     static_cast<int>(execution.step),
-                                    static_cast<const T*>(execution.sums) + first * plane,
-                                    static_cast<T*>(execution.carried) + first * plane,
+                                    static_cast<const T*>(execution.sums) + first * plane * Step::Products::kOut,
+                                    static_cast<T*>(execution.carried) + first * plane * Step::Products::kIn,
                                     sizes.stack * plane,
                                     whole_stack.from_member(first, sizes)};
     launch(single_step<Step>, {ceil_divide(members * plane, kThreads), kThreads}, execution.queue, args);
@@ -254,7 +256,6 @@ void run_single_step(const RnnSizes& sizes, const RnnExecution& execution, const
 // Runs the sweep: one launch, or one for as many members as fit.
 template <class Step>
 void run_sweep(const RnnSizes& sizes, const RnnExecution& execution, const Step& whole_stack) {
-  using T = typename Step::Storage;
   if (sizes.stack == 0 || sizes.batch == 0 || sizes.hidden == 0) return;
   if (execution.regime == Regime::step) return run_single_step(sizes, execution, whole_stack);
   const Choice<Step> choice = choose_sweep<Step>(sizes, execution.queue.device, execution.regime);
@@ -267,8 +268,7 @@ void run_sweep(const RnnSizes& sizes, const RnnExecution& execution, const Step&
   const Variant<Step>& variant = *choice.variant;
   const bool grid = choice.regime == Regime::grid;
   const int64_t rows = int64_t{choice.tiles} * variant.rows;
-  const int64_t group_bytes = state_bytes(Step::kProducts, rows, variant.stride, sizeof(T));
-  const int64_t shared_bytes = group_bytes + steps_bytes(rows) + int64_t{Step::kProducts} * variant.scratch_bytes;
+  const int64_t group_bytes = variant.state_bytes(rows), shared_bytes = variant.shared_bytes(rows);
   for (int64_t first = 0; first < sizes.stack; first += choice.members)
     for (int64_t group = 0; group < choice.groups; group += choice.groups_at_once) {
       const int64_t members = std::min<int64_t>(choice.members, sizes.stack - first);

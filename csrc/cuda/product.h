@@ -20,7 +20,10 @@
 //   kScratchBytes             shared memory that products need
 //   kCycles                   predicted, of a product by one block
 //   load(weight)              weight(k, column) -> Storage, called for every pair that counts
-//   product(states, scratch, y)
+//   Partial                   a thread's part of sums that other threads have parts of
+//   accumulate(products, states, partials)   adds the products of one state with several matrices, a partial each;
+//                             what is read of the state is read once for all of them
+//   add_up(products, scratch, partials, y)   the sums
 #pragma once
 
 #include "core/low_precision.h"
@@ -92,31 +95,48 @@ class Multiply {
       for (int i = 0; i < kWeights; ++i) weights_[c][i] = weight(depth(lane, i), column + c);
   }
 
-  __device__ void product(const T* states, char*, T (&y)[kOutputs]) const {
+  struct Partial {
+    T sums[kSums];
+  };
+
+  template <int kCount>
+  __device__ static void accumulate(const Multiply* products, const T* states, Partial (&partials)[kCount]) {
     const int lane = depth_lane(thread_index());
-    T sums[kSums] = {};
 #pragma unroll
     for (int i = 0; i < kPieces; ++i)
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const Piece piece = *reinterpret_cast<const Piece*>(states + r * kStride + depth(lane, i * kPiece));
 #pragma unroll
-        for (int k = 0; k < kPiece; ++k)
+        for (int p = 0; p < kCount; ++p)
 #pragma unroll
-          for (int c = 0; c < kLaneColumns; ++c)
-            sums[r * kLaneColumns + c] += piece.values[k] * weights_[c][i * kPiece + k];
+          for (int k = 0; k < kPiece; ++k)
+#pragma unroll
+            for (int c = 0; c < kLaneColumns; ++c)
+              partials[p].sums[r * kLaneColumns + c] += piece.values[k] * products[p].weights_[c][i * kPiece + k];
       }
     if constexpr (kTail == 1) {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const T value = states[r * kStride + depth(lane, kWeights - 1)];
 #pragma unroll
-        for (int c = 0; c < kLaneColumns; ++c) sums[r * kLaneColumns + c] += value * weights_[c][kWeights - 1];
+        for (int p = 0; p < kCount; ++p)
+#pragma unroll
+          for (int c = 0; c < kLaneColumns; ++c)
+            partials[p].sums[r * kLaneColumns + c] += value * products[p].weights_[c][kWeights - 1];
       }
     }
-    add_up<kSums, kDepthLanes / 2>(sums, lane);
+  }
+
+  template <int kCount>
+  __device__ static void add_up(Multiply*, char*, Partial (&partials)[kCount], T (*y)[kOutputs]) {
+    const int lane = depth_lane(thread_index());
 #pragma unroll
-    for (int i = 0; i < kOutputs; ++i) y[i] = sums[i];
+    for (int p = 0; p < kCount; ++p) {
+      exchange<kSums, kDepthLanes / 2>(partials[p].sums, lane);
+#pragma unroll
+      for (int i = 0; i < kOutputs; ++i) y[p][i] = partials[p].sums[i];
+    }
   }
 
  private:
@@ -127,7 +147,7 @@ class Multiply {
 
   // Halves the number of sums with each exchange, until there is one a lane; then all lanes add the same.
   template <int kCount, int kMask>
-  __device__ static void add_up(T (&sums)[kSums], int lane) {
+  __device__ static void exchange(T (&sums)[kSums], int lane) {
     if constexpr (kMask > 0) {
       if constexpr (kCount > 1) {
         const bool upper = (lane & kMask) != 0;
@@ -136,10 +156,10 @@ class Multiply {
           const T given = upper ? sums[i] : sums[i + kCount / 2], kept = upper ? sums[i + kCount / 2] : sums[i];
           sums[i] = kept + shuffle_xor(given, kMask * kNeighbours);
         }
-        add_up<kCount / 2, kMask / 2>(sums, lane);
+        exchange<kCount / 2, kMask / 2>(sums, lane);
       } else {
         sums[0] += shuffle_xor(sums[0], kMask * kNeighbours);
-        add_up<1, kMask / 2>(sums, lane);
+        exchange<1, kMask / 2>(sums, lane);
       }
     }
   }
@@ -189,36 +209,57 @@ class MatrixUnit {
       }
   }
 
-  __device__ void product(const T* states, char* scratch, float (&y)[kOutputs]) {
+  // Two sums side by side: an instruction waits for its own accumulator.
+  struct Partial {
+    float sums[2][4];
+  };
+
+  template <int kCount>
+  __device__ static void accumulate(const MatrixUnit* products, const T* states, Partial (&partials)[kCount]) {
     const int thread = thread_index();
     const T* const row = states + thread % kWarp / 4 * kStride;
-    // Two sums side by side: an instruction waits for its own accumulator.
-    float sums[2][4] = {};
 #pragma unroll
     for (int i = 0; i < kInstructions; i += 2) {
       const Piece piece = *reinterpret_cast<const Piece*>(row + depth(thread, i, 0));
-      mma(sums[0], weights_[i], piece.pairs[0], T());
-      mma(sums[1], weights_[i + 1], piece.pairs[1], T());
-    }
 #pragma unroll
-    for (int c = 0; c < 4; ++c) sums[0][c] += sums[1][c];
+      for (int p = 0; p < kCount; ++p) {
+        mma(partials[p].sums[0], products[p].weights_[i], piece.pairs[0], T());
+        mma(partials[p].sums[1], products[p].weights_[i + 1], piece.pairs[1], T());
+      }
+    }
+  }
+
+  template <int kCount>
+  __device__ static void add_up(MatrixUnit* products, char* scratch, Partial (&partials)[kCount],
+                                float (*y)[kOutputs]) {
+#pragma unroll
+    for (int p = 0; p < kCount; ++p)
+#pragma unroll
+      for (int c = 0; c < 4; ++c) partials[p].sums[0][c] += partials[p].sums[1][c];
     if constexpr (kSplit == 1) {
 #pragma unroll
-      for (int c = 0; c < kOutputs; ++c) y[c] = sums[0][c];
-    } else {
-      const int part = thread / kWarp % kSplit;
-      float* const buffer = reinterpret_cast<float*>(scratch) + turn_ * kThreads * 4;
-      turn_ ^= 1;
+      for (int p = 0; p < kCount; ++p)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) buffer[c * kThreads + thread] = sums[0][c];
+        for (int c = 0; c < kOutputs; ++c) y[p][c] = partials[p].sums[0][c];
+    } else {
+      const int thread = thread_index(), part = thread / kWarp % kSplit;
+      float* const buffer = reinterpret_cast<float*>(scratch) + products->turn_ * kThreads * 4;
+      products->turn_ ^= 1;
+      constexpr int kNext = kScratchBytes / static_cast<int>(sizeof(float));
+#pragma unroll
+      for (int p = 0; p < kCount; ++p)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) buffer[p * kNext + c * kThreads + thread] = partials[p].sums[0][c];
       block_barrier();
 #pragma unroll
-      for (int c = 0; c < kOutputs; ++c) {
-        const float* const at = buffer + (part * kOutputs + c) % 4 * kThreads + thread - part * kWarp;
-        y[c] = at[0];
+      for (int p = 0; p < kCount; ++p)
 #pragma unroll
-        for (int p = 1; p < kSplit; ++p) y[c] += at[p * kWarp];
-      }
+        for (int c = 0; c < kOutputs; ++c) {
+          const float* const at = buffer + p * kNext + (part * kOutputs + c) % 4 * kThreads + thread - part * kWarp;
+          y[p][c] = at[0];
+#pragma unroll
+          for (int other = 1; other < kSplit; ++other) y[p][c] += at[other * kWarp];
+        }
     }
   }
 

@@ -15,8 +15,10 @@ template <class T>
 struct ForwardStep {
   using Storage = T;
   using C = Compute<T>;
-  static constexpr int kProducts = 1;
+  using Products = Fan<1, 1, 1>;
+  static constexpr int kOwn = 0;
   static constexpr bool kBackward = false;
+  static constexpr int ahead(int rows) { return rows == 1 ? 4 : 2; }
   struct Loads {
     T x;
   };
@@ -42,15 +44,15 @@ struct ForwardStep {
 
   __device__ Matrix<T> matrix(int) const { return {weight_hh, true}; }
   __device__ T first_state(int64_t initial) const { return h0[initial]; }
-  __device__ void load(Loads& loads, int64_t element, int64_t, bool) const { loads.x = x_proj[element]; }
+  __device__ void load(Loads& loads, const Place& at) const { loads.x = x_proj[at.element]; }
   __device__ Start start(int64_t) const { return {}; }
-  __device__ Result advance(const Loads& loads, const Start&, const Position&, const C (&y)[1]) const {
-    return {{ScalarActivations<C>::activate(nonlinearity, to_compute(loads.x) + y[0])}};
+  __device__ Result advance(const Loads& loads, const Start&, const Position&, const Arriving<ForwardStep>& y) const {
+    return {{ScalarActivations<C>::activate(nonlinearity, to_compute(loads.x) + y.sums[0])}};
   }
   __device__ void store(const Result& result, const Position& at) const {
     states[at.element] = from_compute<T>(at.valid ? result.carried[0] : C(0));
   }
-  __device__ void finish(const Position& at, const C (&)[1], T state) const {
+  __device__ void finish(const Position& at, const Arriving<ForwardStep>&, T state) const {
     if (h_n != nullptr) h_n[at.initial] = state;
   }
 };

@@ -47,8 +47,10 @@ struct BackwardStep {
   using Storage = T;
   using C = Compute<T>;
   using Act = ScalarActivations<C>;
-  static constexpr int kProducts = kThroughTime ? 2 : 1;
+  using Products = Fan<kThroughTime ? 2 : 1, 1, 1>;
+  static constexpr int kOwn = 0;
   static constexpr bool kBackward = true;
+  static constexpr int ahead(int rows) { return rows == 1 ? 4 : 2; }
   struct Loads {
     T h, g, extra;
   };
@@ -57,7 +59,7 @@ struct BackwardStep {
     C displacement, credit;
   };
   struct Result {
-    C carried[kProducts];  // through time: z, e
+    C carried[Products::kStates];  // through time: z, e
     C delta, displacement, handed_down;
   };
 
@@ -91,14 +93,14 @@ struct BackwardStep {
   }
   __device__ T first_state(int64_t) const { return T{}; }
 
-  // `next`: from an element to that of the next step of the sweep.
-  __device__ void load(Loads& loads, int64_t element, int64_t next, bool begins) const {
-    loads.h = arrays.states[element];
-    loads.g = arrays.grad_states == nullptr ? T{} : arrays.grad_states[element];
+  __device__ void load(Loads& loads, const Place& at) const {
+    loads.h = arrays.states[at.element];
+    loads.g = arrays.grad_states == nullptr ? T{} : arrays.grad_states[at.element];
     // The reverse layer's pre-activation is that of the step which the sweep comes from.
     const bool learned = arrays.correction == Correction::learned;
-    loads.extra =
-        arrays.extra == nullptr || (learned && begins) ? T{} : arrays.extra[learned ? element - next : element];
+    loads.extra = arrays.extra == nullptr || (learned && at.begins)
+                      ? T{}
+                      : arrays.extra[learned ? at.element - at.next : at.element];
   }
 
   __device__ Start start(int64_t initial) const {
@@ -106,14 +108,15 @@ struct BackwardStep {
     return {read(arrays.disp_n), kThroughTime ? read(arrays.credit_n) : C(0)};
   }
 
-  __device__ Result advance(const Loads& loads, const Start& start, const Position& at, const C (&y)[kProducts]) const {
+  __device__ Result advance(const Loads& loads, const Start& start, const Position& at,
+                            const Arriving<BackwardStep>& y) const {
     const Nonlinearity a = arrays.nonlinearity;
     const C h = to_compute(loads.h), g = to_compute(loads.g);
     Result result = {};
     C credit = C(0);
-    if constexpr (kThroughTime) credit = at.first ? start.credit : y[1];
+    if constexpr (kThroughTime) credit = at.first ? start.credit : y.sums[1];
     const C bound = C(1) - arrays.margin, extra = to_compute(loads.extra);
-    C displaced = y[0];
+    C displaced = y.sums[0];
     if (arrays.correction == Correction::learned) displaced = Act::tanh_difference(extra, displaced);
     if (arrays.correction == Correction::none) displaced -= h;
     if (at.first) displaced = start.displacement;
@@ -142,11 +145,11 @@ struct BackwardStep {
   }
 
   // `at.valid`: the row has a step; `at.element`: that of its first.
-  __device__ void finish(const Position& at, const C (&y)[kProducts], T) const {
+  __device__ void finish(const Position& at, const Arriving<BackwardStep>& y, T) const {
     const Start start = at.valid ? Start{} : this->start(at.initial);
     if (arrays.credit_h0 != nullptr)
-      arrays.credit_h0[at.initial] = from_compute<T>(at.valid ? y[kProducts - 1] : start.credit);
-    C d = at.valid ? y[0] : start.displacement;
+      arrays.credit_h0[at.initial] = from_compute<T>(at.valid ? y.sums[Products::kSums - 1] : start.credit);
+    C d = at.valid ? y.sums[0] : start.displacement;
     if (at.valid && arrays.correction == Correction::learned)
       d = Act::tanh_difference(to_compute(arrays.extra[at.element]), d);
     if (at.valid && arrays.correction == Correction::none) d -= to_compute(arrays.h0[at.initial]);

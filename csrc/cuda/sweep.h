@@ -1,11 +1,13 @@
 // One sweep over time, the skeleton of every recurrent kernel: a step multiplies the states of a few batch rows with
 // weights that stay on the chip and turns the sums into the next states.
 //
-//     y_p[row] = state_p[row] M_p   (p = 0 .. Step::kProducts - 1),      state'[row] = step(y[row], what it reads at t)
+//     y_o[row] = sum_i state_i[row] M_io   (Step::Products, a Fan),      state'[row] = step(y[row], what it reads at t)
 //
-// A Step (rnn_scan.cu, rnn_target_scan.cu) holds the arrays and the elementwise work. How the work is split:
+// A Step (rnn_scan.cu, rnn_target_scan.cu, gated_scan.cu, gated_target_scan.cu) holds the arrays and the elementwise
+// work. What it hands to the next step of the same element alone, such as an LSTM's c, is its thread's own: Step::kOwn
+// numbers that no other thread sees and no product takes. How the work is split:
 //
-//   block    H <= 128: a block has all columns, its rows' states lie in its shared memory, one block barrier a step.
+//   block    a block has all columns, its rows' states lie in its shared memory, one block barrier a step.
 //   cluster  the columns are spread over the blocks of a thread-block cluster; each thread stores what it computed in
 //            the shared memory of all of them, one cluster barrier a step. sm_90.
 //   grid     the same over blocks of a cooperative grid: states go through global memory, a counter is the barrier.
@@ -14,9 +16,9 @@
 // blocks that share columns), in tiles of as many rows as a product takes; a group does all its tiles at a step, then
 // one barrier.
 //
-// Memory of a block: the weights in registers (at most 128 a thread), 2 P rows stride states in shared memory. Traffic
-// a step and row: what the Step says, read `kAhead` items before it is needed. What a step costs predicts
-// `cycles_of_step` (plan.h).
+// Memory of a block: the weights in registers (at most 128 a thread), 2 P rows stride states in shared memory, of P
+// states. Traffic a step and row: what the Step says, read `kAhead` items before it is needed. What a step costs
+// predicts `cycles_of_step` (plan.h).
 //
 // Deterministic: a sum's order depends on dtype, H and the kind of regime alone; rows do not touch each other; no float
 // atomics.
@@ -31,8 +33,9 @@ namespace tpext::cuda {
 // What a product multiplies by: M(k, n) is element [k][n], or where transposed [n][k].
 template <class T>
 struct Matrix {
-  const T* elements;  // [S, H, H]
+  const T* elements;  // [S, count, H, H]
   bool transposed;
+  int index = 0, count = 1;  // which of a member's
 };
 
 template <class Step>
@@ -42,11 +45,29 @@ struct SweepArgs {
   Step step;
 };
 
-// An element of a step: its offsets in [S, T, B, H] and in [S, B, H]; whether the row takes part in this step, and
-// whether the row's sweep begins with it.
+// An element of a step: its offsets in [S, T, B, H] and in [S, B, H], and its column; whether the row takes part in
+// this step, and whether the row's sweep begins or ends with it.
 struct Position {
   int64_t element, initial;
-  bool valid, first;
+  int column;
+  bool valid, first, last;
+};
+
+// Where a step reads: its offset in [S, T, B, H], from there to that of the sweep's next step, its column, and its
+// offset in [S, H]; whether the step is the first or the last of all.
+struct Place {
+  int64_t element, next;
+  int column;
+  int64_t unit;
+  bool begins, ends;
+};
+
+// What arrives at an element: the sums, and what its thread kept.
+template <class Step>
+struct Arriving {
+  using C = Compute<typename Step::Storage>;
+  C sums[Step::Products::kSums];
+  C own[Step::kOwn > 0 ? Step::kOwn : 1];
 };
 
 // Valid steps of a row of the batch.
@@ -110,13 +131,14 @@ struct Share {
 // The weights, once. Beyond H both are zero, so that padding adds nothing.
 template <class Product, class Step, bool kShared>
 __device__ __forceinline__ void load_weights(const Step& step, const Share<Product, Step, kShared>& share,
-                                             Product (&products)[Step::kProducts]) {
+                                             Product (&products)[Step::Products::kProducts]) {
   using T = typename Product::Storage;
   const int H = share.sizes.hidden;
 #pragma unroll
-  for (int p = 0; p < Step::kProducts; ++p) {
+  for (int p = 0; p < Step::Products::kProducts; ++p) {
     const Matrix<T> matrix = step.matrix(p);
-    const T* const weights = matrix.elements + static_cast<int64_t>(share.member) * H * H;
+    const T* const weights =
+        matrix.elements + (static_cast<int64_t>(share.member) * matrix.count + matrix.index) * H * H;
     products[p].load([&](int k, int column) {
       const int n = share.column_begin + column;
       return k < H && n < H ? weights[matrix.transposed ? n * H + k : k * H + n] : T{};
@@ -127,14 +149,14 @@ __device__ __forceinline__ void load_weights(const Step& step, const Share<Produ
 // The first states, the padding of both copies, and the rows' steps.
 template <class Product, class Step, bool kShared>
 __device__ __forceinline__ void fill_memory(const Step& step, const Share<Product, Step, kShared>& share,
-                                            const Memory<Product, Step::kProducts>& memory) {
-  constexpr int kProducts = Step::kProducts, kStride = Product::kStride;
+                                            const Memory<Product, Step>& memory) {
+  constexpr int kStates = Step::Products::kStates, kStride = Product::kStride;
   const SweepSizes& sizes = share.sizes;
   const int rows = share.rows;
-  for (int i = thread_index(); i < 2 * kProducts * rows * kStride; i += kThreads) {
-    const int k = i % kStride, row = share.row_begin + i / kStride % rows, turn_product = i / kStride / rows;
+  for (int i = thread_index(); i < 2 * kStates * rows * kStride; i += kThreads) {
+    const int k = i % kStride, row = share.row_begin + i / kStride % rows, turn_state = i / kStride / rows;
     memory.states[i] =
-        turn_product < kProducts && k < sizes.hidden && row < sizes.batch
+        turn_state < kStates && k < sizes.hidden && row < sizes.batch
             ? step.first_state((static_cast<int64_t>(share.member) * sizes.batch + row) * sizes.hidden + k)
             : typename Product::Storage{};
   }
@@ -179,6 +201,8 @@ class Elements {
   }
   __device__ __forceinline__ int row(int tile, int i) const { return tile * Product::kRows + row_[i]; }
   __device__ __forceinline__ int column(int i) const { return column_[i]; }
+  // Of the block's columns.
+  __device__ __forceinline__ int own_column(int i) const { return column_[i] - share_.column_begin; }
   // From the group's first row.
   __device__ __forceinline__ int offset(int tile, int i) const {
     return row(tile, i) * share_.sizes.hidden + column_[i];
@@ -187,8 +211,12 @@ class Elements {
   __device__ __forceinline__ Position position(const Item& item, int i) const {
     const int count = kShared && ragged_ ? steps_[row(item.tile, i)] : count_[i];
     const int begin = share_.ascends ? 0 : share_.sizes.time - count;
-    return {item.base + offset(item.tile, i), share_.initial() + offset(item.tile, i),
-            static_cast<unsigned>(item.j - begin) < static_cast<unsigned>(count), item.j == begin};
+    return {item.base + offset(item.tile, i),
+            share_.initial() + offset(item.tile, i),
+            column_[i],
+            static_cast<unsigned>(item.j - begin) < static_cast<unsigned>(count),
+            item.j == begin,
+            item.j + 1 == begin + count};
   }
 
   // What enters there: with several tiles it is read on the way.
@@ -216,7 +244,7 @@ template <class Product, class Step, bool kShared>
 class Reader {
  public:
   static constexpr int kOutputs = Product::kOutputs;
-  static constexpr int kAhead = kShared ? 1 : Product::kRows == 1 ? 4 : 2;
+  static constexpr int kAhead = kShared ? 1 : Step::ahead(Product::kRows);
   using Loads = typename Step::Loads;
 
   __device__ __forceinline__ Reader(const Step& step, const Share<Product, Step, kShared>& share,
@@ -253,7 +281,9 @@ class Reader {
 #pragma unroll
     for (int i = 0; i < kOutputs; ++i)
       if (elements_.counts(ahead_.tile, i))
-        step_.load(into[i], ahead_.base + elements_.offset(ahead_.tile, i), share_.next, ahead_.j == 0);
+        step_.load(into[i], {ahead_.base + elements_.offset(ahead_.tile, i), share_.next, elements_.column(i),
+                             static_cast<int64_t>(share_.member) * share_.sizes.hidden + elements_.column(i),
+                             ahead_.j == 0, ahead_.j + 1 == share_.sizes.time});
     share_.advance(ahead_);
   }
 
@@ -264,44 +294,78 @@ class Reader {
   Loads loads_[kAhead][kOutputs], coming_[kTogether ? kAhead : 1][kOutputs];
 };
 
-template <class Product, int kProducts>
-__device__ __forceinline__ void multiply(Product (&products)[kProducts], const Memory<Product, kProducts>& memory,
-                                         int turn, int tile,
-                                         typename Product::Compute (&y)[kProducts][Product::kOutputs]) {
+template <class Product, class Step>
+__device__ __forceinline__ void multiply(Product (&products)[Step::Products::kProducts],
+                                         const Memory<Product, Step>& memory, int turn, int tile,
+                                         typename Product::Compute (&y)[Step::Products::kSums][Product::kOutputs]) {
+  using Fan = typename Step::Products;
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p)
-    products[p].product(memory.states + memory.at(turn, p, tile * Product::kRows),
-                        memory.scratch + p * Product::kScratchBytes, y[p]);
+  for (int set = 0; set < Fan::kSets; ++set) {
+    typename Product::Partial partials[Fan::kOut] = {};
+    Product* const of_set = products + set * Fan::kIn * Fan::kOut;
+#pragma unroll
+    for (int in = 0; in < Fan::kIn; ++in)
+      Product::accumulate(of_set + in * Fan::kOut,
+                          memory.states + memory.at(turn, set * Fan::kIn + in, tile * Product::kRows), partials);
+    Product::add_up(of_set, memory.scratch + set * Fan::kOut * Product::kScratchBytes, partials, y + set * Fan::kOut);
+  }
 }
 
-// The sums of output i, one a product.
-template <int kProducts, int kOutputs, class C>
-struct Sums {
-  C of[kProducts];
-  __device__ __forceinline__ Sums(const C (&y)[kProducts][kOutputs], int i) {
+// Of output i, an element.
+template <class Product, class Step, bool kShared>
+__device__ __forceinline__ Arriving<Step> arriving(
+    const typename Product::Compute (&y)[Step::Products::kSums][Product::kOutputs], const Memory<Product, Step>& memory,
+    const Elements<Product, Step, kShared>& elements, int tile, int i) {
+  Arriving<Step> found;
 #pragma unroll
-    for (int p = 0; p < kProducts; ++p) of[p] = y[p][i];
+  for (int p = 0; p < Step::Products::kSums; ++p) found.sums[p] = y[p][i];
+#pragma unroll
+  for (int o = 0; o < Step::kOwn; ++o) found.own[o] = memory.own_at(o, elements.row(tile, i), elements.own_column(i));
+  return found;
+}
+
+// What threads keep, before the sweep.
+template <class Product, class Step, bool kShared>
+__device__ __forceinline__ void keep_first(const Step& step, const Share<Product, Step, kShared>& share,
+                                           const Memory<Product, Step>& memory,
+                                           const Elements<Product, Step, kShared>& elements) {
+  if constexpr (Step::kOwn > 0) {
+    for (int tile = 0; tile < share.tiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < Product::kOutputs; ++i) {
+        if (!elements.counts(tile, i)) continue;
+#pragma unroll
+        for (int o = 0; o < Step::kOwn; ++o)
+          memory.own_at(o, elements.row(tile, i), elements.own_column(i)) =
+              step.first_own(o, share.initial() + elements.offset(tile, i));
+      }
+    }
   }
-};
+}
 
 // What comes out at the other end. The step that the sweep ended with was the row's first.
 template <class Product, class Step, bool kShared>
 __device__ __forceinline__ void finish(const Step& step, const Share<Product, Step, kShared>& share,
-                                       const Memory<Product, Step::kProducts>& memory,
+                                       const Memory<Product, Step>& memory,
                                        const Elements<Product, Step, kShared>& elements,
-                                       Product (&products)[Step::kProducts]) {
+                                       Product (&products)[Step::Products::kProducts]) {
   using C = typename Product::Compute;
   const int turn = share.sizes.time & 1;
   for (int tile = 0; tile < share.tiles; ++tile) {
-    C y[Step::kProducts][Product::kOutputs] = {};
+    C y[Step::Products::kSums][Product::kOutputs] = {};
     if constexpr (Step::kBackward) multiply(products, memory, turn, tile, y);
 #pragma unroll
     for (int i = 0; i < Product::kOutputs; ++i) {
       if (!elements.counts(tile, i)) continue;
       const int row = elements.row(tile, i), steps = memory.steps[row], offset = elements.offset(tile, i);
-      const Position first{share.element(share.reverse ? steps - 1 : 0) + offset, share.initial() + offset, steps > 0,
+      const Position first{share.element(share.reverse ? steps - 1 : 0) + offset,
+                           share.initial() + offset,
+                           elements.column(i),
+                           steps > 0,
+                           false,
                            false};
-      step.finish(first, Sums(y, i).of, memory.states[memory.at(turn, 0, row, elements.column(i))]);
+      step.finish(first, arriving(y, memory, elements, tile, i),
+                  memory.states[memory.at(turn, 0, row, elements.column(i))]);
     }
   }
 }
@@ -310,17 +374,17 @@ template <class Product, class Step, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ SweepArgs<Step> args) {
   using T = typename Product::Storage;
   using C = typename Product::Compute;
-  constexpr int kProducts = Step::kProducts, kOutputs = Product::kOutputs;
-  using Exchange = std::conditional_t<kShared, SharedStates<Product, kProducts>, OwnStates<Product, kProducts>>;
-  static_assert(kProducts == 1 || kProducts == 2);
+  constexpr int kOutputs = Product::kOutputs;
+  using Exchange = std::conditional_t<kShared, SharedStates<Product, Step>, OwnStates<Product, Step>>;
   const Step& step = args.step;
   const Share<Product, Step, kShared> share(args.sizes);
-  const Memory<Product, kProducts> memory(share.rows);
+  const Memory<Product, Step> memory(share.rows);
   const Exchange exchange(args.sizes, args.grid, memory, share.member * args.sizes.groups + share.group);
-  Product products[kProducts];
+  Product products[Step::Products::kProducts];
   load_weights(step, share, products);
   Elements<Product, Step, kShared> elements(step, share, memory.steps);
   fill_memory(step, share, memory);
+  keep_first(step, share, memory, elements);
   elements.read_starts();
   Reader<Product, Step, kShared> reader(step, share, elements);
   exchange.begin();
@@ -332,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
       if (item.j >= args.sizes.time) break;
       const int turn = item.j & 1;
       const bool ends_step = item.tile + 1 == share.tiles;
-      C y[kProducts][kOutputs];
+      C y[Step::Products::kSums][kOutputs];
       multiply(products, memory, turn, item.tile, y);
       typename Step::Result results[kOutputs];
 #pragma unroll
@@ -340,9 +404,15 @@ __global__ void __launch_bounds__(kThreads, 1) sweep(const __grid_constant__ Swe
         if (!elements.counts(item.tile, i)) continue;
         const int row = elements.row(item.tile, i), column = elements.column(i);
         const Position at = elements.position(item, i);
-        results[i] = step.advance(reader.of(a, i), elements.start(at, i), at, Sums(y, i).of);
+        results[i] =
+            step.advance(reader.of(a, i), elements.start(at, i), at, arriving(y, memory, elements, item.tile, i));
+        if constexpr (Step::kOwn > 0) {
 #pragma unroll
-        for (int p = 0; p < kProducts; ++p) {
+          for (int o = 0; o < Step::kOwn; ++o)
+            if (at.valid) memory.own_at(o, row, elements.own_column(i)) = results[i].own[o];
+        }
+#pragma unroll
+        for (int p = 0; p < Step::Products::kStates; ++p) {
           // A row keeps its state before its first step and after its last.
           const T kept =
               at.valid ? from_compute<T>(results[i].carried[p]) : memory.states[memory.at(turn, p, row, column)];
@@ -367,46 +437,70 @@ template <class Step>
 struct SingleStepArgs {
   SweepSizes sizes;
   int at_step;
-  const typename Step::Storage* sums;  // [P, S, B, H]
-  typename Step::Storage* carried;     // [P, S, B, H]
+  const typename Step::Storage* sums;  // [sets, S, B, out, H]
+  typename Step::Storage* carried;     // [sets, S, B, in, H]
   int64_t stride;                      // S B H
   Step step;
 };
 
+// Of an element of [S, B, H], the offset in [sets, S, B, count, H] of number p of all sets.
+TPEXT_HOST_DEVICE inline int64_t among(int p, int count, int64_t stride, int64_t element, int column, int hidden) {
+  return p / count * stride * count + (element - column) * count + column + p % count * static_cast<int64_t>(hidden);
+}
+
 template <class Step>
 __global__ void __launch_bounds__(kThreads) single_step(const __grid_constant__ SingleStepArgs<Step> args) {
   using T = typename Step::Storage;
-  using C = Compute<T>;
-  constexpr int kProducts = Step::kProducts;
+  using Fan = typename Step::Products;
   const SweepSizes& sizes = args.sizes;
   const int64_t plane = static_cast<int64_t>(sizes.batch) * sizes.hidden;
   const int64_t element = static_cast<int64_t>(block_index()) * kThreads + thread_index();
   if (element >= sizes.members * plane) return;
   const int member = static_cast<int>(element / plane), row = static_cast<int>(element % plane / sizes.hidden);
+  const int column = static_cast<int>(element % sizes.hidden);
   const bool reverse = runs_reversed(sizes, member);
   const int count = valid_steps(sizes, row);
-  C sums[kProducts];
+  Arriving<Step> arriving;
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p) sums[p] = to_compute(args.sums[p * args.stride + element]);
+  for (int p = 0; p < Fan::kSums; ++p)
+    arriving.sums[p] = to_compute(args.sums[among(p, Fan::kOut, args.stride, element, column, sizes.hidden)]);
+  if constexpr (Step::kOwn > 0) {
+#pragma unroll
+    for (int o = 0; o < Step::kOwn; ++o)
+      arriving.own[o] = args.at_step == 0 ? args.step.first_own(o, element) : to_compute(args.step.own(o)[element]);
+  }
   const int64_t base = static_cast<int64_t>(member) * sizes.time, in_plane = element % plane;
   if (args.at_step == sizes.time) {
     const int64_t first_step = base + (reverse ? count - 1 : 0);
-    args.step.finish({first_step * plane + in_plane, element, count > 0, false}, sums, args.carried[element]);
+    args.step.finish({first_step * plane + in_plane, element, column, count > 0, false, false}, arriving,
+                     args.carried[among(0, Fan::kIn, args.stride, element, column, sizes.hidden)]);
     return;
   }
   const bool ascends = reverse == Step::kBackward;
   const int t = ascends ? args.at_step : sizes.time - 1 - args.at_step;
   const int begin = ascends ? 0 : sizes.time - count;
-  const Position at{(base + t) * plane + in_plane, element, args.at_step >= begin && args.at_step - begin < count,
-                    args.at_step == begin};
+  const Position at{(base + t) * plane + in_plane,
+                    element,
+                    column,
+                    args.at_step >= begin && args.at_step - begin < count,
+                    args.at_step == begin,
+                    args.at_step + 1 == begin + count};
   typename Step::Loads loads;
-  args.step.load(loads, at.element, ascends ? plane : -plane, args.at_step == 0);
+  args.step.load(loads,
+                 {at.element, ascends ? plane : -plane, column, static_cast<int64_t>(member) * sizes.hidden + column,
+                  args.at_step == 0, args.at_step + 1 == sizes.time});
   const typename Step::Start start = at.first ? args.step.start(element) : typename Step::Start{};
-  const typename Step::Result result = args.step.advance(loads, start, at, sums);
+  const typename Step::Result result = args.step.advance(loads, start, at, arriving);
   args.step.store(result, at);
+  if constexpr (Step::kOwn > 0) {
+#pragma unroll
+    for (int o = 0; o < Step::kOwn; ++o)
+      args.step.own(o)[element] = from_compute<T>(at.valid ? result.own[o] : arriving.own[o]);
+  }
   if (!at.valid) return;
 #pragma unroll
-  for (int p = 0; p < kProducts; ++p) args.carried[p * args.stride + element] = from_compute<T>(result.carried[p]);
+  for (int p = 0; p < Fan::kStates; ++p)
+    args.carried[among(p, Fan::kIn, args.stride, element, column, sizes.hidden)] = from_compute<T>(result.carried[p]);
 }
 
 }  // namespace tpext::cuda
