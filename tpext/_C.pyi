@@ -8,8 +8,9 @@ the scans, ``lengths`` on the device, and ``(stream, regime, workspace)`` as ``e
 "auto", "block", "cluster" or "grid" for the scans; zeroed uint8 ``[bytes]`` of the size that ``rnn_plan`` gives, or
 None. In regime "step" a scan's entry does the elementwise work of one step, number 0..T-1, or of what follows the
 last, number T; ``execution`` is ``(stream, "step", None, number, sums, carried)``, the last two ``[P, S, B, H]``: the
-products of ``carried`` with each matrix of a step, and what the next products take, in place. Kernels are enqueued on
-the stream, and nothing waits for them. A build without CUDA raises RuntimeError.
+products of ``carried`` with each matrix of a step, and what the next products take, in place; G times as wide the sums
+of gates going forward, and what gates going back carry. Kernels are enqueued on the stream, and nothing waits for them.
+A build without CUDA raises RuntimeError.
 """
 
 from typing import TypeAlias, TypedDict
@@ -113,6 +114,30 @@ def gated_layer_backward(
     ``[S, T, B, I]``.
     """
 
+def gated_plan(
+    cell: str, way: str, dtype: str, stack: int, batch: int, hidden: int, device: int, regime: str
+) -> tuple[str, int, float]:
+    """As ``rnn_plan``, of the "forward" pass of a cell or of a target pass with credit "local" or "through_time"."""
+
+def gated_projected_scan(
+    x_proj: object,
+    bias_n: object | None,
+    h0: object,
+    c0: object | None,
+    weight_hh: object,
+    lengths: object | None,
+    reverse: list[bool],
+    cell: str,
+    states: object,
+    h_n: object,
+    c_n: object | None,
+    kept: object | None,
+    execution: Execution,
+) -> None:
+    """For CUDA. ``x_proj [S, T, B, G*H]`` has the input's part of all sums, and both biases; but of the GRU's candidate
+    the second is ``bias_n [S, H]``.
+    """
+
 def gated_scan(
     input: object,
     h0: object,
@@ -131,6 +156,39 @@ def gated_scan(
     execution: Execution,
 ) -> None:
     """For the CPU. ``cell`` is "gru" or "lstm", which alone has ``c0`` and ``c_n``."""
+
+def gated_target_scan(
+    grad_states: object | None,
+    states: object,
+    h0: object,
+    c0: object | None,
+    kept: object,
+    weight_hh: object,
+    feedback: object,
+    lengths: object | None,
+    reverse: list[bool],
+    cell: str,
+    inverse: str,
+    credit: str,
+    target_step: list[float],
+    margin: list[float],
+    gate_slope: str,
+    candidate_slope: str,
+    slope_reg: list[float],
+    disp_h_n: object | None,
+    disp_c_n: object | None,
+    credit_h_n: object | None,
+    credit_c_n: object | None,
+    delta: object,
+    disp_h0: object,
+    disp_c0: object | None,
+    credit_h0: object | None,
+    credit_c0: object | None,
+    execution: Execution,
+) -> None:
+    """For CUDA. Writes ``delta [S, T, B, 4, H]``: the errors of an LSTM's gates; of a GRU those of a, r, z and n, the
+    first three for the state, the last three for the input.
+    """
 
 def kaczmarz_step(
     displacement: object,

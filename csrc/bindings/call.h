@@ -72,11 +72,17 @@ class KernelCall {
   void run(const Make& make) const {
     run(make, [](const auto&, const cuda::Queue&) {});
   }
-  // A scan over the leading tensor's [S, T, B, H] with `products` products a step, of Storage::any:
-  // start(arguments, execution).
+  // A scan over the leading tensor's [S, T, B, H] with these products a step, of Storage::any: start(arguments,
+  // execution).
   template <class Make, class Start>
-  void run_scan(int products, const Make& make, [[maybe_unused]] const Start& start) const {
+  void run_scan(const StepProducts& products, const Make& make, const Start& start) const {
     if (!on_cuda()) return run(make);
+    run_scan_on_cuda(products, make, start);
+  }
+  // Where the entry refuses the CPU.
+  template <class Make, class Start>
+  void run_scan_on_cuda([[maybe_unused]] const StepProducts& products, [[maybe_unused]] const Make& make,
+                        [[maybe_unused]] const Start& start) const {
     if constexpr (kWithCuda) {
       execution_->require_step(size('T'), products, leading_, *find('S'), *find('B'), *find('H'));
       with_storage_type(dtype_, [&](auto type) {

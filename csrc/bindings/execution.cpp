@@ -90,13 +90,16 @@ Execution::Execution(const char* op, const Argument& leading, const py::object& 
   rnn_.carried = carried_.data<void>();
 }
 
-void Execution::require_step(int64_t steps, int products, const Argument& leading, const Dim& S, const Dim& B,
-                             const Dim& H) const {
+void Execution::require_step(int64_t steps, const StepProducts& products, const Argument& leading, const Dim& S,
+                             const Dim& B, const Dim& H) const {
   if (!on_cuda_ || rnn_.regime != cuda::Regime::step) return;
-  for (const Argument* argument : {&sums_, &carried_}) {
-    argument->require_shape({{"P", products}, S, B, H});
-    argument->require_dense(leading.dtype(), leading);
-  }
+  const auto require = [&](const Argument& argument, int64_t blocks) {
+    const std::string symbol = (blocks == 1 ? "" : std::to_string(blocks)) + H.symbol;
+    argument.require_shape({{"P", products.count}, S, B, {symbol.c_str(), blocks * H.size}});
+    argument.require_dense(leading.dtype(), leading);
+  };
+  require(sums_, products.out);
+  require(carried_, products.in);
   if (rnn_.step < 0 || rnn_.step > steps)
     throw py::value_error(leading.label() + " has T=" + std::to_string(steps) + " steps: step must lie in 0..T, got " +
                           std::to_string(rnn_.step));

@@ -24,6 +24,11 @@ int threads_of(const char* op, const char* name, const py::object& value);
 // Throws in a build without CUDA.
 void require_cuda();
 
+// What a step multiplies: so many products of [S, B, in H] to [S, B, out H].
+struct StepProducts {
+  int64_t count, in, out;
+};
+
 class Execution {
  public:
   // `value` is a number of threads for the CPU; for CUDA (stream, regime, workspace), and for the regime "step"
@@ -34,8 +39,8 @@ class Execution {
   int threads() const { return threads_; }
   const cuda::Queue& queue() const { return rnn_.queue; }
   const cuda::RnnExecution& rnn() const { return rnn_; }
-  // Checks what a single step of a recurrent call brings, [P, S, B, H].
-  void require_step(int64_t steps, int products, const Argument& leading, const Dim& S, const Dim& B,
+  // Checks what a single step of a recurrent call brings, [P, S, B, out H] and [P, S, B, in H].
+  void require_step(int64_t steps, const StepProducts& products, const Argument& leading, const Dim& S, const Dim& B,
                     const Dim& H) const;
 
  private:

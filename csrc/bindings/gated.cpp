@@ -9,6 +9,7 @@
 
 #include "bindings/entries.h"
 #include "bindings/rnn_call.h"
+#include "cuda/kernels.h"
 
 namespace tpext::bindings {
 
@@ -17,14 +18,22 @@ namespace {
 int64_t gates_of(Cell cell) { return cell == Cell::gru ? 3 : 4; }
 int64_t kept_of(Cell cell) { return cell == Cell::gru ? 4 : 5; }
 
+Cell read_cell(const char* op, const std::string& name) {
+  return static_cast<Cell>(choose(op, "cell", name, {"gru", "lstm"}));
+}
+
+enum class Backend { cpu, cuda };
+
 // A call whose leading argument is [S, T, B, H], of a cell; it knows the sizes G H ('G') and K ('K').
 class GatedCall : public RnnCall {
  public:
   GatedCall(const char* op, const Argument& leading, const Argument& lengths, const std::vector<bool>& reverse,
-            const std::string& cell, const py::object& execution)
-      : RnnCall(op, leading, lengths, reverse, execution),
-        cell_(static_cast<Cell>(choose(op, "cell", cell, {"gru", "lstm"}))) {
-    if (on_cuda()) throw py::value_error(leading.label() + " must be on the CPU: there is no kernel for CUDA");
+            const std::string& cell, const py::object& execution, Backend backend)
+      : RnnCall(op, leading, lengths, reverse, execution), cell_(read_cell(op, cell)) {
+    if (on_cuda() && backend == Backend::cpu)
+      throw py::value_error(leading.label() + " must be on the CPU: on CUDA scans and torch's products do this");
+    if (!on_cuda() && backend == Backend::cuda)
+      throw py::value_error(leading.label() + " must be on a CUDA device: on the CPU another entry does this");
     set('G', gates_of(cell_) * size('H'));
     set('K', kept_of(cell_));
   }
@@ -45,7 +54,7 @@ void gated_scan(const char* op, const Argument& input, const Argument& h0, const
                 const Argument& lengths, const std::vector<bool>& reverse, const std::string& cell,
                 const Argument& states, const Argument& h_n, const Argument& c_n, const Argument& kept,
                 const py::object& execution) {
-  GatedCall call(op, states, lengths, reverse, cell, execution);
+  GatedCall call(op, states, lengths, reverse, cell, execution, Backend::cpu);
   call.input(input);
   call.floats(h0, "SBH");
   call.of_cell(c0, "SBH");
@@ -88,7 +97,7 @@ void gated_layer_backward(const char* op, const Argument& grad_states, const Arg
                           const Argument& grad_bias_ih, const Argument& grad_bias_hh, const Argument& disp_h0,
                           const Argument& disp_c0, const Argument& credit_h0, const Argument& credit_c0,
                           const py::object& execution) {
-  GatedCall call(op, states, lengths, reverse, cell, execution);
+  GatedCall call(op, states, lengths, reverse, cell, execution, Backend::cpu);
   const auto way = static_cast<CellInverse>(choose(op, "inverse", inverse, {"branch", "cell"}));
   const bool through_time = read_credit(call, credit);
   const Slope of_gates = read_slope(call, gate_slope, "gate_slope"),
@@ -152,9 +161,128 @@ void gated_layer_backward(const char* op, const Argument& grad_states, const Arg
   });
 }
 
+void gated_projected_scan(const char* op, const Argument& x_proj, const Argument& bias_n, const Argument& h0,
+                          const Argument& c0, const Argument& weight_hh, const Argument& lengths,
+                          const std::vector<bool>& reverse, const std::string& cell, const Argument& states,
+                          const Argument& h_n, const Argument& c_n, const Argument& kept, const py::object& execution) {
+  GatedCall call(op, states, lengths, reverse, cell, execution, Backend::cuda);
+  call.floats(x_proj, "STBG");
+  call.optional(bias_n, "SH");
+  call.floats(h0, "SBH");
+  call.of_cell(c0, "SBH");
+  call.floats(weight_hh, "SGH");
+  call.written(states, "STBH");
+  call.floats(h_n, "SBH");
+  call.of_cell(c_n, "SBH");
+  if (kept.given()) call.written(kept, "STBKH");
+  call.run_scan_on_cuda(
+      {1, 1, gates_of(call.cell())},
+      [&]<class T>(T) {
+        GatedScan<T> args{};
+        args.sizes = call.sizes();
+        args.cell = call.cell();
+        args.weight_hh = weight_hh.data<const T>();
+        args.h0 = h0.data<const T>();
+        args.c0 = c0.data<const T>();
+        args.states = states.data<T>();
+        args.h_n = h_n.data<T>();
+        args.c_n = c_n.data<T>();
+        args.kept = kept.data<T>();
+        return args;
+      },
+      [&]<class T>(const GatedScan<T>& args, const auto& where) {
+        cuda::gated_scan(args, x_proj.data<const T>(), bias_n.data<const T>(), where);
+      });
+}
+
+void gated_target_scan(const char* op, const Argument& grad_states, const Argument& states, const Argument& h0,
+                       const Argument& c0, const Argument& kept, const Argument& weight_hh, const Argument& feedback,
+                       const Argument& lengths, const std::vector<bool>& reverse, const std::string& cell,
+                       const std::string& inverse, const std::string& credit, const Numbers& target_step,
+                       const Numbers& margin, const std::string& gate_slope, const std::string& candidate_slope,
+                       const Numbers& slope_reg, const Argument& disp_h_n, const Argument& disp_c_n,
+                       const Argument& credit_h_n, const Argument& credit_c_n, const Argument& delta,
+                       const Argument& disp_h0, const Argument& disp_c0, const Argument& credit_h0,
+                       const Argument& credit_c0, const py::object& execution) {
+  GatedCall call(op, states, lengths, reverse, cell, execution, Backend::cuda);
+  const auto way = static_cast<CellInverse>(choose(op, "inverse", inverse, {"branch", "cell"}));
+  const bool through_time = read_credit(call, credit);
+  const Slope of_gates = read_slope(call, gate_slope, "gate_slope"),
+              of_candidate = read_slope(call, candidate_slope, "candidate_slope");
+  for (const Numbers* numbers : {&target_step, &margin, &slope_reg}) call.numbers(*numbers);
+  call.optional(grad_states, "STBH");
+  call.floats(h0, "SBH");
+  call.of_cell(c0, "SBH");
+  call.floats(kept, "STBKH");
+  call.floats(weight_hh, "SGH");
+  call.floats(feedback, "SGH");
+  for (const Argument* of_h : {&disp_h_n, &credit_h_n}) call.optional(*of_h, "SBH");
+  for (const Argument* of_c : {&disp_c_n, &credit_c_n})
+    if (of_c->given()) call.of_cell(*of_c, "SBH");
+  call.set('D', delta_blocks(call.cell()).count);
+  call.written(delta, "STBDH");
+  call.floats(disp_h0, "SBH");
+  call.of_cell(disp_c0, "SBH");
+  if (through_time) {
+    call.floats(credit_h0, "SBH");
+    call.of_cell(credit_c0, "SBH");
+  }
+  call.run_scan_on_cuda(
+      {through_time ? 2 : 1, gates_of(call.cell()), 1},
+      [&]<class T>(T) {
+        GatedLayerBackward<T> args{};
+        args.sizes = call.sizes();
+        args.cell = call.cell();
+        args.inverse = way;
+        args.through_time = through_time;
+        args.gate_slope = of_gates;
+        args.candidate_slope = of_candidate;
+        args.target_step = target_step.as<Compute<T>>();
+        args.margin = margin.as<Compute<T>>();
+        args.slope_reg = slope_reg.as<Compute<T>>();
+        args.grad_states = grad_states.data<const T>();
+        args.beyond = {disp_h_n.data<const T>(), disp_c_n.data<const T>(), credit_h_n.data<const T>(),
+                       credit_c_n.data<const T>()};
+        args.states = states.data<const T>();
+        args.kept = kept.data<const T>();
+        args.h0 = h0.data<const T>();
+        args.c0 = c0.data<const T>();
+        args.weight_hh = weight_hh.data<const T>();
+        args.feedback = feedback.data<const T>();
+        args.initial = {disp_h0.data<T>(), disp_c0.data<T>(), credit_h0.data<T>(), credit_c0.data<T>()};
+        return args;
+      },
+      [&]<class T>(const GatedLayerBackward<T>& args, const auto& where) {
+        cuda::gated_target_scan(args, delta.data<T>(), where);
+      });
+}
+
+py::tuple gated_plan(const char* op, const std::string& cell, const std::string& way, const std::string& dtype,
+                     int64_t stack, int64_t batch, int64_t hidden, int device, const std::string& regime) {
+  require_cuda();
+  const Cell of = read_cell(op, cell);
+  const auto pass = choose(op, "way", way, {"forward", "local", "through_time"});
+  return planned(op, dtype, stack, batch, hidden, device, regime, [&]<class T>(T, cuda::Regime wanted) {
+    if constexpr (kWithCuda) {
+      if (pass == 0) return cuda::plan_gated_scan<T>(of, stack, batch, hidden, device, wanted);
+      return cuda::plan_gated_target_scan<T>(of, pass == 2, stack, batch, hidden, device, wanted);
+    }
+    return cuda::RnnPlan{};
+  });
+}
+
 }  // namespace
 
 void define_gated(py::module_& m) {
+  define(m, "gated_plan", gated_plan, {"cell", "way", "dtype", "stack", "batch", "hidden", "device", "regime"});
+  define(m, "gated_projected_scan", gated_projected_scan,
+         {"x_proj", "bias_n", "h0", "c0", "weight_hh", "lengths", "reverse", "cell", "states", "h_n", "c_n", "kept",
+          "execution"});
+  define(m, "gated_target_scan", gated_target_scan,
+         {"grad_states", "states",          "h0",        "c0",        "kept",      "weight_hh",   "feedback",
+          "lengths",     "reverse",         "cell",      "inverse",   "credit",    "target_step", "margin",
+          "gate_slope",  "candidate_slope", "slope_reg", "disp_h_n",  "disp_c_n",  "credit_h_n",  "credit_c_n",
+          "delta",       "disp_h0",         "disp_c0",   "credit_h0", "credit_c0", "execution"});
   define(m, "gated_layer_backward", gated_layer_backward,
          {"grad_states",
           "input",

@@ -17,8 +17,6 @@ namespace {
 
 const std::vector<const char*> kCorrections = {"linearized", "difference", "none", "learned"};
 const std::vector<const char*> kScanCorrections = {"linearized", "difference", "none"};
-const std::vector<const char*> kStorageNames = {"float32", "float64", "bfloat16", "float16"};
-constexpr dlpack::DataType kStorageTypes[] = {dlpack::kFloat32, dlpack::kFloat64, dlpack::kBfloat16, dlpack::kFloat16};
 
 Nonlinearity read_nonlinearity(const KernelCall& call, const std::string& name) {
   return static_cast<Nonlinearity>(choose(call.op(), "nonlinearity", name, {"tanh", "relu", "identity"}));
@@ -47,7 +45,7 @@ void rnn_scan(const char* op, const Argument& x_proj, const Argument& input, con
   call.optional(h_n, "SBH");
   const Nonlinearity a = read_nonlinearity(call, nonlinearity);
   call.run_scan(
-      1,
+      {1, 1, 1},
       [&]<class T>(T) {
         return RnnScan<T>{.sizes = call.sizes(),
                           .nonlinearity = a,
@@ -135,7 +133,7 @@ void run_target_scan(RnnCall& call, const TargetPass& pass, const Argument& delt
   call.none_on_cpu(displacement_of_state);
   call.optional(displacement_of_state, "STBH");
   call.run_scan(
-      pass.settings.through_time ? 2 : 1,
+      {pass.settings.through_time ? 2 : 1, 1, 1},
       [&]<class T>(T) {
         RnnTargetScan<T> args = pass.args<T>(call.sizes());
         args.delta = delta.data<T>();
@@ -281,22 +279,11 @@ py::tuple rnn_plan(const char* op, int products, const std::string& dtype, int64
   require_cuda();
   if (products < 1 || products > 2)
     throw py::value_error(std::string(op) + ": products must be 1 or 2, got " + std::to_string(products));
-  const dlpack::DataType type = kStorageTypes[choose(op, "dtype", dtype, kStorageNames)];
-  for (const Dim& size : {Dim{"stack", stack}, Dim{"batch", batch}, Dim{"hidden", hidden}})
-    if (size.size < 0 || size.size > kMaxInt)
-      throw py::value_error(std::string(op) + ": " + size.symbol + " must lie in 0..2^31-1, got " +
-                            std::to_string(size.size));
-  if (batch * hidden > kMaxInt)
-    throw py::value_error(std::string(op) + ": batch * hidden must be below 2^31, got " + std::to_string(batch) +
-                          " * " + std::to_string(hidden));
-  if (device < 0) throw py::value_error(std::string(op) + ": device must be >= 0, got " + std::to_string(device));
-  const auto wanted = static_cast<cuda::Regime>(choose(op, "regime", regime, kRegimes));
-  const auto plan = with_storage_type(type, [&]<class T>(T) {
+  return planned(op, dtype, stack, batch, hidden, device, regime, [&]<class T>(T, cuda::Regime wanted) {
     // Within the template: outside, an unoptimised build would keep what is discarded and ask for its symbols.
     if constexpr (kWithCuda) return cuda::plan_rnn<T>(products, stack, batch, hidden, device, wanted);
     return cuda::RnnPlan{};
   });
-  return py::make_tuple(kRegimes[static_cast<size_t>(plan.regime)], plan.workspace_bytes, plan.cycles);
 }
 
 }  // namespace

@@ -58,6 +58,27 @@ RnnInput<T> input_of(const Argument& input) {
           input.stride(2)};
 }
 
+// What a scan of these sizes runs as on a CUDA device: the regime, the bytes of zeroed workspace, predicted cycles.
+// plan(T(), wanted) of the storage type. In a build with CUDA.
+template <class Plan>
+py::tuple planned(const char* op, const std::string& dtype, int64_t stack, int64_t batch, int64_t hidden, int device,
+                  const std::string& regime, const Plan& plan) {
+  const std::vector<const char*> names = {"float32", "float64", "bfloat16", "float16"};
+  constexpr dlpack::DataType types[] = {dlpack::kFloat32, dlpack::kFloat64, dlpack::kBfloat16, dlpack::kFloat16};
+  const dlpack::DataType type = types[choose(op, "dtype", dtype, names)];
+  for (const Dim& size : {Dim{"stack", stack}, Dim{"batch", batch}, Dim{"hidden", hidden}})
+    if (size.size < 0 || size.size > kMaxInt)
+      throw py::value_error(std::string(op) + ": " + size.symbol + " must lie in 0..2^31-1, got " +
+                            std::to_string(size.size));
+  if (batch * hidden > kMaxInt)
+    throw py::value_error(std::string(op) + ": batch * hidden must be below 2^31, got " + std::to_string(batch) +
+                          " * " + std::to_string(hidden));
+  if (device < 0) throw py::value_error(std::string(op) + ": device must be >= 0, got " + std::to_string(device));
+  const auto wanted = static_cast<cuda::Regime>(choose(op, "regime", regime, kRegimes));
+  const cuda::RnnPlan found = with_storage_type(type, [&](auto storage) { return plan(storage, wanted); });
+  return py::make_tuple(kRegimes[static_cast<size_t>(found.regime)], found.workspace_bytes, found.cycles);
+}
+
 inline Slope read_slope(const KernelCall& call, const std::string& value, const char* name = "slope") {
   return static_cast<Slope>(choose(call.op(), name, value, {"inverse", "derivative", "one"}));
 }

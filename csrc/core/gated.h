@@ -60,7 +60,7 @@ struct GatedLayerBackward {
 };
 
 // Of the GRU's candidate the state and the input get errors that differ by the factor r: (a, r, z) and (r, z, n).
-constexpr DeltaBlocks delta_blocks(Cell cell) {
+TPEXT_HOST_DEVICE constexpr DeltaBlocks delta_blocks(Cell cell) {
   if (cell == Cell::gru) return {4, 3, {2, 0, 1, -1}, {-1, 0, 1, 2}};
   return {4, 4, {0, 1, 2, 3}, {0, 1, 2, 3}};
 }

@@ -128,8 +128,8 @@ struct Lstm {
 
   TPEXT_HOST_DEVICE static Kept step(const V* sums, V before) {
     const V i = Math::sigmoid(sums[0]), f = Math::sigmoid(sums[1]), g = Math::tanh(sums[2]), o = Math::sigmoid(sums[3]);
-    const V c = f * before + Math::rounded_product(i, g);
-    return {{i, f, g, o, c}, o * Math::tanh(c)};
+    const V c = f * before + Math::rounded_product(i, g), h = o * Math::tanh(c);
+    return {{i, f, g, o, c}, h};
   }
 
   // What comes by a product reaches h, what comes by f alone reaches c.

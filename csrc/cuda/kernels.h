@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/counter_normal.h"
+#include "core/gated.h"
 #include "core/pooled_difference.h"
 #include "core/regularized_inverse.h"
 #include "core/rnn.h"
@@ -36,8 +37,9 @@ struct RnnExecution {
   void* workspace;  // zeroed, of at least the plan's size
   int64_t workspace_bytes;
   int64_t step;      // regime step only, as the two below
-  const void* sums;  // [P, S, B, H] the products of `carried` with the weights
-  void* carried;     // [P, S, B, H] what the next step multiplies, replaced in place: h, or z and e (core/rnn.h)
+  const void* sums;  // [P, S, B, H] the products of `carried` with the weights; of gates [P, S, B, out H]
+  void* carried;     // [P, S, B, H] what the next step multiplies, replaced in place: h, or z and e (core/rnn.h); of
+                     // gates going back [P, S, B, G H], their moves, and through time their errors
 };
 
 // The regime of a scan with `products` products of H x H a step (2: a target pass through time, else 1). Throws
@@ -52,6 +54,21 @@ void rnn_scan(const RnnScan<T>& args, const RnnExecution& execution);
 // null.
 template <class T>
 void rnn_target_scan(const RnnTargetScan<T>& args, T* displacement_of_state, const RnnExecution& execution);
+
+// GRU and LSTM. `x_proj` [S, T, B, G H] is the input's part of all sums, with both biases but of the GRU's candidate
+// that of W, which is `bias_n` [S, H], or null; of `args` neither the input nor its weights nor biases are read.
+template <class T>
+void gated_scan(const GatedScan<T>& args, const T* x_proj, const T* bias_n, const RnnExecution& execution);
+// Numbers are those of all members; `args.initial` must be whole, `args.gradients` is not read: `delta`
+// [S, T, B, D, H], in the blocks of delta_blocks(), gives them.
+template <class T>
+void gated_target_scan(const GatedLayerBackward<T>& args, T* delta, const RnnExecution& execution);
+// As plan_rnn.
+template <class T>
+RnnPlan plan_gated_scan(Cell cell, int64_t stack, int64_t batch, int64_t hidden, int device, Regime wanted);
+template <class T>
+RnnPlan plan_gated_target_scan(Cell cell, bool through_time, int64_t stack, int64_t batch, int64_t hidden, int device,
+                               Regime wanted);
 
 // float and double; min(M, N) and max(M, N) at most kLargestInverse; one reg for all. A matrix that fails gets NaN in
 // all its inverse.

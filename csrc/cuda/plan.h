@@ -152,10 +152,19 @@ constexpr Variant<Step> variant_of() {
 
 // The variants of a storage type and number of products. Registers bound them: depth x columns x products weights of
 // 256 threads, at most 128 registers a thread.
+//
+// Gates are G matrices (3 or 4), through time 2 G, and a block holds its columns of all of them: in float32 all columns
+// up to H = 64 (4 x 64 x 64 weights are 64 registers of each thread, through time 128), and from there on the columns
+// go to more blocks, 2, 8, 32 for H up to 128, 256, 512, through time to twice as many. What does not fit could stand
+// in shared memory instead, 128 bytes of which a multiprocessor reads in a cycle: half of an LSTM's 4 x 100 x 100
+// floats would take 625 cycles a step and row tile, besides the products. A cluster's exchange takes 1000 a step
+// whatever the number of tiles, and halves the products; on sm_80, which has no clusters, the grid pays 3500. So
+// weights stay in registers alone.
 template <class T, int kProducts>
 struct VariantsOf;
 
 template <int kProducts>
+  requires(kProducts <= 2)
 struct VariantsOf<float, kProducts> {
   template <class Step>
   static constexpr Variant<Step> table[] = {
@@ -214,9 +223,85 @@ struct MatrixUnitVariants {
   };
 };
 template <int kProducts>
+  requires(kProducts <= 2)
 struct VariantsOf<Bfloat16, kProducts> : MatrixUnitVariants<Bfloat16, kProducts> {};
 template <int kProducts>
+  requires(kProducts <= 2)
 struct VariantsOf<Float16, kProducts> : MatrixUnitVariants<Float16, kProducts> {};
+
+// Of gates, 4 or 8 matrices; 3 and 6 take the same. Beyond the last depth every step is a product of torch's.
+template <class T, int kMatrices>
+struct GateVariants;
+
+template <int kMatrices>
+struct GateVariants<float, kMatrices> {
+  static constexpr int kHalves = kMatrices / 4;
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      // depth 64 of as many columns, then 128, 256, 512
+      variant_of<Multiply<float, 8, 2, 2, 0, 1>, Step, false>(),
+      variant_of<Multiply<float, 8, 2, 2, 0, 4>, Step, false>(),
+      variant_of<Multiply<float, 8, 2 / kHalves, 4, 0, 1>, Step, true>(),
+      variant_of<Multiply<float, 8, 2 / kHalves, 4, 0, 4>, Step, true>(),
+      variant_of<Multiply<float, 8 * kHalves, 1, 8 / kHalves, 0, 4>, Step, true>(),
+      variant_of<Multiply<float, 16 * kHalves, 1, 8 / kHalves, 0, 4>, Step, true>(),
+  };
+};
+
+template <>
+struct GateVariants<double, 4> {
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      variant_of<Multiply<double, 8, 2, 4, 0, 1>, Step, false>(),
+      variant_of<Multiply<double, 8, 1, 8, 0, 1>, Step, true>(),
+      variant_of<Multiply<double, 16, 1, 8, 0, 1>, Step, true>(),
+  };
+};
+
+template <>
+struct GateVariants<double, 8> {
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      variant_of<Multiply<double, 8, 1, 2, 0, 1>, Step, false>(),
+      variant_of<Multiply<double, 16, 1, 4, 0, 1>, Step, true>(),
+      variant_of<Multiply<double, 32, 1, 4, 0, 1>, Step, true>(),
+  };
+};
+
+// Threads of the matrix units have up to four units to step, and all that a step of these reads: half of the registers
+// are left to that, but where a GRU's three matrices fit one block.
+template <class T, int kProducts>
+struct MatrixUnitGates {
+  static constexpr bool kFits = kProducts == 3;
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      variant_of<MatrixUnit<T, 64, 1>, Step, false>(),
+      variant_of<MatrixUnit<T, 128, kFits ? 1 : 2>, Step, !kFits>(),
+      variant_of<MatrixUnit<T, 256, 4>, Step, true>(),
+      variant_of<MatrixUnit<T, 512, 8>, Step, true>(),
+  };
+};
+
+template <class T, int kProducts>
+  requires(kProducts > 4)
+struct MatrixUnitGates<T, kProducts> {
+  template <class Step>
+  static constexpr Variant<Step> table[] = {
+      variant_of<MatrixUnit<T, 64, 2>, Step, false>(),
+      variant_of<MatrixUnit<T, 128, 4>, Step, true>(),
+      variant_of<MatrixUnit<T, 256, 8>, Step, true>(),
+  };
+};
+
+template <class T, int kProducts>
+  requires(kProducts > 2)
+struct VariantsOf<T, kProducts> : GateVariants<T, kProducts <= 4 ? 4 : 8> {};
+template <int kProducts>
+  requires(kProducts > 2)
+struct VariantsOf<Bfloat16, kProducts> : MatrixUnitGates<Bfloat16, kProducts> {};
+template <int kProducts>
+  requires(kProducts > 2)
+struct VariantsOf<Float16, kProducts> : MatrixUnitGates<Float16, kProducts> {};
 
 template <class Step>
 Choice<Step> choose_sweep(const RnnSizes& sizes, int device, Regime wanted) {

@@ -182,7 +182,7 @@ class MatrixUnit {
   static constexpr int kScratchBytes = kSplit == 1 ? 0 : 2 * kThreads * 16;
   // Of reading the states, four cycles a 16-byte read of a warp; the matrix units take less.
   static constexpr int kCycles = kWarps * kDepth / 32 / kSplit * 4;
-  static_assert(kDepth % (64 * kSplit) == 0);
+  static_assert(kDepth % (32 * kSplit) == 0);
 
   // Lanes take eight neighbouring k at a time, 16 bytes, for two instructions. Which k stands where in an instruction
   // is free as long as both operands agree: register `half` of instruction i has two, from this one on.
@@ -209,10 +209,11 @@ class MatrixUnit {
       }
   }
 
-  // Two sums side by side: an instruction waits for its own accumulator.
+  // An instruction waits for its own accumulator: so two stand side by side, where the products themselves are few.
   struct Partial {
     float sums[2][4];
   };
+  TPEXT_HOST_DEVICE static constexpr int chains(int products) { return products < 3 ? 2 : 1; }
 
   template <int kCount>
   __device__ static void accumulate(const MatrixUnit* products, const T* states, Partial (&partials)[kCount]) {
@@ -224,7 +225,7 @@ class MatrixUnit {
 #pragma unroll
       for (int p = 0; p < kCount; ++p) {
         mma(partials[p].sums[0], products[p].weights_[i], piece.pairs[0], T());
-        mma(partials[p].sums[1], products[p].weights_[i + 1], piece.pairs[1], T());
+        mma(partials[p].sums[chains(kCount) - 1], products[p].weights_[i + 1], piece.pairs[1], T());
       }
     }
   }
@@ -232,10 +233,12 @@ class MatrixUnit {
   template <int kCount>
   __device__ static void add_up(MatrixUnit* products, char* scratch, Partial (&partials)[kCount],
                                 float (*y)[kOutputs]) {
+    if constexpr (chains(kCount) == 2) {
 #pragma unroll
-    for (int p = 0; p < kCount; ++p)
+      for (int p = 0; p < kCount; ++p)
 #pragma unroll
-      for (int c = 0; c < 4; ++c) partials[p].sums[0][c] += partials[p].sums[1][c];
+        for (int c = 0; c < 4; ++c) partials[p].sums[0][c] += partials[p].sums[1][c];
+    }
     if constexpr (kSplit == 1) {
 #pragma unroll
       for (int p = 0; p < kCount; ++p)
