@@ -93,9 +93,12 @@ def emulation(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> I
         ]:
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
-    _library.rnn_plan.cache_clear()
+    plans = (_library.rnn_plan, _library.gated_plan)
+    for plan in plans:
+        plan.cache_clear()
     yield emulated_module
-    _library.rnn_plan.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "emulated"])

@@ -15,7 +15,7 @@ from gated_cases import CELLS, CREDITS, GATES, INVERSES, Gated, backward_argumen
 from torch import Tensor
 
 from tpext import reference
-from tpext.ops import _gated_backward_composite, _library, gated_layer
+from tpext.ops import _gated_backward_composite
 from tpext.ops._gated_backward_composite import gated_backward_composite
 from tpext.ops._gated_composite import gated_layer_composite
 from tpext.ops.gated_layer import _Backward, gated_jacobian_backward
@@ -295,25 +295,6 @@ def test_sizes_of_zero(cell: str, size: str) -> None:
 
 
 # The ops
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cell", CELLS)
-def test_on_cuda_the_ops_are_the_composites(cell: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors that the ops take for CUDA's, and no kernel at hand."""
-    for module in (gated_layer, _library):
-        monkeypatch.setattr(module, "on_cuda", lambda tensor: True)
-    monkeypatch.setattr(gated_layer, "_C", None)
-    case = gated(cell)
-    forward = (*tensors(case.layer, dtype), True)
-    for a, b in zip(torch.ops.tpext.gated_layer(*forward), gated_layer_composite(*forward), strict=True):
-        assert torch.equal(a, b)
-    given, _ = rule(case, "cell")
-    arrays = backward_arguments(case, reference.gated_scan(*case.layer), credit="through_time", **given)
-    arguments = tensors(list(arrays.values()), dtype)
-    for a, b in zip(torch.ops.tpext.gated_layer_backward(*arguments), backward_composite(*arguments), strict=True):
-        assert a.dtype == dtype
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -188,6 +188,7 @@ def run_scan(
     states: Tensor,
     products: Sequence[tuple[Tensor, bool]],
     start: Tensor | None = None,
+    plan: Callable[..., tuple[str, int, float]] | None = None,
 ) -> None:
     """Run a scan over ``states [S, T, B, H]``: ``run`` calls its kernel, with what it is given for last argument.
 
@@ -199,8 +200,9 @@ def run_scan(
         op: name in error messages.
         run: the call.
         states: gives sizes, dtype and device.
-        products: what a step multiplies by, ``[S, H, H]`` each, and whether transposed.
-        start: what the first step multiplies, ``[S, B, H]``; None: zero.
+        products: what a step multiplies by, ``[S, K, N]`` each, and whether transposed.
+        start: what the first step multiplies, ``[S, B, K]``; None: zero.
+        plan: from dtype, S, B, H, device and regime to what ``rnn_plan`` gives; None: that, of so many products.
     """
     if not on_cuda(states):
         return run(torch.get_num_threads())
@@ -210,7 +212,8 @@ def run_scan(
     if wanted != "step":
         device = max(states.get_device(), 0)
         try:
-            regime, size, _ = rnn_plan(len(products), dtype, stack, batch, hidden, device, wanted)
+            planned = plan or functools.partial(rnn_plan, len(products))
+            regime, size, _ = planned(dtype, stack, batch, hidden, device, wanted)
         except ValueError as error:
             raise ValueError(
                 f"{op}: TPEXT_CUDA_REGIME={wanted!r} is not possible for {dtype} [S={stack}, B={batch}, "
@@ -221,10 +224,10 @@ def run_scan(
         workspace = torch.zeros(size, dtype=torch.uint8, device=states.device) if size else None
         return run((stream, regime, dense(workspace)))
     matrices = [matrix.mT if transposed else matrix for matrix, transposed in products]
-    carried = states.new_zeros(len(products), stack, batch, hidden)
+    count, (_, of_states, of_sums) = len(matrices), matrices[0].shape
+    carried, sums = (states.new_zeros(count, stack, batch, size) for size in (of_states, of_sums))
     if start is not None:
         carried[0].copy_(start)
-    sums = torch.zeros_like(carried)
     for step in range(time + 1):
         for into, left, right in zip(sums, carried, matrices, strict=True):
             torch.bmm(left, right, out=into)
@@ -237,6 +240,14 @@ def rnn_plan(
 ) -> tuple[str, int, float]:
     """``_C.rnn_plan``, remembered: it asks the driver what fits on the device."""
     return _C.rnn_plan(products, dtype, stack, batch, hidden, device, regime)
+
+
+@functools.lru_cache(maxsize=1024)
+def gated_plan(
+    cell: str, way: str, dtype: str, stack: int, batch: int, hidden: int, device: int, regime: str
+) -> tuple[str, int, float]:
+    """``_C.gated_plan``, remembered as ``rnn_plan`` is."""
+    return _C.gated_plan(cell, way, dtype, stack, batch, hidden, device, regime)
 
 
 # looked up once: a small call exports a dozen tensors

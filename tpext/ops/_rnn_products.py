@@ -39,7 +39,7 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
 
 
 class WeightSums(NamedTuple):
-    """The arguments of ``rnn_weight_gradients``."""
+    """The arguments of ``rnn_weight_gradients``; of gates delta is ``[S, T, B, G H]``."""
 
     delta: Tensor
     states: Tensor
@@ -77,17 +77,17 @@ def recurrent_weight_gradient(
     """Gradient of the recurrent weights, ``sum_t delta_t' h_{t-1}``, by large products, at least in float32.
 
     Args:
-        delta: ``[S, T, B, H]`` gradient with respect to the pre-activations, zero beyond ``lengths``.
+        delta: ``[S, T, B, N]`` gradient with respect to the pre-activations, zero beyond ``lengths``.
         states: ``[S, T, B, H]``.
         h0: ``[S, B, H]``.
         lengths: ``[B]`` valid steps, or None for all T.
         reverse: S flags: the member runs from the last valid step to the first.
 
     Returns:
-        ``[S, H, H]``.
+        ``[S, N, H]``.
     """
     if delta.shape[0] == 0 or delta.shape[1] == 0:
-        return delta.new_zeros(h0.shape[0], h0.shape[2], h0.shape[2])
+        return delta.new_zeros(h0.shape[0], delta.shape[3], h0.shape[2])
     gradients = []
     for members, backwards in directions(reverse):
         d, h = delta[members], states[members]

@@ -53,9 +53,11 @@ gradient.
 Where ``grad_states`` is None and the displacement has faded to nothing, the pass may end, as ``rnn_layer_backward``
 does.
 
-Float32 and float64. On CUDA, which has no kernels of these yet, they are made of torch's operations, in 16-bit dtypes
-too. Stack, ``reverse`` and ``lengths`` are those of ``rnn_scan``, and so is determinism on the CPU. These ops have no
-derivative of their own; :func:`tpext.ops._gated_composite.gated_layer_composite` has, of every order.
+Float32 and float64, on CUDA bfloat16 and float16 too, computed in float32: there the sweeps over time are kernels,
+which keep the weights on the chip where they fit, and what is left are torch's products
+(:mod:`tpext.ops._gated_cuda`); members with numbers of their own run one after another. Stack, ``reverse`` and
+``lengths`` are those of ``rnn_scan``, and so is determinism on the CPU. These ops have no derivative of their own;
+:func:`tpext.ops._gated_composite.gated_layer_composite` has, of every order.
 
 Cost, of a row and step: ``2 G H (H + I)`` operations forward, ``2 G H (2 H + I)`` backward, ``2 G H^2`` more through
 time and ``2 G H I`` for the input's gradient.
@@ -75,7 +77,7 @@ from torch import Tensor
 
 from tpext import _C
 from tpext.ops._gated_backward_composite import gated_backward_composite
-from tpext.ops._gated_composite import gated_layer_composite
+from tpext.ops._gated_cuda import backward_on_cuda, layer_on_cuda
 from tpext.ops._library import (
     CREDITS,
     PLAIN_RNN,
@@ -83,6 +85,7 @@ from tpext.ops._library import (
     check_choice,
     check_lengths,
     check_scan,
+    compute_dtype,
     define,
     dense,
     dense_rows,
@@ -217,7 +220,7 @@ def _gated_layer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not on_cuda(call.h0):
         return explained(_layer_on_cpu, _check_layer, call)
     _check_layer(call)
-    return gated_layer_composite(*call)
+    return layer_on_cuda(call, _empty_states(call))
 
 
 def _layer_on_cpu(call: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -262,11 +265,12 @@ def _check_options(call: _Backward) -> None:
     for step in numbers_of(op, "target_step", call.target_step, members):
         if not 0 < step < math.inf:
             raise ValueError(f"{op}: target_step must be a finite number > 0, got {step}")
-    least = torch.finfo(call.states.dtype).eps
+    computed_in = compute_dtype(call.states)
+    least = torch.finfo(computed_in).eps
     for margin in numbers_of(op, "margin", call.margin, members):
         if not least <= margin < 0.5:
             raise ValueError(
-                f"{op}: margin must be at least {least:.2g}, the precision of {call.states.dtype}, and below 0.5, "
+                f"{op}: margin must be at least {least:.2g}, the precision of {computed_in}, and below 0.5, "
                 f"got {margin}"
             )
     for reg in numbers_of(op, "slope_reg", call.slope_reg, members):
@@ -339,7 +343,7 @@ def _gated_layer_backward(*args: Any) -> _Gradients:
     if not on_cuda(call.states):
         return explained(_backward_on_cpu, _check_backward, call)
     _check_backward(call)
-    return gated_backward_composite(call)
+    return backward_on_cuda(call)
 
 
 def _backward_on_cpu(call: _Backward) -> _Gradients:
@@ -443,6 +447,7 @@ gated_layer = define(
     _gated_layer,
     _fake_layer,
     cast_outputs=True,
+    low_precision=True,
 )
 refuse_derivative("gated_layer", f"gated_layer {_HAS_NO_DERIVATIVE}")
 
@@ -457,5 +462,6 @@ gated_layer_backward = define(
     _gated_layer_backward,
     _fake_backward,
     cast_outputs=False,
+    low_precision=True,
 )
 refuse_derivative("gated_layer_backward", f"gated_layer_backward {_HAS_NO_DERIVATIVE}")
