@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import name_sizes
+from gpu import TARGETS as GPU_TARGETS
+from gpu import cudnn_tf32, name_sizes
 
 import tpext
 
@@ -100,3 +101,38 @@ def test_gated_inference(against, threads, sizes, cell):
 
 def named(sizes: tuple[int, int, int, int]) -> dict[str, int]:
     return dict(zip("IHBT", sizes, strict=True))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@every_cell
+@pytest.mark.parametrize("sizes", GPU_TARGETS, ids=name_sizes)
+@pytest.mark.parametrize("rule", RULES)
+def test_gpu_gated_step(gpu, sizes, cell, rule):
+    """Float32 against cuDNN without TF32; with it, cuDNN's default, beside that."""
+    inputs, hidden, batch, time = sizes
+    peer = getattr(torch.nn, cell)(inputs, hidden).to(gpu.device.name)
+    module = getattr(tpext.nn, cell)(inputs, hidden, rule=RULES[rule][0]).to(gpu.device.name)
+    module.load_state_dict(peer.state_dict())
+    x, gradient = gpu.randn(time, batch, inputs), gpu.randn(time, batch, hidden)
+
+    def step(network):
+        network.zero_grad()
+        network(x)[0].backward(gradient)
+
+    def with_tf32():
+        with cudnn_tf32(True):
+            step(peer)
+
+    gpu.against(
+        lambda: step(module),
+        {"cuDNN": lambda: step(peer)},
+        others={"cuDNN, TF32": with_tf32},
+        target_ratio=1.0,
+        seconds=0.4,
+        **named(sizes),
+        cell=cell,
+        rule=rule,
+    )

@@ -76,7 +76,7 @@ part_sanitize() {
 }
 
 part_bench() {
-  local rows=("$root"/benchmarks/bench_{rnn_target_scan,rnn_scan,regularized_inverse,learned_feedback}.py)
+  local rows=("$root"/benchmarks/bench_{rnn_target_scan,rnn_scan,gated,regularized_inverse,learned_feedback}.py)
   local left=$((520 - SECONDS))
   TPEXT_BENCHMARK_SECONDS=$((left < 150 ? left : 150)) limited 175 "${pytest[@]}" -m gpu --benchmark-enable \
     --benchmark-columns=median,iqr,rounds --benchmark-json="$out/gpu.json" -s "${rows[@]}"

@@ -136,6 +136,19 @@ def sections(results: Results, level: str = "###") -> list[str]:
             "by cuDNN's": lambda row: f"{row['error_ratio']:.2f}" + ("" if row["error_ratio"] <= 2 else " **missed**"),
         },
     )
+    section(
+        "Training step of GRU and LSTM in float32 against cuDNN",
+        "Forward and backward pass with a loss on every step; TF32 off, in the column after the peer's on.",
+        results.of("test_gpu_gated_step"),
+        {
+            " cell": lambda row: row["cell"],
+            **SIZE,
+            **RULE,
+            **dict(list(TIMES.items())[:2]),
+            "TF32, graph": lambda row: side(row, "cuDNN, TF32", "graph"),
+            **dict(list(TIMES.items())[2:]),
+        },
+    )
     loops = results.of("test_gpu_eager_loop")
     section("Whole training step against loops of torch operations", "Eagerly.", loops, {**SIZE, **PEER, **TIMES})
     inverse: Columns = {" batch x n x n": lambda row: f"{row['batch']} x {row['n']} x {row['n']}"}

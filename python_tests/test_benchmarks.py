@@ -603,9 +603,9 @@ def gpu_rows(gpu_suite: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def run_gpu_suite(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    names = ("rnn_scan", "rnn_target_scan", "regularized_inverse", "learned_feedback")
+    names = ("rnn_scan", "rnn_target_scan", "gated", "regularized_inverse", "learned_feedback")
     gpu = importlib.import_module("gpu")
-    scan, target, inverse, feedback = (importlib.import_module(f"bench_{name}") for name in names)
+    scan, target, gated, inverse, feedback = (importlib.import_module(f"bench_{name}") for name in names)
     net = lambda: networks.simple_vgg((3, 32, 32), 10, (2, 2))  # noqa: E731
     patch.setitem(feedback.NETWORKS, "simple-vgg", feedback.Setting(net, (2, 2), (0.1, 0.1), (1e-3, 1e-3), 0.5))
     patch.setattr(feedback, "GPU_B", 2)
@@ -631,6 +631,8 @@ def run_gpu_suite(patch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             run(scan.test_gpu_scan, patch, small[1:], torch.float32, op, regime)
         for credit in ("local", "through_time"):
             run(target.test_gpu_target_scan, patch, small, torch.float32, credit, regime)
+    for cell in gated.GATES:
+        run(gated.test_gpu_gated_step, small, cell, "local")
     run(inverse.test_gpu_inverse, 3, 2)
     for method in feedback.METHODS:
         run(feedback.test_gpu_training_batch, "simple-vgg", method)
@@ -713,8 +715,9 @@ def test_gpu_sanitize_runs_every_kernel(load: Any, monkeypatch: pytest.MonkeyPat
         return args[-1], 0, 300.0
 
     monkeypatch.setattr(tpext._C, "rnn_plan", plan, raising=False)
-    # Two dtypes; three sizes in three of the four regimes, and three inverses.
-    assert module.run("cpu", (torch.float32, torch.float64)) == 2 * (3 * 3 + 3)
+    monkeypatch.setattr(tpext._C, "gated_plan", plan, raising=False)
+    # Two dtypes; three sizes in three of the four regimes, of the simple cell and with gates, and three inverses.
+    assert module.run("cpu", (torch.float32, torch.float64)) == 2 * (2 * 3 * 3 + 3)
     assert (2, "float32", 2, 2, 7, 0, "block") in asked
 
 
