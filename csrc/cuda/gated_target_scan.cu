@@ -8,7 +8,7 @@
 // handed on directly stays with the thread of the unit. A step reads what was kept, 4 or 5 B H elements a member, the
 // state or c before and g, and writes the 4 B H of delta; 2 G B H^2 operations, twice that through time. Predicted by
 // plan.h at 1.8 GHz, not measured: H = 64 and one row a block 530 cycles a step, 0.29 us, through time 660; H = 100 in
-// clusters of 2 and one row 1660, 0.92 us, through time in clusters of 4 1910, 1.1 us.
+// clusters of 2 and one row 1660, 0.92 us, through time in clusters of 7 as many.
 #include "core/gates.h"
 #include "cuda/activations.h"
 #include "cuda/kernels.h"

@@ -155,7 +155,7 @@ constexpr Variant<Step> variant_of() {
 //
 // Gates are G matrices (3 or 4), through time 2 G, and a block holds its columns of all of them: in float32 all columns
 // up to H = 64 (4 x 64 x 64 weights are 64 registers of each thread, through time 128), and from there on the columns
-// go to more blocks, 2, 8, 32 for H up to 128, 256, 512, through time to twice as many. What does not fit could stand
+// go to more blocks: 2, 8 and 32 for H up to 128, 256 and 512, through time 8, 16 and 64. What does not fit could stand
 // in shared memory instead, 128 bytes of which a multiprocessor reads in a cycle: half of an LSTM's 4 x 100 x 100
 // floats would take 625 cycles a step and row tile, besides the products. A cluster's exchange takes 1000 a step
 // whatever the number of tiles, and halves the products; on sm_80, which has no clusters, the grid pays 3500. So
@@ -241,8 +241,8 @@ struct GateVariants<float, kMatrices> {
       // depth 64 of as many columns, then 128, 256, 512
       variant_of<Multiply<float, 8, 2, 2, 0, 1>, Step, false>(),
       variant_of<Multiply<float, 8, 2, 2, 0, 4>, Step, false>(),
-      variant_of<Multiply<float, 8, 2 / kHalves, 4, 0, 1>, Step, true>(),
-      variant_of<Multiply<float, 8, 2 / kHalves, 4, 0, 4>, Step, true>(),
+      variant_of<Multiply<float, 8 * kHalves, 2 / kHalves, 4 / kHalves, 0, 1>, Step, true>(),
+      variant_of<Multiply<float, 8 * kHalves, 2 / kHalves, 4 / kHalves, 0, 4>, Step, true>(),
       variant_of<Multiply<float, 8 * kHalves, 1, 8 / kHalves, 0, 4>, Step, true>(),
       variant_of<Multiply<float, 16 * kHalves, 1, 8 / kHalves, 0, 4>, Step, true>(),
   };
