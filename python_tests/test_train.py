@@ -297,7 +297,8 @@ def test_rates_follow_what_is_given() -> None:
 def test_differences_name_what_was_asked_for() -> None:
     saved = small(rule="learned-inverse", noise=0.1)
     same_options = {"task": "temporal-order", "rule": "learned-inverse", "noise": 0.1, "hidden_size": 8, "threads": 7}
-    assert differences(saved, same_options) == []
+    assert differences(saved.carried_out(same_options), same_options) == []
+    assert differences(saved, same_options) == ["threads is 1 there, 7 was asked for"]
     assert differences(saved, saved.options()) == []
     assert differences(saved, {"task": "adding", "rule": "backprop", "noise": 0.2, "reg": 1.0}) == [
         "task is temporal-order there, adding was asked for",

@@ -336,7 +336,11 @@ def _check_compiled(case: _Case) -> None:
     try:
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         for one in changed:
-            model.rule = one
+            try:
+                model.rule = one
+            except ValueError:
+                # the layer refuses a number that has no effect there
+                continue
             _compare(_gradients(model, input, compiled), _gradients(model, input), f"compiled, with {one}")
     finally:
         torch._dynamo.reset()
