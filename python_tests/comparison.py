@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tpext.ops import _library
+
 DTYPES = [torch.float32, torch.float64]
 NONLINEARITIES = ["tanh", "relu", "identity"]
 SIZES: dict[str, list[Any]] = {
@@ -398,6 +400,25 @@ def moved(value: Any, device: torch.device) -> Any:
 def run_on(device: torch.device, op: Callable[..., Any]) -> Callable[..., Any]:
     """``op`` as a function of tensors on the CPU, which runs on ``device``."""
     return lambda *arguments: moved(op(*moved(arguments, device)), torch.device("cpu"))
+
+
+def is_possible(regime: str, plan: Callable[[], tuple[str, int, float]], *, empty: bool = False) -> bool:
+    """Whether the device can run a sweep so, as ``plan`` says, once TPEXT_CUDA_REGIME demands it.
+
+    ``empty``: nothing is to be done, so that any other regime serves too.
+    """
+    if regime in ("auto", "step"):
+        return True
+    on_gpu = _library.on_cuda(torch.empty(0)) is False
+    if on_gpu and regime == "cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need sm_90")
+    try:
+        planned = plan()
+    except ValueError as error:
+        assert regime in str(error)  # noqa: PT017
+        return False
+    assert planned[0] == regime or empty
+    return True
 
 
 def assert_no_worse(

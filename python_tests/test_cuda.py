@@ -7,6 +7,7 @@ ends in a few minutes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from comparison import (
     assert_close_to_oracle,
     assert_no_worse,
     assert_same_bits,
+    is_possible,
     layer,
     moved,
     name,
@@ -75,19 +77,10 @@ SMALL = {"T": 3, "B": 4, "H": 5, "S": 2}
 def demand(monkeypatch: pytest.MonkeyPatch) -> Demand:
     def demand(regime: str, inputs: Scan, products: int) -> bool:
         monkeypatch.setenv("TPEXT_CUDA_REGIME", regime)
-        if regime in ("auto", "step"):
-            return True
-        on_gpu = _library.on_cuda(torch.empty(0)) is False
-        if on_gpu and regime == "cluster" and torch.cuda.get_device_capability() < (9, 0):
-            pytest.skip("clusters need sm_90")
         S, _, B, H = inputs.states.shape
-        try:
-            plan = _library.rnn_plan(products, str(inputs.states.dtype).removeprefix("torch."), S, B, H, 0, regime)
-        except ValueError as error:
-            assert regime in str(error)  # noqa: PT017
-            return False
-        assert plan[0] == regime or 0 in (S, B, H)
-        return True
+        dtype = str(inputs.states.dtype).removeprefix("torch.")
+        plan = functools.partial(_library.rnn_plan, products, dtype, S, B, H, 0, regime)
+        return is_possible(regime, plan, empty=0 in (S, B, H))
 
     return demand
 

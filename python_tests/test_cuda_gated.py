@@ -5,6 +5,7 @@ The ops are kernels and torch's products, held to the oracles that the CPU's ker
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from comparison import (
     assert_close_to_oracle,
     assert_no_worse,
     assert_same_bits,
+    is_possible,
     name,
     pairwise,
     run_on,
@@ -52,19 +54,9 @@ Demand = Callable[[str, Gated, str], bool]
 def demand(monkeypatch: pytest.MonkeyPatch) -> Demand:
     def demand(regime: str, case: Gated, way: str) -> bool:
         monkeypatch.setenv("TPEXT_CUDA_REGIME", regime)
-        if regime in ("auto", "step"):
-            return True
-        on_gpu = _library.on_cuda(torch.empty(0)) is False
-        if on_gpu and regime == "cluster" and torch.cuda.get_device_capability() < (9, 0):
-            pytest.skip("clusters need sm_90")
         S, B, H = case.h0.shape
-        try:
-            plan = _library.gated_plan(case.cell, way, _library.dtype_name(case.h0.dtype), S, B, H, 0, regime)
-        except ValueError as error:
-            assert regime in str(error)  # noqa: PT017
-            return False
-        assert plan[0] == regime
-        return True
+        dtype = _library.dtype_name(case.h0.dtype)
+        return is_possible(regime, functools.partial(_library.gated_plan, case.cell, way, dtype, S, B, H, 0, regime))
 
     return demand
 

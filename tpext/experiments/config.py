@@ -18,13 +18,13 @@ from tpext.experiments.defaults import FEED_FORWARD, RATE, RUN, SEQUENCE, starti
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, RULES, SEQUENCE_RULES, find_rule
 from tpext.experiments.settings import (
-    FREE_FIELDS,
     ConfigError,
     check_device_name,
     check_integer,
     check_number,
     choices_of,
     described,
+    free_fields,
 )
 from tpext.nn import TargetLinear
 from tpext.ops import Activation
@@ -288,8 +288,7 @@ class Config:
         """Return the configuration with those of the options asked for that a resumed run may change."""
         of_task = {name: asked[name] for name in self.task.free_options if name in asked}
         task: Any = self.task
-        free = {name: asked[name] for name in FREE_FIELDS if name in asked}
-        return replace(self, task=replace(task, **of_task) if of_task else task, **free)
+        return replace(self, task=replace(task, **of_task) if of_task else task, **free_fields(asked))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as config.json holds them."""

@@ -22,13 +22,13 @@ from tpext.experiments.feedback_presets import METHODS, Method, find_method, set
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS
 from tpext.experiments.own import find_own, is_path
 from tpext.experiments.settings import (
-    FREE_FIELDS,
     ConfigError,
     check_device_name,
     check_integer,
     check_number,
     choices_of,
     described,
+    free_fields,
 )
 from tpext.feedback import FeedbackTrainer, Indices, Pixels, layered_feedback
 from tpext.feedback.gradient import SecondTerm
@@ -342,7 +342,7 @@ class ImageConfig:
 
     def carried_out(self, asked: Mapping[str, Any]) -> ImageConfig:
         """Return the configuration with those of the options asked for that a resumed run may change."""
-        return replace(self, **{name: asked[name] for name in FREE_FIELDS if name in asked})
+        return replace(self, **free_fields(asked))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as config.json holds them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -12,6 +13,11 @@ from tpext.rules import PerMember
 
 FREE_FIELDS = ("device", "threads", "data_dir", "tensorboard")
 """Fields that say how a run is carried out, not what it computes: a resumed run may change them."""
+
+
+def free_fields(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the options asked for that are :data:`FREE_FIELDS`."""
+    return {name: asked[name] for name in FREE_FIELDS if name in asked}
 
 
 class ConfigError(ValueError):

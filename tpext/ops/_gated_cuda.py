@@ -15,8 +15,8 @@ from torch import Tensor
 
 from tpext import _C
 from tpext.ops._library import PLAIN_RNN, Execution, dense, gated_plan, refuse_forward_mode, run_scan
-from tpext.ops._members import as_list, differ, each_alone
-from tpext.ops._rnn_products import WeightSums, input_projection, weight_gradients
+from tpext.ops._members import as_list, by_numbers
+from tpext.ops._rnn_products import WeightSums, input_gradient, input_projection, weight_gradients
 
 if TYPE_CHECKING:
     from tpext.ops.gated_layer import _Backward, _Forward, _Gradients
@@ -61,33 +61,22 @@ def layer_on_cuda(
 
 
 def backward_on_cuda(call: _Backward) -> _Gradients:
-    """``gated_layer_backward``. Kernels take one number: members with numbers of their own go one after another."""
+    """``gated_layer_backward``."""
     refuse_forward_mode("gated_layer_backward", PLAIN_RNN)
-    numbers = (call.target_step, call.margin, call.slope_reg, call.scale, call.input_scale)
-    if not differ(*map(as_list, numbers)):
-        return _by_products(call)
-    of_input, *others = each_alone(lambda *own: _by_products(type(call)(*own)), call)
-    if call.needs[0] and call.input.shape[0] != call.states.shape[0]:
-        of_input = of_input.sum(0, keepdim=True)
-    return of_input, *others
+    return by_numbers(_by_products, call)  # type: ignore[no-any-return]
 
 
 def _by_products(call: _Backward) -> _Gradients:
     states, needs = call.states, call.needs
     delta, *first = _target_scan(call)
-    stack, time, batch, _, hidden = delta.shape
+    hidden = delta.shape[4]
     rows = delta.flatten(3)
     # of a GRU (a, r, z) meet the state, (r, z, n) the input
     of_state, of_input = (rows, rows) if call.cell == "lstm" else (rows[..., : 3 * hidden], rows[..., hidden:])
     grad_input = delta.new_empty(0)
     if needs[0]:
         assert call.input_feedback is not None
-        scale = as_list(call.input_scale)[0]
-        matrix = call.input_feedback if scale == 1 else call.input_feedback * scale
-        of_member = torch.bmm(of_input.flatten(1, 2), matrix)
-        grad_input = of_member.view(stack, time, batch, call.input.shape[3])
-        if call.input.shape[0] != stack:
-            grad_input = grad_input.sum(0, keepdim=True)
+        grad_input = input_gradient(of_input, call.input_feedback, as_list(call.input_scale)[0], call.input)
     run = (states, call.h0, call.input, call.lengths, call.reverse, as_list(call.scale)[0])
     grad_weight_ih, _, grad_bias_ih = weight_gradients(WeightSums(of_input, *run), (needs[1], False, needs[3]))
     _, grad_weight_hh, grad_bias_hh = weight_gradients(WeightSums(of_state, *run), (False, needs[2], needs[4]))

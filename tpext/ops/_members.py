@@ -33,6 +33,19 @@ def differ(*numbers: Sequence[float]) -> bool:
     return any(one != of_all[0] for of_all in numbers for one in of_all)
 
 
+def by_numbers(run: Callable[[Any], Any], call: Any) -> Any:
+    """``run(call)``, a layer's gradients, that of the input first, by kernels that take one number.
+
+    Members with numbers of their own go one after another; to the gradient of an input that they share they add.
+    """
+    if not differ(*(as_list(value) for name, value in call._asdict().items() if name in _NAMES)):
+        return run(call)
+    of_input, *others = each_alone(lambda *own: run(type(call)(*own)), call)
+    if call.needs[0] and call.input.shape[0] != call.states.shape[0]:
+        of_input = of_input.sum(0, keepdim=True)
+    return of_input, *others
+
+
 def each_alone(run: Callable[..., tuple[Tensor, ...]], call: Any) -> Any:
     """``run(*call)`` of each member of a stack for itself, with its own numbers; its outputs put together.
 

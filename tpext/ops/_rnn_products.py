@@ -38,6 +38,18 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
     return projected.view(stack, time, batch, hidden)
 
 
+def input_gradient(rows: Tensor, matrix: Tensor, scale: float, input: Tensor) -> Tensor:
+    """``scale rows[s, t] matrix[s]``, the gradient of ``input [S or 1, T, B, I]``: members that share one add to it.
+
+    Args:
+        rows: ``[S, T, B, N]``.
+        matrix: ``[S, N, I]``.
+    """
+    of_member = torch.bmm(rows.flatten(1, 2), matrix if scale == 1 else matrix * scale)
+    gradient = of_member.view(rows.shape[0], *input.shape[1:])
+    return gradient if input.shape[0] == rows.shape[0] else gradient.sum(0, keepdim=True)
+
+
 class WeightSums(NamedTuple):
     """The arguments of ``rnn_weight_gradients``; of gates delta is ``[S, T, B, G H]``."""
 

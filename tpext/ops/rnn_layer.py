@@ -60,8 +60,8 @@ from tpext.ops._library import (
     refuse_derivative,
     refuse_forward_mode,
 )
-from tpext.ops._members import Numbers, as_list, differ, each_alone, numbers_of
-from tpext.ops._rnn_products import WeightSums, input_projection, weight_gradients
+from tpext.ops._members import Numbers, as_list, by_numbers, numbers_of
+from tpext.ops._rnn_products import WeightSums, input_gradient, input_projection, weight_gradients
 from tpext.ops.rnn_scan import scan_projected
 from tpext.ops.rnn_target_scan import check_pass, rnn_learned_target_scan, rnn_target_scan
 
@@ -235,7 +235,7 @@ def _rnn_layer_backward(*args: Any) -> _Gradients:
     if not on_cuda(call.states):
         return explained(_backward_on_cpu, _check_backward, call)
     _check_backward(call)
-    return _backward_on_cuda(call)
+    return by_numbers(_backward_by_products, call)  # type: ignore[no-any-return]
 
 
 def _backward_on_cpu(call: _Backward) -> _Gradients:
@@ -291,17 +291,6 @@ def _backward_on_cpu(call: _Backward) -> _Gradients:
     return outputs
 
 
-def _backward_on_cuda(call: _Backward) -> _Gradients:
-    """The same where kernels take one number: members with numbers of their own go one after another."""
-    numbers = (call.target_step, call.margin, call.slope_reg, call.scale, call.input_scale)
-    if not differ(*map(as_list, numbers)):
-        return _backward_by_products(call)
-    of_input, *others = each_alone(lambda *own: _backward_by_products(_Backward(*own)), call)
-    if call.needs[0] and call.input.shape[0] != call.states.shape[0]:
-        of_input = of_input.sum(0, keepdim=True)
-    return of_input, *others
-
-
 def _backward_by_products(call: _Backward) -> _Gradients:
     """The same by a pass that leaves delta in memory, then torch's products."""
     states, input, needs = call.states, call.input, call.needs
@@ -344,12 +333,8 @@ def _backward_by_products(call: _Backward) -> _Gradients:
     of_input = delta.new_empty(0)
     if needs[0]:
         assert call.input_feedback is not None
-        scale = as_list(call.input_scale)[0]
-        matrix = call.input_feedback if scale == 1 else call.input_feedback * scale
-        of_member = torch.bmm((displacement if call.of_displacement else delta).flatten(1, 2), matrix)
-        of_input = of_member.view(states.shape[0], *input.shape[1:])
-        if input.shape[0] != states.shape[0]:
-            of_input = of_input.sum(0, keepdim=True)
+        rows = displacement if call.of_displacement else delta
+        of_input = input_gradient(rows, call.input_feedback, as_list(call.input_scale)[0], input)
     sums = WeightSums(delta, states, call.h0, input, call.lengths, call.reverse, as_list(call.scale)[0])
     return of_input, *weight_gradients(sums, needs[1:]), first, credited
 

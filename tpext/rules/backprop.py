@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tpext.rules.base import Kind
-from tpext.rules.gated_call import GatedHowBack, GatedWeights, run_gated_backward
+from tpext.rules.gated_call import GatedWeights, chain_rule, run_gated_backward
 from tpext.rules.layer import LayerCall, LayerRule, through_activation
 from tpext.rules.recurrent import RecurrentRule
 from tpext.rules.recurrent_call import HowBack, LayerWeights, run_backward
@@ -54,8 +54,8 @@ class Backprop(RecurrentRule, LayerRule):  # type: ignore[misc]  # has none of t
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
         ) -> tuple[Gradients, State, StateOrNone]:
-            how = GatedHowBack("branch", "local", 1.0, 0.25, "derivative", "derivative", 0.0, None)
-            return run_gated_backward(layer, piece, how, layer.weight_hh, (1.0, 1.0), grad_states, arriving, credit)
+            back = (grad_states, arriving, credit)
+            return run_gated_backward(layer, piece, chain_rule(), layer.weight_hh, (1.0, 1.0), *back)
 
         return Sweep(run, unit=-1.0, fades=True)
 

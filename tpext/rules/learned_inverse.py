@@ -14,7 +14,7 @@ from tpext.ops._members import as_list
 from tpext.ops._rnn_products import input_projection, valid_steps
 from tpext.ops.rnn_target_scan import rnn_learned_target_scan
 from tpext.rules.base import Kind, PerMember, number, of_each
-from tpext.rules.gated_call import GatedHowBack, GatedWeights, run_gated_backward, steps_apart
+from tpext.rules.gated_call import GatedWeights, chain_rule, run_gated_backward, steps_apart
 from tpext.rules.recurrent import Credit, RecurrentRule
 from tpext.rules.recurrent_call import HowBack, LayerWeights, run_backward
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep
@@ -127,23 +127,18 @@ class LearnedInverse(RecurrentRule):
                 grad_states, piece.states, *reverse_layer, "identity", "local", as_list(step), False, arriving[0], None
             )
             # from there on it is the chain rule, whose displacement is minus the credit
-            how = GatedHowBack("branch", "local", 1.0, 0.25, "derivative", "derivative", 0.0, None)
             through_time = self.credit == "through_time"
             part = piece if through_time else steps_apart(piece, layer.reverse)
             beyond = None if credit[0] is None else -credit[0]
             given = of_states.view(part.states.shape)
             gradients, before, _ = run_gated_backward(
-                layer, part, how, layer.weight_hh, scales, given, (beyond,), (None,)
+                layer, part, chain_rule(), layer.weight_hh, scales, given, (beyond,), (None,)
             )
             if gradients[0] is not None:
                 gradients[0] = gradients[0].view(piece.input.shape)
             return gradients, (first,), (-before[0] if through_time else None,)
 
         return Sweep(run, of_each(step, operator.neg), fades=True)
-
-    def _scales(self) -> tuple[PerMember, PerMember]:
-        inverse = of_each(self.target_step, lambda s: 1 / s)
-        return inverse if self.normalize else 1.0, inverse
 
     def recurrent_loss(self, call: CellCall, noise: float | None) -> tuple[Tensor, Tensor]:
         std = self.noise if noise is None else replace(self, noise=noise).noise

@@ -207,8 +207,7 @@ class RecurrentRule(Rule, ABC):
         input_feedback = self._matrix("input_feedback", layer.weight_ih) if of_displacement else layer.weight_ih
         step = self.target_step
         how = HowBack(self.correction, self.credit, step, self.margin, self.slope, self.slope_reg)
-        sign = -1.0 if of_displacement else 1.0
-        scales = (of_each(step, lambda s: 1 / s) if self.normalize else 1.0, of_each(step, lambda s: sign / s))
+        scales = self._scales(-1.0 if of_displacement else 1.0)
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
@@ -231,8 +230,7 @@ class RecurrentRule(Rule, ABC):
         step = self.target_step
         slopes = (self.gate_slope, self.candidate_slope, self.slope_reg)
         how = GatedHowBack(self.inverse, self.credit, step, self.margin, *slopes, jacobian)
-        of_input = of_each(step, lambda s: 1 / s)
-        scales: tuple[PerMember, PerMember] = (of_input if self.normalize else 1.0, of_input)
+        scales = self._scales()
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
@@ -240,6 +238,11 @@ class RecurrentRule(Rule, ABC):
             return run_gated_backward(layer, piece, how, feedback, scales, grad_states, arriving, credit)
 
         return Sweep(run, of_each(step, operator.neg), fades=True)
+
+    def _scales(self, sign: float = 1.0) -> tuple[PerMember, PerMember]:
+        """Of the parameters' gradients, and of the input's, which is in gradient units in any case."""
+        step = self.target_step
+        return of_each(step, lambda s: 1 / s) if self.normalize else 1.0, of_each(step, lambda s: sign / s)
 
     def _matrix(self, method: str, weight: Tensor, *owned: Tensor) -> Tensor:
         """What ``feedback`` or ``input_feedback`` makes of a weight, checked, in the weight's dtype."""
