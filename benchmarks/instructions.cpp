@@ -138,7 +138,7 @@ void kaczmarz_step(std::vector<float>& weight_change) {
 // A layer of a cell with gates, forward, or back by a cell's inverse with credit through time.
 void gated(tpext::Cell cell, bool backward, std::vector<float>& found) {
   const bool lstm = cell == tpext::Cell::lstm;
-  const int64_t gates = lstm ? 4 : 3, kept_count = lstm ? 5 : 4;
+  const int64_t gates = tpext::gate_count(cell), kept_count = tpext::kept_count(cell);
   const uint8_t reverse = 0;
   const std::vector<float> input = numbers(T * B * I, 1), h0 = numbers(B * H, 1), c0 = numbers(B * H, 1),
                            weight_ih = numbers(gates * H * I, 0.3f), weight_hh = numbers(gates * H * H, 0.1f),

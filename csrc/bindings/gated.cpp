@@ -15,9 +15,6 @@ namespace tpext::bindings {
 
 namespace {
 
-int64_t gates_of(Cell cell) { return cell == Cell::gru ? 3 : 4; }
-int64_t kept_of(Cell cell) { return cell == Cell::gru ? 4 : 5; }
-
 Cell read_cell(const char* op, const std::string& name) {
   return static_cast<Cell>(choose(op, "cell", name, {"gru", "lstm"}));
 }
@@ -34,8 +31,8 @@ class GatedCall : public RnnCall {
       throw py::value_error(leading.label() + " must be on the CPU: on CUDA scans and torch's products do this");
     if (!on_cuda() && backend == Backend::cuda)
       throw py::value_error(leading.label() + " must be on a CUDA device: on the CPU another entry does this");
-    set('G', gates_of(cell_) * size('H'));
-    set('K', kept_of(cell_));
+    set('G', gate_count(cell_) * size('H'));
+    set('K', kept_count(cell_));
   }
 
   Cell cell() const { return cell_; }
@@ -176,7 +173,7 @@ void gated_projected_scan(const char* op, const Argument& x_proj, const Argument
   call.of_cell(c_n, "SBH");
   if (kept.given()) call.written(kept, "STBKH");
   call.run_scan_on_cuda(
-      {1, 1, gates_of(call.cell())},
+      {1, 1, gate_count(call.cell())},
       [&]<class T>(T) {
         GatedScan<T> args{};
         args.sizes = call.sizes();
@@ -228,7 +225,7 @@ void gated_target_scan(const char* op, const Argument& grad_states, const Argume
     call.of_cell(credit_c0, "SBH");
   }
   call.run_scan_on_cuda(
-      {through_time ? 2 : 1, gates_of(call.cell()), 1},
+      {through_time ? 2 : 1, gate_count(call.cell()), 1},
       [&]<class T>(T) {
         GatedLayerBackward<T> args{};
         args.sizes = call.sizes();

@@ -1,7 +1,7 @@
 // What the kernels of gated recurrent layers need to know, in the notation of core/rnn.h. G gates, in torch's order and
-// with torch's equations (core/gates.h has them):
-//     GRU   r, z, n       G = 3, kept for the backward pass: r, z, n and a = W_n h + b_hn
-//     LSTM  i, f, g, o    G = 4, kept: i, f, g, o and c
+// with torch's equations (core/gates.h has them), and K numbers a unit and step kept for the backward pass:
+//     GRU   r, z, n       kept r, z, n and a = W_n h + b_hn
+//     LSTM  i, f, g, o    kept i, f, g, o and c
 #pragma once
 
 #include "core/rnn.h"
@@ -9,6 +9,9 @@
 namespace tpext {
 
 enum class Cell { gru, lstm };
+
+TPEXT_HOST_DEVICE constexpr int gate_count(Cell cell) { return cell == Cell::gru ? 3 : 4; }  // G
+TPEXT_HOST_DEVICE constexpr int kept_count(Cell cell) { return cell == Cell::gru ? 4 : 5; }  // K
 
 // How a step's displacement d becomes the moves m that it asks of the gates: the chain rule's with a slope of choice in
 // place of each gate's derivative, or those of least norm that move the cell by d, all gates together.
@@ -28,7 +31,7 @@ struct GatedScan {
   T* states;           // [S, T, B, H], zero beyond a row's length
   T* h_n;              // [S, B, H] state after the last valid step, h0 without one
   T* c_n;              // [S, B, H], LSTM only
-  T* kept;             // [S, T, B, 4 or 5, H], zero beyond a row's length; or null
+  T* kept;             // [S, T, B, K, H], zero beyond a row's length; or null
 };
 
 // Displacements d of h and c, or what of W or of a cell's own path comes back of the credit k; any may be null.
@@ -50,7 +53,7 @@ struct GatedLayerBackward {
   const T* grad_states;  // [S, T, B, H], or null: zero
   GatedStates<const T> beyond;
   const T* states;     // [S, T, B, H]
-  const T* kept;       // [S, T, B, 4 or 5, H]
+  const T* kept;       // [S, T, B, K, H]
   const T* h0;         // [S, B, H]
   const T* c0;         // [S, B, H], LSTM only
   const T* weight_hh;  // W [S, G H, H], through_time only
@@ -61,8 +64,8 @@ struct GatedLayerBackward {
 
 // Of the GRU's candidate the state and the input get errors that differ by the factor r: (a, r, z) and (r, z, n).
 TPEXT_HOST_DEVICE constexpr DeltaBlocks delta_blocks(Cell cell) {
-  if (cell == Cell::gru) return {4, 3, {2, 0, 1, -1}, {-1, 0, 1, 2}};
-  return {4, 4, {0, 1, 2, 3}, {0, 1, 2, 3}};
+  if (cell == Cell::gru) return {4, gate_count(cell), {2, 0, 1, -1}, {-1, 0, 1, 2}};
+  return {4, gate_count(cell), {0, 1, 2, 3}, {0, 1, 2, 3}};
 }
 
 }  // namespace tpext

@@ -65,7 +65,7 @@ template <class Math>
 struct Gru {
   using V = typename Math::V;
   using T = typename Math::T;
-  static constexpr int kGates = 3, kKept = 4, kBlocks = 4;
+  static constexpr int kGates = gate_count(Cell::gru), kKept = kept_count(Cell::gru), kBlocks = 4;
   static constexpr bool kHasCell = false;
 
   struct Kept {
@@ -118,7 +118,7 @@ template <class Math>
 struct Lstm {
   using V = typename Math::V;
   using T = typename Math::T;
-  static constexpr int kGates = 4, kKept = 5, kBlocks = 4;
+  static constexpr int kGates = gate_count(Cell::lstm), kKept = kept_count(Cell::lstm), kBlocks = 4;
   static constexpr bool kHasCell = true;
 
   struct Kept {
