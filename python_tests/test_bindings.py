@@ -977,6 +977,10 @@ def test_numbers_beyond_float32_are_refused() -> None:
     weight = torch.eye(3).unsqueeze(0)
     with pytest.raises(ValueError, match=r"regularized_inverse: reg must be within the range of float32, got 1e\+39"):
         torch.ops.tpext.regularized_inverse(weight, 1e39)
+    with pytest.raises(ValueError, match=r"regularized_solve: reg must be within the range of float32, got 1e\+39"):
+        torch.ops.tpext.regularized_solve(weight, weight, 1e39)
+    with pytest.raises(ValueError, match=r"counter_normal: scale must be within the range of float32, got -1e\+39"):
+        _C.counter_normal(torch.empty(2, 3), 0, 0, 0, 0, -1e39, 1)
     assert torch.ops.tpext.regularized_inverse(weight.double(), 1e39).isfinite().all()
 
 

@@ -83,15 +83,17 @@ void KernelCall::none_on_cpu(const Argument& argument) const {
     throw py::value_error(argument.label() + " must be None on the CPU, got a tensor");
 }
 
-void KernelCall::numbers(const Numbers& numbers, const Dim& members) const {
+void KernelCall::number(const char* name, double value) const {
   constexpr double kMost = std::numeric_limits<float>::max();
-  for (const double value : numbers.values())
-    // the kernel of a 16-bit dtype computes in float32 too
-    if (dtype_ != dlpack::kFloat64 && std::isfinite(value) && std::fabs(value) > kMost) {
-      char text[32];
-      std::snprintf(text, sizeof text, "%g", value);
-      refuse(std::string(numbers.name()) + " must be within the range of float32, got " + text);
-    }
+  // the kernel of a 16-bit dtype computes in float32 too
+  if (dtype_ == dlpack::kFloat64 || !std::isfinite(value) || std::fabs(value) <= kMost) return;
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  refuse(std::string(name) + " must be within the range of float32, got " + text);
+}
+
+void KernelCall::numbers(const Numbers& numbers, const Dim& members) const {
+  for (const double value : numbers.values()) number(numbers.name(), value);
   if (numbers.count() == 1 || (numbers.count() == members.size && !on_cuda())) return;
   const std::string or_each =
       on_cuda() ? " value on CUDA"

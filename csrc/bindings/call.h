@@ -50,7 +50,9 @@ class KernelCall {
   void floats(const Argument& argument) const { argument.require_dense(dtype_, leading_); }
   void written(const Argument& argument) const;
   void rows(const Argument& argument) const { argument.require_dense_rows(dtype_, leading_); }
-  // One number, or on the CPU one for each of `members`.
+  // One number, which the kernel's precision must be able to hold.
+  void number(const char* name, double value) const;
+  // One, or on the CPU one for each of `members`.
   void numbers(const Numbers& numbers, const Dim& members) const;
 
   // make(T()) gives the kernel's arguments for elements of type T, float or double; start(arguments, queue) is the

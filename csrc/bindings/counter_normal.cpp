@@ -18,6 +18,7 @@ void counter_normal(const char* op, const Argument& output, int64_t seed, int64_
                     int64_t first_row, double scale, const py::object& execution) {
   KernelCall call(op, output, execution);
   call.written(output, "BN");
+  call.number("scale", scale);
   const int64_t rows = call.size('B'), columns = call.size('N');
   const NoiseCounter counter = noise_counter(op, seed, step, stream, first_row, rows, columns);
   call.run(

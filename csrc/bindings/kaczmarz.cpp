@@ -19,6 +19,7 @@ namespace {
 void require_number(const KernelCall& call, const char* name, double value, bool right, const char* expected) {
   if (!right)
     call.refuse(std::string(name) + " must be a finite number " + expected + ", got " + std::to_string(value));
+  call.number(name, value);
 }
 
 void require_numbers(const KernelCall& call, double relaxation, double damping) {

@@ -47,8 +47,9 @@ Pool make_pool(KernelCall& call, int64_t kernel, int64_t stride, int64_t padding
 Activation read_activation(const KernelCall& call, const std::string& name, double alpha) {
   const auto activation =
       static_cast<Activation>(choose(call.op(), "activation", name, {"elu", "relu", "tanh", "identity"}));
-  if (activation == Activation::elu && (!(alpha > 0) || std::isinf(alpha)))
-    call.refuse("alpha must be a finite number > 0, got " + std::to_string(alpha));
+  if (activation != Activation::elu) return activation;
+  if (!(alpha > 0) || std::isinf(alpha)) call.refuse("alpha must be a finite number > 0, got " + std::to_string(alpha));
+  call.number("alpha", alpha);
   return activation;
 }
 
@@ -94,6 +95,7 @@ void probe_difference(const char* op, const Argument& output, const Argument& in
   call.floats(output, "BChw");
   if (kernel > 0) call.integers(indices, "BChw");
   const Activation a = read_activation(call, activation, alpha);
+  call.number("sigma", sigma);
   const int64_t draws = call.size('K'), rows = call.size('B'), channels = call.size('C');
   const NoiseCounter counter =
       noise_counter(op, seed, step, stream, first_row, rows, channels * pool.pooled_height * pool.pooled_width);

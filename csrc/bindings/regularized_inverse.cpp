@@ -65,6 +65,7 @@ class Statuses {
 
 void require_ridge(const KernelCall& call, double reg) {
   if (!(reg >= 0)) call.refuse("reg must be >= 0, got " + std::to_string(reg));
+  call.number("reg", reg);
 }
 
 void require_ridge(const KernelCall& call, const Numbers& reg, const Dim& batch) {
