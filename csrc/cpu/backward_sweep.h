@@ -15,7 +15,9 @@
 // changes no bit as long as the matrix is finite. Where all rows of a tile have come to zero and no gradient enters any
 // more, the rest is zero, and its states are not read. A NaN there would bring a row back to life that no later state
 // of the row told of; whether it does depends on the other rows of the tile, and these, by whole arrays, on the number
-// of threads. No forward pass leaves such states, and of others nothing is promised.
+// of threads. No forward pass leaves such states; only of what is kept beside them a GRU's `a`, a sum without bounds,
+// may be infinite where all states are finite, and the step's delta is NaN then. Behind a faded displacement nothing is
+// promised of any of this.
 #pragma once
 
 #include "cpu/sweep.h"

@@ -8,7 +8,9 @@
 // team takes one: each sweeps some of its rows (or, where these are fewer, some columns of all), all meet, and each
 // computes some rows of the sums. Two tiles of delta take turns, so that they meet once a tile. Memory: the packed
 // matrices, every group's sums, per team two tiles of delta (and of z, where the input's gradient is of it) and two
-// rows of z for each of its rows, and per thread a packed chunk of either side of the sums' product.
+// rows of z for each of its rows, and per thread a packed chunk of either side of the sums' product. Where rows are
+// many and steps few there are no groups (group_count): delta, and z where that is wanted, stand in memory whole, and
+// the gradients are products of all of it.
 //
 // States and inputs further back than a displacement reaches are not read.
 #pragma once
@@ -98,8 +100,8 @@ __attribute__((noinline)) void input_gradient(const LayerGradients<T>& args, con
 static_assert(kTileRows <= kChunk);
 
 // How many groups the rows of a member are cut into: enough for many threads, of as many rows as weights that fit the
-// second-level cache pay for, and so that all sums together take no more than a quarter of the states. 0: there is no
-// such cut, as the sequence is short.
+// second-level cache pay for, and so that all sums together take no more than a quarter of the memory of the whole
+// delta (of one block: of the states). 0: there is no such cut, as the sequence is too short for so many rows.
 inline int64_t group_count(const RnnSizes& sizes, int64_t columns) {
   const int64_t wanted = sizes.hidden > 256 ? 32 : sizes.batch >= 32 ? 16 : 8;
   int64_t groups = 1;

@@ -22,7 +22,8 @@ void weight_gradient_rows(const RnnWeightGradients<T>& args, int64_t member, int
   for (int64_t first = 0; first < depth; first += kChunk) {
     const int64_t count = depth - first < kChunk ? depth - first : kChunk;
     const int64_t row = member * depth + first, next = row + kChunk;
-    // The next chunk comes from memory while this one is computed.
+    // The next chunk comes from memory while this one is computed: its states, and of delta as many bytes, which are
+    // all of it where delta is one block.
     const uintptr_t states = address(args.states, next * H);
     const Upcoming upcoming{{address(args.delta, next * width), states, states}, kChunk * H * int64_t{sizeof(T)}};
     add_chunk(rows, args.delta + row * width, first, count, begin, end, upcoming, space, sums);

@@ -17,7 +17,8 @@ with ``x_. = U_. x + b_i.`` and ``b_h.`` beside each ``W_.``::
 
 ``states [S, T, B, H]`` is zero beyond a row's length; ``h_n`` and ``c_n [S, B, H]`` are the states after its last valid
 step, ``h0`` and ``c0`` without one; ``c_n`` is empty for "gru". With ``keep`` ``kept [S, T, B, K, H]`` is what the
-backward pass reads: r, z, n, a (K = 4) or i, f, g, o, c (K = 5); else it is empty.
+backward pass reads: r, z, n, a (K = 4) or i, f, g, o, c (K = 5); else it is empty. ``a`` has no bound: where the dtype
+cannot hold it (beyond 65504 in float16) it is infinite while the states stay finite, and the gradients are NaN.
 
 ``torch.ops.tpext.gated_layer_backward(grad_states, input, states, h0, c0, kept, weight_hh, feedback, input_feedback,
 lengths, reverse, cell, inverse, credit, target_step, margin, gate_slope, candidate_slope, slope_reg, scale,
