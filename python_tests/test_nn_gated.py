@@ -256,9 +256,15 @@ def test_numbers_one_a_direction(cell, every):
 
 
 def test_what_was_published_is_warned_of(cell):
-    with pytest.warns(UserWarning, match=rf"^{cell}: gate_slope='inverse', as published, .* learns\.$") as caught:
-        getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(gate_slope="inverse"))
-    assert [one.filename for one in caught] == [__file__]
+    rule, module = RegularizedInverse(gate_slope="inverse"), getattr(tpext.nn, cell)(I, H)
+    for lead_there in (
+        lambda: getattr(tpext.nn, cell)(I, H, rule=rule),
+        lambda: setattr(module, "rule", rule),
+        lambda: tpext.nn.convert(getattr(torch.nn, cell)(I, H), rule),
+    ):
+        with pytest.warns(UserWarning, match=rf"^{cell}: gate_slope='inverse', as published, .* learns\.$") as caught:
+            lead_there()
+        assert [one.filename for one in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(gate_slope="inverse", slope_reg=0.1))

@@ -150,6 +150,13 @@ def test_every_option_of_a_rule_reaches_the_layer(rule, changes):
         assert any(not torch.allclose(changed[key], usual[key]) for key in usual), name
 
 
+@pytest.mark.parametrize("options", [{"gate_slope": "one"}, {"candidate_slope": "inverse"}], ids=str)
+def test_slopes_of_gates_are_refused(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"^RNN: {name} of a rule has no effect here, where there is slope, got"):
+        tpext.nn.RNN(I, H, rule=RegularizedInverse(**options))
+
+
 # Learned inverse
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -136,8 +137,7 @@ class RegularizedInverse(RecurrentRule):
                 f"{kind}: gate_slope='inverse', as published, divides by slopes of gates that are nearly shut; what "
                 "goes back explodes, and in our trials nothing was learned (docs/results.md). "
                 "gate_slope='derivative' learns.",
-                # the line of the user's that made the module
-                stacklevel=5,
+                stacklevel=_level_of_the_user(),
             )
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
@@ -158,3 +158,14 @@ class RegularizedInverse(RecurrentRule):
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
         return regularized_inverse(weight_ih, self.reg).mT
+
+
+def _level_of_the_user() -> int:
+    """The ``stacklevel``, of a warning in the calling function, of the line outside this package that led there.
+
+    A module that is made, converted or given a rule comes there by ways of different lengths, torch's among them.
+    """
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("tpext.", "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level
