@@ -122,13 +122,19 @@ class Text(Task):
     def __post_init__(self) -> None:
         for name, hint in (("level", Level), ("embedding", Embedding), ("order", Order)):
             if getattr(self, name) not in get_args(hint):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(hint))}, got {getattr(self, name)!r}")
+                known = ", ".join(get_args(hint))
+                raise ValueError(f"Text: {name} must be one of {known}, got {getattr(self, name)!r}")
+        if self.file is not None and not isinstance(self.file, str):
+            raise ValueError(f"Text: file must be a path, a str, got {self.file!r}")
         for name, least in (("length", 1), ("vocabulary_size", 2), ("embedding_size", 1), ("train_size", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"Text: {name} must be >= {least}, got {value}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"Text: temperature must be a number >= 0, got {self.temperature}")
+            if value is None and name in ("embedding_size", "train_size"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"Text: {name} must be an integer >= {least}, got {value!r}")
+        number = isinstance(self.temperature, (int, float)) and not isinstance(self.temperature, bool)
+        if not number or not 0 <= self.temperature < math.inf:
+            raise ValueError(f"Text: temperature must be a number >= 0, got {self.temperature!r}")
 
     @property
     def subject(self) -> str | None:
