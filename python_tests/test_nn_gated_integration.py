@@ -71,6 +71,29 @@ def test_vmap_of_backprop(cell):
 
 
 @every_cell
+def test_function_transforms_of_backprop(cell):
+    module = make(cell, 2, dtype=torch.float64, rule=Backprop())
+    x, tangent = torch.randn(2, T, B, I, dtype=torch.float64)
+
+    def loss(x):
+        return module(x)[0].square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), gradient, rtol=1e-10, atol=1e-12)
+    change = torch.func.jvp(loss, (x,), (tangent,))[1]
+    torch.testing.assert_close(change, (gradient * tangent).sum(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES[:2], ids=["backprop", "branch"])
+@pytest.mark.parametrize("cell", ["RNN", *CELLS])
+def test_batches_of_gradients_are_refused(cell, rule):
+    module, x = make(cell, rule=rule), torch.randn(T, B, I, requires_grad=True)
+    output = module(x)[0]
+    with pytest.raises(RuntimeError, match=r"is_grads_batched=True.*one gradient at a time"):
+        torch.autograd.grad(output, x, torch.ones(2, *output.shape), is_grads_batched=True)
+
+
+@every_cell
 @pytest.mark.parametrize("transform", REVERSE_TRANSFORMS)
 def test_function_transforms_of_a_target_rule_are_refused(cell, transform):
     module = make(cell)

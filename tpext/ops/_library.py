@@ -256,12 +256,28 @@ _capsule: Callable[[Tensor], object] = torch.utils.dlpack.to_dlpack  # type: ign
 
 def dense(tensor: Tensor | None) -> object:
     """A DLPack capsule of ``tensor``, made row-major if it is not, for the kernels; None stays None."""
-    return None if tensor is None else _capsule(tensor.contiguous())
+    try:
+        return None if tensor is None else _capsule(tensor.contiguous())
+    except RuntimeError as error:
+        raise _explained_export(tensor, error) from None
 
 
 def dense_rows(tensor: Tensor) -> object:
     """As ``dense``, but only the last axis needs to be dense: a transposed view of whole rows is not copied."""
-    return _capsule(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+    try:
+        return _capsule(tensor if tensor.stride(-1) == 1 else tensor.contiguous())
+    except RuntimeError as error:
+        raise _explained_export(tensor, error) from None
+
+
+def _explained_export(tensor: Tensor | None, error: RuntimeError) -> RuntimeError:
+    """What to raise where a kernel cannot have a tensor: torch's error, or what a user can do."""
+    if tensor is None or torch._C._has_storage(tensor):
+        return error
+    return RuntimeError(
+        "a kernel needs a tensor with memory of its own, and a batch of gradients at once has none "
+        "(torch.autograd.grad(..., is_grads_batched=True), vectorize=True): compute one gradient at a time"
+    )
 
 
 def check_tensor(op: str, name: str, value: object, shape: str = "") -> None:
