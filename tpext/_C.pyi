@@ -35,6 +35,12 @@ def usable_processors() -> int:
 def quota_processors(membership: str, mount: str, otherwise: int) -> int:
     """What a Linux control group leaves of the processors (csrc/cpu/processors.h)."""
 
+def large_array(shape: list[int], bits: int) -> object | None:
+    """A DLPack capsule of an array of floats of 32 or 64 bits in pages of 2 MiB (csrc/cpu/large_memory.h).
+
+    Its contents are what an earlier one left. None where there is no such memory.
+    """
+
 def act_inverse(
     target: object, input: object, activation: str, reg: float, output: object, execution: Execution
 ) -> None:

@@ -1,12 +1,8 @@
 #include "bindings/arguments.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
-#include <cstdlib>
-#include <string_view>
+
+#include "cpu/large_memory.h"
 
 namespace tpext::bindings {
 
@@ -133,21 +129,9 @@ int64_t Argument::stride(int64_t axis) const {
 }
 
 void Argument::prefer_huge_pages() const {
-#ifdef MADV_HUGEPAGE
-  static const bool wanted = [] {
-    const char* const value = std::getenv("TPEXT_HUGE_PAGES");
-    return value == nullptr || std::string_view(value) != "0";
-  }();
-  if (!wanted) return;
-  constexpr uintptr_t kHugePage = uintptr_t{2} << 20;
-  uintptr_t bytes = tensor().dtype.bits / 8;
-  for (int64_t i = 0; i < rank(); ++i) bytes *= static_cast<uintptr_t>(size(i));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(data<char>());
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage,
-                  last = (begin + bytes) / kHugePage * kHugePage;
-  // Advice: where the system refuses it, nothing is lost.
-  if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
+  size_t bytes = tensor().dtype.bits / 8;
+  for (int64_t i = 0; i < rank(); ++i) bytes *= static_cast<size_t>(size(i));
+  cpu::prefer_huge_pages(data<char>(), bytes);
 }
 
 int choose(const char* op, const char* name, const std::string& value, const std::vector<const char*>& choices) {

@@ -9,6 +9,7 @@ void define_act_inverse(pybind11::module_& m);
 void define_counter_normal(pybind11::module_& m);
 void define_gated(pybind11::module_& m);
 void define_kaczmarz(pybind11::module_& m);
+void define_large_array(pybind11::module_& m);
 void define_pooled_difference(pybind11::module_& m);
 void define_regularized_inverse(pybind11::module_& m);
 void define_rnn(pybind11::module_& m);

@@ -58,6 +58,7 @@ PYBIND11_MODULE(TPEXT_MODULE, m) {
   tpext::bindings::define_counter_normal(m);
   tpext::bindings::define_gated(m);
   tpext::bindings::define_kaczmarz(m);
+  tpext::bindings::define_large_array(m);
   tpext::bindings::define_pooled_difference(m);
   tpext::bindings::define_regularized_inverse(m);
   tpext::bindings::define_rnn(m);

@@ -14,6 +14,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "cpu/large_memory.h"
 #include "cpu/simd.h"
 
 namespace tpext::cpu::TPEXT_CAPABILITY {
@@ -47,7 +48,7 @@ inline int64_t panel_column(int64_t hidden, int64_t panel) {
   return column <= last || last < 0 ? column : last;
 }
 
-// Memory aligned to a cache line, zeroed on request.
+// Memory aligned to a cache line, in huge pages where it is large, zeroed on request.
 template <class T>
 class Buffer {
  public:
@@ -55,6 +56,7 @@ class Buffer {
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
     data_ = static_cast<T*>(std::aligned_alloc(64, bytes == 0 ? 64 : bytes));
     if (data_ == nullptr) throw std::bad_alloc();
+    prefer_huge_pages(data_, bytes);
     if (zero) std::memset(static_cast<void*>(data_), 0, bytes);
   }
   ~Buffer() { std::free(data_); }

@@ -98,6 +98,7 @@ from tpext.ops._library import (
     refuse_forward_mode,
 )
 from tpext.ops._members import Numbers, as_list, numbers_of
+from tpext.ops._memory import new_empty
 
 CELLS = ("gru", "lstm")
 INVERSES = ("branch", "cell")
@@ -203,10 +204,10 @@ def _empty_states(call: _Forward) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stack, batch, hidden = call.h0.shape
     time, new = call.input.shape[1], call.h0.new_empty
     return (
-        new(stack, time, batch, hidden),
+        new_empty(call.h0, (stack, time, batch, hidden)),
         new(stack, batch, hidden),
         new((stack, batch, hidden) if call.cell == "lstm" else 0),
-        new((stack, time, batch, KEPT[call.cell], hidden) if call.keep else 0),
+        new_empty(call.h0, (stack, time, batch, KEPT[call.cell], hidden)) if call.keep else new(0),
     )
 
 
@@ -321,7 +322,7 @@ def _empty_gradients(call: _Backward) -> _Gradients:
     of_gates, of_states, new = GATES[call.cell] * hidden, (stack, batch, hidden), call.states.new_empty
     of_input, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, disp_h, disp_c, credit_h, credit_c = _wanted(call)
     return (
-        new(call.input.shape if of_input else 0),
+        new_empty(call.states, call.input.shape) if of_input else new(0),
         new((stack, of_gates, call.input.shape[3]) if of_weight_ih else 0),
         new((stack, of_gates, hidden) if of_weight_hh else 0),
         new((stack, of_gates) if of_bias_ih else 0),

@@ -61,6 +61,7 @@ from tpext.ops._library import (
     refuse_forward_mode,
 )
 from tpext.ops._members import Numbers, as_list, by_numbers, numbers_of
+from tpext.ops._memory import new_empty
 from tpext.ops._rnn_products import WeightSums, input_gradient, input_projection, weight_gradients
 from tpext.ops.rnn_scan import scan_projected
 from tpext.ops.rnn_target_scan import check_pass, rnn_learned_target_scan, rnn_target_scan
@@ -101,7 +102,8 @@ def _check_layer(call: RnnLayer) -> None:
 
 def _empty_states(call: RnnLayer) -> tuple[Tensor, Tensor]:
     stack, batch, hidden = call.h0.shape
-    return call.h0.new_empty(stack, call.input.shape[1], batch, hidden), call.h0.new_empty(stack, batch, hidden)
+    states = new_empty(call.h0, (stack, call.input.shape[1], batch, hidden))
+    return states, call.h0.new_empty(stack, batch, hidden)
 
 
 def _fake_layer(*args: Any) -> tuple[Tensor, Tensor]:
@@ -215,7 +217,7 @@ def _empty_gradients(call: _Backward) -> _Gradients:
     stack, _, batch, hidden = states.shape
     of_input, of_weight_ih, of_weight_hh, of_bias = call.needs
     return (
-        input.new_empty(input.shape if of_input else 0),
+        new_empty(input, input.shape) if of_input else input.new_empty(0),
         states.new_empty((stack, hidden, input.shape[3]) if of_weight_ih else 0),
         states.new_empty((stack, hidden, hidden) if of_weight_hh else 0),
         states.new_empty((stack, hidden) if of_bias else 0),
