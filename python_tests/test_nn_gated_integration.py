@@ -59,7 +59,6 @@ def test_activation_checkpointing(cell, rule, use_reentrant):
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @every_cell
 def test_vmap_of_backprop(cell):
     module = make(cell, 2, bidirectional=True, dtype=torch.float64, rule=Backprop())

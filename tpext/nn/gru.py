@@ -27,8 +27,7 @@ class GRU(GatedLayers):
     back-propagation through time, with exact second derivatives; :class:`tpext.RegularizedInverse` (the default) says
     what it is for gates. Signature, parameter names, ``state_dict`` keys, initialisation (the same seed gives the same
     weights), shapes and errors are those of ``torch.nn.GRU``; with ``Backprop()`` so are outputs and gradients, to
-    rounding. What differs from torch's module is as :class:`tpext.nn.RNN` says of its own, but that under
-    ``Backprop()`` the transforms of ``torch.func`` work, by torch's operations.
+    rounding. What differs from torch's module is as :class:`tpext.nn.RNN` says of its own.
 
     Args:
         input_size: features I of the input, >= 1.

@@ -29,8 +29,7 @@ class LSTM(GatedLayers):
     what it is for gates; the pair ``(h, c)`` carries the target. Signature, parameter names, ``state_dict`` keys,
     initialisation (the same seed gives the same weights), shapes and errors are those of ``torch.nn.LSTM``; with
     ``Backprop()`` so are outputs and gradients, to rounding. What differs from torch's module is as
-    :class:`tpext.nn.RNN` says of its own, but that under ``Backprop()`` the transforms of ``torch.func`` work, by
-    torch's operations.
+    :class:`tpext.nn.RNN` says of its own.
 
     Args:
         input_size: features I of the input, >= 1.

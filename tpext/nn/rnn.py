@@ -26,10 +26,11 @@ class RNN(RecurrentLayers):
     Signature, parameter names, ``state_dict`` keys, initialisation (the same seed gives the same weights), shapes and
     errors are those of ``torch.nn.RNN``; with ``Backprop()`` so are outputs and gradients, to rounding.
 
-    Two things differ. Changing ``output`` in place may make ``backward()`` raise (see :meth:`forward`). And the
-    transforms of ``torch.func`` (``grad``, ``vjp``, ``jacrev``, ``jvp``, ...) and ``torch.autograd.grad(...,
-    is_grads_batched=True)`` are refused with an error, except
-    ``vmap`` under ``Backprop()``: use ``torch.autograd.grad``, or the plain module of :meth:`to_torch`.
+    Two things differ. Changing ``output`` in place may make ``backward()`` raise (see :meth:`forward`). And
+    derivatives by other ways than ``backward()`` and ``torch.autograd.grad``: the transforms of ``torch.func``
+    (``grad``, ``vjp``, ``jacrev``, ``jvp``, ``vmap``, ...) work under ``Backprop()`` alone, step by step by torch's
+    operations; ``torch.autograd.grad(..., is_grads_batched=True)`` and dual numbers of ``torch.autograd.forward_ad``
+    are refused with an error: use the plain module of :meth:`to_torch`.
 
     Args:
         input_size: features I of the input, >= 1.

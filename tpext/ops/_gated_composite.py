@@ -62,10 +62,10 @@ def gated_layer_composite(
             kept.append(where_valid(None if on is None else on.unsqueeze(2), torch.stack(gates, 2), 0))
     gates_kept = 4 if c is None else 5
     return (
-        of_run(_over_time(states, h0), reverse),
+        of_run(over_time(states, h0), reverse),
         h,
         h0.new_empty(0) if c is None else c,
-        of_run(_over_time(kept, h0.unsqueeze(2).expand(-1, -1, gates_kept, -1)), reverse) if keep else h0.new_empty(0),
+        of_run(over_time(kept, h0.unsqueeze(2).expand(-1, -1, gates_kept, -1)), reverse) if keep else h0.new_empty(0),
     )
 
 
@@ -91,7 +91,7 @@ def where_valid(on: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
     return new if on is None else torch.where(on, new, old)
 
 
-def _over_time(steps: list[Tensor], like: Tensor) -> Tensor:
+def over_time(steps: list[Tensor], like: Tensor) -> Tensor:
     """The steps one after another along axis 1; ``like`` one of them, where there is none."""
     return torch.stack(steps, 1) if steps else like.unsqueeze(1)[:, :0]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tpext.ops._members import as_list
+from tpext.ops._rnn_composite import rnn_layer_composite
 from tpext.ops._rnn_products import final_states, input_projection, states_before
 from tpext.ops.rnn_layer import rnn_layer, rnn_layer_backward
 from tpext.rules.base import PerMember
@@ -84,6 +85,9 @@ class RecurrentCall(NamedTuple):
 
     def composite(self) -> tuple[Tensor, ...]:
         """States and the final state, by operations with derivatives of every order."""
+        if torch._C._are_functorch_transforms_active():
+            # the scan's op has no derivative that these take
+            return rnn_layer_composite(*self[:8])
         x_proj = input_projection(self.input, self.weight_ih, self.bias)
         states = torch.ops.tpext.rnn_scan(
             x_proj, self.h0, self.weight_hh, self.lengths, self.reverse, self.nonlinearity
