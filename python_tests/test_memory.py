@@ -128,6 +128,20 @@ def test_threads() -> None:
     assert not wrong
 
 
+def test_what_waits_makes_room() -> None:
+    """Where the address space is full."""
+    program = (
+        "import resource, torch\n"
+        "from tpext.ops._memory import new_empty\n"
+        "like = torch.empty(())\n"
+        "held = [new_empty(like, (8 << 20,)) for _ in range(4)]; del held\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), resource.RLIM_INFINITY))\n"
+        "assert new_empty(like, (25 << 20,)).data_ptr() % (2 << 20) == 0\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
 def test_a_forked_process_has_its_own() -> None:
     program = (
         "import os, threading, torch\n"

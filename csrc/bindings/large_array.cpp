@@ -1,5 +1,6 @@
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <vector>
 
 #include "bindings/arguments.h"
@@ -31,17 +32,17 @@ py::object large_array(const std::vector<int64_t>& shape, int bits) {
     if (size < 0) throw py::value_error("large_array: shape must have no negative size, got " + std::to_string(size));
     if (__builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) return py::none();
   }
-  const cpu::LargeMemory memory = cpu::take_large(bytes);
-  if (memory.data == nullptr) return py::none();
-  auto* const array = new LargeArray{{}, shape, memory};
-  array->managed.tensor = {memory.data,
+  auto array = std::make_unique<LargeArray>(LargeArray{{}, shape, {}});
+  array->memory = cpu::take_large(bytes);
+  if (array->memory.data == nullptr) return py::none();
+  array->managed.tensor = {array->memory.data,
                            {dlpack::kCpu, 0},
                            static_cast<int32_t>(shape.size()),
                            {dlpack::kFloat, static_cast<uint8_t>(bits), 1},
                            array->shape.data(),
                            nullptr,
                            0};
-  array->managed.context = array;
+  array->managed.context = array.get();
   array->managed.deleter = [](dlpack::ManagedTensor* managed) {
     auto* const own = static_cast<LargeArray*>(managed->context);
     cpu::give_back_large(own->memory);
@@ -49,9 +50,10 @@ py::object large_array(const std::vector<int64_t>& shape, int bits) {
   };
   PyObject* const capsule = PyCapsule_New(&array->managed, "dltensor", destroy);
   if (capsule == nullptr) {
-    array->managed.deleter(&array->managed);
+    cpu::give_back_large(array->memory);
     throw py::error_already_set();
   }
+  (void)array.release();
   return py::reinterpret_steal<py::object>(capsule);
 }
 

@@ -57,7 +57,7 @@ LargeMemory map(size_t bytes) {
   if (data == MAP_FAILED) return {nullptr, 0};
   const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(data) % kHugePage) % kHugePage;
   if (before != 0) unmap({data, before});
-  if (before != kHugePage) unmap({data + before + bytes, kHugePage - before});
+  unmap({data + before + bytes, kHugePage - before});
   prefer_huge_pages(data + before, bytes);
   return {data + before, bytes};
 }
@@ -86,6 +86,11 @@ LargeMemory take_large(size_t bytes) {
     }
     if (best >= 0) return waiting.remove(best);
   }
+  const LargeMemory mapped = map(whole);
+  if (mapped.data != nullptr) return mapped;
+  // Where address space or commitments are short, those that wait hold some.
+  const std::lock_guard lock(mutex);
+  while (waiting.count > 0) unmap(waiting.remove(0));
   return map(whole);
 }
 
