@@ -154,6 +154,16 @@ inline void pack_delta(const T* delta, int64_t stride, int64_t count, int64_t co
   }
 }
 
+// Two blocks side by side, the second `apart` columns from the first: a pass over the cache lines that they share.
+template <class T>
+inline void pack_delta_pair(const T* delta, int64_t apart, int64_t stride, int64_t count, T* packed) {
+  T* const second = packed + kChunk * kMaxRows;
+  for (int64_t k = 0; k < count; ++k) {
+    std::memcpy(packed + k * kMaxRows, delta + k * stride, kMaxRows * sizeof(T));
+    std::memcpy(second + k * kMaxRows, delta + k * stride + apart, kMaxRows * sizeof(T));
+  }
+}
+
 // Memory of one thread for the rows [begin, end) of a result: packed chunks of either side.
 template <class T>
 class ChunkSpace {
@@ -214,9 +224,17 @@ __attribute__((noinline)) void add_chunk(const WeightRows<T>& rows, const T* del
   const int64_t share = products == 0 ? 0 : ceil_div(upcoming.bytes, products);
   uintptr_t at = 0;
   for_parts(rows, begin, end, [&](const SumRows& part) {
-    for (int64_t block = 0; block < part.blocks; ++block)
-      pack_delta(delta + part.row(block), width, count, part.row(block + 1) - part.row(block), width - part.row(block),
-                 space.packed_delta + block * kChunk * kMaxRows);
+    for (int64_t block = 0; block < part.blocks;) {
+      const int64_t column = part.row(block), next = part.row(block + 1);
+      T* const to = space.packed_delta + block * kChunk * kMaxRows;
+      if (block + 1 < part.blocks && width - next >= kMaxRows) {
+        pack_delta_pair(delta + column, next - column, width, count, to);
+        block += 2;
+      } else {
+        pack_delta(delta + column, width, count, next - column, width - column, to);
+        block += 1;
+      }
+    }
     for (int64_t group = 0; group < part.groups; ++group) {
       const int64_t panel = part.panel(group);
       const int wide = static_cast<int>(part.panel(group + 1) - panel);
@@ -228,6 +246,10 @@ __attribute__((noinline)) void add_chunk(const WeightRows<T>& rows, const T* del
         at += static_cast<uintptr_t>(share);
         const T* const columns = space.packed_delta + block * kChunk * kMaxRows;
         const Piece<T> piece{count, &columns};
+        // The sums have left the first-level cache since the chunk before.
+        for (int r = 0; r < high; ++r)
+          for (int p = 0; p < wide; ++p)
+            prefetch(address(sums, (row + r - begin) * sum_stride + (panel + p) * kLanes<T>));
         Vec<T> c[kMaxRows * kMaxPanels];
         find_product<T, true, kMaxRows>(high, wide)(&piece, 1, space.packed + panel * panel_stride, panel_stride, ahead,
                                                     c);
