@@ -128,7 +128,7 @@ def test_threads() -> None:
     assert not wrong
 
 
-def test_what_waits_makes_room() -> None:
+def test_what_waits_makes_room(tmp_path: Path) -> None:
     """Where the address space is full."""
     program = (
         "import resource, torch\n"
@@ -139,10 +139,10 @@ def test_what_waits_makes_room() -> None:
         "resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), resource.RLIM_INFINITY))\n"
         "assert new_empty(like, (25 << 20,)).data_ptr() % (2 << 20) == 0\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
 
 
-def test_a_forked_process_has_its_own() -> None:
+def test_a_forked_process_has_its_own(tmp_path: Path) -> None:
     program = (
         "import os, threading, torch\n"
         "from tpext.ops._memory import new_empty\n"
@@ -158,7 +158,7 @@ def test_a_forked_process_has_its_own() -> None:
         "    assert os.waitpid(child, 0)[1] == 0\n"
         "stop.set(); thread.join()\n"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=tmp_path, check=True, timeout=120)
 
 
 @pytest.mark.parametrize("make", [tpext.nn.RNN, tpext.nn.GRU, tpext.nn.LSTM])

@@ -207,7 +207,8 @@ class RecurrentRule(Rule, ABC):
         input_feedback = self._matrix("input_feedback", layer.weight_ih) if of_displacement else layer.weight_ih
         step = self.target_step
         how = HowBack(self.correction, self.credit, step, self.margin, self.slope, self.slope_reg)
-        scales = self._scales(-1.0 if of_displacement else 1.0)
+        of_parameters, of_input = self._scales()
+        scales = of_parameters, of_each(of_input, operator.neg) if of_displacement else of_input
 
         def run(
             piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
@@ -239,10 +240,10 @@ class RecurrentRule(Rule, ABC):
 
         return Sweep(run, of_each(step, operator.neg), fades=True)
 
-    def _scales(self, sign: float = 1.0) -> tuple[PerMember, PerMember]:
+    def _scales(self) -> tuple[PerMember, PerMember]:
         """Of the parameters' gradients, and of the input's, which is in gradient units in any case."""
-        step = self.target_step
-        return of_each(step, lambda s: 1 / s) if self.normalize else 1.0, of_each(step, lambda s: sign / s)
+        of_input = of_each(self.target_step, lambda s: 1 / s)
+        return of_input if self.normalize else 1.0, of_input
 
     def _matrix(self, method: str, weight: Tensor, *owned: Tensor) -> Tensor:
         """What ``feedback`` or ``input_feedback`` makes of a weight, checked, in the weight's dtype."""
