@@ -41,13 +41,7 @@ def gated_layer_composite(
         arguments: list[Any] = [*(cast(tensor, torch.float32) for tensor in tensors), lengths, reverse, cell, keep]
         with full_precision(device):
             return autocast_outputs(gated_layer_composite(*arguments), device)  # type: ignore[no-any-return]
-    valid = None
-    if lengths is not None:
-        valid = valid_steps(lengths, input.shape[1])
-        # The padding may hold NaN, which times the zeros of its gradient is no zero.
-        input = torch.where(valid, input, 0)
-        valid = of_run(valid.expand(h0.shape[0], -1, -1, -1), reverse)
-    x_proj = of_run(input_projection(input, weight_ih, bias_ih), reverse)
+    x_proj, valid = projected_run(input, weight_ih, bias_ih, lengths, reverse)
     matrix, bias = weight_hh.mT, None if bias_hh is None else bias_hh.unsqueeze(1)
     h, c = h0.clone(), None if c0 is None else c0.clone()
     states, kept = [], []
@@ -84,6 +78,19 @@ def _lstm_step(x: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, .
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
     c = f * c + i * g
     return o * torch.tanh(c), (i, f, g, o, c)
+
+
+def projected_run(
+    input: Tensor, weight_ih: Tensor, bias: Tensor | None, lengths: Tensor | None, reverse: Sequence[bool]
+) -> tuple[Tensor, Tensor | None]:
+    """``input_projection`` and which steps are valid (None: all), of each member in the order of its run."""
+    valid = None
+    if lengths is not None:
+        valid = valid_steps(lengths, input.shape[1])
+        # The padding may hold NaN, which times the zeros of its gradient is no zero.
+        input = torch.where(valid, input, 0)
+        valid = of_run(valid.expand(weight_ih.shape[0], -1, -1, -1), reverse)
+    return of_run(input_projection(input, weight_ih, bias), reverse), valid
 
 
 def where_valid(on: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpext.ops._gated_composite import of_run, over_time, where_valid
+from tpext.ops._gated_composite import of_run, over_time, projected_run, where_valid
 from tpext.ops._library import autocast_outputs, autocasts, cast, full_precision
-from tpext.ops._rnn_products import input_projection, valid_steps
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
@@ -43,13 +42,7 @@ def rnn_layer_composite(
         arguments: list[Any] = [*(cast(tensor, torch.float32) for tensor in tensors), lengths, reverse, nonlinearity]
         with full_precision(device):
             return autocast_outputs(rnn_layer_composite(*arguments), device)  # type: ignore[no-any-return]
-    valid = None
-    if lengths is not None:
-        valid = valid_steps(lengths, input.shape[1])
-        # The padding may hold NaN, which times the zeros of its gradient is no zero.
-        input = torch.where(valid, input, 0)
-        valid = of_run(valid.expand(h0.shape[0], -1, -1, -1), reverse)
-    x_proj = of_run(input_projection(input, weight_ih, bias), reverse)
+    x_proj, valid = projected_run(input, weight_ih, bias, lengths, reverse)
     activate, matrix, h = _ACTIVATIONS[nonlinearity], weight_hh.mT, h0.clone()
     states = []
     for step in range(input.shape[1]):
