@@ -33,7 +33,7 @@ NOT_A_DERIVATIVE = (
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = (Tensor, torch.nn.Parameter)
 
 _Call = TypeVar("_Call")
 _Result = TypeVar("_Result")
@@ -99,7 +99,7 @@ def are_plain(args: Sequence[Any], recorded: bool = False) -> bool:
     # every small call comes through here, and a generator would take half a microsecond more
     for a in args:
         if isinstance(a, Tensor) and not (
-            type(a) in _PLAIN
+            type(a) in PLAIN
             and (a.is_cpu or a.is_cuda)
             and a.layout is torch.strided
             and not a.is_nested

@@ -356,7 +356,7 @@ def _backward_on_cpu(call: _Backward) -> _Gradients:
     outputs = _empty_gradients(call)
     # what each member adds, where all share one input
     shared = needs[0] and input.shape[0] != states.shape[0]
-    of_member = input.new_empty(states.shape[0], *input.shape[1:]) if shared else outputs[0]
+    of_member = new_empty(input, (states.shape[0], *input.shape[1:])) if shared else outputs[0]
     of_input, of_weight_ih, of_weight_hh, of_bias_ih, of_bias_hh, disp_h, disp_c, credit_h, credit_c = (
         dense(output) if wanted else None
         for output, wanted in zip((of_member, *outputs[1:]), _wanted(call), strict=True)

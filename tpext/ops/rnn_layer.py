@@ -252,7 +252,7 @@ def _backward_on_cpu(call: _Backward) -> _Gradients:
     of_input, of_weight_ih, of_weight_hh, of_bias, disp_h0, credit_h0 = outputs
     # what each member adds, where all share one input
     shared = needs[0] and input.shape[0] != states.shape[0]
-    of_member = input.new_empty(states.shape[0], *input.shape[1:]) if shared else of_input
+    of_member = new_empty(input, (states.shape[0], *input.shape[1:])) if shared else of_input
     # the kernel takes either orientation, so a matrix that came as a transpose is not copied
     turned = feedback.transpose(1, 2)
     transposed = turned.is_contiguous()
