@@ -114,6 +114,11 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"device": "toaster"}, "device must be a torch device"),
         ({"device": "meta"}, "device must be cpu or cuda"),
         ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a number > 0, got 0"),
+        (
+            {"cell": "gru", "forget_bias": 1.0},
+            "forget_bias belongs to a cell with a forget gate, which cell=gru has not",
+        ),
+        ({"task": "mnist-mlp", "forget_bias": 1.0}, "forget_bias does not belong to mnist-mlp, got 1"),
         ({"threads": 1025}, "threads must be at most 1024, got 1025"),
         ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
         ({"length": 4_000_000_000}, "length must be at most 2147483647"),
@@ -267,6 +272,7 @@ def test_a_configuration_of_an_earlier_version_is_read(task: str, options: dict[
     if task == "permuted-mnist":
         values["length"] = 28
     values |= {"task": task, "rule": {"name": values["rule"]["name"], **values["rule"]["options"]}}
+    del values["forget_bias"]
     assert Config.from_dict(json.loads(json.dumps(values))) == config
 
 
@@ -274,6 +280,24 @@ def test_lengths_in_between_start_from_the_nearest_published_one() -> None:
     assert make_config("temporal-order", length=119).rule == make_config("temporal-order", length=60).rule
     assert make_config("temporal-order", length=300).lr == make_config("temporal-order", length=120).lr == 1e-2
     assert make_config("adding", length=60).rule == make_config("adding").rule
+
+
+@pytest.mark.parametrize("init", ["orthogonal", "torch"])
+def test_forget_gates_start_with_their_bias(init: Any) -> None:
+    H = 5
+    config = make_config("temporal-order", cell="lstm", layers=2, hidden_size=H, forget_bias=1.5, init=init)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = make_model(config, config.make_task())
+        torch.manual_seed(1)
+        plain = make_model(replace(config, forget_bias=None), config.make_task())
+    assert isinstance(model, SequenceModel)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        expected = theirs.detach().clone()
+        if name.startswith("rnn.bias_"):
+            # torch's rows: i, f, g, o; both biases act as their sum
+            expected[H : 2 * H] = 1.5 if "bias_ih" in name else 0.0
+        assert torch.equal(ours, expected), name
 
 
 @pytest.mark.parametrize("rule", ["regularized-inverse", "learned-inverse"])

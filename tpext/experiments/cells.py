@@ -18,11 +18,13 @@ class Cell(NamedTuple):
         layer: its class, with the signature of torch's and ``rule=``.
         nonlinearities: what its ``nonlinearity=`` may be; of a layer that has no such argument, the one that it is.
         both_biases: whether its two biases do not only ever act as their sum, so that both are trained.
+        forget_gate: which of its gates, in the order of its parameters' rows, keeps the cell's own state; None: none.
     """
 
     layer: Callable[..., Any]
     nonlinearities: tuple[str, ...]
     both_biases: bool = False
+    forget_gate: int | None = None
 
     def make(
         self,
@@ -46,6 +48,6 @@ class Cell(NamedTuple):
 CELLS = {
     "rnn": Cell(RNN, ("tanh", "relu", "identity")),
     "gru": Cell(GRU, ("tanh",), both_biases=True),
-    "lstm": Cell(LSTM, ("tanh",)),
+    "lstm": Cell(LSTM, ("tanh",), forget_gate=1),
 }
 """By the names of ``--cell``; a new one is one line."""

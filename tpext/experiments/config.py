@@ -61,6 +61,9 @@ class Config:
         "orthogonal: matrices with singular values 1, biases 0, as published. torch: PyTorch's own (rule kaczmarz: "
         "normal, see --std). xavier: uniform (feed-forward)."
     )
+    forget_bias: float | None = described(
+        "Bias that forget gates start with, in place of what --init gives; 1 keeps them open (cell lstm)."
+    )
     reference_compat: bool = described(
         "Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."
     )
@@ -162,6 +165,7 @@ class Config:
                 raise ConfigError(f"sizes must be the sizes of at least one hidden layer, got {self.sizes!r}")
             for size in self.sizes:
                 check_integer("sizes", size, 1)
+            self._check_belongs("forget_bias", None)
             if self.precision == "bf16":
                 raise ConfigError(f"precision of {self.task_name} must be 32 or 64, got bf16")
             if self.tied:
@@ -176,6 +180,8 @@ class Config:
             raise ConfigError(
                 f"nonlinearity must be one of {', '.join(known)} with cell={self.cell}, got {self.nonlinearity}"
             )
+        if self.forget_bias is not None and CELLS[self.cell].forget_gate is None:
+            raise ConfigError(f"forget_bias belongs to a cell with a forget gate, which cell={self.cell} has not")
         if self.init == "xavier":
             raise ConfigError(f"init of {self.task_name} must be orthogonal or torch, got xavier")
 
@@ -311,6 +317,7 @@ class Config:
                 values["task"] = {"name": values["task"], "options": options}
             if "cell" not in values:  # earlier versions had one
                 values["cell"] = None if values["hidden_size"] is None else "rnn"
+            values.setdefault("forget_bias", None)
             sizes = None if values["sizes"] is None else tuple(values["sizes"])
             task, rule = task_names.task_from_dict(values["task"]), rule_names.rule_from_dict(values["rule"])
             return cls(**{**values, "task": task, "rule": rule, "sizes": sizes})

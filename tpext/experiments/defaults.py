@@ -21,6 +21,7 @@ RATE = 1e-3
 RUN: dict[str, Any] = {
     "nonlinearity": "tanh",
     "init": "orthogonal",
+    "forget_bias": None,
     "reference_compat": False,
     "tied": False,
     "lr": RATE,

@@ -40,6 +40,11 @@ class SequenceModel(nn.Module):
                 nn.init.zeros_(parameter).requires_grad_(False)
         self.head = nn.Linear(config.hidden_size, task.output_size)
         initialize(self.rnn, config, rows=config.hidden_size)
+        if config.forget_bias is not None and cell.forget_gate is not None:
+            for name, parameter in self.rnn.named_parameters():
+                if name.startswith("bias_"):
+                    own = config.forget_bias if name.startswith("bias_ih") else 0.0
+                    nn.init.constant_(parameter.split(config.hidden_size)[cell.forget_gate], own)
         initialize(self.head, config)
 
     def forward(self, input: Tensor) -> Tensor:
