@@ -1,4 +1,4 @@
-"""The commands ``tpext train``, ``compare``, ``figure``, ``tasks`` and ``info``."""
+"""The commands ``tpext train``, ``sweep``, ``compare``, ``figure``, ``tasks`` and ``info``."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import platform
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,194 +17,21 @@ import tyro
 from rich.console import Console
 
 import tpext
-from tpext.experiments.config import Config, make_config
-from tpext.experiments.defaults import shown_default
 from tpext.experiments.feedback_figures import FigureCommand
-from tpext.experiments.field_help import help_of
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_folder import open_folder
-from tpext.experiments.loop import DivergedError, Interrupted
-from tpext.experiments.options import (
-    DEFAULT,
-    DataFolder,
-    Option,
-    OwnOptions,
-    Switch,
-    option,
-    options_of,
-    report_divergence,
-)
-from tpext.experiments.options import (
-    command as make_command,
-)
-from tpext.experiments.own import parse_options
-from tpext.experiments.presets import PRESETS, Case, presets_of
+from tpext.experiments.loop import Interrupted
+from tpext.experiments.presets import Case, presets_of
 from tpext.experiments.progress import say
 from tpext.experiments.rule_names import (
-    DEFAULT_LAYER_RULE,
-    DEFAULT_RULE,
     LAYER_RULES,
-    RULES,
     SEQUENCE_RULES,
-    find_rule,
 )
-from tpext.experiments.run_folder import HasOptions, RunError, RunFolder
-from tpext.experiments.settings import FREE_FIELDS, ConfigError, choices_of, of_text
-from tpext.experiments.task_names import NOT_OPTIONS, find_task, task_options
-from tpext.experiments.train import train
-from tpext.rules import Rule
+from tpext.experiments.run_folder import HasOptions, RunError
+from tpext.experiments.settings import FREE_FIELDS, ConfigError
+from tpext.experiments.sweep_command import Sweep, parse_sweep
+from tpext.experiments.train_command import Train
 from tpext.tasks import IMAGE_SETS, TASKS, MissingDataError, Task, make_task
-
-_PRESETS = "; ".join(
-    [
-        "default: published rates (those of the nearest task or length where there are none), fewer iterations",
-        *(f"{name}: {preset.summary}" for name, preset in PRESETS.items()),
-    ]
-)
-
-REMEDIES = {
-    "reg": "a larger --reg",
-    "dx": "--dx regularized",
-    "dx_reg": "a larger --dx-reg",
-    "batch_reg": "a larger --batch-reg",
-    "std": "a smaller --std",
-}
-"""What helps a run that diverged, by the options that its rule has."""
-
-
-def _rule_options() -> dict[str, Option]:
-    kinds: dict[str, list[type[Rule]]] = {}
-    for kind in RULES.values():
-        for field in fields(kind):
-            kinds.setdefault(field.name, []).append(kind)
-    found = {}
-    for name, those in kinds.items():
-        hints = list(dict.fromkeys(of_text(get_type_hints(kind)[name]) for kind in those))
-        defaults = {field.default for kind in those for field in fields(kind) if field.name == name}
-        # of the numbers presets have their own
-        default = str(*defaults) if len(defaults) == 1 and all(map(choices_of, hints)) else DEFAULT
-        names = ", ".join(rule for rule, kind in RULES.items() if kind in those)
-        found[name] = Option(hints, f"{help_of(those[0], name) or 'Of the rule'} (rules {names}).", default)
-    return found
-
-
-def _task_options() -> dict[str, Option]:
-    found = {}
-    for name, tasks in task_options().items():
-        entries = [TASKS[task] for task in tasks]
-        hints = list(dict.fromkeys(get_type_hints(entry.kind)[name] for entry in entries))
-        defaults = dict.fromkeys(str(entry.options[name].default) for entry in entries)
-        help = entries[0].options[name].metadata.get("help", "Of the task.")
-        found[name] = Option(hints, f"{help} ({', '.join(tasks)})", " or ".join(defaults))
-    return found
-
-
-@dataclass(frozen=True)
-class _Train:
-    """Train a network, recurrent for sequences, else feed-forward; by target propagation unless told otherwise.
-
-    `tpext train images` trains convolutional and other networks on images; it has options of its own.
-    """
-
-    task: Annotated[
-        tyro.conf.Positional[str],
-        tyro.conf.arg(
-            metavar="TASK",
-            help=f"What to learn: {', '.join(TASKS)}; `tpext tasks` describes them. Or a task of your own, as "
-            "module:Class or file.py:Class.",
-        ),
-    ]
-    rule: Annotated[
-        str | None,
-        option(
-            f"{{{','.join(RULES)},FILE.py:CLASS}}",
-            f"{DEFAULT_RULE}; feed-forward {DEFAULT_LAYER_RULE}",
-            f"What the backward pass is. Recurrent: {', '.join(SEQUENCE_RULES)}. Feed-forward: "
-            f"{', '.join(LAYER_RULES)}. Or a rule of your own, as module:Class or file.py:Class (docs/own-rules.md).",
-        ),
-    ] = None
-    task_options: OwnOptions = None
-    """Options of a task of your own."""
-    rule_options: OwnOptions = None
-    """Options of a rule of your own."""
-    preset: Annotated[str | None, option(f"{{default,{','.join(PRESETS)}}}", "default", f"{_PRESETS}.")] = None
-    out: Annotated[Path | None, option("DIR", "runs/TASK-RULE-SEED")] = None
-    """Folder of the run."""
-    resume: Switch = False
-    """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
-    data_dir: DataFolder = None
-    """Folder with the image task's files; without it MNIST is downloaded once."""
-    tensorboard: Switch = False
-    """Write TensorBoard events too."""
-
-    def _given(self) -> dict[str, Any]:
-        """The options that were given, as :func:`make_config` takes them."""
-        options: dict[str, Any] = {**asdict(self), "tensorboard": self.tensorboard or None}
-        del options["out"], options["resume"]
-        options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
-        if options.get("file") is not None:
-            # a run resumes from any folder
-            options["file"] = str(Path(options["file"]).absolute())
-        if self.task_options and self.task not in TASKS:
-            options["task_options"] = parse_options("task", self.task, find_task(self.task).kind, self.task_options)
-        if self.rule_options and self.rule is not None and self.rule not in RULES:
-            options["rule_options"] = parse_options("rule", self.rule, find_rule(self.rule), self.rule_options)
-        return {name: value for name, value in options.items() if value is not None}
-
-    def carry_out(self, console: Console) -> int:
-        given = self._given()
-        out = self.out
-        if out is None:
-            wanted = make_config(**given)
-            names = (name.rpartition(":")[2] for name in (wanted.task_name, wanted.rule_name))
-            out = Path("runs") / "-".join([*names, str(wanted.seed)])
-        folder = RunFolder(out)
-        config = (folder.continued(given) if self.resume else None) or make_config(**given)
-        try:
-            result = train(config, out, resume=self.resume, console=console)
-        except DivergedError as error:
-            return report_divergence(error, _remedy(config))
-        running = (
-            "" if (mean := result.running_accuracy) is None else f"running training accuracy (from zero) {mean:.2%}, "
-        )
-        measures = "".join(f"{name} {value:.4g}, " for name, value in result.measures.items())
-        say(
-            console,
-            f"accuracy {result.accuracy:.2%} (best {result.best_accuracy:.2%} at iteration {result.best_iteration}), "
-            f"{running}{measures}test loss {result.test_loss:.4g}, {result.iterations} iterations "
-            f"in {result.seconds:.1f} s",
-        )
-        for name, picture in (
-            ("curve", folder.curve),
-            ("decision regions", folder.decision),
-            ("reconstructions", folder.reconstruction),
-            ("text", folder.sample),
-        ):
-            if picture.exists():
-                say(console, f"{name}: {picture}")
-        return 0
-
-
-# The options of tasks, rules and runs are fields of the command; each says of itself what it is.
-Train = make_command(
-    "Train",
-    _Train,
-    {
-        **_task_options(),
-        **_rule_options(),
-        **options_of(Config, ("task", "rule", "preset", *NOT_OPTIONS, "tensorboard"), shown_default),
-    },
-)
-
-
-def _remedy(config: Config) -> str:
-    """What helps a run that diverged."""
-    own = {field.name for field in fields(config.rule)}
-    found = [text for name, text in REMEDIES.items() if name in own]
-    if not config.rule.solves_weights:
-        rates = "--lr, --head-lr, --reverse-lr" if config.rule.learns else "--lr, --head-lr"
-        found.insert(0, f"smaller rates ({rates})")
-    return found[0] if len(found) == 1 else f"{', '.join(found[:-1])}, or {found[-1]}"
 
 
 @dataclass(frozen=True)
@@ -329,6 +156,7 @@ class Info:
 
 Command: Any = (
     Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[FigureCommand, tyro.conf.subcommand("figure")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]
@@ -346,6 +174,8 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if list(arguments[:2]) == ["train", "images"]:
             command = tyro.cli(TrainImages, args=list(arguments[2:]), prog="tpext train images")
+        elif list(arguments[:1]) == ["sweep"]:
+            command = parse_sweep(arguments[1:])
         else:
             command = tyro.cli(
                 Command,
@@ -359,6 +189,8 @@ def run(arguments: Sequence[str]) -> int:
         _check_not_empty(arguments)
         status: int = command.carry_out(Console())
         return status
+    except SystemExit as stop:  # of the options of a sweep's runs
+        return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:
         raise  # for the caller, who knows that nothing is left to say
     except (ConfigError, RunError, tpext.SingularError, OSError) as error:

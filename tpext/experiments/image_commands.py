@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.console import Console
 
@@ -60,26 +60,30 @@ class _TrainImages:
     data_dir: DataFolder = None
     """Folder with the data set's files."""
 
-    def carry_out(self, console: Console) -> int:
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, as :func:`make_image_config` takes them."""
         options = asdict(self)
-        out, resume = options.pop("out"), options.pop("resume")
-        augment, no_augment = options.pop("augment"), options.pop("no_augment")
+        del options["out"], options["resume"]
+        augment, no_augment = (options.pop(name) for name in ("augment", "no_augment"))
         if augment and no_augment:
             raise ConfigError("augment and no_augment exclude each other, got both")
         options["augment"] = True if augment else False if no_augment else None
         options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
         if self.rule_options and self.rule is not None and self.rule not in METHODS:
             options["rule_options"] = parse_options("rule", self.rule, find_network_rule(self.rule), self.rule_options)
-        given = {name: value for name, value in options.items() if value is not None}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def carry_out(self, console: Console) -> int:
+        given, out = self.given(), self.out
         if out is None:
             wanted = make_image_config(**given)
             out = Path("runs") / "-".join(
                 [*(name.rpartition(":")[2] for name in (wanted.dataset, wanted.network, wanted.rule)), str(wanted.seed)]
             )
         folder = ImageFolder(out)
-        config = (folder.continued(given) if resume else None) or make_image_config(**given)
+        config = (folder.continued(given) if self.resume else None) or make_image_config(**given)
         try:
-            result = train_images(config, out, resume=resume, console=console)
+            result = train_images(config, out, resume=self.resume, console=console)
         except DivergedError as error:
             rates = "smaller rates (--lr, --feedback-lr)" if config.feedback_lr is not None else "a smaller --lr"
             start = ", or a larger --feedback-start" if config.feedback_start is not None else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,7 +121,12 @@ def _each(values: tuple[float, ...], count: int) -> list[float]:
 
 
 def train_images(
-    config: ImageConfig, out: str | Path, *, resume: bool = False, console: Console | None = None
+    config: ImageConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> ImageResult:
     """Run a configuration in a folder, to its last iteration.
 
@@ -132,7 +138,7 @@ def train_images(
     Args, raises: as :func:`tpext.experiments.train.train`.
     """
     threads = config.threads or default_threads(config)
-    return carry_out(_Run, config, ImageFolder(out), threads=threads, resume=resume, console=console)
+    return carry_out(_Run, config, ImageFolder(out), threads=threads, resume=resume, console=console, stop=stop)
 
 
 def default_threads(config: ImageConfig) -> int:

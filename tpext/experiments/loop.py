@@ -71,11 +71,11 @@ def torch_state(seed: int, threads: int) -> Iterator[None]:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended a run, after the iteration that it came in and a checkpoint."""
+    """A signal ended a run, after the iteration that it came in and a checkpoint, or a sweep of such runs."""
 
-    def __init__(self, number: int, iteration: int) -> None:
+    def __init__(self, number: int, saved: str) -> None:
         by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
-        super().__init__(f"interrupted{by}; a checkpoint is saved at iteration {iteration}")
+        super().__init__(f"interrupted{by}; {saved}")
         self.number = number
 
 
@@ -187,8 +187,13 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
     def _result(self) -> ResultT:
         """Return the outcome of the complete run."""
 
-    def carry_out(self, interrupts: list[int]) -> ResultT:
-        """Run to the last iteration, from the folder's checkpoint if it has one."""
+    def carry_out(self, interrupts: list[int], stop: Callable[[], bool]) -> ResultT:
+        """Run to the last iteration, from the folder's checkpoint if it has one.
+
+        Args:
+            interrupts: numbers of signals; one that comes in ends the run after its iteration, with a checkpoint.
+            stop: ends it like SIGTERM once it returns True.
+        """
         state = self.folder.load_checkpoint()
         if state is not None:
             self._restore(state)
@@ -206,6 +211,8 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
                         self._step(iteration)
                     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                         raise DivergedError(iteration, str(error)) from error
+                    if stop():
+                        interrupts.append(signal.SIGTERM)
                     if signal.SIGHUP in interrupts:
                         self.console.quiet = True  # the terminal is gone, and writing to it an error
                     last = iteration == self.iterations
@@ -215,7 +222,7 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
                     if iteration % self.config.checkpoint_interval == 0 or last or interrupts:
                         self._checkpoint()
                     if interrupts and not last:
-                        raise Interrupted(interrupts[0], iteration)
+                        raise Interrupted(interrupts[0], f"a checkpoint is saved at iteration {iteration}")
                     progress.advance(iteration, self.losses[-1] if self.losses else self.rows[-1].train_loss)
         except DivergedError:
             if self.rows:
@@ -315,6 +322,7 @@ def carry_out(
     threads: int,
     resume: bool,
     console: Console | None,
+    stop: Callable[[], bool] | None,
 ) -> ResultT:
     """Make a run and carry it out in its folder, which is there only once the run could be made."""
     require_figures()
@@ -333,4 +341,4 @@ def carry_out(
         with folder.locked(), catch_interrupts() as interrupts:
             if saved is None:
                 folder.create(config)
-            return run.carry_out(interrupts)
+            return run.carry_out(interrupts, stop or (lambda: False))

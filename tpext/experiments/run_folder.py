@@ -10,7 +10,8 @@ curve.png             loss and accuracy over the iterations
 decision.png          decision regions of a toy set in the plane
 reconstruction.png    test images and what an autoencoder makes of them
 sample.txt            a text by a language model, at the end of its run
-lock                  empty; held by the process that is at the run
+failure.json          how a run of a sweep failed, if it did
+lock                  held by the process that is at the run, whose number it has; empty after
 ====================  =====================================================================================
 """
 
@@ -98,6 +99,25 @@ class RunError(RuntimeError):
     """A run folder that cannot be used as asked."""
 
 
+class BusyError(RunError):
+    """Another process is at the run."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a run failed, as failure.json holds it.
+
+    Attributes:
+        diverged: whether its numbers did, as they would again; else the machine or the program failed.
+        message: in one line.
+        details: where in the program.
+    """
+
+    diverged: bool
+    message: str
+    details: str = ""
+
+
 class RunConfig(Protocol):
     """What a folder needs of a run's configuration, a dataclass."""
 
@@ -174,6 +194,8 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         self.checkpoint = self.path / "checkpoint.pt"
         self.result = self.path / "result.json"
         self.curve = self.path / "curve.png"
+        self.failure = self.path / "failure.json"
+        self.lock = self.path / "lock"
 
     @abstractmethod
     def _header(self) -> Sequence[str]:
@@ -192,18 +214,24 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         """Keep other processes off the run; makes the folder.
 
         Raises:
-            RunError: another process is at it, or the path is no folder.
+            BusyError: another process is at it.
+            RunError: the path is no folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise RunError(f"{self.path} cannot be a run's folder: {error.strerror}") from error
-        with (self.path / "lock").open("a") as file:
+        with self.lock.open("a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise RunError(f"{self.path}: another process is running this run") from error
-            yield
+                raise BusyError(f"{self.path}: another process is running this run") from error
+            file.truncate(0)
+            print(os.getpid(), file=file, flush=True)
+            try:
+                yield
+            finally:
+                file.truncate(0)
 
     def check_empty(self) -> None:
         """Raise RunError if there is a run already, or a part of one."""
@@ -274,6 +302,23 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
             if not isinstance(getattr(result, name), kind if isinstance(kind, UnionType) else get_origin(kind) or kind):
                 raise RunError(f"{self.result}: {name} must be of type {kind}, got {getattr(result, name)!r}")
         return result
+
+    def read_failure(self) -> Failure | None:
+        """Return how the run here failed, None if it has not, or not in a sweep.
+
+        Raises:
+            RunError: it cannot be read.
+        """
+        if not self.failure.exists() or self.result.exists():
+            return None
+        try:
+            return Failure(**json.loads(self.failure.read_text()))
+        except (OSError, TypeError, ValueError) as error:
+            raise RunError(f"{self.failure}: not the failure of a run: {error}") from error
+
+    def write_failure(self, failure: Failure) -> None:
+        """Say how the run failed."""
+        write_whole(self.failure, _json(asdict(failure)))
 
     def write_result(self, result: ResultT) -> None:
         """Mark the run as complete."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,14 @@ if TYPE_CHECKING:
 EVALUATION_NUMBERS = 2**24
 
 
-def train(config: Config, out: str | Path, *, resume: bool = False, console: Console | None = None) -> Result:
+def train(
+    config: Config,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    stop: Callable[[], bool] | None = None,
+) -> Result:
     """Run a configuration in a folder, to its last iteration.
 
     Each iteration takes its batch, and what it trains, from (seed, iteration) alone; a checkpoint holds parameters,
@@ -43,6 +51,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
         out: the run's folder; it must not hold a run yet, or hold this one with ``resume``.
         resume: continue from the last checkpoint, or start if there is none. A complete run is left as it is.
         console: where the progress goes; None means nowhere.
+        stop: asked after each iteration; True ends the run as SIGTERM does.
 
     Raises:
         ConfigError: the data, the device or an installed package does not allow the run; no folder is made.
@@ -50,11 +59,11 @@ def train(config: Config, out: str | Path, *, resume: bool = False, console: Con
             broken or of another configuration: names the field.
         DivergedError: a non-finite loss, gradient or parameter; the last good checkpoint and the metrics stay.
         MissingDataError: the task's data is not there.
-        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP. The first lets the iteration end and saves a checkpoint, another
-            Ctrl-C stops at once.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, or ``stop``. The first lets the iteration end and saves a
+            checkpoint, another Ctrl-C stops at once.
     """
     threads = config.threads or default_threads(config)
-    return carry_out(_Run, config, RunFolder(out), threads=threads, resume=resume, console=console)
+    return carry_out(_Run, config, RunFolder(out), threads=threads, resume=resume, console=console, stop=stop)
 
 
 def default_threads(config: Config) -> int:
@@ -138,9 +147,9 @@ class _Run(Run[Config, Row, Result]):
         if self.data != own:
             raise ValueError(f"{self.task.subject or 'the data'} must be what the run began with, and has changed")
 
-    def carry_out(self, interrupts: list[int]) -> Result:
+    def carry_out(self, interrupts: list[int], stop: Callable[[], bool]) -> Result:
         try:
-            return super().carry_out(interrupts)
+            return super().carry_out(interrupts, stop)
         finally:
             if self.writer is not None:
                 self.writer.close()

@@ -22,7 +22,6 @@ Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learni
 from __future__ import annotations
 
 import contextlib
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from tpext._warnings import warn_user
 from tpext.ops._library import cast
 
 Indices = Literal["noisy", "clean"]
@@ -214,13 +214,12 @@ def still_statistics(blocks: nn.Module) -> Iterator[None]:
             module.track_running_stats = True
 
 
-def warn_of_relu(where: str, feedback: nn.Module, stacklevel: int) -> None:
+def warn_of_relu(where: str, feedback: nn.Module) -> None:
     """Warn where feedback with the blocks' own weights has a ReLU."""
     if any(isinstance(module, nn.ReLU) for module in feedback.modules()):
-        warnings.warn(
+        warn_user(
             f"{where}: with ReLU even tied feedback stays some 40 degrees from back-propagation, as units at zero let "
-            "targets through; ELU is within a few",
-            stacklevel=stacklevel,
+            "targets through; ELU is within a few"
         )
 
 

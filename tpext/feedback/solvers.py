@@ -157,7 +157,7 @@ class Tied(FeedbackTrainer):
             copy.deepcopy(feedback).tie(blocks[index])
         for index, feedback in self.layers:
             feedback.tie(blocks[index])
-        warn_of_relu("Tied", self.net.feedback, stacklevel=3)
+        warn_of_relu("Tied", self.net.feedback)
 
     def update(self, calls: Sequence[BlockCall], records: list[Record] | None) -> None:
         pass

@@ -6,7 +6,6 @@ stack axis S of the ops.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from tpext._warnings import warn_user
 from tpext.nn.recurrent_input import as_given, check_device, time_major
 from tpext.nn.recurrent_parameters import RecurrentParameters
 from tpext.nn.torchscript import refuse_script, refuse_trace
@@ -57,13 +57,11 @@ class RecurrentLayers(RecurrentParameters):
         given = [state for state in states if isinstance(state, Tensor) and state.grad_fn is not None]
         # of a parametrized or pruned weight nothing says in a graph whose it is
         if any(comes_of_a_pass(state, self._parameters.get("weight_hh_l0")) for state in given):
-            warnings.warn(
+            warn_user(
                 f"{self._kind}: hx comes of an earlier call of this layer, with its graph. Under credit='through_time' "
                 "the credit of a call ends at its hx, so the earlier call's steps learn of this one through its "
                 "displacements alone. Run the sequence in one call (checkpoint_every bounds the memory), detach hx, or "
-                "use credit='local', whose parts add up.",
-                # the line of the user's that called the module
-                stacklevel=6,
+                "use credit='local', whose parts add up."
             )
 
     def _parameters_of(self, names: Sequence[Sequence[str]], layer: int, input: Tensor) -> list[list[Tensor]]:

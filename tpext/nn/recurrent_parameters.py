@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from tpext._warnings import warn_user
 from tpext.nn.owned import OwnedParameters, register_owned, reset_owned
 from tpext.rules import RecurrentRule, RegularizedInverse
 from tpext.rules.base import check_members, require_rule
@@ -124,11 +124,9 @@ class RecurrentParameters(OwnedParameters):
                 "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
             )
         if self.dropout > 0 and self.num_layers == 1:
-            # the line of the user's that made the module
-            warnings.warn(
+            warn_user(
                 "dropout option adds dropout after all but last recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={dropout} and num_layers={self.num_layers}",
-                stacklevel=4,
+                f"num_layers greater than 1, but got dropout={dropout} and num_layers={self.num_layers}"
             )
         for name in ("bias", "batch_first"):
             value = getattr(self, name)

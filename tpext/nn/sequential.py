@@ -158,7 +158,7 @@ class TargetSequential(nn.Module):
             self.feedback[name] = feedback
         self.feedback.requires_grad_(False)
         if self.feedback_init != "random":
-            warn_of_relu("TargetSequential", self.feedback, stacklevel=4)
+            warn_of_relu("TargetSequential", self.feedback)
 
     @torch.no_grad()
     def _shapes(self, input_shape: Sequence[int]) -> list[torch.Size]:

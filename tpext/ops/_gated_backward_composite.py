@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from tpext.ops._gated_composite import of_run, where_valid
 from tpext.ops._library import compute_dtype
 from tpext.ops._members import Numbers, as_list
-from tpext.ops._rnn_products import directions, valid_steps
+from tpext.ops._recurrent_steps import directions, of_run, valid_steps, where_valid
 
 if TYPE_CHECKING:
     from tpext.ops.gated_layer import _Backward, _Gradients

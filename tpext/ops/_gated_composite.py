@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from tpext.ops._library import autocast_outputs, autocasts, cast, full_precision
-from tpext.ops._rnn_products import directions, input_projection, valid_steps
+from tpext.ops._recurrent_steps import of_run, over_time, where_valid
+from tpext.ops._rnn_products import projected_run
 
 
 def gated_layer_composite(
@@ -78,41 +79,3 @@ def _lstm_step(x: Tensor, u: Tensor, c: Tensor) -> tuple[Tensor, tuple[Tensor, .
     i, f, g, o = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), torch.sigmoid(o)
     c = f * c + i * g
     return o * torch.tanh(c), (i, f, g, o, c)
-
-
-def projected_run(
-    input: Tensor, weight_ih: Tensor, bias: Tensor | None, lengths: Tensor | None, reverse: Sequence[bool]
-) -> tuple[Tensor, Tensor | None]:
-    """``input_projection`` and which steps are valid (None: all), of each member in the order of its run."""
-    valid = None
-    if lengths is not None:
-        valid = valid_steps(lengths, input.shape[1])
-        # The padding may hold NaN, which times the zeros of its gradient is no zero.
-        input = torch.where(valid, input, 0)
-        valid = of_run(valid.expand(weight_ih.shape[0], -1, -1, -1), reverse)
-    return of_run(input_projection(input, weight_ih, bias), reverse), valid
-
-
-def where_valid(on: Tensor | None, new: Tensor, old: Tensor | float) -> Tensor:
-    """``new`` where the step is one of the row's, elsewhere ``old``; ``on`` None: all steps are."""
-    return new if on is None else torch.where(on, new, old)
-
-
-def over_time(steps: list[Tensor], like: Tensor) -> Tensor:
-    """The steps one after another along axis 1; ``like`` one of them, where there is none."""
-    return torch.stack(steps, 1) if steps else like.unsqueeze(1)[:, :0]
-
-
-def of_run(tensor: Tensor, reverse: Sequence[bool], begin: int = 0, end: int | None = None) -> Tensor:
-    """Steps ``begin`` to ``end`` of each member's run, in the order of the run, of ``tensor [S, T, ...]``.
-
-    Of a whole run it is its own inverse.
-    """
-    time = tensor.shape[1]
-    end = time if end is None else end
-    parts = [
-        tensor[members, time - end : time - begin].flip(1) if backwards else tensor[members, begin:end]
-        for members, backwards in directions(reverse)
-    ]
-    # no member has no part
-    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else tensor[:, begin:end]

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpext.ops._gated_composite import of_run, over_time, projected_run, where_valid
 from tpext.ops._library import autocast_outputs, autocasts, cast, full_precision
+from tpext.ops._recurrent_steps import of_run, over_time, where_valid
+from tpext.ops._rnn_products import projected_run
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,

@@ -5,14 +5,14 @@ The layer's ops take them where no kernel of ours does the same: on CUDA, and wh
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tpext.ops._library import LOW_PRECISION, check_tensor, compute_dtype
+from tpext.ops._recurrent_steps import at_last_valid, directions, of_run, valid_steps
 
 
 def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
@@ -36,6 +36,19 @@ def input_projection(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> T
     weight = weight_ih.mT
     projected = torch.bmm(rows, weight) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight)
     return projected.view(stack, time, batch, hidden)
+
+
+def projected_run(
+    input: Tensor, weight_ih: Tensor, bias: Tensor | None, lengths: Tensor | None, reverse: Sequence[bool]
+) -> tuple[Tensor, Tensor | None]:
+    """``input_projection`` and which steps are valid (None: all), of each member in the order of its run."""
+    valid = None
+    if lengths is not None:
+        valid = valid_steps(lengths, input.shape[1])
+        # The padding may hold NaN, which times the zeros of its gradient is no zero.
+        input = torch.where(valid, input, 0)
+        valid = of_run(valid.expand(weight_ih.shape[0], -1, -1, -1), reverse)
+    return of_run(input_projection(input, weight_ih, bias), reverse), valid
 
 
 def input_gradient(rows: Tensor, matrix: Tensor, scale: float, input: Tensor) -> Tensor:
@@ -107,31 +120,11 @@ def recurrent_weight_gradient(
             first, later, before = d[:, 0], d[:, 1:], h[:, :-1]
         else:
             later, before = d[:, :-1], h[:, 1:]
-            first = d[:, -1] if lengths is None else _at_last_valid(d, lengths)
+            first = d[:, -1] if lengths is None else at_last_valid(d, lengths)
         # Beyond a row's length both delta and the state are zero, so padding adds nothing here.
         over_time = _sum_over_rows(later.flatten(1, 2), before.flatten(1, 2))
         gradients.append(over_time + _bmm(first.mT, h0[members]))
     return gradients[0] if len(gradients) == 1 else torch.cat(gradients)
-
-
-def directions(reverse: Sequence[bool]) -> Iterator[tuple[slice, bool]]:
-    """The stretches of members that run in the same direction, and whether that is backwards."""
-    begin = 0
-    for backwards, members in itertools.groupby(reverse):
-        end = begin + len(list(members))
-        yield slice(begin, end), backwards
-        begin = end
-
-
-def valid_steps(lengths: Tensor, time: int) -> Tensor:
-    """``[T, B, 1]``: whether the step is one of the row's."""
-    return (torch.arange(time, device=lengths.device).unsqueeze(1) < lengths).unsqueeze(2)
-
-
-def _at_last_valid(tensor: Tensor, lengths: Tensor) -> Tensor:
-    """What ``tensor [S, T, B, H]`` holds at each row's last valid step (at step 0 without one), ``[S, B, H]``."""
-    at = (lengths - 1).clamp(0, tensor.shape[1] - 1).view(1, 1, -1, 1)
-    return tensor.gather(1, at.expand(tensor.shape[0], 1, -1, tensor.shape[3])).squeeze(1)
 
 
 # Rows that one product of a long sum takes, and the size of a result from which on none is cut.
@@ -165,33 +158,3 @@ def _bmm(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda and torch.__version__ >= "2.8" and not torch.is_grad_enabled():
         return torch.bmm(left, right, out_dtype=torch.float32)
     return torch.bmm(left.float(), right.float())
-
-
-def final_states(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]) -> Tensor:
-    """State after the last valid step of each row and member, ``[S, B, H]``; ``h0`` without one."""
-    if states.shape[1] == 0:
-        return h0.clone()
-    members = []
-    for member, backwards in enumerate(reverse):
-        if backwards or lengths is None:
-            last = states[member, 0 if backwards else -1]
-        else:
-            last = _at_last_valid(states[member : member + 1], lengths)[0]
-        members.append(last if lengths is None else torch.where((lengths > 0).unsqueeze(1), last, h0[member]))
-    return torch.stack(members)
-
-
-def states_before(states: Tensor, h0: Tensor, lengths: Tensor | None, reverse: Sequence[bool]) -> Tensor:
-    """The state that each step started from, ``[S, T, B, H]``; unspecified beyond ``lengths``."""
-    members = []
-    for member, start, backwards in zip(states, h0, reverse, strict=True):
-        first = start.unsqueeze(0)
-        if not backwards:
-            members.append(torch.cat((first, member[:-1])))
-            continue
-        before = torch.cat((member[1:], first))
-        if lengths is not None:
-            starts = torch.arange(member.size(0), device=lengths.device).unsqueeze(1) == lengths - 1
-            before = torch.where(starts.unsqueeze(2), first, before)
-        members.append(before)
-    return torch.stack(members)

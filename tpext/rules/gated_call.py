@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tpext.ops._gated_composite import gated_layer_composite
 from tpext.ops._members import as_list
-from tpext.ops._rnn_products import states_before, valid_steps
+from tpext.ops._recurrent_steps import states_before, valid_steps
 from tpext.ops.gated_layer import gated_jacobian_backward, gated_layer, gated_layer_backward
 from tpext.rules.base import PerMember
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep

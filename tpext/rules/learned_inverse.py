@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tpext.ops._members import as_list
-from tpext.ops._rnn_products import input_projection, valid_steps
+from tpext.ops._recurrent_steps import valid_steps
+from tpext.ops._rnn_products import input_projection
 from tpext.ops.rnn_target_scan import rnn_learned_target_scan
 from tpext.rules.base import Kind, PerMember, number, of_each
 from tpext.rules.gated_call import GatedWeights, chain_rule, run_gated_backward, steps_apart

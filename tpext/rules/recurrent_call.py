@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tpext.ops._members import as_list
+from tpext.ops._recurrent_steps import final_states, states_before
 from tpext.ops._rnn_composite import rnn_layer_composite
-from tpext.ops._rnn_products import final_states, input_projection, states_before
+from tpext.ops._rnn_products import input_projection
 from tpext.ops.rnn_layer import rnn_layer, rnn_layer_backward
 from tpext.rules.base import PerMember
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
+from tpext._warnings import warn_user
 from tpext.ops._library import is_integer
 from tpext.ops._members import as_list
 from tpext.ops.regularized_inverse import regularized_inverse
@@ -133,11 +132,10 @@ class RegularizedInverse(RecurrentRule):
                 f"{kind}: slope_reg of a rule belongs to inverse='cell' and to slopes 'inverse', got {self}"
             )
         if gates > 1 and self.gate_slope == "inverse" and not all(as_list(self.slope_reg)):
-            warnings.warn(
+            warn_user(
                 f"{kind}: gate_slope='inverse', as published, divides by slopes of gates that are nearly shut; what "
                 "goes back explodes, and in our trials nothing was learned (docs/results.md). "
-                "gate_slope='derivative' learns.",
-                stacklevel=_level_of_the_user(),
+                "gate_slope='derivative' learns."
             )
 
     def feedback(self, weight_hh: Tensor, *owned: Tensor) -> Tensor:
@@ -158,14 +156,3 @@ class RegularizedInverse(RecurrentRule):
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
         return regularized_inverse(weight_ih, self.reg).mT
-
-
-def _level_of_the_user() -> int:
-    """The ``stacklevel``, of a warning in the calling function, of the line outside this package that led there.
-
-    A module that is made, converted or given a rule comes there by ways of different lengths, torch's among them.
-    """
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith(("tpext.", "torch.")):
-        level, frame = level + 1, frame.f_back
-    return level

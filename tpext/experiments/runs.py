@@ -1,0 +1,125 @@
+"""Runs read as tables: one row a run, or one row an evaluation.
+
+>>> frame = load_runs("sweeps/adding")  # doctest: +SKIP
+>>> frame.groupby(["rule", "lr"]).accuracy.agg(["mean", "min", "max"])  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import pandas as pd
+
+from tpext.experiments.image_folder import ImageFolder, open_folder
+from tpext.experiments.run_folder import RunError, RunFolder, write_whole
+from tpext.experiments.settings import FREE_FIELDS
+
+State = Literal["waiting", "started", "complete", "diverged", "failed"]
+AnyFolder: TypeAlias = RunFolder | ImageFolder
+
+OUTCOME = ("accuracy", "best_accuracy", "best_iteration", "test_loss", "train_loss", "iterations", "seconds")
+"""What a table says of a complete run, where its result has it."""
+
+
+def state_of(folder: AnyFolder) -> State:
+    """Return how far a run is."""
+    if folder.result.exists():
+        return "complete"
+    failure = folder.read_failure()
+    if failure is not None:
+        return "diverged" if failure.diverged else "failed"
+    return "started" if folder.checkpoint.exists() or folder.metrics.exists() else "waiting"
+
+
+def load_runs(*paths: str | Path) -> pd.DataFrame:
+    """Return one row for each run in folders, which may be runs' own, or hold any number of them at any depth.
+
+    Columns: ``folder``; ``state`` ("waiting", "started", "complete", "diverged" or "failed"); every option, as
+    :meth:`tpext.experiments.Config.options` names them; what result.json has, with ``measures`` by their names; and
+    ``message``, of a failure. Where a run has no such value the cell is missing.
+
+    Raises:
+        RunError: there is no run, or one cannot be read.
+    """
+    return _table(_folders(paths))
+
+
+def load_metrics(*paths: str | Path) -> pd.DataFrame:
+    """Return one row for each evaluation of runs in folders: ``folder``, the columns of metrics.csv, the options.
+
+    Raises:
+        RunError: there is no run, or one cannot be read.
+    """
+    frames = []
+    for folder in _folders(paths):
+        rows = pd.DataFrame([row._asdict() for row in folder.read_rows()])
+        for name, value in _options(folder).items():
+            if name not in rows:
+                rows[name] = [value] * len(rows)
+        rows.insert(0, "folder", str(folder.path))
+        frames.append(rows)
+    table: pd.DataFrame = pd.concat(frames, ignore_index=True)
+    return table
+
+
+def differing(frame: pd.DataFrame) -> list[str]:
+    """Return the options in which the runs of :func:`load_runs` differ, but for how they are carried out."""
+    known = frame.attrs["options"]
+    return [name for name in known if name not in FREE_FIELDS and len({str(value) for value in frame[name]}) > 1]
+
+
+def write_table(path: Path, folders: Sequence[AnyFolder], options: Sequence[str]) -> pd.DataFrame:
+    """Write a table of runs with some of their options, and return it."""
+    frame = _table(folders)
+    known = [name for name in (*options, *OUTCOME) if name in frame]
+    table: pd.DataFrame = frame[["state", *known, *frame.attrs["measures"], "message"]].convert_dtypes()
+    table.insert(0, "run", [folder.path.name for folder in folders])
+    write_whole(path, table.to_csv(index=False).encode())
+    return table
+
+
+def _folders(paths: Iterable[str | Path]) -> list[AnyFolder]:
+    found: dict[Path, AnyFolder] = {}
+    for path in map(Path, paths):
+        inside = sorted(file.parent for file in path.rglob("config.json"))
+        if not inside:
+            raise RunError(f"{path} holds no run")
+        for folder in inside:
+            found.setdefault(folder.resolve(), open_folder(folder))
+    return list(found.values())
+
+
+def _options(folder: AnyFolder) -> dict[str, Any]:
+    config = folder.read_config()
+    if config is None:
+        raise RunError(f"{folder.path} holds no run")
+    return config.options()
+
+
+def _table(folders: Sequence[AnyFolder]) -> pd.DataFrame:
+    rows, options, measures = [], dict[str, None](), dict[str, None]()
+    for folder in folders:
+        row = _options(folder)
+        options |= dict.fromkeys(row)
+        result = folder.read_result()
+        if result is not None:
+            outcome = asdict(result)
+            of_it = outcome.pop("measures", {})
+            measures |= dict.fromkeys(of_it)
+            row |= {name: value for name, value in {**outcome, **of_it}.items() if name not in row}
+            row |= {name: outcome[name] for name in OUTCOME if name in outcome}
+        failure = folder.read_failure()
+        rows.append(
+            {
+                "folder": str(folder.path),
+                "state": state_of(folder),
+                **row,
+                "message": None if failure is None else failure.message,
+            }
+        )
+    frame: pd.DataFrame = pd.DataFrame(rows)
+    frame.attrs = {"options": list(options), "measures": list(measures)}
+    return frame

@@ -1,0 +1,193 @@
+"""The folder of a sweep.
+
+============  ========================================================================================================
+runs/NAME     one folder a run (:mod:`tpext.experiments.run_folder`); its config.json is there from the start
+table.csv     one row a run: its state, the options that vary, the outcome
+sweep.json    the command lines that the runs come from, and the options that vary
+lock          held by the process that is at the sweep, with a word of its own; workers stop once it is no longer held
+============  ========================================================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpext.experiments.image_folder import ImageFolder, open_folder
+from tpext.experiments.images import ImageConfig
+from tpext.experiments.run_folder import BusyError, RunError, RunFolder, write_whole
+from tpext.experiments.settings import FREE_FIELDS
+from tpext.experiments.sweep_plan import AnyConfig, Planned, identity
+
+LOCK_SECONDS = 1.0
+"""How long a sweep asks for its lock, which a worker of an earlier one may try for a moment."""
+
+
+class SweepFolder:
+    """The folder of one sweep."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.runs = self.path / "runs"
+        self.table = self.path / "table.csv"
+        self.record = self.path / "sweep.json"
+        self.lock = self.path / "lock"
+
+    def commands(self) -> list[list[str]]:
+        """Return the command lines that the runs come from, none if there is no sweep yet.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        return [list(command) for command in self._record("commands")]
+
+    def varied(self) -> list[str]:
+        """Return the options that the runs differ in.
+
+        Raises:
+            RunError: they cannot be read.
+        """
+        return [str(name) for name in self._record("varied")]
+
+    def _record(self, key: str) -> list[Any]:
+        if not self.record.exists():
+            return []
+        try:
+            return list(json.loads(self.record.read_text())[key])
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise RunError(f"{self.record}: not the record of a sweep: {error}") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[Lock]:
+        """Keep other sweeps off; makes the folder.
+
+        Raises:
+            RunError: another process is at the sweep, or the path is no folder.
+        """
+        try:
+            self.runs.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise RunError(f"{self.path} cannot be a sweep's folder: {error.strerror}") from error
+        lock = Lock(self.lock)
+        lock.take()
+        try:
+            yield lock
+        finally:
+            lock.release()
+
+    def add(
+        self, command: Sequence[str], planned: Sequence[Planned], varied: Sequence[str]
+    ) -> list[RunFolder | ImageFolder]:
+        """Return the folders of planned runs, made where there are none of the same configuration.
+
+        Raises:
+            RunError: a folder cannot be read or made.
+        """
+        present = {}
+        for folder in self.folders():
+            config = folder.read_config()
+            if config is not None:
+                present[identity(config)] = folder
+        folders = []
+        for run in planned:
+            found = present.get(identity(run.config))
+            if found is not None:
+                _carry_out_differently(found, run.config)
+            folders.append(found or self._create(run))
+        commands, before = self.commands(), self.varied()
+        record = {
+            "commands": [*commands, *([] if list(command) in commands else [list(command)])],
+            "varied": list(dict.fromkeys([*before, *varied])),
+        }
+        write_whole(self.record, (json.dumps(record, indent=2) + "\n").encode())
+        return folders
+
+    def _create(self, run: Planned) -> RunFolder | ImageFolder:
+        number, path = 1, self.runs / run.name
+        while path.exists() and (path / "config.json").exists():  # another run's, which an earlier command has named so
+            number += 1
+            path = self.runs / f"{run.name}-{number}"
+        folder: RunFolder | ImageFolder
+        if isinstance(run.config, ImageConfig):
+            folder = ImageFolder(path)
+            with folder.locked():
+                folder.create(run.config)
+        else:
+            folder = RunFolder(path)
+            with folder.locked():
+                folder.create(run.config)
+        return folder
+
+    def folders(self) -> list[RunFolder | ImageFolder]:
+        """Return the folders of all runs, by name."""
+        return [open_folder(path.parent) for path in sorted(self.runs.glob("*/config.json"))]
+
+
+def _carry_out_differently(folder: RunFolder | ImageFolder, config: AnyConfig) -> None:
+    """Write what a run may change of how it is carried out: device, threads, where its data is."""
+    saved = folder.read_config()
+    assert saved is not None
+    changed = saved.carried_out({name: getattr(config, name) for name in FREE_FIELDS if hasattr(config, name)})
+    if changed != saved:
+        write_whole(folder.config, (json.dumps(changed.to_dict(), indent=2) + "\n").encode())
+
+
+class Lock:
+    """The lock of a sweep's folder, which says to its workers that they are still wanted.
+
+    A process that dies, however it does, loses it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.word = uuid.uuid4().hex
+        self._file: int | None = None
+
+    def take(self) -> None:
+        """Take the lock, or raise RunError if another process has it."""
+        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        begin = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() - begin > LOCK_SECONDS:
+                    os.close(file)
+                    raise BusyError(f"{self.path.parent}: another process is at this sweep") from error
+                time.sleep(0.05)
+        os.ftruncate(file, 0)
+        os.write(file, self.word.encode())
+        self._file = file
+
+    def release(self) -> None:
+        """Let it go, if it is held."""
+        if self._file is not None:
+            os.ftruncate(self._file, 0)
+            os.close(self._file)
+            self._file = None
+
+
+def is_held(path: Path, word: str) -> bool:
+    """Whether the process that wrote the word still holds a lock."""
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        if os.read(file, len(word) + 1) != word.encode():
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        return False
+    finally:
+        os.close(file)

@@ -1,0 +1,271 @@
+"""The runs of a sweep: all combinations of what its options take, each a configuration with a name.
+
+A *grid* has by its option's name (``lr``) the words of each value, as they stand on the command line of ``tpext
+train``: ``{"lr": [["0.001"], ["0.01"]], "sizes": [["64", "64"]]}``. That command's own parser reads them. Options of a
+user's task or rule are ``rule_options.NAME``, with the word ``NAME=VALUE``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import tyro
+import yaml
+
+from tpext.experiments import rule_names
+from tpext.experiments.config import Config, make_config
+from tpext.experiments.image_commands import TrainImages
+from tpext.experiments.image_defaults import make_image_config
+from tpext.experiments.images import ImageConfig
+from tpext.experiments.settings import FREE_FIELDS, ConfigError
+from tpext.experiments.sweep_values import expand
+from tpext.experiments.train_command import Train
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Words: TypeAlias = tuple[str, ...]
+Grid: TypeAlias = Mapping[str, Sequence[Words]]
+AnyConfig: TypeAlias = Config | ImageConfig
+
+IMAGES = "images"
+"""What stands in a task's place where ``tpext train images`` is swept."""
+OWN = ("task_options", "rule_options")
+PATHS = ("data_dir", "file")
+"""Options whose commas and dots are a path's."""
+NOT_SWEPT = ("out", "resume")
+"""Options of ``tpext train`` that a sweep has no use for: each run has a folder of its own, and resumes."""
+NAME_LENGTH = 150
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of a sweep.
+
+    Attributes:
+        name: of its folder: the values of the options that the sweep varies.
+        config: its configuration.
+    """
+
+    name: str
+    config: AnyConfig
+
+
+def grid_of_arguments(arguments: Sequence[str]) -> dict[str, list[Words]]:
+    """Return the grid of a command line's options.
+
+    Raises:
+        ConfigError: it is none, or an option stands there twice.
+
+    >>> grid_of_arguments(["--lr", "1e-3,1e-2", "--sizes", "64", "64"])
+    {'lr': [('1e-3',), ('1e-2',)], 'sizes': [('64', '64')]}
+    """
+    options: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if re.match(r"--[a-zA-Z]", argument):
+            name, separator, value = argument[2:].partition("=")
+            options.append((name.replace("-", "_"), [value] if separator else []))
+        elif options:
+            options[-1][1].append(argument)
+        else:
+            raise ConfigError(f"an option must come before {argument!r}")
+    grid: dict[str, list[Words]] = {}
+    for name, words in options:
+        _add(grid, name, words)
+    return grid
+
+
+def grid_of_table(table: Mapping[str, Any]) -> dict[str, list[Words]]:
+    """Return the grid of a file's table: values, texts as on the command line, and lists of values to vary.
+
+    Raises:
+        ConfigError: a value is of no such kind.
+
+    >>> grid_of_table({"lr": [1e-3, 1e-2], "seed": "1..3", "sizes": [[64, 64]]})
+    {'lr': [('0.001',), ('0.01',)], 'seed': [('1',), ('2',), ('3',)], 'sizes': [('64', '64')]}
+    """
+    grid: dict[str, list[Words]] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name in OWN and isinstance(value, Mapping):
+            for option, of_it in value.items():
+                values = [f"{option}={words[0]}" for words in _words_of(f"{name}.{option}", of_it)]
+                grid[f"{name}.{option}"] = [(word,) for word in values]
+        elif isinstance(value, str):
+            _add(grid, name, [value])
+        else:
+            grid[name] = _words_of(name, value)
+    return grid
+
+
+def read_file(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Return the task and the grids of a sweep's file.
+
+    Raises:
+        ConfigError: it cannot be read, or has no task.
+    """
+    try:
+        text = path.read_text()
+        values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, Mapping) or not isinstance(values.get("task"), str):
+        raise ConfigError(f"{path} must have a task, and options beside it")
+    shared = {name: value for name, value in values.items() if name not in ("task", "grid")}
+    tables = values.get("grid", [{}])
+    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
+        raise ConfigError(f"{path}: grid must be tables of options, [[grid]], got {tables!r}")
+    return values["task"], [grid_of_table({**shared, **table}) for table in tables]
+
+
+def _words_of(name: str, value: Any) -> list[Words]:
+    if isinstance(value, list):
+        return [
+            words for one in value for words in ([_row(name, one)] if isinstance(one, list) else _words_of(name, one))
+        ]
+    return [(word,) for word in expand(name, value)] if isinstance(value, str) else [_row(name, [value])]
+
+
+def _row(name: str, values: list[Any]) -> Words:
+    for value in values:
+        if not isinstance(value, (bool, int, float, str)):
+            raise ConfigError(f"{name} must be numbers, texts, or lists of them, got {value!r}")
+    return tuple(repr(value) if isinstance(value, float) else str(value) for value in values)
+
+
+def _add(grid: dict[str, list[Words]], name: str, words: Sequence[str]) -> None:
+    """Add an option to a grid, with all values that its words stand for."""
+    if name in NOT_SWEPT:
+        raise ConfigError(f"{name} is no option of a sweep's runs: each has a folder of its own, and resumes")
+    if name in OWN:
+        for word in words:
+            option, _, value = word.partition("=")
+            grid[f"{name}.{option}"] = [(f"{option}={one}",) for one in expand(f"{name}.{option}", value)]
+        return
+    if name in grid:
+        raise ConfigError(f"{name} must be given once, with commas between its values")
+    grid[name] = (
+        [tuple(words)] if not words or name in PATHS else [tuple(one.split()) for one in expand(name, " ".join(words))]
+    )
+
+
+def plan(task: str, grids: Sequence[Grid]) -> tuple[list[Planned], list[str]]:
+    """Return the runs of a sweep, those of the first grid first, each of them once, and the options that vary.
+
+    An option of one rule is left out where another of the grid's rules has no such option.
+
+    Args:
+        task: as ``tpext train`` has it, or "images".
+        grids: what is varied.
+
+    Raises:
+        ConfigError: a combination is no run; names it.
+    """
+    combined = [combination for grid in grids for combination in _combinations(task, grid)]
+    varied = [
+        name
+        for name in dict.fromkeys(name for combination in combined for name in combination)
+        if len({combination.get(name) for combination in combined}) > 1
+    ]
+    runs: dict[str, Planned] = {}
+    made = set()
+    for combination in combined:
+        label = ",".join(_label(name, combination[name]) for name in varied if name in combination)
+        try:
+            config = _config(task, combination)
+        except ConfigError as error:
+            raise ConfigError(f"{label}: {error}" if label else str(error)) from error
+        key = identity(config)
+        if key in made:  # the same numbers, written in two ways
+            continue
+        made.add(key)
+        name = _folder_name(label or "run")
+        if name in runs:
+            name = _folder_name(f"{label} {key}", unique=True)
+        runs[name] = Planned(name, config)
+    return list(runs.values()), varied
+
+
+def identity(config: AnyConfig) -> str:
+    """Return what runs share only if they compute the same."""
+    values = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
+    return json.dumps(values, sort_keys=True)
+
+
+def _combinations(task: str, grid: Grid) -> Iterator[dict[str, Words]]:
+    """All combinations, the last option's values fastest."""
+    rules = [words[0] for words in grid.get("rule", ()) if words]
+    of_rules = {rule: set(rule_names.rule_options(rule)) for rule in rules} if task != IMAGES else {}
+    seen = set()
+    for values in itertools.product(*grid.values()):
+        combination = dict(zip(grid, values, strict=True))
+        if len(of_rules) > 1:
+            known = of_rules[combination["rule"][0]]
+            others = set().union(*of_rules.values()) - known
+            combination = {name: words for name, words in combination.items() if name not in others}
+        key = tuple(combination.items())
+        if key not in seen:
+            seen.add(key)
+            yield combination
+
+
+def _label(name: str, words: Words) -> str:
+    """What a value is called in names of folders.
+
+    >>> _label("lr", ("1e-3",)), _label("rule_options.scale", ("scale=2",)), _label("rule", ("mine.py:Mine",))
+    ('lr=1e-3', 'scale=2', 'rule=Mine')
+    """
+    if "." in name:
+        return words[0]
+    return f"{name}={'-'.join(word.rpartition(':')[2] for word in words)}" if words else name
+
+
+def _folder_name(label: str, unique: bool = False) -> str:
+    """A label as a name that every file system takes, with a number of its own where it is long or must be unique."""
+    name = re.sub(r"[^\w.,=+-]", "_", label)
+    if len(name) <= NAME_LENGTH and not unique:
+        return name
+    return f"{name[:NAME_LENGTH]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def _config(task: str, combination: Mapping[str, Words]) -> AnyConfig:
+    given: dict[str, Any] = {}
+    rule = combination.get("rule")
+    for name, words in combination.items():
+        group, dot, _ = name.partition(".")
+        of_it = _given(task, group if dot else name, words, rule if group == "rule_options" else None)
+        for key, value in of_it.items():
+            given[key] = {**given.get(key, {}), **value} if key in OWN else value
+    config: AnyConfig = make_image_config(**given) if task == IMAGES else make_config(task, **given)
+    if config.data_dir is not None:  # workers may run elsewhere
+        config = replace(config, data_dir=str(Path(config.data_dir).absolute()))
+    return config
+
+
+@cache
+def _given(task: str, name: str, words: Words, rule: Words | None) -> dict[str, Any]:
+    """What the words of one option give, as the training command reads them."""
+    option = [f"--{name.replace('_', '-')}", *words]
+    of_rule = ["--rule", *rule] if rule is not None and name != "rule" else []
+    config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+    command: Any
+    if task == IMAGES:
+        command = tyro.cli(TrainImages, args=[*of_rule, *option], prog="tpext sweep images", config=config)
+    else:
+        command = tyro.cli(Train, args=[task, *of_rule, *option], prog="tpext sweep", config=config)
+    given: dict[str, Any] = command.given()
+    given.pop("task", None)
+    if of_rule:
+        del given["rule"]
+    return given

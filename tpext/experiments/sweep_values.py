@@ -1,0 +1,66 @@
+"""What an option takes over a sweep: a list of values, or a range."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import numpy as np
+
+from tpext.experiments.settings import ConfigError
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?::(\d+))?")
+
+
+def expand(name: str, text: str) -> list[str]:
+    """Return the values of an option, as ``tpext train`` reads each.
+
+    ==================  ====================================================================
+    ``a,b,c``           these, each a value or a range
+    ``1..5``            the integers from 1 to 5
+    ``1e-4..1e-1``      a value each decade, the ends included
+    ``1e-4..1e-1:7``    7 values at equal ratios, the ends included, to 6 significant digits
+    ==================  ====================================================================
+
+    Raises:
+        ConfigError: a range that goes nowhere; names the option.
+
+    >>> expand("lr", "1e-4..1e-1"), expand("reg", "1..100:5"), expand("seed", "1..3,7")
+    (['0.0001', '0.001', '0.01', '0.1'], ['1', '3.16228', '10', '31.6228', '100'], ['1', '2', '3', '7'])
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if "" in parts:
+        raise ConfigError(f"{name} must be a list of values with commas in between, got {text!r}")
+    values = [value for part in parts for value in _part(name, part)]
+    twice = [value for value, of_it in itertools.groupby(sorted(values)) if len(list(of_it)) > 1]
+    if twice:
+        raise ConfigError(f"{name} must be a list of different values, got {twice[0]} twice in {text!r}")
+    return values
+
+
+def _part(name: str, text: str) -> list[str]:
+    matched = _RANGE.fullmatch(text)
+    if matched is None:
+        return [text]
+    first, last, count = matched.groups()
+    if count is None and _is_integer(first) and _is_integer(last):
+        low, high = int(first), int(last)
+        if low >= high:
+            raise ConfigError(f"{name} must be a range that goes up, got {text}")
+        return [str(value) for value in range(low, high + 1)]
+    begin, end = float(first), float(last)
+    if not 0 < begin < end:
+        raise ConfigError(f"{name} must be a range that goes up from above 0, as it goes by ratios, got {text}")
+    decades = math.log10(end / begin)
+    if count is None and abs(decades - round(decades)) > 1e-9:
+        raise ConfigError(f"{name} must be a range of whole decades, or have a number of values (:N), got {text}")
+    number = round(decades) + 1 if count is None else int(count)
+    if number < 2:
+        raise ConfigError(f"{name} must be a range of at least 2 values, got {text}")
+    return [format(value, ".6g") for value in np.geomspace(begin, end, number)]
+
+
+def _is_integer(text: str) -> bool:
+    return re.fullmatch(r"[-+]?\d+", text) is not None
