@@ -323,6 +323,26 @@ def test_a_sweep_goes_on_where_it_was_stopped(here: Path, number: signal.Signals
         assert_same_run(here / f"alone-{seed}", here / f"all/runs/seed={seed}")
 
 
+@pytest.mark.parametrize(("engine", "package"), [("ray", "ray"), ("dask", "distributed")])
+def test_clusters_carry_out_runs(here: Path, engine: str, package: str) -> None:
+    pytest.importorskip(package)
+    words = [*FIXED, "--rule", "own.py:Troubled", "--rule-options", "trouble=none,error", "--jobs", "2"]
+    sweep(here, "temporal-order", *words, "--engine", engine, "--out", "all", status=1)
+    states = {run: row["state"] for run, row in table(here / "all").items()}
+    assert states == {"trouble=none": "complete", "trouble=error": "failed"}
+    alone = ["train", "temporal-order", *FIXED, "--rule", "own.py:Troubled", "--out", "alone"]
+    assert tpext_command(alone) == 0
+    assert_same_run(here / "alone", here / "all/runs/trouble=none")
+
+
+def test_a_cluster_that_is_not_installed_is_named(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert tpext_command(["sweep", "temporal-order", *FIXED, "--engine", "ray"]) == 1
+    assert 'engine ray is not installed: pip install "tpext[ray]"' in capsys.readouterr().err
+
+
 def test_workers_see_that_their_sweep_is_gone(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     first, second = Lock(path), Lock(path)

@@ -7,6 +7,8 @@ the sweep holds its lock: one that is interrupted or killed leaves runs with che
 from __future__ import annotations
 
 import contextlib
+import importlib
+import logging
 import os
 import threading
 import time
@@ -101,9 +103,13 @@ def _train(folder: RunFolder | ImageFolder, stop: Callable[[], bool]) -> None:
             time.sleep(POLL_SECONDS)
 
 
-def default_jobs(threads: int, device: str) -> int:
+def default_jobs(runs: Sequence[RunFolder | ImageFolder]) -> int:
     """Return how many runs go side by side: as many as this process's cores carry, on a GPU one."""
-    return max(1, joblib.cpu_count() // threads) if torch.device(device).type == "cpu" else 1
+    configs = [config for run in runs if (config := run.read_config()) is not None]
+    if any(torch.device(config.device).type != "cpu" for config in configs):
+        return 1
+    cores: int = joblib.cpu_count()
+    return max(1, cores // max(config.threads or 1 for config in configs))
 
 
 def carry_out(
@@ -117,6 +123,15 @@ def carry_out(
     console: Console,
 ) -> None:
     """Carry out runs in their folders, those apart that are complete or have diverged.
+
+    Args:
+        folder: of the sweep.
+        runs: the runs.
+        lock: the sweep's, taken.
+        jobs: how many go side by side; -1 is as many as the cluster has cores for.
+        engine: what carries them out.
+        address: of the cluster; None is one of this machine, for this call.
+        console: where the progress goes.
 
     Raises:
         ConfigError: the engine is not installed or not there.
@@ -184,6 +199,10 @@ def _carry_out_all(
             except BrokenProcessPool:
                 if interrupts:
                     return
+            except Exception:
+                if interrupts:  # it has reached a cluster's processes too
+                    return
+                raise
             # One process died and took the others with it. Which one shows where each is alone.
             suspects = [run for run in runs if state_of(run) in OPEN and _was_left(run)]
             for run in suspects:
@@ -205,10 +224,10 @@ def _parallel(runs: Sequence[RunFolder | ImageFolder], lock: Lock, jobs: int, ba
     where = str(lock.path.absolute())
     parent = os.getpid() if backend == "loky" and jobs > 1 else None
     tasks = (joblib.delayed(carry_out_run)(str(run.path.absolute()), where, lock.word, parent) for run in runs)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
         # the runs are hours long where that of joblib's tuning is seconds
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
-        joblib.Parallel(n_jobs=jobs, backend=backend, batch_size=1)(tasks)
+        joblib.Parallel(batch_size=1)(tasks)
 
 
 @contextlib.contextmanager
@@ -216,40 +235,37 @@ def _backend(engine: Engine, address: str | None, jobs: int) -> Iterator[str]:
     """The name of joblib's backend, with its cluster."""
     if engine == "processes":
         yield "loky"
-    elif engine == "ray":
-        with _ray(address, jobs):
-            yield "ray"
-    else:
-        with _dask(address, jobs):
-            yield "dask"
+        return
+    name = {"ray": "ray", "dask": "distributed"}[engine]
+    try:
+        package = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'engine {engine} is not installed: pip install "tpext[{engine}]"') from error
+    with _CLUSTERS[engine](package, address, jobs):
+        yield engine
 
 
 @contextlib.contextmanager
-def _ray(address: str | None, jobs: int) -> Iterator[None]:
+def _ray(ray: Any, address: str | None, jobs: int) -> Iterator[None]:
+    local = {"num_cpus": jobs, "include_dashboard": False} if address is None else {"address": address}
+    ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
     try:
-        import ray
-        from ray.util.joblib import register_ray
-    except ModuleNotFoundError as error:
-        raise ConfigError('engine ray is not installed: pip install "tpext[ray]"') from error
-    local: dict[str, Any] = {"num_cpus": jobs} if address is None else {"address": address}
-    ray.init(**local, log_to_driver=False, ignore_reinit_error=True)
-    register_ray()
-    try:
+        importlib.import_module("ray.util.joblib").register_ray()
         yield
     finally:
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def _dask(address: str | None, jobs: int) -> Iterator[None]:
-    try:
-        from distributed import Client, LocalCluster
-    except ModuleNotFoundError as error:
-        raise ConfigError('engine dask is not installed: pip install "tpext[dask]"') from error
-    if address is not None:
-        with Client(address):
-            yield
-        return
-    # one run a process: torch's threads and random state are a process's
-    with LocalCluster(n_workers=jobs, threads_per_worker=1, dashboard_address=None) as cluster, Client(cluster):
+def _dask(distributed: Any, address: str | None, jobs: int) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        where = address
+        if where is None:
+            # one run a process: torch's threads and random state are a process's
+            local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+            where = stack.enter_context(distributed.LocalCluster(**local, silence_logs=logging.ERROR))
+        stack.enter_context(distributed.Client(where))
         yield
+
+
+_CLUSTERS = {"ray": _ray, "dask": _dask}

@@ -45,7 +45,7 @@ class Sweep:
     ]
     out: Annotated[Path | None, option("DIR", "sweeps/TASK, or the file's name")] = None
     """Folder of the sweep. Where it holds one, the runs are added."""
-    jobs: Annotated[int | None, option("INT", "as many as there are cores for; 1 on a GPU")] = None
+    jobs: Annotated[int | None, option("INT", "as many as there are cores for; on a GPU 1")] = None
     """Runs side by side. Each has one thread unless --threads says otherwise."""
     engine: Engine = "processes"
     """What carries them out: processes of this machine, or the workers of a Ray or Dask cluster."""
@@ -75,9 +75,7 @@ class Sweep:
             return 0
         with folder.locked() as lock:
             runs = folder.add([self.what, *self.arguments], planned, varied) if planned else folder.folders()
-            configs = [run.read_config() for run in runs]
-            threads = max(config.threads or 1 for config in configs if config is not None)
-            jobs = self.jobs or min(default_jobs(threads, config.device) for config in configs if config is not None)
+            jobs = self.jobs or (-1 if self.address is not None else default_jobs(runs))
             try:
                 carry_out(folder, runs, lock, jobs=jobs, engine=self.engine, address=self.address, console=console)
             finally:

@@ -28,20 +28,22 @@ class SweepProgress:
     Args:
         console: where.
         runs: their folders.
-        jobs: how many go side by side.
+        jobs: how many go side by side; -1 where a cluster says it.
     """
 
     def __init__(self, console: Console, runs: Sequence[RunFolder | ImageFolder], jobs: int) -> None:
         self.console = console
         self.runs = runs
-        self.jobs = jobs
         self.states: dict[str, State] = {run.path.name: state_of(run) for run in runs}
         self.before = self._ended()
         self.started = time.monotonic()
         self.bar: Bar | None = None
         counts = Counter(self.states.values())
         known = ", ".join(f"{number} {state}" for state, number in counts.items() if state != "waiting")
-        say(console, f"{len(runs)} runs{f' ({known} already)' if known else ''}, {jobs} at a time")
+        say(
+            console,
+            f"{len(runs)} runs{f' ({known} already)' if known else ''}{f', {jobs} at a time' if jobs > 0 else ''}",
+        )
         if console.is_terminal and not console.quiet:
             self.bar = Bar(
                 TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
