@@ -142,6 +142,23 @@ def test_what_waits_makes_room(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
 
 
+def test_what_waits_is_bounded_by_what_was_in_use(tmp_path: Path) -> None:
+    """Arrays one at a time, each too large for what waits, as of sequences sorted by their lengths."""
+    program = (
+        "import re, torch\n"
+        "from tpext.ops._memory import new_empty\n"
+        "def mapped(): return int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10\n"
+        "like, before = torch.empty(()), mapped()\n"
+        "for size in range(32, 64): new_empty(like, (size << 18,))\n"
+        "assert mapped() <= before + (2 * 63 + 2 << 20), mapped() - before\n"
+        "places = set()\n"
+        "for turn in range(20):\n"
+        "    for size in (150, 70): places.add(new_empty(like, (size << 18,)).data_ptr())\n"
+        "assert len(places) == 2, 'those that take turns find their memory again'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+
+
 def test_a_forked_process_has_its_own(tmp_path: Path) -> None:
     program = (
         "import os, threading, torch\n"

@@ -19,6 +19,9 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 // Blocks that wait at most: those of some layers. The one that has waited longest goes.
 constexpr int kMostWaiting = 16;
+// And of bytes, with those in use, so many times what was in use at once. A block serves requests of half its size
+// too, so blocks that take turns and serve none of the others' requests are together less than twice the largest.
+constexpr size_t kMostTimesInUse = 2;
 
 bool wanted() {
   static const bool answer = [] {
@@ -28,19 +31,27 @@ bool wanted() {
   return answer;
 }
 
-// Neither is destroyed at exit: tensors may be freed after that.
+// None is destroyed at exit: tensors may be freed after that.
 std::mutex mutex;
 struct {
   LargeMemory blocks[kMostWaiting];  // the longest first
   int count;
+  size_t bytes;
 
   LargeMemory remove(int index) {
     const LargeMemory block = blocks[index];
     for (int i = index + 1; i < count; ++i) blocks[i - 1] = blocks[i];
     --count;
+    bytes -= block.bytes;
     return block;
   }
+
+  void add(LargeMemory block) {
+    blocks[count++] = block;
+    bytes += block.bytes;
+  }
 } waiting;
+size_t in_use, most_in_use;  // bytes
 
 // A child of fork() would find the mutex held for good where another thread had it.
 void keep_over_fork() {
@@ -77,21 +88,28 @@ LargeMemory take_large(size_t bytes) {
   if (!wanted() || bytes == 0 || bytes > SIZE_MAX / 4) return {nullptr, 0};
   keep_over_fork();
   const size_t whole = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  {
-    const std::lock_guard lock(mutex);
-    int best = -1;
-    for (int i = 0; i < waiting.count; ++i) {
-      const size_t size = waiting.blocks[i].bytes;
-      if (size >= whole && size <= 2 * whole && (best < 0 || size <= waiting.blocks[best].bytes)) best = i;
-    }
-    if (best >= 0) return waiting.remove(best);
-  }
-  const LargeMemory mapped = map(whole);
-  if (mapped.data != nullptr) return mapped;
-  // Where address space or commitments are short, those that wait hold some.
   const std::lock_guard lock(mutex);
-  while (waiting.count > 0) unmap(waiting.remove(0));
-  return map(whole);
+  int best = -1;
+  for (int i = 0; i < waiting.count; ++i) {
+    const size_t size = waiting.blocks[i].bytes;
+    if (size >= whole && size <= 2 * whole && (best < 0 || size <= waiting.blocks[best].bytes)) best = i;
+  }
+  LargeMemory taken{nullptr, 0};
+  if (best >= 0) {
+    taken = waiting.remove(best);
+  } else {
+    const size_t then_in_use = in_use + whole, most = then_in_use > most_in_use ? then_in_use : most_in_use;
+    while (waiting.count > 0 && then_in_use + waiting.bytes > kMostTimesInUse * most) unmap(waiting.remove(0));
+    taken = map(whole);
+  }
+  if (taken.data == nullptr) {
+    // Where address space or commitments are short, those that wait hold some.
+    while (waiting.count > 0) unmap(waiting.remove(0));
+    taken = map(whole);
+  }
+  in_use += taken.bytes;
+  if (in_use > most_in_use) most_in_use = in_use;
+  return taken;
 }
 
 void give_back_large(LargeMemory memory) {
@@ -102,7 +120,8 @@ void give_back_large(LargeMemory memory) {
   {
     const std::lock_guard lock(mutex);
     if (waiting.count == kMostWaiting) oldest = waiting.remove(0);
-    waiting.blocks[waiting.count++] = memory;
+    waiting.add(memory);
+    in_use -= memory.bytes;
   }
   if (oldest.data != nullptr) unmap(oldest);
 }

@@ -171,7 +171,8 @@ class RNN(RecurrentLayers):
             with ``return_sequence=False``;
             ``h_n``: ``[num_layers * D, B, H]``, the final state of each layer and direction. With one direction
             ``output`` is the memory that the backward pass reads, not a copy: to change it in place (``mul_``, dropout
-            or relu with ``inplace=True``) change ``output.clone()``. ``h_n`` is a copy.
+            or relu with ``inplace=True``) change ``output.clone()``. ``h_n`` is a copy. On Linux the storage of an
+            output of 32 MiB or more cannot be resized (``untyped_storage().resize_``).
 
         Raises:
             ValueError, RuntimeError: as ``torch.nn.RNN`` for the same input. ``backward()`` raises ``RuntimeError``
