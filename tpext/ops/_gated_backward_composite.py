@@ -208,7 +208,7 @@ def _way_back(
 ) -> Callable[[int, Tensor], Tensor]:
     """What the displacement ``[S, B, n, H]`` of a step of the stretch asks of the states before, as a function."""
     if call.inverse == "jacobian":
-        ridge = _number(reg, derivatives[:, 0, 0])
+        ridge = _number(reg, stretch.h)
         if matrices.norm is None:
             return lambda step, d: _solve(derivatives[:, step], d, matrices.weight, ridge)
         bound, steps = _squared_norm_bound(derivatives, matrices.norm), chebyshev_steps or 0
@@ -232,7 +232,7 @@ def _of_states_before(moves: Tensor, d: Tensor, matrix: Tensor) -> Tensor:
 
 def _of_new_states(derivatives: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """``J y``: by how much a step's states move, ``[S, B, n, H]``, when those before move by ``y``."""
-    gates = torch.bmm(y[:, :, 0], weight.mT).view(*y.shape[:2], -1, y.shape[3])
+    gates = torch.bmm(y[:, :, 0], weight.mT).view(*y.shape[:2], derivatives.shape[3] - 1, y.shape[3])
     return (derivatives * torch.cat([gates, y[:, :, -1:]], 2).unsqueeze(2)).sum(3)
 
 
