@@ -40,7 +40,9 @@ class RegularizedInverse(RecurrentRule):
     Args:
         reg: regularisation of the inverse, >= 0. It penalises the size of the inverse's result; as it grows the
             targets reach fewer steps back, and with ``credit="through_time"`` the weight gradients tend to
-            back-propagation's. 0 asks for the plain inverse, and singular weights raise ``tpext.SingularError``.
+            back-propagation's (of gates under "jacobian" alone, under "cell" as ``slope_reg`` grows: under "branch" a
+            displacement also goes back along the cell's own path, which ``reg`` does not weigh). 0 asks for the plain
+            inverse, and singular weights raise ``tpext.SingularError``.
         target_step: size of the first displacement, ``d_T = -target_step * g_T``, > 0. With the linearised correction
             and ``normalize=True`` it cancels.
         correction: how displacements pass through the inverse, "linearized", "difference" or "none".
