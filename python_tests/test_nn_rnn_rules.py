@@ -61,6 +61,70 @@ def test_published_gradients(credit, suffix):
         assert error < 1e-10, f"{name}: {error:.1e}"
 
 
+@pytest.mark.parametrize("input_rule", ["gradient", "target"])
+@pytest.mark.parametrize("slope", ["inverse", "one"])
+def test_local_targets_at_unit_gain(slope, input_rule):
+    reg, slope_reg = 0.7, 0.3 if slope == "inverse" else 0.0
+    rule = RegularizedInverse(
+        reg=reg, slope=slope, slope_reg=slope_reg, unit_gain=True, credit="local", input_rule=input_rule
+    )
+    rnn = tpext.nn.RNN(I, H, dtype=DOUBLE, rule=rule)
+    x = torch.randn(T, B, I, dtype=DOUBLE, requires_grad=True)
+    states, _ = rnn(x)
+    gradient = torch.randn_like(states)
+    states.backward(gradient)
+
+    def inverse(weight: Tensor) -> Tensor:
+        gram = weight.mT @ weight + reg * torch.eye(weight.shape[1], dtype=DOUBLE)
+        return (1 + reg) * weight @ torch.linalg.inv(gram)
+
+    weight, into = rnn.weight_hh_l0.detach(), rnn.weight_ih_l0.detach()
+    slopes = 1 - states.detach() ** 2
+    passed = (1 + slope_reg) * slopes / (slopes**2 + slope_reg) if slope == "inverse" else torch.ones_like(slopes)
+    d, db, dx = torch.zeros(B, H, dtype=DOUBLE), torch.zeros(H, dtype=DOUBLE), torch.zeros_like(x)
+    for t in reversed(range(T)):
+        d = d - gradient[t]
+        local = -d * slopes[t]
+        db += local.sum(0)
+        dx[t] = local @ into if input_rule == "gradient" else -(d * passed[t]) @ inverse(into)
+        d = d * passed[t] @ inverse(weight)
+    torch.testing.assert_close(rnn.bias_ih_l0.grad, db)
+    torch.testing.assert_close(x.grad, dx)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_unit_gain_tends_to_back_propagation(cell):
+    """Under either credit, where the regularised inverse alone tends to no credit at all."""
+    net = getattr(tpext.nn, cell)(I, H, bidirectional=True, dtype=DOUBLE, rule=Backprop())
+    x = torch.randn(T, B, I, dtype=DOUBLE)
+
+    def gradients() -> dict[str, Tensor]:
+        net.zero_grad()
+        torch.manual_seed(7)
+        output, _ = net(x)
+        output.backward(torch.randn_like(output))
+        return {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
+
+    exact = gradients()
+    regs = {"reg": (1e12, 2e12), **({"slope_reg": (1e12, 2e12)} if cell == "RNN" else {})}
+    net.rule = RegularizedInverse(credit="local", unit_gain=True, **regs)
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, exact[name], rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("cell", "options", "message"),
+    [
+        ("RNN", {"correction": "difference"}, "unit_gain needs correction='linearized', got correction='difference'"),
+        ("GRU", {"inverse": "cell", "slope_reg": 1.0}, "unit_gain of a rule needs inverse='branch' and slopes"),
+        ("LSTM", {"candidate_slope": "one"}, "unit_gain of a rule needs inverse='branch' and slopes 'derivative'"),
+    ],
+)
+def test_unit_gain_where_it_has_no_meaning_is_named(cell, options, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(unit_gain=True, **options))
+
+
 @pytest.mark.parametrize("correction", ["linearized", "difference"])
 def test_infinite_regularisation_is_back_propagation(correction):
     rnn = tpext.nn.RNN(I, H, 2, bidirectional=True, dtype=DOUBLE, rule=Backprop())

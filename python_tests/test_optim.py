@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from tpext.optim import CentredRMSprop, TensorFlowRMSprop
+import tpext
+from tpext.optim import CentredRMSprop, TensorFlowRMSprop, keep_orthogonal, orthogonalize_
 
 OPTIMIZERS = [TensorFlowRMSprop, CentredRMSprop]
 
@@ -150,3 +151,64 @@ def test_constant_gradients_stay_finite() -> None:
         parameter.grad = gradient.clone()
         optimizer.step()
     assert parameter.isfinite().all()
+
+
+@pytest.mark.parametrize("gates", [1, 3])
+def test_newton_schulz_steps_go_to_the_nearest_orthogonal_matrices(gates: int) -> None:
+    weight = torch.cat([torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0] for _ in range(gates)])
+    weight += 0.01 * torch.randn_like(weight)
+    nearest = []
+    for gate in weight.split(6):
+        left, _, right = torch.linalg.svd(gate)
+        nearest.append(left @ right)
+    errors = []
+    for _ in range(4):
+        errors.append((weight - torch.cat(nearest)).abs().max().item())
+        assert orthogonalize_(weight, 1) is weight
+    assert errors[0] > 0.005
+    # each step squares the error
+    for before, after in itertools.pairwise(errors):
+        assert after < 10 * before**2 + 1e-14
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+        lambda parameters: torch.optim.Adam(parameters, lr=0.01, fused=True),
+        lambda parameters: CentredRMSprop(parameters, lr=1e-3),
+    ],
+    ids=["SGD", "Adam", "CentredRMSprop"],
+)
+def test_weights_stay_orthogonal_under_any_optimizer(make: Any) -> None:
+    random = torch.Generator().manual_seed(1)
+    gru = tpext.nn.GRU(3, 8, rule=tpext.Backprop())
+    for gate in gru.weight_hh_l0.data.split(8):
+        torch.nn.init.orthogonal_(gate)
+    before, other = gru.weight_hh_l0.detach().clone(), gru.weight_ih_l0.detach().clone()
+    optimizer = make(gru.parameters())
+    handle = keep_orthogonal(optimizer, [gru.weight_hh_l0])
+
+    def step() -> float:
+        optimizer.zero_grad()
+        gru(torch.randn(5, 4, 3, generator=random))[0].square().sum().backward()
+        optimizer.step()
+        gates = gru.weight_hh_l0.detach().view(3, 8, 8)
+        return float((gates.mT @ gates - torch.eye(8)).abs().max())
+
+    assert max(step() for _ in range(20)) < 1e-3
+    for weight, then in ((gru.weight_hh_l0, before), (gru.weight_ih_l0, other)):
+        assert (weight - then).abs().max() > 0.02
+    handle.remove()
+    assert max(step() for _ in range(20)) > 0.01
+
+
+def test_what_cannot_be_orthogonal_is_named() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 3))], lr=0.1)
+    for weight, steps, message in (
+        (torch.zeros(2, 3), 2, r"weight must be \[G H, H\], got \[2, 3\]"),
+        (torch.zeros(3, 3, dtype=torch.float16), 2, "weight must be of float32 or float64, got torch.float16"),
+        (torch.zeros(3, 3), 0, "steps must be an integer >= 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            keep_orthogonal(optimizer, [weight], steps)

@@ -118,6 +118,8 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
             {"cell": "gru", "forget_bias": 1.0},
             "forget_bias belongs to a cell with a forget gate, which cell=gru has not",
         ),
+        ({"init": "torch", "orthogonal": True}, "orthogonal needs init=orthogonal, to begin with, got init=torch"),
+        ({"task": "mnist-mlp", "orthogonal": True}, "orthogonal does not belong to mnist-mlp, got True"),
         ({"task": "mnist-mlp", "forget_bias": 1.0}, "forget_bias does not belong to mnist-mlp, got 1"),
         ({"threads": 1025}, "threads must be at most 1024, got 1025"),
         ({"seed": 2**64}, "seed must be at most 18446744073709551615"),
@@ -129,8 +131,11 @@ def test_default_preset_is_the_published_one_with_fewer_iterations() -> None:
         ({"length": 61, "preset": "published"}, "no settings were published .*length=61"),
         ({"task": "adding", "length": 60, "preset": "published"}, "no settings were published .*length=60"),
         ({"task": "sequential-mnist", "chunk": 28, "preset": "published"}, "no settings were published .*chunk=28"),
-        ({"preset": "best"}, "preset must be one of default, faust, lee, published, seely, got 'best'"),
-        ({"preset": "lee"}, r"preset=lee, task=temporal-order, length=60, .* \(presets there: default, published\)"),
+        ({"preset": "best"}, "preset must be one of default, faust, lee, long-range, published, seely, got 'best'"),
+        (
+            {"preset": "lee"},
+            r"preset=lee, task=temporal-order, length=60, .* \(presets there: default, long-range, published\)",
+        ),
         (
             {"rule": DTP},
             rf"rule={DTP} does not belong to temporal-order \(rules of that task: {', '.join(SEQUENCE_RULES)}; one of "
@@ -272,7 +277,7 @@ def test_a_configuration_of_an_earlier_version_is_read(task: str, options: dict[
     if task == "permuted-mnist":
         values["length"] = 28
     values |= {"task": task, "rule": {"name": values["rule"]["name"], **values["rule"]["options"]}}
-    del values["forget_bias"]
+    del values["forget_bias"], values["orthogonal"]
     assert Config.from_dict(json.loads(json.dumps(values))) == config
 
 
@@ -298,6 +303,17 @@ def test_forget_gates_start_with_their_bias(init: Any) -> None:
             # torch's rows: i, f, g, o; both biases act as their sum
             expected[H : 2 * H] = 1.5 if "bias_ih" in name else 0.0
         assert torch.equal(ours, expected), name
+
+
+@pytest.mark.parametrize("rule", ["regularized-inverse", "backprop"])
+def test_long_range_settings_keep_recurrent_weights_orthogonal(rule: Any, tmp_path: Path) -> None:
+    config = small(rule=rule, preset="long-range", lr=0.02)
+    assert (config.optimizer, config.momentum, config.orthogonal) == ("adam", 0.0, True)
+    train(config, tmp_path)
+    weight = checkpoint(tmp_path)["model"]["rnn.weight_hh_l0"]
+    begin = make_model(config, config.make_task()).get_parameter("rnn.weight_hh_l0")
+    assert (weight - begin).abs().max() > 0.03
+    torch.testing.assert_close(weight.mT @ weight, torch.eye(len(weight)), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("rule", ["regularized-inverse", "learned-inverse"])

@@ -64,6 +64,10 @@ class Config:
     forget_bias: float | None = described(
         "Bias that forget gates start with, in place of what --init gives; 1 keeps them open (cell lstm)."
     )
+    orthogonal: bool = described(
+        "Keep recurrent weights orthogonal, those of each gate by themselves: two Newton-Schulz steps after each step "
+        "(init orthogonal)."
+    )
     reference_compat: bool = described(
         "Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."
     )
@@ -166,6 +170,7 @@ class Config:
             for size in self.sizes:
                 check_integer("sizes", size, 1)
             self._check_belongs("forget_bias", None)
+            self._check_belongs("orthogonal", False)
             if self.precision == "bf16":
                 raise ConfigError(f"precision of {self.task_name} must be 32 or 64, got bf16")
             if self.tied:
@@ -182,6 +187,8 @@ class Config:
             )
         if self.forget_bias is not None and CELLS[self.cell].forget_gate is None:
             raise ConfigError(f"forget_bias belongs to a cell with a forget gate, which cell={self.cell} has not")
+        if self.orthogonal and self.init != "orthogonal":
+            raise ConfigError(f"orthogonal needs init=orthogonal, to begin with, got init={self.init}")
         if self.init == "xavier":
             raise ConfigError(f"init of {self.task_name} must be orthogonal or torch, got xavier")
 
@@ -317,7 +324,7 @@ class Config:
                 values["task"] = {"name": values["task"], "options": options}
             if "cell" not in values:  # earlier versions had one
                 values["cell"] = None if values["hidden_size"] is None else "rnn"
-            values.setdefault("forget_bias", None)
+            values = {"forget_bias": None, "orthogonal": False, **values}
             sizes = None if values["sizes"] is None else tuple(values["sizes"])
             task, rule = task_names.task_from_dict(values["task"]), rule_names.rule_from_dict(values["rule"])
             return cls(**{**values, "task": task, "rule": rule, "sizes": sizes})

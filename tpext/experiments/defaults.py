@@ -22,6 +22,7 @@ RUN: dict[str, Any] = {
     "nonlinearity": "tanh",
     "init": "orthogonal",
     "forget_bias": None,
+    "orthogonal": False,
     "reference_compat": False,
     "tied": False,
     "lr": RATE,

@@ -22,7 +22,7 @@ from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder, w
 from tpext.experiments.settings import ConfigError
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy
-from tpext.optim import CentredRMSprop, TensorFlowRMSprop
+from tpext.optim import CentredRMSprop, TensorFlowRMSprop, keep_orthogonal
 from tpext.tasks import Batch
 
 if TYPE_CHECKING:
@@ -120,6 +120,9 @@ class _Run(Run[Config, Row, Result]):
         self.scales = local_scales(self.model, config)
         groups = [{"params": hidden, "lr": config.lr}, {"params": head, "lr": config.head_lr}]
         self.optimizer = make_optimizer(config, groups)
+        if config.orthogonal:
+            names = (name for name, _ in self.model.named_parameters() if "weight_hh" in name)
+            keep_orthogonal(self.optimizer, [self.model.get_parameter(name) for name in names])
         self.reverse_optimizer = (
             make_optimizer(config, [{"params": reverse, "lr": config.reverse_lr}]) if config.rule.learns else None
         )

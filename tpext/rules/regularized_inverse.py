@@ -61,6 +61,11 @@ class RegularizedInverse(RecurrentRule):
             ``a'`` of the state itself, as in back-propagation; for "one" 1.
         slope_reg: regularisation of slope "inverse", >= 0, as ``reg`` is the matrix's. Units near the edges of the
             range, whose exact inverse explodes, pass little. ``inverse="cell"`` needs it > 0.
+        unit_gain: True scales the inverses such that what is orthogonal, and units of slope 1, pass displacements at
+            their size, whatever the regularisation: ``P = (1 + reg) W (W^T W + reg I)^-1`` and ``D = (1 + slope_reg) a'
+            / (a'^2 + slope_reg)``. Each regularised step shrinks a displacement otherwise, and local targets are gone
+            after a few. As ``reg`` and ``slope_reg`` grow it becomes back-propagation, under either credit. With the
+            linearised correction; of gates under "branch" with slopes "derivative".
         inverse: how a displacement goes back through a cell with gates (GRU, LSTM): "branch", "cell" or "jacobian".
             "branch": each gate k takes it back for itself, by its slope and ``M_k = W_k (W_k^T W_k + reg I)^-1``, and
             what the gates find is added up (:mod:`tpext.ops.gated_layer` has the equations). "cell": the move of least
@@ -99,6 +104,7 @@ class RegularizedInverse(RecurrentRule):
     input_rule: InputRule = "gradient"
     slope: Slope = "inverse"
     slope_reg: PerMember = number(0.0, low=0.0, low_allowed=True)
+    unit_gain: bool = False
     inverse: GatedInverse = "branch"
     gate_slope: Slope = "derivative"
     candidate_slope: Slope = "derivative"
@@ -109,6 +115,8 @@ class RegularizedInverse(RecurrentRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         name, steps = type(self).__name__, self.chebyshev_steps
+        if self.unit_gain and self.correction != "linearized":
+            raise ValueError(f"{name}: unit_gain needs correction='linearized', got correction={self.correction!r}")
         if self.inverse == "jacobian" and not all(as_list(self.reg)):
             raise ValueError(f"{name}: reg must be > 0 for inverse='jacobian', got {self.reg!r}")
         if steps is not None and (not is_integer(steps) or steps < 1 or self.inverse != "jacobian"):
@@ -128,6 +136,12 @@ class RegularizedInverse(RecurrentRule):
             if getattr(self, name) != default:
                 others = "gate_slope and candidate_slope" if gates > 1 else "slope"
                 raise ValueError(f"{kind}: {name} of a rule has no effect here, where there is {others}, got {self}")
+        if gates > 1 and self.unit_gain:
+            ways = (self.inverse, self.gate_slope, self.candidate_slope)
+            if ways != ("branch", "derivative", "derivative"):
+                raise ValueError(
+                    f"{kind}: unit_gain of a rule needs inverse='branch' and slopes 'derivative' here, got {self}"
+                )
         has_reg = self.inverse == "cell" or "inverse" in (self.gate_slope, self.candidate_slope)
         if gates > 1 and any(as_list(self.slope_reg)) and not has_reg:
             raise ValueError(
@@ -146,15 +160,26 @@ class RegularizedInverse(RecurrentRule):
             # made of the weights themselves
             return weight_hh
         if gates == 1 or self.inverse == "cell":
-            return regularized_inverse(weight_hh, self.reg).mT
+            return self._scaled(regularized_inverse(weight_hh, self.reg).mT, gates)
         of_gates = weight_hh.reshape(-1, weight_hh.shape[2], weight_hh.shape[2])
         reg = self.reg
         if isinstance(reg, tuple):
             reg = tuple(of_member for of_member in reg for _ in range(gates))
-        return regularized_inverse(of_gates, reg).mT.reshape(weight_hh.shape)
+        return self._scaled(regularized_inverse(of_gates, reg).mT.reshape(weight_hh.shape), gates)
 
     def start_gated_sweep(self, layer: GatedWeights) -> Sweep:
         return self._gated_sweep(layer, (self.reg, self.chebyshev_steps) if self.inverse == "jacobian" else None)
 
     def input_feedback(self, weight_ih: Tensor) -> Tensor:
-        return regularized_inverse(weight_ih, self.reg).mT
+        return self._scaled(regularized_inverse(weight_ih, self.reg).mT, gates=1)
+
+    def _scaled(self, inverses: Tensor, gates: int) -> Tensor:
+        """The inverses of members, at unit gain if that is asked for, the slope's share of it included."""
+        if not self.unit_gain:
+            return inverses
+        regs = as_list(self.reg)
+        slope_regs = as_list(self.slope_reg) if gates == 1 and self.slope == "inverse" else [0.0]
+        count = max(len(regs), len(slope_regs))
+        each = zip(regs * (count // len(regs)), slope_regs * (count // len(slope_regs)), strict=True)
+        gains = [(1 + reg) * (1 + slope_reg) for reg, slope_reg in each]
+        return inverses * (gains[0] if count == 1 else inverses.new_tensor(gains).view(-1, 1, 1))

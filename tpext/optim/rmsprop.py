@@ -1,4 +1,4 @@
-"""The optimizers of published target propagation codes that ``torch.optim`` lacks: two variants of RMSProp.
+"""Two variants of RMSProp, of published target propagation codes.
 
 Both divide by ``sqrt(v + eps)``, the small number inside the root, where ``torch.optim.RMSprop`` divides by ``sqrt(v) +
 eps``; both keep the learning rate inside the momentum's sum. Everything else is ``torch.optim.Optimizer``'s: parameter
