@@ -1,4 +1,4 @@
-"""The commands ``tpext train``, ``sweep``, ``compare``, ``figure``, ``tasks`` and ``info``."""
+"""The commands ``tpext train``, ``sweep``, ``reproduce``, ``compare``, ``figure``, ``tasks`` and ``info``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import Interrupted
 from tpext.experiments.presets import Case, presets_of
 from tpext.experiments.progress import say
+from tpext.experiments.reproduce_command import Reproduce
 from tpext.experiments.rule_names import (
     LAYER_RULES,
     SEQUENCE_RULES,
@@ -157,6 +158,7 @@ class Info:
 Command: Any = (
     Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Reproduce, tyro.conf.subcommand("reproduce")]
     | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[FigureCommand, tyro.conf.subcommand("figure")]
     | Annotated[Tasks, tyro.conf.subcommand("tasks")]

@@ -46,6 +46,8 @@ PATHS = ("data_dir", "file")
 """Options whose commas and dots are a path's."""
 NOT_SWEPT = ("out", "resume")
 """Options of ``tpext train`` that a sweep has no use for: each run has a folder of its own, and resumes."""
+OF_RECIPES = ("title", "label", "select", "quick")
+"""What a file may have besides, for ``tpext reproduce``."""
 NAME_LENGTH = 150
 
 
@@ -115,6 +117,20 @@ def read_file(path: Path) -> tuple[str, list[dict[str, Any]]]:
     Raises:
         ConfigError: it cannot be read, or has no task.
     """
+    values = load_file(path)
+    grids = [{**values, **grid} for grid in values.pop("grid")]
+    return values["task"], [
+        grid_of_table({name: value for name, value in grid.items() if name not in ("task", *OF_RECIPES)})
+        for grid in grids
+    ]
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """Return what a sweep's file has: a task, options, and ``grid``, at least one table of options.
+
+    Raises:
+        ConfigError: it cannot be read, or has no task.
+    """
     try:
         text = path.read_text()
         values = tomllib.loads(text) if path.suffix == ".toml" else yaml.safe_load(text)
@@ -122,11 +138,10 @@ def read_file(path: Path) -> tuple[str, list[dict[str, Any]]]:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, Mapping) or not isinstance(values.get("task"), str):
         raise ConfigError(f"{path} must have a task, and options beside it")
-    shared = {name: value for name, value in values.items() if name not in ("task", "grid")}
     tables = values.get("grid", [{}])
-    if not isinstance(tables, list) or not all(isinstance(table, Mapping) for table in tables):
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, Mapping) for table in tables):
         raise ConfigError(f"{path}: grid must be tables of options, [[grid]], got {tables!r}")
-    return values["task"], [grid_of_table({**shared, **table}) for table in tables]
+    return {**values, "grid": tables}
 
 
 def _words_of(name: str, value: Any) -> list[Words]:

@@ -1,0 +1,122 @@
+"""Results from their recipes: the runs, the table of methods, the picture of each method at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from rich.console import Console
+
+from tpext.experiments.figures import draw_comparison
+from tpext.experiments.recipes import Recipe
+from tpext.experiments.run_folder import RunError, write_whole
+from tpext.experiments.runs import AnyFolder, state_of
+from tpext.experiments.sweep import carry_out, default_jobs
+from tpext.experiments.sweep_folder import SweepFolder
+from tpext.experiments.sweep_plan import AnyConfig, identity, plan
+
+SOLVED = 0.99
+"""The accuracy from which on a task counts as solved: when a method first gets there is in the table."""
+
+
+class Product(NamedTuple):
+    """What came of a recipe: the table's and the pictures' files, one picture for each task and length."""
+
+    table: Path
+    pictures: list[Path]
+
+
+def reproduce(recipe: Recipe, out: str | Path, *, jobs: int | None = None, console: Console) -> Product:
+    """Carry out the runs of a recipe in the folder of a sweep, and write its table and its pictures there.
+
+    What is complete is not run again. The table has a row for each method and value of the selected option: how many
+    runs, the accuracy of the last iteration (mean, least, greatest), and after how many iterations the accuracy was
+    first at least 99 %, the mean of the runs that got there. A method's best value is that of the greatest mean
+    accuracy over all evaluations of its runs, the area under its curve. A run that diverged counts as zero.
+
+    Args:
+        recipe: of :func:`tpext.experiments.recipes.read_recipe`.
+        out: the folder; where a sweep was stopped in it, it goes on.
+        jobs: runs side by side; None is as many as there are cores for.
+        console: where the progress goes.
+
+    Raises:
+        ConfigError: a combination of options is no run.
+        RunError: the folder cannot be used; or a run failed, for another reason than that its numbers diverged.
+        MissingDataError: the task's data is not there.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP: the same call goes on from there.
+    """
+    folder = SweepFolder(out)
+    labels: dict[str, str] = {}
+    for label, grid in recipe.grids.items():
+        for run in plan(recipe.task, [grid])[0]:
+            labels.setdefault(identity(run.config), label)
+    planned, varied = plan(recipe.task, list(recipe.grids.values()))
+    planned = [replace(run, config=replace(run.config, threads=run.config.threads or 1)) for run in planned]
+    with folder.locked() as lock:
+        runs = folder.add([recipe.title], planned, varied)
+        carry_out(folder, runs, lock, jobs=jobs or default_jobs(runs), console=console)
+    failed = [run for run in runs if state_of(run) == "failed"]
+    if failed:
+        raise RunError(f"{len(failed)} of {len(runs)} runs failed, see {failed[0].failure} first")
+    methods = [labels[identity(run.config)] for run in planned]
+    return write_product(recipe, folder.path, zip(methods, runs, strict=True))
+
+
+def write_product(recipe: Recipe, out: Path, runs: Iterable[tuple[str, AnyFolder]]) -> Product:
+    """Write table.csv's summary methods.csv and the pictures of finished runs, given with their methods."""
+    rows = [_row(recipe, method, run) for method, run in runs]
+    frame = pd.DataFrame(rows)
+    keys = ["task", "method", *([recipe.select] if recipe.select is not None else [])]
+    groups = frame.groupby(keys, sort=False, dropna=False)
+    table = groups.agg(
+        runs=("accuracy", "size"),
+        diverged=("diverged", "sum"),
+        accuracy=("accuracy", "mean"),
+        least=("accuracy", "min"),
+        greatest=("accuracy", "max"),
+        area=("area", "mean"),
+        solved=("solved", "count"),
+        solved_at=("solved", "mean"),
+        seconds=("seconds", "mean"),
+    ).reset_index()
+    best = table.loc[table.groupby(["task", "method"], sort=False).area.idxmax()]
+    table["best"] = table.index.isin(best.index)
+    path = out / "methods.csv"
+    write_whole(path, table.to_csv(index=False, float_format="%.6g").encode())
+    pictures = []
+    for number, (task, chosen) in enumerate(best.groupby("task", sort=False)):
+        shown: dict[str, list[str | Path]] = {}
+        for _, row in chosen.iterrows():
+            same = (frame[keys] == row[keys]).all(axis=1)
+            value = "" if recipe.select is None else f", {recipe.select} {row[recipe.select]:g}"
+            shown[f"{row.method}{value}"] = list(frame.folder[same])
+        name = "curves.png" if number == 0 else f"curves-{number + 1}.png"
+        pictures.append(draw_comparison(shown, out / name, title=f"{recipe.title}: {task}"))
+    return Product(path, pictures)
+
+
+def _row(recipe: Recipe, method: str, run: AnyFolder) -> dict[str, Any]:
+    config: AnyConfig | None = run.read_config()
+    rows = run.read_rows()
+    if config is None or not rows:
+        raise RunError(f"{run.path} holds no run with an evaluation")
+    later = rows[1:] or rows
+    # a run that diverged has learned nothing, whatever it had before
+    diverged = state_of(run) == "diverged"
+    reached = [row.iteration for row in later if row.accuracy >= SOLVED]
+    selected = {} if recipe.select is None else {recipe.select: config.options().get(recipe.select)}
+    return {
+        "task": config.title,
+        "method": method,
+        **selected,
+        "folder": run.path,
+        "diverged": diverged,
+        "accuracy": 0.0 if diverged else rows[-1].accuracy,
+        "area": 0.0 if diverged else sum(row.accuracy for row in later) / len(later),
+        "solved": None if diverged or not reached else reached[0],
+        "seconds": rows[-1].seconds,
+    }

@@ -1,0 +1,67 @@
+"""The command ``tpext reproduce``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from tpext.experiments.options import DataFolder, Integer, Switch, option
+from tpext.experiments.progress import say
+from tpext.experiments.settings import ConfigError
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Make a result of the documents anew: its runs, the table of its methods, its picture.
+
+    The same command goes on where it was stopped. Without a name, the recipes are listed.
+    """
+
+    recipe: Annotated[
+        tyro.conf.Positional[str | None],
+        tyro.conf.arg(metavar="NAME", help="Of a recipe, or the path of a file of your own, .toml or .yaml."),
+    ] = None
+    out: Annotated[Path | None, option("DIR", "reproduced/NAME, of the quick version NAME-quick")] = None
+    """Folder of its sweep, table and picture."""
+    quick: Switch = False
+    """Fewer seeds and iterations, some minutes on two cores; what it shows is less."""
+    jobs: Annotated[Integer, option("INT", "as many as there are cores for")] = None
+    """Runs side by side, of one thread each."""
+    data_dir: DataFolder = None
+    """Folder with the images' files."""
+    file: Annotated[Path | None, option("FILE", "none")] = None
+    """The text, of recipes that learn one."""
+
+    def carry_out(self, console: Console) -> int:
+        # here, as pandas and joblib take longer to load than a help text to print
+        from tpext.experiments.recipes import RECIPES, read_recipe
+        from tpext.experiments.reproduce import reproduce
+
+        if self.recipe is None:
+            width = max(map(len, RECIPES))
+            for name, path in RECIPES.items():
+                say(console, f"{name:<{width}}  {read_recipe(path).title}")
+            return 0
+        path = RECIPES.get(self.recipe, Path(self.recipe))
+        if path.suffix not in (".toml", ".yaml", ".yml"):
+            raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, or a file, got {self.recipe!r}")
+        if self.jobs is not None and self.jobs < 1:
+            raise ConfigError(f"jobs must be an integer >= 1, got {self.jobs}")
+        given = {
+            name: [(str(value.absolute()),)]
+            for name, value in (("data_dir", self.data_dir), ("file", self.file))
+            if value is not None
+        }
+        recipe = read_recipe(path, given, quick=self.quick)
+        if self.quick:
+            recipe = replace(recipe, title=f"{recipe.title} (quick)")
+        out = self.out or Path("reproduced") / f"{path.stem}{'-quick' if self.quick else ''}"
+        product = reproduce(recipe, out, jobs=self.jobs, console=console)
+        say(console, f"table: {product.table}")
+        for picture in product.pictures:
+            say(console, f"picture: {picture}")
+        return 0
