@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import tpext
 from tpext import Backprop, ConstrainedLeastSquares, DifferenceTargetPropagation, Kaczmarz, RegularizedLeastSquares
-from tpext.diagnostics import layer_diagnostics
+from tpext.diagnostics import layer_diagnostics, recurrent_angles
 from tpext.nn import MLP, TargetLinear
 
 DOUBLE = torch.float64
@@ -165,3 +166,42 @@ def test_units_without_a_slope_are_refused() -> None:
     net = MLP([4, 6, 3], "n_hot", rule=Kaczmarz())
     with pytest.raises(ValueError, match="layer_diagnostics: back-propagation does not pass the units of layer '0'"):
         layer_diagnostics(net, square(torch.randn(7, 4)))
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+def test_recurrent_angles_are_those_of_the_gradients(cell: str) -> None:
+    rule = tpext.RegularizedInverse(reg=0.5, credit="local")
+    rnn = getattr(tpext.nn, cell)(3, 4, 2, dropout=0.3, rule=rule)
+    model = nn.Sequential(rnn)
+    input = torch.randn(6, 5, 3, dtype=torch.float64)
+
+    def loss(model: nn.Module) -> Tensor:
+        return model(input)[0].square().sum()
+
+    state = torch.get_rng_state()
+    angles = recurrent_angles(model, loss)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert rnn.rule is rule
+    gradients = []
+    for of in (rule, tpext.Backprop()):
+        net = copy.deepcopy(model).double()
+        net[0].rule = of
+        torch.set_rng_state(state)
+        loss(net).backward()
+        gradients.append({name: parameter.grad for name, parameter in net.named_parameters()})
+    assert list(angles) == [name for name, _ in model.named_parameters()]
+    for name, exact in gradients[1].items():
+        ours = gradients[0][name]
+        cosine = float((ours * exact).sum() / ours.norm() / exact.norm())
+        assert angles[name].angle == pytest.approx(math.degrees(math.acos(min(1.0, cosine))), abs=1e-5)
+        assert angles[name].distance == pytest.approx(float((ours - exact).norm() / exact.norm()))
+
+
+def test_recurrent_angles_need_a_recurrent_layer() -> None:
+    with pytest.raises(ValueError, match=r"recurrent_angles: model must have a tpext\.nn\.RNN, GRU or LSTM"):
+        recurrent_angles(nn.Linear(2, 2), lambda net: torch.zeros(()))
+    with pytest.raises(TypeError, match=r"recurrent_angles: model must be a torch\.nn\.Module, got int"):
+        recurrent_angles(3, lambda net: torch.zeros(()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="recurrent_angles: the value of loss must be a tensor, got float"):
+        recurrent_angles(tpext.nn.RNN(2, 2), lambda net: 1.0)  # type: ignore[arg-type,return-value]

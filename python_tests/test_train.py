@@ -14,7 +14,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
-from runs import SMALL, assert_last_good, checkpoint, metrics, small
+from runs import SMALL, assert_last_good, assert_same_run, checkpoint, metrics, small
 from test_tasks import write_mnist
 
 import tpext
@@ -23,7 +23,7 @@ from tpext.experiments import train as train_module
 from tpext.experiments.figures import draw_comparison, draw_run
 from tpext.experiments.model import SequenceModel, make_model
 from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
-from tpext.experiments.run_folder import RunError, RunFolder, differences
+from tpext.experiments.run_folder import Row, RunError, RunFolder, differences
 from tpext.experiments.train import DivergedError, train
 from tpext.tasks import make_task
 from tpext.tasks.toys import ToyName
@@ -314,6 +314,21 @@ def test_long_range_settings_keep_recurrent_weights_orthogonal(rule: Any, tmp_pa
     begin = make_model(config, config.make_task()).get_parameter("rnn.weight_hh_l0")
     assert (weight - begin).abs().max() > 0.03
     torch.testing.assert_close(weight.mT @ weight, torch.eye(len(weight)), rtol=0, atol=1e-3)
+
+
+def test_a_callback_sees_each_evaluation_and_changes_nothing(tmp_path: Path) -> None:
+    config = small(rule="learned-inverse", noise=0.1)
+    seen = []
+
+    def callback(row: Row, model: torch.nn.Module) -> None:
+        torch.rand(3)  # of its own
+        seen.append((row.iteration, model.training, sum(float(p.detach().sum()) for p in model.parameters())))
+
+    train(config, tmp_path / "watched", callback=callback)
+    train(config, tmp_path / "alone")
+    assert [iteration for iteration, *_ in seen] == [0, 6, 12, 18, 20]
+    assert len({total for *_, total in seen}) == 5
+    assert_same_run(tmp_path / "watched", tmp_path / "alone")
 
 
 @pytest.mark.parametrize("rule", ["regularized-inverse", "learned-inverse"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from tpext.feedback.trainer import weight_alignment
 from tpext.nn.linear import TargetLinear
+from tpext.nn.recurrent import RecurrentLayers
 from tpext.nn.sequential import TargetSequential
 from tpext.ops._library import check_tensor
 from tpext.rules import Backprop
@@ -158,7 +159,7 @@ def _compare(
 
 @dataclass(frozen=True)
 class GradientAngle:
-    """How a block's gradient compares with back-propagation's, as :func:`gradient_angles` gives it.
+    """How a gradient compares with back-propagation's, as :func:`gradient_angles` and :func:`recurrent_angles` give it.
 
     Attributes:
         angle: between the two, in degrees; nan if one is zero.
@@ -217,6 +218,64 @@ def gradient_angles(
         with torch.random.fork_rng(), torch.enable_grad():
             found.append(_block_gradients(one, input.double(), target, loss))
     return {name: _gradient_angle(found[0][name], exact) for name, exact in found[1].items()}
+
+
+def recurrent_angles(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, GradientAngle]:
+    """Compare the gradients of a model's recurrent layers with back-propagation's.
+
+    The passes run on copies of the model in float64, with the same random numbers: model, gradients and random state
+    stay as they are. Back-propagation takes the place of the rule in every layer, so what a layer's rule hands to the
+    layers below it shows in theirs.
+
+    Args:
+        model: any model with :class:`tpext.nn.RNN`, :class:`tpext.nn.GRU` or :class:`tpext.nn.LSTM` in it, or one of
+            them.
+        loss: takes a model, in float64, and returns the scalar loss; it must use the model that it is given.
+
+    Returns:
+        By the names of the layers' parameters, those of a rule's own apart; in their order.
+
+    Raises:
+        ValueError: the model has no such layer.
+        TypeError: ``model`` is no module.
+
+    >>> import tpext
+    >>> rnn = tpext.nn.RNN(3, 8, rule=tpext.RegularizedInverse(reg=1e9))  # back-propagation, nearly
+    >>> input = torch.randn(5, 2, 3, dtype=torch.float64)
+    >>> angles = recurrent_angles(rnn, lambda rnn: rnn(input)[0].sum())
+    >>> list(angles), angles["weight_hh_l0"].angle < 1e-3
+    (['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0'], True)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"recurrent_angles: model must be a torch.nn.Module, got {type(model).__name__}")
+    by_rule, by_backprop = copy.deepcopy(model).double(), copy.deepcopy(model).double()
+    if not any(isinstance(module, RecurrentLayers) for module in by_rule.modules()):
+        raise ValueError(f"recurrent_angles: model must have a tpext.nn.RNN, GRU or LSTM, got {type(model).__name__}")
+    for module in by_backprop.modules():
+        if isinstance(module, RecurrentLayers):
+            # past the setter, which guards the parameters that an optimizer has
+            module._rule = Backprop()
+    found = []
+    for net in (by_rule, by_backprop):
+        with torch.random.fork_rng():
+            found.append(_recurrent_gradients(net, loss))
+    gradients, exact = found
+    return {name: _gradient_angle(gradient, exact[name]) for name, gradient in gradients.items() if name in exact}
+
+
+def _recurrent_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    named = {
+        f"{name}.{key}" if name else key: parameter.requires_grad_()
+        for name, module in model.named_modules()
+        if isinstance(module, RecurrentLayers)
+        for key, parameter in module.named_parameters()
+        if key not in module.owned_names
+    }
+    with torch.enable_grad():
+        value = loss(model)
+    check_tensor("recurrent_angles", "the value of loss", value)
+    grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
+    return dict(zip(named, grads, strict=True))
 
 
 def feedback_angles(net: TargetSequential, input: Tensor) -> dict[str, float]:

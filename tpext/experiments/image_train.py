@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.nn import functional
 
 from tpext.diagnostics import feedback_angles, gradient_angles
@@ -127,6 +128,7 @@ def train_images(
     resume: bool = False,
     console: Console | None = None,
     stop: Callable[[], bool] | None = None,
+    callback: Callable[[ImageRow, nn.Module], None] | None = None,
 ) -> ImageResult:
     """Run a configuration in a folder, to its last iteration.
 
@@ -138,7 +140,8 @@ def train_images(
     Args, raises: as :func:`tpext.experiments.train.train`.
     """
     threads = config.threads or default_threads(config)
-    return carry_out(_Run, config, ImageFolder(out), threads=threads, resume=resume, console=console, stop=stop)
+    options: dict[str, Any] = {"threads": threads, "resume": resume, "console": console}
+    return carry_out(_Run, config, ImageFolder(out), **options, stop=stop, callback=callback)
 
 
 def default_threads(config: ImageConfig) -> int:

@@ -162,6 +162,7 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         self.losses: list[float] = []
         self.seconds_before = 0.0
         self.started = time.perf_counter()
+        self.callback: Callable[[RowT, nn.Module], None] | None = None
 
     @abstractmethod
     def _step(self, iteration: int) -> None:
@@ -264,6 +265,10 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         self.rows.append(row)
         self.folder.append_row(row)
         progress.row(row)
+        if self.callback is not None:
+            # it may draw random numbers, or leave the model in another mode
+            with torch.random.fork_rng(devices=[]):
+                self.callback(row, self.model)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -323,6 +328,7 @@ def carry_out(
     resume: bool,
     console: Console | None,
     stop: Callable[[], bool] | None,
+    callback: Callable[[RowT, nn.Module], None] | None,
 ) -> ResultT:
     """Make a run and carry it out in its folder, which is there only once the run could be made."""
     require_figures()
@@ -338,6 +344,7 @@ def carry_out(
     check_device(config.device)
     with torch_state(config.seed, threads):
         run = make(config, folder, console)
+        run.callback = callback
         with folder.locked(), catch_interrupts() as interrupts:
             if saved is None:
                 folder.create(config)

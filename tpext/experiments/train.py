@@ -39,6 +39,7 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     stop: Callable[[], bool] | None = None,
+    callback: Callable[[Row, nn.Module], None] | None = None,
 ) -> Result:
     """Run a configuration in a folder, to its last iteration.
 
@@ -52,6 +53,8 @@ def train(
         resume: continue from the last checkpoint, or start if there is none. A complete run is left as it is.
         console: where the progress goes; None means nowhere.
         stop: asked after each iteration; True ends the run as SIGTERM does.
+        callback: called after each evaluation with its row and the model, which it must leave as it is; its random
+            numbers are not the run's.
 
     Raises:
         ConfigError: the data, the device or an installed package does not allow the run; no folder is made.
@@ -63,7 +66,8 @@ def train(
             checkpoint, another Ctrl-C stops at once.
     """
     threads = config.threads or default_threads(config)
-    return carry_out(_Run, config, RunFolder(out), threads=threads, resume=resume, console=console, stop=stop)
+    options: dict[str, Any] = {"threads": threads, "resume": resume, "console": console}
+    return carry_out(_Run, config, RunFolder(out), **options, stop=stop, callback=callback)
 
 
 def default_threads(config: Config) -> int:
