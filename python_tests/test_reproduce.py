@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from matplotlib.axes import Axes
 from runs import SMALL
 
 from tpext.experiments import ConfigError
 from tpext.experiments.commands import run as tpext_command
+from tpext.experiments.figures import draw_heatmaps
 from tpext.experiments.recipes import RECIPES, read_recipe
 from tpext.experiments.sweep_plan import plan
 
@@ -52,7 +55,7 @@ def test_every_recipe_has_runs(name: str, quick: bool, tmp_path: Path) -> None:
     given = {"file": [(str(text),)]} if name == "text-cells" else {}
     recipe = read_recipe(RECIPES[name], given, quick=quick)
     runs, _ = plan(recipe.task, list(recipe.grids.values()))
-    assert len(runs) >= len(recipe.grids) > 1
+    assert len(runs) >= max(2, len(recipe.grids))
     if recipe.select is not None:
         assert len({run.config.options()[recipe.select] for run in runs}) > 1
 
@@ -90,6 +93,7 @@ def test_the_quick_version_has_options_of_its_own(here: Path) -> None:
         (RECIPE.replace("title", "name"), "must have a title, and a label in each"),
         (RECIPE.replace('label = "first"', ""), "must have a title, and a label in each"),
         (RECIPE.replace("second", "first"), "must have a label of its own in each"),
+        (RECIPE.replace('select = "lr"', 'axes = ["lr"]'), "axes must be the names of two options"),
         (RECIPE[: RECIPE.index("[quick]")], r"has no \[quick\] version"),
     ],
 )
@@ -97,6 +101,31 @@ def test_a_file_that_is_no_recipe_is_named(here: Path, text: str, message: str) 
     Path("two.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(Path("two.toml"), quick=True)
+
+
+def test_a_heatmap_goes_over_two_options(here: Path) -> None:
+    text = RECIPE.replace('select = "lr"', 'axes = ["hidden_size", "lr"]').replace(
+        "hidden_size = 8", "hidden_size = [4, 8]"
+    )
+    Path("two.toml").write_text(text)
+    assert tpext_command(["reproduce", "two.toml", "--quick", "--jobs", "1"]) == 0
+    assert Path("reproduced/two-quick/heatmap.png").exists()
+    table = pd.read_csv("reproduced/two-quick/methods.csv")
+    assert len(table) == 8
+    assert table.best.all()
+
+
+@pytest.mark.renders
+def test_cells_of_a_heatmap_say_their_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pd.DataFrame([[0.25, math.nan], [1.0, 0.5]], index=[0.1, 1.0], columns=[4, 8])
+    table.index.name, table.columns.name = "lr", "reg"
+    texts = []
+    draw = Axes.text
+    monkeypatch.setattr(
+        Axes, "text", lambda self, x, y, text, **look: (texts.append((x, y, text)), draw(self, x, y, text, **look))[1]
+    )
+    assert draw_heatmaps({"one": table, "two": table}, tmp_path / "deep" / "a.png", title="Title").exists()
+    assert texts == [(0, 0, "25"), (1, 0, "x"), (0, 1, "100"), (1, 1, "50")] * 2
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

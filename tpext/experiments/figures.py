@@ -201,6 +201,39 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
     return save(figure, path)
 
 
+def draw_heatmaps(panels: Mapping[str, pd.DataFrame], out: str | Path, *, title: str = "") -> Path:
+    """Draw tables of accuracies side by side, each value in its cell; a cross where there is none.
+
+    Args:
+        panels: label -> a table of accuracies in 0..1, with named index (y) and columns (x).
+        out: path of the picture; its suffix says the format.
+        title: the picture's title.
+
+    Returns:
+        The path of the picture.
+    """
+    tables = list(panels.values())
+    columns, rows = max(len(table.columns) for table in tables), max(len(table) for table in tables)
+    figure = Figure(figsize=(1.5 + len(tables) * (0.62 * columns + 0.9), 1.6 + 0.5 * rows), layout="constrained")
+    for axes, (label, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], panels.items(), strict=True):
+        image = axes.imshow(table, origin="lower", aspect="auto", cmap="cividis", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(table.to_numpy(dtype=float)):
+            text = "x" if np.isnan(value) else f"{100 * value:.0f}"
+            colour = INK if np.isnan(value) or value > 0.6 else "white"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+        axes.set_xticks(range(len(table.columns)), [f"{value:g}" for value in table.columns], fontsize=8)
+        axes.set_yticks(range(len(table)), [f"{value:g}" for value in table.index], fontsize=8)
+        axes.set_xlabel(str(table.columns.name), color=INK)
+        axes.set_ylabel(str(table.index.name), color=INK)
+        axes.set_title(label, fontsize=10, color=INK)
+    bar = figure.colorbar(image, ax=figure.axes, format=PercentFormatter(1.0, decimals=0))
+    bar.set_label("test accuracy", color=INK)
+    figure.suptitle(title, fontsize=13, color=INK)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save(figure, path)
+
+
 def draw_image_run(folder: str | Path) -> tuple[Path, Path]:
     """Draw a run on images: curve.png, losses and accuracies, and angles.png, of feedback and gradients by block.
 

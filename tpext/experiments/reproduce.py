@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich.console import Console
 
-from tpext.experiments.figures import draw_comparison
+from tpext.experiments.figures import draw_comparison, draw_heatmaps
 from tpext.experiments.recipes import Recipe
 from tpext.experiments.run_folder import RunError, write_whole
 from tpext.experiments.runs import AnyFolder, state_of
@@ -23,7 +23,7 @@ SOLVED = 0.99
 
 
 class Product(NamedTuple):
-    """What came of a recipe: the table's and the pictures' files, one picture for each task and length."""
+    """What came of a recipe: the table's and the pictures' files; of curves one for each length of sequences."""
 
     table: Path
     pictures: list[Path]
@@ -67,26 +67,31 @@ def reproduce(recipe: Recipe, out: str | Path, *, jobs: int | None = None, conso
 
 
 def write_product(recipe: Recipe, out: Path, runs: Iterable[tuple[str, AnyFolder]]) -> Product:
-    """Write table.csv's summary methods.csv and the pictures of finished runs, given with their methods."""
-    rows = [_row(recipe, method, run) for method, run in runs]
-    frame = pd.DataFrame(rows)
-    keys = ["task", "method", *([recipe.select] if recipe.select is not None else [])]
-    groups = frame.groupby(keys, sort=False, dropna=False)
-    table = groups.agg(
-        runs=("accuracy", "size"),
-        diverged=("diverged", "sum"),
-        accuracy=("accuracy", "mean"),
-        least=("accuracy", "min"),
-        greatest=("accuracy", "max"),
-        area=("area", "mean"),
-        solved=("solved", "count"),
-        solved_at=("solved", "mean"),
-        seconds=("seconds", "mean"),
-    ).reset_index()
-    best = table.loc[table.groupby(["task", "method"], sort=False).area.idxmax()]
+    """Write methods.csv and the pictures of finished runs, given with their methods."""
+    frame = pd.DataFrame([_row(recipe, method, run) for method, run in runs])
+    place = ["task", "method", *recipe.axes]
+    keys = [*place, *([recipe.select] if recipe.select is not None else [])]
+    table = (
+        frame.groupby(keys, sort=False, dropna=False)
+        .agg(
+            runs=("accuracy", "size"),
+            diverged=("diverged", "sum"),
+            accuracy=("accuracy", "mean"),
+            least=("accuracy", "min"),
+            greatest=("accuracy", "max"),
+            area=("area", "mean"),
+            solved=("solved", "count"),
+            solved_at=("solved", "mean"),
+            seconds=("seconds", "mean"),
+        )
+        .reset_index()
+    )
+    best = table.loc[table.groupby(place, sort=False, dropna=False).area.idxmax()]
     table["best"] = table.index.isin(best.index)
     path = out / "methods.csv"
     write_whole(path, table.to_csv(index=False, float_format="%.6g").encode())
+    if recipe.axes:
+        return Product(path, [_draw_heatmap(recipe, best, out)])
     pictures = []
     for number, (task, chosen) in enumerate(best.groupby("task", sort=False)):
         shown: dict[str, list[str | Path]] = {}
@@ -99,6 +104,16 @@ def write_product(recipe: Recipe, out: Path, runs: Iterable[tuple[str, AnyFolder
     return Product(path, pictures)
 
 
+def _draw_heatmap(recipe: Recipe, best: pd.DataFrame, out: Path) -> Path:
+    x, y = recipe.axes
+    panels = {}
+    for method, rows in best.groupby("method", sort=False):
+        # what diverged at every seed has no accuracy
+        values = rows.assign(accuracy=rows.accuracy.where(rows.diverged < rows.runs))
+        panels[str(method)] = values.pivot(index=y, columns=x, values="accuracy").sort_index().sort_index(axis=1)
+    return draw_heatmaps(panels, out / "heatmap.png", title=recipe.title)
+
+
 def _row(recipe: Recipe, method: str, run: AnyFolder) -> dict[str, Any]:
     config: AnyConfig | None = run.read_config()
     rows = run.read_rows()
@@ -108,11 +123,12 @@ def _row(recipe: Recipe, method: str, run: AnyFolder) -> dict[str, Any]:
     # a run that diverged has learned nothing, whatever it had before
     diverged = state_of(run) == "diverged"
     reached = [row.iteration for row in later if row.accuracy >= SOLVED]
-    selected = {} if recipe.select is None else {recipe.select: config.options().get(recipe.select)}
+    options = config.options()
     return {
-        "task": config.title,
+        # a heatmap may go over lengths, which titles have
+        "task": recipe.task if recipe.axes else config.title,
         "method": method,
-        **selected,
+        **{name: options.get(name) for name in (*recipe.axes, recipe.select) if name is not None},
         "folder": run.path,
         "diverged": diverged,
         "accuracy": 0.0 if diverged else rows[-1].accuracy,

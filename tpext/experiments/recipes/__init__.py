@@ -1,7 +1,8 @@
 """Recipes of results: the runs behind a table and a picture of the documents, one file a result.
 
 A recipe is a file of ``tpext sweep`` that has, besides, a ``title``, a ``label`` in each ``[[grid]]`` (the method), the
-option to ``select`` each method's best value of, and the options of a ``[quick]`` version that takes minutes.
+option to ``select`` each method's best value of, and the options of a ``[quick]`` version that takes minutes. Its
+picture has curves, or with ``axes = ["reg", "lr"]`` a heatmap of each method over these two options, x and y.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ class Recipe:
         task: of ``tpext train``.
         grids: by their labels.
         select: the option of which each method's best value is shown, None where there is none to choose.
+        axes: the options that a heatmap goes over, none for curves.
     """
 
     title: str
     task: str
     grids: Mapping[str, Mapping[str, Any]]
     select: str | None
+    axes: tuple[str, ...] = ()
 
 
 def read_recipe(path: Path, given: Mapping[str, Any] | None = None, *, quick: bool = False) -> Recipe:
@@ -60,4 +63,7 @@ def read_recipe(path: Path, given: Mapping[str, Any] | None = None, *, quick: bo
         grids[table["label"]] = {**grid_of_table(grid), **(given or {})}
     if len(grids) < len(tables):
         raise ConfigError(f"{path} must have a label of its own in each [[grid]]")
-    return Recipe(values["title"], values["task"], grids, values.get("select"))
+    axes = tuple(values.get("axes", ()))
+    if axes and (len(axes) != 2 or not all(isinstance(name, str) for name in axes)):
+        raise ConfigError(f"{path}: axes must be the names of two options, got {list(axes)}")
+    return Recipe(values["title"], values["task"], grids, values.get("select"), axes)
