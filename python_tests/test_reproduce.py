@@ -54,10 +54,12 @@ def test_every_recipe_has_runs(name: str, quick: bool, tmp_path: Path) -> None:
     text.write_text("to be or not to be, that is the question. " * 100)
     given = {"file": [(str(text),)]} if name == "text-cells" else {}
     recipe = read_recipe(RECIPES[name], given, quick=quick)
-    runs, _ = plan(recipe.task, list(recipe.grids.values()))
+    runs, _ = plan(recipe.task, [methods.grid for methods in recipe.grids])
     assert len(runs) >= max(2, len(recipe.grids))
-    if recipe.select is not None:
-        assert len({run.config.options()[recipe.select] for run in runs}) > 1
+    for methods in recipe.grids:
+        if methods.select is not None:
+            of_it, _ = plan(recipe.task, [methods.grid])
+            assert len({run.config.options()[methods.select] for run in of_it}) > 1
 
 
 def test_a_recipe_makes_a_table_and_a_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,19 +69,29 @@ def test_a_recipe_makes_a_table_and_a_picture(here: Path, capsys: pytest.Capture
     assert Path("made/curves.png").exists()
     table = pd.read_csv("made/methods.csv")
     assert list(table.method) == ["first", "first", "second", "second"]
-    assert list(table.lr) == [1e-3, 1e-2, 1e-3, 1e30]
+    assert list(table.selected) == [1e-3, 1e-2, 1e-3, 1e30]
     assert list(table.runs) == [2] * 4
     assert list(table.diverged) == [0, 0, 0, 2]
     assert table.groupby("method").best.sum().to_dict() == {"first": 1, "second": 1}
     runs = pd.read_csv("made/table.csv")
     for _, row in table[table.diverged == 0].iterrows():
         rule = {"first": "backprop", "second": "regularized-inverse"}[row.method]
-        same = runs[(runs.rule == rule) & (runs.lr == row.lr)]
+        same = runs[(runs.rule == rule) & (runs.lr == row.selected)]
         assert row.accuracy == pytest.approx(same.accuracy.mean(), rel=1e-5)
     before = {path: path.stat().st_mtime_ns for path in here.glob("made/runs/*/result.json")}
     assert len(before) == 6
     assert tpext_command(command) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_a_grid_varies_makes_methods_in_panels(here: Path) -> None:
+    text = RECIPE.replace('select = "lr"', "").replace('label = "second"', 'label = "second"\npanel = "other"')
+    Path("two.toml").write_text(text)
+    assert tpext_command(["reproduce", "two.toml", "--quick", "--jobs", "1", "--out", "made"]) == 0
+    table = pd.read_csv("made/methods.csv")
+    assert list(table.method) == ["first, lr 0.001", "first, lr 0.01", "second, lr 0.001", "second, lr 1e+30"]
+    assert list(table.panel.fillna("")) == ["", "", "other", "other"]
+    assert {path.name for path in Path("made").glob("*.png")} == {"curves.png", "curves-other.png"}
 
 
 def test_the_quick_version_has_options_of_its_own(here: Path) -> None:

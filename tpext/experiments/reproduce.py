@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,12 @@ import pandas as pd
 from rich.console import Console
 
 from tpext.experiments.figures import draw_comparison, draw_heatmaps
-from tpext.experiments.recipes import Recipe
+from tpext.experiments.recipes import Methods, Recipe
 from tpext.experiments.run_folder import RunError, write_whole
 from tpext.experiments.runs import AnyFolder, state_of
 from tpext.experiments.sweep import carry_out, default_jobs
 from tpext.experiments.sweep_folder import SweepFolder
-from tpext.experiments.sweep_plan import AnyConfig, identity, plan
+from tpext.experiments.sweep_plan import identity, plan
 
 SOLVED = 0.99
 """The accuracy from which on a task counts as solved: when a method first gets there is in the table."""
@@ -50,11 +50,7 @@ def reproduce(recipe: Recipe, out: str | Path, *, jobs: int | None = None, conso
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP: the same call goes on from there.
     """
     folder = SweepFolder(out)
-    labels: dict[str, str] = {}
-    for label, grid in recipe.grids.items():
-        for run in plan(recipe.task, [grid])[0]:
-            labels.setdefault(identity(run.config), label)
-    planned, varied = plan(recipe.task, list(recipe.grids.values()))
+    planned, varied = plan(recipe.task, [methods.grid for methods in recipe.grids])
     planned = [replace(run, config=replace(run.config, threads=run.config.threads or 1)) for run in planned]
     with folder.locked() as lock:
         runs = folder.add([recipe.title], planned, varied)
@@ -62,17 +58,16 @@ def reproduce(recipe: Recipe, out: str | Path, *, jobs: int | None = None, conso
     failed = [run for run in runs if state_of(run) == "failed"]
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed, see {failed[0].failure} first")
-    methods = [labels[identity(run.config)] for run in planned]
-    return write_product(recipe, folder.path, zip(methods, runs, strict=True))
+    folders = {identity(run.config): of_it for run, of_it in zip(planned, runs, strict=True)}
+    frame = pd.DataFrame([row for methods in recipe.grids for row in _rows(recipe, methods, folders)])
+    return write_product(recipe, folder.path, frame)
 
 
-def write_product(recipe: Recipe, out: Path, runs: Iterable[tuple[str, AnyFolder]]) -> Product:
-    """Write methods.csv and the pictures of finished runs, given with their methods."""
-    frame = pd.DataFrame([_row(recipe, method, run) for method, run in runs])
-    place = ["task", "method", *recipe.axes]
-    keys = [*place, *([recipe.select] if recipe.select is not None else [])]
+def write_product(recipe: Recipe, out: Path, frame: pd.DataFrame) -> Product:
+    """Write methods.csv and the pictures of finished runs, of which the table has a row each."""
+    place = ["panel", "task", "method", *recipe.axes]
     table = (
-        frame.groupby(keys, sort=False, dropna=False)
+        frame.groupby([*place, "select", "selected"], sort=False, dropna=False)
         .agg(
             runs=("accuracy", "size"),
             diverged=("diverged", "sum"),
@@ -92,15 +87,18 @@ def write_product(recipe: Recipe, out: Path, runs: Iterable[tuple[str, AnyFolder
     write_whole(path, table.to_csv(index=False, float_format="%.6g").encode())
     if recipe.axes:
         return Product(path, [_draw_heatmap(recipe, best, out)])
-    pictures = []
-    for number, (task, chosen) in enumerate(best.groupby("task", sort=False)):
+    pictures: list[Path] = []
+    for (panel, task), chosen in best.groupby(["panel", "task"], sort=False):
         shown: dict[str, list[str | Path]] = {}
         for _, row in chosen.iterrows():
-            same = (frame[keys] == row[keys]).all(axis=1)
-            value = "" if recipe.select is None else f", {recipe.select} {row[recipe.select]:g}"
-            shown[f"{row.method}{value}"] = list(frame.folder[same])
-        name = "curves.png" if number == 0 else f"curves-{number + 1}.png"
-        pictures.append(draw_comparison(shown, out / name, title=f"{recipe.title}: {task}"))
+            same = [*place, "selected"]
+            value = f", {row.select} {row.selected:g}" if row.select else ""
+            shown[f"{row.method}{value}"] = list(frame.folder[(frame[same] == row[same]).all(axis=1)])
+        name = f"curves-{panel}" if panel else "curves"
+        before = sum(picture.stem.rstrip("0123456789").rstrip("-") == name for picture in pictures)
+        name = f"{name}-{before + 1}" if before else name
+        title = f"{recipe.title}: {', '.join(part for part in (panel, task) if part)}"
+        pictures.append(draw_comparison(shown, out / f"{name}.png", title=title))
     return Product(path, pictures)
 
 
@@ -114,25 +112,31 @@ def _draw_heatmap(recipe: Recipe, best: pd.DataFrame, out: Path) -> Path:
     return draw_heatmaps(panels, out / "heatmap.png", title=recipe.title)
 
 
-def _row(recipe: Recipe, method: str, run: AnyFolder) -> dict[str, Any]:
-    config: AnyConfig | None = run.read_config()
-    rows = run.read_rows()
-    if config is None or not rows:
-        raise RunError(f"{run.path} holds no run with an evaluation")
-    later = rows[1:] or rows
-    # a run that diverged has learned nothing, whatever it had before
-    diverged = state_of(run) == "diverged"
-    reached = [row.iteration for row in later if row.accuracy >= SOLVED]
-    options = config.options()
-    return {
-        # a heatmap may go over lengths, which titles have
-        "task": recipe.task if recipe.axes else config.title,
-        "method": method,
-        **{name: options.get(name) for name in (*recipe.axes, recipe.select) if name is not None},
-        "folder": run.path,
-        "diverged": diverged,
-        "accuracy": 0.0 if diverged else rows[-1].accuracy,
-        "area": 0.0 if diverged else sum(row.accuracy for row in later) / len(later),
-        "solved": None if diverged or not reached else reached[0],
-        "seconds": rows[-1].seconds,
-    }
+def _rows(recipe: Recipe, methods: Methods, folders: Mapping[str, AnyFolder]) -> Iterator[dict[str, Any]]:
+    """A row for each run of a grid."""
+    runs, varied = plan(recipe.task, [methods.grid])
+    several = [name for name in varied if name not in ("seed", methods.select, *recipe.axes)]
+    for planned in runs:
+        run, options = folders[identity(planned.config)], planned.config.options()
+        rows = run.read_rows()
+        if not rows:
+            raise RunError(f"{run.path} holds no run with an evaluation")
+        later = rows[1:] or rows
+        # a run that diverged has learned nothing, whatever it had before
+        diverged = state_of(run) == "diverged"
+        reached = [row.iteration for row in later if row.accuracy >= SOLVED]
+        yield {
+            "panel": methods.panel,
+            # a heatmap may go over lengths, which titles have
+            "task": recipe.task if recipe.axes else planned.config.title,
+            "method": ", ".join([methods.label, *(f"{name} {options[name]}" for name in several)]),
+            **{name: options.get(name) for name in recipe.axes},
+            "select": methods.select or "",
+            "selected": 0.0 if methods.select is None else options.get(methods.select),
+            "folder": run.path,
+            "diverged": diverged,
+            "accuracy": 0.0 if diverged else rows[-1].accuracy,
+            "area": 0.0 if diverged else sum(row.accuracy for row in later) / len(later),
+            "solved": None if diverged or not reached else reached[0],
+            "seconds": rows[-1].seconds,
+        }

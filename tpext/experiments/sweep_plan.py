@@ -46,7 +46,7 @@ PATHS = ("data_dir", "file")
 """Options whose commas and dots are a path's."""
 NOT_SWEPT = ("out", "resume")
 """Options of ``tpext train`` that a sweep has no use for: each run has a folder of its own, and resumes."""
-OF_RECIPES = ("title", "label", "select", "axes", "quick")
+OF_RECIPES = ("title", "panel", "label", "select", "axes", "quick")
 """What a file may have besides, for ``tpext reproduce``."""
 NAME_LENGTH = 150
 

@@ -1,8 +1,9 @@
 """Recipes of results: the runs behind a table and a picture of the documents, one file a result.
 
-A recipe is a file of ``tpext sweep`` that has, besides, a ``title``, a ``label`` in each ``[[grid]]`` (the method), the
-option to ``select`` each method's best value of, and the options of a ``[quick]`` version that takes minutes. Its
-picture has curves, or with ``axes = ["reg", "lr"]`` a heatmap of each method over these two options, x and y.
+A recipe is a file of ``tpext sweep`` that has, besides, a ``title``, a ``label`` in each ``[[grid]]`` (the method) and
+the options of a ``[quick]`` version that takes minutes. An option that a grid varies makes several methods of it, but for
+the seed, and the option to ``select`` each method's best value of. The picture has curves, those of grids with the same
+``panel`` together; or with ``axes = ["reg", "lr"]`` a heatmap of each label over these two options, x and y.
 """
 
 from __future__ import annotations
@@ -20,21 +21,36 @@ RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml
 
 
 @dataclass(frozen=True)
+class Methods:
+    """A grid of a recipe.
+
+    Attributes:
+        panel: the picture that it is in, "" where there is one.
+        label: what its methods have in common.
+        select: the option of which each method's best value is shown, None where there is none to choose.
+        grid: of :mod:`tpext.experiments.sweep_plan`.
+    """
+
+    panel: str
+    label: str
+    select: str | None
+    grid: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The runs of a result.
 
     Attributes:
         title: what it shows, in one line.
         task: of ``tpext train``.
-        grids: by their labels.
-        select: the option of which each method's best value is shown, None where there is none to choose.
+        grids: what is run.
         axes: the options that a heatmap goes over, none for curves.
     """
 
     title: str
     task: str
-    grids: Mapping[str, Mapping[str, Any]]
-    select: str | None
+    grids: tuple[Methods, ...]
     axes: tuple[str, ...] = ()
 
 
@@ -55,15 +71,20 @@ def read_recipe(path: Path, given: Mapping[str, Any] | None = None, *, quick: bo
         raise ConfigError(f"{path} must have a title, and a label in each [[grid]]")
     if quick and not isinstance(short, Mapping):
         raise ConfigError(f"{path} has no [quick] version")
-    shared = {name: value for name, value in values.items() if name not in ("task", "grid", *OF_RECIPES)}
-    grids: dict[str, Mapping[str, Any]] = {}
-    for table in tables:
-        own = {name: value for name, value in table.items() if name != "label"}
-        grid = {**shared, **own, **(short if quick and isinstance(short, Mapping) else {})}
-        grids[table["label"]] = {**grid_of_table(grid), **(given or {})}
-    if len(grids) < len(tables):
-        raise ConfigError(f"{path} must have a label of its own in each [[grid]]")
     axes = tuple(values.get("axes", ()))
     if axes and (len(axes) != 2 or not all(isinstance(name, str) for name in axes)):
         raise ConfigError(f"{path}: axes must be the names of two options, got {list(axes)}")
-    return Recipe(values["title"], values["task"], grids, values.get("select"), axes)
+    shared = {name: value for name, value in values.items() if name not in ("task", "grid", *OF_RECIPES)}
+    grids = []
+    for table in tables:
+        own = {name: value for name, value in table.items() if name not in OF_RECIPES}
+        # of the options of a quick version, a grid takes those that it has
+        fewer = short if quick and isinstance(short, Mapping) else {}
+        fewer = {name: value for name, value in fewer.items() if name in shared or name in own}
+        grid = {**grid_of_table({**shared, **own, **fewer}), **(given or {})}
+        select = table.get("select", values.get("select"))
+        grids.append(Methods(table.get("panel", ""), table["label"], select, grid))
+    names = [(one.panel, one.label) for one in grids]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{path} must have a label of its own in each [[grid]] of a panel")
+    return Recipe(values["title"], values["task"], tuple(grids), axes)
