@@ -1,9 +1,9 @@
 """Recipes of results: the runs behind a table and a picture of the documents, one file a result.
 
 A recipe is a file of ``tpext sweep`` that has, besides, a ``title``, a ``label`` in each ``[[grid]]`` (the method) and
-the options of a ``[quick]`` version that takes minutes. An option that a grid varies makes several methods of it, but for
-the seed, and the option to ``select`` each method's best value of. The picture has curves, those of grids with the same
-``panel`` together; or with ``axes = ["reg", "lr"]`` a heatmap of each label over these two options, x and y.
+the options of a ``[quick]`` version that takes minutes. An option that a grid varies makes several methods of it, but
+for the seed, and the option to ``select`` each method's best value of. The picture has curves, those of grids with the
+same ``panel`` together; or with ``axes = ["reg", "lr"]`` a heatmap of each label over these two options, x and y.
 """
 
 from __future__ import annotations
