@@ -17,7 +17,7 @@ import pytest
 from runs import SMALL, assert_same_run
 
 import tpext
-from tpext.experiments import ConfigError
+from tpext.experiments import Config, ConfigError, ImageConfig
 from tpext.experiments.commands import run as tpext_command
 from tpext.experiments.runs import differing, load_metrics, load_runs
 from tpext.experiments.sweep_folder import Lock, is_held
@@ -119,6 +119,28 @@ def test_options_of_one_rule_do_not_multiply_runs_of_another() -> None:
         plan("temporal-order", [grid_of_arguments([*FIXED, "--rule", "backprop", "--reg", "1"])])
 
 
+def test_spaces_part_the_numbers_of_one_value_but_no_path(here: Path) -> None:
+    Path("my own").mkdir()
+    Path("my own/own.py").write_text(OWN)
+    runs, _ = plan("temporal-order", [grid_of_arguments([*FIXED, "--rule", "my own/own.py:Troubled,backprop"])])
+    assert [run.name for run in runs] == ["rule=Troubled", "rule=backprop"]
+    assert grid_of_arguments(["--sizes", "64 32, 8"]) == grid_of_table({"sizes": ["64 32", "8"]})
+
+
+def test_switches_of_files_are_true_or_false() -> None:
+    runs, _ = plan("temporal-order", [{**grid_of_arguments(FIXED), **grid_of_table({"tensorboard": True})}])
+    assert [run.config.tensorboard for run in runs if isinstance(run.config, Config)] == [True]
+    runs, _ = plan("images", [grid_of_table({"dataset": "digits", "augment": [True, False]})])
+    assert [run.config.augment for run in runs if isinstance(run.config, ImageConfig)] == [True, False]
+
+
+def test_hundreds_of_runs_are_planned_in_a_moment() -> None:
+    begin = time.process_time()
+    runs, _ = plan("temporal-order", [grid_of_arguments([*FIXED, "--seed", "1..300"])])
+    assert len(runs) == 300
+    assert time.process_time() - begin < 6  # where all options were parsed for each value, 15 and more
+
+
 def test_the_same_numbers_written_twice_are_one_run() -> None:
     runs, _ = plan("temporal-order", [grid_of_arguments([*FIXED, "--lr", "0.1,1e-1,1e-2"])])
     assert len(runs) == 2
@@ -187,6 +209,9 @@ def test_a_file_has_grids(here: Path, name: str, text: str) -> None:
         ('task = "adding"\ngrid = 3', "a.toml: grid must be tables of options"),
         ('task = "adding"\nlr = {a = 1}', "lr must be numbers, texts, or lists of them"),
         ('task = "adding"\nout = "x"', "out is no option of a sweep's runs"),
+        ('task = "adding"\nresume = true', "resume is no option of a sweep's runs"),
+        ('task = "adding"\nlr = []', "lr must have a value, got an empty list"),
+        ('task = "adding"\nthreads = [1, 2]', "threads must be one value"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_named(here: Path, text: str, message: str) -> None:
@@ -390,6 +415,8 @@ def test_an_unknown_option_is_told_as_train_tells_it(here: Path) -> None:
 
 
 def test_a_dry_run_leaves_nothing(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("temporal-order").mkdir()  # a sweep's that --out has named like its task
+    Path("temporal-order/sweep.json").write_text("{}")
     assert tpext_command(["sweep", "temporal-order", *FIXED, "--seed", "1..3", "--dry-run"]) == 0
     assert capsys.readouterr().out.splitlines() == ["seed=1", "seed=2", "seed=3", "3 runs in sweeps/temporal-order"]
     assert not Path("sweeps").exists()

@@ -15,6 +15,7 @@ from tpext.experiments.options import Switch, option
 from tpext.experiments.progress import say
 from tpext.experiments.run_folder import RunError
 from tpext.experiments.settings import ConfigError
+from tpext.tasks import TASKS
 
 if TYPE_CHECKING:
     from tpext.experiments.sweep_folder import SweepFolder
@@ -90,10 +91,11 @@ class Sweep:
     def _planned(self) -> tuple[SweepFolder, list[Planned], list[str]]:
         """The sweep's folder, its runs, and what varies; nothing where the folder says them."""
         from tpext.experiments.sweep_folder import SweepFolder
-        from tpext.experiments.sweep_plan import grid_of_arguments, plan, read_file
+        from tpext.experiments.sweep_plan import IMAGES, grid_of_arguments, plan, read_file
 
         path, arguments = Path(self.what), self.arguments
-        if SweepFolder(path).record.exists():
+        is_task = self.what in (*TASKS, IMAGES)  # whatever folder has that name
+        if not is_task and SweepFolder(path).record.exists():
             if self.out is not None:
                 raise ConfigError(f"out does not go with the folder of a sweep, got {self.out}")
             if arguments:

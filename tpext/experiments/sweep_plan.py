@@ -13,10 +13,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import tyro
 import yaml
@@ -26,6 +26,7 @@ from tpext.experiments.config import Config, make_config
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_defaults import make_image_config
 from tpext.experiments.images import ImageConfig
+from tpext.experiments.options import Switch
 from tpext.experiments.settings import FREE_FIELDS, ConfigError
 from tpext.experiments.sweep_values import expand
 from tpext.experiments.train_command import Train
@@ -44,6 +45,8 @@ IMAGES = "images"
 OWN = ("task_options", "rule_options")
 PATHS = ("data_dir", "file")
 """Options whose commas and dots are a path's."""
+NAMES = ("rule", "dataset")
+"""Options that may hold paths among others: a space does not part them."""
 NOT_SWEPT = ("out", "resume")
 """Options of ``tpext train`` that a sweep has no use for: each run has a folder of its own, and resumes."""
 OF_RECIPES = ("title", "panel", "label", "select", "axes", "quick")
@@ -99,14 +102,15 @@ def grid_of_table(table: Mapping[str, Any]) -> dict[str, list[Words]]:
     """
     grid: dict[str, list[Words]] = {}
     for key, value in table.items():
-        name = key.replace("-", "_")
+        name = str(key).replace("-", "_")
         if name in OWN and isinstance(value, Mapping):
             for option, of_it in value.items():
-                values = [f"{option}={words[0]}" for words in _words_of(f"{name}.{option}", of_it)]
-                grid[f"{name}.{option}"] = [(word,) for word in values]
+                values = _words_of(f"{name}.{option}", of_it)
+                grid[f"{name}.{option}"] = [(f"{option}={' '.join(words)}",) for words in values]
         elif isinstance(value, str):
             _add(grid, name, [value])
         else:
+            _check_swept(name)
             grid[name] = _words_of(name, value)
     return grid
 
@@ -146,10 +150,19 @@ def load_file(path: Path) -> dict[str, Any]:
 
 def _words_of(name: str, value: Any) -> list[Words]:
     if isinstance(value, list):
+        if not value:
+            raise ConfigError(f"{name} must have a value, got an empty list")
         return [
             words for one in value for words in ([_row(name, one)] if isinstance(one, list) else _words_of(name, one))
         ]
-    return [(word,) for word in expand(name, value)] if isinstance(value, str) else [_row(name, [value])]
+    return _words_of_text(name, value) if isinstance(value, str) else [_row(name, [value])]
+
+
+def _words_of_text(name: str, text: str) -> list[Words]:
+    if name in PATHS:
+        return [(text,)]
+    whole = name in NAMES or "." in name
+    return [(value,) if whole else tuple(value.split()) for value in expand(name, text)]
 
 
 def _row(name: str, values: list[Any]) -> Words:
@@ -161,8 +174,7 @@ def _row(name: str, values: list[Any]) -> Words:
 
 def _add(grid: dict[str, list[Words]], name: str, words: Sequence[str]) -> None:
     """Add an option to a grid, with all values that its words stand for."""
-    if name in NOT_SWEPT:
-        raise ConfigError(f"{name} is no option of a sweep's runs: each has a folder of its own, and resumes")
+    _check_swept(name)
     if name in OWN:
         for word in words:
             option, _, value = word.partition("=")
@@ -170,9 +182,12 @@ def _add(grid: dict[str, list[Words]], name: str, words: Sequence[str]) -> None:
         return
     if name in grid:
         raise ConfigError(f"{name} must be given once, with commas between its values")
-    grid[name] = (
-        [tuple(words)] if not words or name in PATHS else [tuple(one.split()) for one in expand(name, " ".join(words))]
-    )
+    grid[name] = _words_of_text(name, " ".join(words)) if words else [()]
+
+
+def _check_swept(name: str) -> None:
+    if name in NOT_SWEPT:
+        raise ConfigError(f"{name} is no option of a sweep's runs: each has a folder of its own, and resumes")
 
 
 def plan(task: str, grids: Sequence[Grid]) -> tuple[list[Planned], list[str]]:
@@ -187,6 +202,10 @@ def plan(task: str, grids: Sequence[Grid]) -> tuple[list[Planned], list[str]]:
     Raises:
         ConfigError: a combination is no run; names it.
     """
+    for grid in grids:
+        for name in FREE_FIELDS:
+            if len(grid.get(name, ())) > 1:
+                raise ConfigError(f"{name} must be one value, as runs that differ in it alone compute the same")
     combined = [combination for grid in grids for combination in _combinations(task, grid)]
     varied = [
         name
@@ -248,7 +267,7 @@ def _label(name: str, words: Words) -> str:
 
 def _folder_name(label: str, unique: bool = False) -> str:
     """A label as a name that every file system takes, with a number of its own where it is long or must be unique."""
-    name = re.sub(r"[^\w.,=+-]", "_", label)
+    name = re.sub(r"[^\w.,=+-]", "_", label, flags=re.ASCII)
     if len(name) <= NAME_LENGTH and not unique:
         return name
     return f"{name[:NAME_LENGTH]}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
@@ -271,16 +290,30 @@ def _config(task: str, combination: Mapping[str, Words]) -> AnyConfig:
 @cache
 def _given(task: str, name: str, words: Words, rule: Words | None) -> dict[str, Any]:
     """What the words of one option give, as the training command reads them."""
-    option = [f"--{name.replace('_', '-')}", *words]
-    of_rule = ["--rule", *rule] if rule is not None and name != "rule" else []
-    config = (tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    command: Any
-    if task == IMAGES:
-        command = tyro.cli(TrainImages, args=[*of_rule, *option], prog="tpext sweep images", config=config)
-    else:
-        command = tyro.cli(Train, args=[task, *of_rule, *option], prog="tpext sweep", config=config)
-    given: dict[str, Any] = command.given()
-    given.pop("task", None)
-    if of_rule:
-        del given["rule"]
+    command: Any = TrainImages() if task == IMAGES else Train(task=task)
+    value = _read(task, name, words)
+    if value is False:  # of a switch, which a command line leaves out
+        return {name: False}
+    of_rule = {} if rule is None else {"rule": rule[0]}
+    given: dict[str, Any] = replace(command, **{name: value}, **of_rule).given()
+    for other in {"task", *of_rule}:
+        given.pop(other, None)
     return given
+
+
+def _read(task: str, name: str, words: Words) -> Any:
+    """The value of an option of the training command; only that option is parsed, as all of them take 100 ms."""
+    command, prog, before = (
+        (TrainImages, "tpext train images", []) if task == IMAGES else (Train, "tpext train", [task])
+    )
+    hint = _hints(command).get(name)
+    if hint == Switch:
+        hint, words = bool | None, words or ("True",)
+    parser = command if hint is None else make_dataclass(command.__name__, [(name, hint, field(default=None))])
+    arguments = [*(before if hint is None else []), f"--{name.replace('_', '-')}", *words]
+    return getattr(tyro.cli(parser, args=arguments, prog=prog), name)
+
+
+@cache
+def _hints(command: Any) -> dict[str, Any]:
+    return {name: hint for name, hint in get_type_hints(command, include_extras=True).items() if name != "task"}

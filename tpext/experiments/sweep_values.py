@@ -47,7 +47,7 @@ def _part(name: str, text: str) -> list[str]:
     first, last, count = matched.groups()
     if count is None and _is_integer(first) and _is_integer(last):
         low, high = int(first), int(last)
-        if low >= high:
+        if low > high:
             raise ConfigError(f"{name} must be a range that goes up, got {text}")
         return [str(value) for value in range(low, high + 1)]
     begin, end = float(first), float(last)
