@@ -36,7 +36,7 @@ def words_of(**options: Any) -> list[str]:
 FIXED = words_of()
 
 OWN = """
-import os, signal, time
+import os, shutil, signal, sys, time
 from dataclasses import dataclass
 from tpext.rules import Backprop, RegularizedInverse
 
@@ -44,11 +44,22 @@ from tpext.rules import Backprop, RegularizedInverse
 class Troubled(RegularizedInverse):
     trouble: str = "none"
 
+    def __post_init__(self):
+        super().__post_init__()
+        # as one does whose network is too large for the memory, before it is at its folder
+        if self.trouble == "killed" and "loky" in " ".join(sys.orig_argv):
+            os.kill(os.getpid(), signal.SIGKILL)
+
     def feedback(self, weight_hh, *owned):
         if self.trouble == "error" and not os.path.exists("mended"):
             raise RuntimeError("the disk is full")
-        if self.trouble == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "removed":
+            shutil.rmtree("all/runs/trouble=removed")
+        if self.trouble == "no-table" and os.path.isfile("all/table.csv"):
+            os.remove("all/table.csv")
+            os.mkdir("all/table.csv")
+        if self.trouble == "slow":
+            time.sleep(0.1)
         return super().feedback(weight_hh, *owned)
 """
 
@@ -256,8 +267,9 @@ def test_a_finished_sweep_runs_nothing_again_and_more_values_are_added(here: Pat
     more = ["sweep", "temporal-order", *FIXED, "--lr", "1e-3,1e-2,1e-1", "--jobs", "1"]
     assert tpext_command(more) == 1  # another sweep, by default in the same folder
     assert tpext_command([*more, "--out", str(folder)]) == 0
+    assert tpext_command(["sweep", "temporal-order", *FIXED, "--lr", "1", "--out", str(folder), "--jobs", "1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    assert len(table(folder)) == 3
+    assert len(table(folder)) == 4
 
 
 def test_failures_are_kept_and_stop_nobody(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -284,6 +296,23 @@ def test_failures_are_kept_and_stop_nobody(here: Path, capsys: pytest.CaptureFix
         "diverged",
     ]
     assert diverged.stat().st_mtime_ns == before
+
+
+def test_a_run_whose_folder_is_removed_stops_nobody_and_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*FIXED, "--rule", "own.py:Troubled", "--rule-options", "trouble=removed,none", "--jobs", "1"]
+    assert tpext_command(["sweep", "temporal-order", *words, "--out", "all"]) == 1
+    assert "not ended, for a process that was stopped, or a folder removed: all/runs/trouble=removed" in (
+        capsys.readouterr().out
+    )
+    assert {run: row["state"] for run, row in table(Path("all")).items()} == {"trouble=none": "complete"}
+
+
+def test_a_table_that_cannot_be_written_stops_the_runs(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*FIXED, "--rule", "own.py:Troubled", "--rule-options", "trouble=no-table,slow", "--jobs", "1"]
+    assert tpext_command(["sweep", "temporal-order", *words, "--out", "all"]) == 1
+    assert "all/table.csv cannot be written" in capsys.readouterr().err
+    assert Path("all/runs/trouble=no-table/result.json").exists()
+    assert not Path("all/runs/trouble=slow/result.json").exists()
 
 
 def test_a_process_that_dies_takes_no_other_run_with_it(here: Path) -> None:
@@ -394,6 +423,7 @@ def test_one_sweep_a_folder(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "message"),
     [
         (["temporal-order", "--jobs", "0"], "jobs must be an integer >= 1, got 0"),
+        (["temporal-order", "--device", "cuda:99"], "device must be cpu"),
         (["temporal-order", "--address", "there"], "address belongs to --engine ray and dask"),
         (["temporal-order", "--lr", "1e-3", "--lr", "1e-2"], "lr must be given once, with commas between its values"),
         (["temporal-order", "--resume"], "resume is no option of a sweep's runs"),

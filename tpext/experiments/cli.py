@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tpext import _loading
 
-EXTRA_MODULES = ("tyro", "rich", "matplotlib", "pandas", "pooch", "tensorboard")
+EXTRA_MODULES = ("tyro", "rich", "matplotlib", "pandas", "joblib", "yaml", "tomli", "pooch", "tensorboard")
 """What the command line needs besides the core; ``pip install "tpext[experiments]"`` brings it."""
 
 

@@ -11,6 +11,7 @@ decision.png          decision regions of a toy set in the plane
 reconstruction.png    test images and what an autoencoder makes of them
 sample.txt            a text by a language model, at the end of its run
 failure.json          how a run of a sweep failed, if it did
+begun                 there while a process of a sweep is at the run; one that is killed leaves it
 lock                  held by the process that is at the run, whose number it has; empty after
 ====================  =====================================================================================
 """
@@ -195,6 +196,7 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         self.result = self.path / "result.json"
         self.curve = self.path / "curve.png"
         self.failure = self.path / "failure.json"
+        self.begun = self.path / "begun"
         self.lock = self.path / "lock"
 
     @abstractmethod

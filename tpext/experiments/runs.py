@@ -18,6 +18,8 @@ from tpext.experiments.run_folder import RunError, RunFolder, write_whole
 from tpext.experiments.settings import FREE_FIELDS
 
 State = Literal["waiting", "started", "complete", "diverged", "failed"]
+OPEN: tuple[State, ...] = ("waiting", "started")
+"""States of runs that have not ended."""
 AnyFolder: TypeAlias = RunFolder | ImageFolder
 
 OUTCOME = ("accuracy", "best_accuracy", "best_iteration", "test_loss", "train_loss", "iterations", "seconds")

@@ -10,32 +10,30 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import joblib
 import torch
-from joblib.externals.loky.process_executor import BrokenProcessPool
 from rich.console import Console
 
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.image_train import train_images
 from tpext.experiments.loop import DivergedError, Interrupted, catch_interrupts
-from tpext.experiments.run_folder import BusyError, Failure, RunFolder
-from tpext.experiments.runs import State, state_of, write_table
+from tpext.experiments.run_folder import BusyError, Failure, RunError, RunFolder
+from tpext.experiments.runs import OPEN, state_of
 from tpext.experiments.settings import ConfigError
 from tpext.experiments.sweep_command import Engine
 from tpext.experiments.sweep_folder import Lock, SweepFolder, is_held
 from tpext.experiments.sweep_progress import SweepProgress
 from tpext.experiments.train import train
 
-OPEN: tuple[State, ...] = ("waiting", "started")
-"""States of runs that have not ended."""
 POLL_SECONDS = 0.25
 """How often workers look whether they are still wanted, and the sweep at what they do."""
 BUSY_SECONDS = 60.0
@@ -61,22 +59,27 @@ def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> None:
                 wanted.clear()
                 return
 
-    if not is_held(Path(lock), word):
+    folder = open_folder(path)
+    if not is_held(Path(lock), word) or not folder.config.exists():
         return
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    folder = open_folder(path)
+    failure: Failure | None = None
+    folder.begun.touch()
     try:
         _train(folder, lambda: not wanted.is_set())
-    except KeyboardInterrupt:  # a checkpoint is saved, and the sweep knows why
+    except KeyboardInterrupt:  # a checkpoint is saved
         pass
     except DivergedError as error:
-        folder.write_failure(Failure(diverged=True, message=str(error)))
+        failure = Failure(diverged=True, message=str(error))
     # one run must not take the others with it
     except Exception as error:
-        message = " ".join(f"{type(error).__name__}: {error}".split())
-        folder.write_failure(Failure(diverged=False, message=message, details=traceback.format_exc()))
+        failure = Failure(diverged=False, message=_in_one_line(error), details=traceback.format_exc())
     finally:
+        if failure is not None:
+            with contextlib.suppress(RunError):  # the disk is full, or the folder gone: the sweep sees a run not ended
+                folder.write_failure(failure)
+        folder.begun.unlink(missing_ok=True)
         ended.set()
         watcher.join()
         if parent is not None and os.getppid() != parent:
@@ -98,7 +101,9 @@ def _train(folder: RunFolder | ImageFolder, stop: Callable[[], bool]) -> None:
             return
         except BusyError:
             # a worker of a sweep that was killed, which has not seen it yet
-            if time.monotonic() - begin > BUSY_SECONDS or stop():
+            if stop():
+                return
+            if time.monotonic() - begin > BUSY_SECONDS:
                 raise
             time.sleep(POLL_SECONDS)
 
@@ -140,11 +145,14 @@ def carry_out(
     for run in runs:
         if state_of(run) == "failed":
             run.failure.unlink()  # the cause may be gone
+        run.begun.unlink(missing_ok=True)
     waiting = [run for run in runs if state_of(run) in OPEN]
+    if jobs > 2:  # one alone would be carried out in this process
+        jobs = min(jobs, max(2, len(waiting)))
     with (
         catch_interrupts() as interrupts,
         SweepProgress(console, runs, jobs) as progress,
-        _watching(folder, runs, lock, interrupts, progress),
+        _watching(folder, lock, interrupts, progress),
     ):
         _carry_out_all(waiting, lock, jobs, engine, address, interrupts)
     if interrupts:
@@ -152,27 +160,32 @@ def carry_out(
 
 
 @contextlib.contextmanager
-def _watching(
-    folder: SweepFolder,
-    runs: Sequence[RunFolder | ImageFolder],
-    lock: Lock,
-    interrupts: list[int],
-    progress: SweepProgress,
-) -> Iterator[None]:
-    """Keep table and progress up to date, and let go of the lock when a signal comes in, all from a thread."""
+def _watching(folder: SweepFolder, lock: Lock, interrupts: list[int], progress: SweepProgress) -> Iterator[None]:
+    """Keep table and progress up to date, and let go of the lock when a signal comes in, all from a thread.
+
+    Raises:
+        BaseException: that of the thread, such as of a full disk; it has let go of the lock.
+    """
     ended = threading.Event()
+    errors: list[BaseException] = []
 
     def look() -> None:
         if interrupts:
             lock.release()
+        if signal.SIGHUP in interrupts:
+            progress.console.quiet = True  # the terminal is gone, and writing to it an error
         if progress.look():
-            write_table(folder.table, runs, folder.varied())
+            folder.write_table()
 
     def watch() -> None:
-        while not ended.wait(POLL_SECONDS):
-            look()
+        try:
+            while not ended.wait(POLL_SECONDS):
+                look()
+        except BaseException as error:  # rich ends a thread whose reader is gone by SystemExit
+            errors.append(error)
+            lock.release()
 
-    write_table(folder.table, runs, folder.varied())
+    folder.write_table()
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
@@ -180,7 +193,9 @@ def _watching(
     finally:
         ended.set()
         watcher.join()
-        look()
+    if errors:
+        raise errors[0]
+    look()
 
 
 def _carry_out_all(
@@ -191,81 +206,116 @@ def _carry_out_all(
     address: str | None,
     interrupts: list[int],
 ) -> None:
-    with _backend(engine, address, jobs) as backend:
+    with _ENGINES[engine](address, jobs, lock) as carry_out_several:
         while runs and not interrupts:
             try:
-                _parallel(runs, lock, jobs, backend)
+                carry_out_several(runs)
                 return
-            except BrokenProcessPool:
-                if interrupts:
+            except Exception as error:
+                if interrupts:  # it has reached the workers too
                     return
-            except Exception:
-                if interrupts:  # it has reached a cluster's processes too
-                    return
-                raise
-            # One process died and took the others with it. Which one shows where each is alone.
-            suspects = [run for run in runs if state_of(run) in OPEN and _was_left(run)]
+                died = error
+            # A process died, and may have taken others with it. Which one shows where each is alone.
+            suspects = [run for run in runs if state_of(run) in OPEN and run.begun.exists()]
+            if not suspects:
+                raise RunError(f"a process died before it began a run: {_in_one_line(died)}") from died
             for run in suspects:
                 try:
-                    _parallel([run], lock, 2, backend)
-                except BrokenProcessPool:
-                    run.write_failure(Failure(diverged=False, message=DIED))
-                if interrupts:
-                    return
+                    carry_out_several([run])
+                except Exception as error:
+                    if interrupts:
+                        return
+                    run.write_failure(Failure(diverged=False, message=DIED, details=str(error)))
             runs = [run for run in runs if state_of(run) in OPEN and run not in suspects]
 
 
-def _was_left(run: RunFolder | ImageFolder) -> bool:
-    """Whether the process that was last at a run has not ended it."""
-    return run.lock.exists() and run.lock.stat().st_size > 0
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
-def _parallel(runs: Sequence[RunFolder | ImageFolder], lock: Lock, jobs: int, backend: str) -> None:
-    where = str(lock.path.absolute())
+CarryOut: TypeAlias = Callable[[Sequence[RunFolder | ImageFolder]], None]
+"""Carries out runs by some engine. An exception is of the engine: runs keep theirs to themselves."""
+
+
+def _by_joblib(runs: Sequence[RunFolder | ImageFolder], lock: Lock, jobs: int, backend: str) -> None:
     parent = os.getpid() if backend == "loky" and jobs > 1 else None
-    tasks = (joblib.delayed(carry_out_run)(str(run.path.absolute()), where, lock.word, parent) for run in runs)
+    tasks = [joblib.delayed(carry_out_run)(*_arguments(run, lock), parent) for run in runs]
     with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
         # the runs are hours long where that of joblib's tuning is seconds
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
         joblib.Parallel(batch_size=1)(tasks)
 
 
-@contextlib.contextmanager
-def _backend(engine: Engine, address: str | None, jobs: int) -> Iterator[str]:
-    """The name of joblib's backend, with its cluster."""
-    if engine == "processes":
-        yield "loky"
-        return
-    name = {"ray": "ray", "dask": "distributed"}[engine]
-    try:
-        package = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ConfigError(f'engine {engine} is not installed: pip install "tpext[{engine}]"') from error
-    with _CLUSTERS[engine](package, address, jobs):
-        yield engine
+def _arguments(run: RunFolder | ImageFolder, lock: Lock) -> tuple[str, str, str]:
+    return str(run.path.absolute()), str(lock.path.absolute()), lock.word
 
 
 @contextlib.contextmanager
-def _ray(ray: Any, address: str | None, jobs: int) -> Iterator[None]:
+def _processes(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
+    yield lambda runs: _by_joblib(runs, lock, jobs, "loky")
+
+
+@contextlib.contextmanager
+def _ray(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
+    ray = _package("ray", "ray")
     local = {"num_cpus": jobs, "include_dashboard": False} if address is None else {"address": address}
-    ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
+    with _handlers_kept():
+        ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
     try:
         importlib.import_module("ray.util.joblib").register_ray()
-        yield
+        yield lambda runs: _by_joblib(runs, lock, jobs, "ray")
     finally:
         ray.shutdown()
 
 
 @contextlib.contextmanager
-def _dask(distributed: Any, address: str | None, jobs: int) -> Iterator[None]:
+def _dask(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
+    distributed = _package("dask", "distributed")
+
+    def carry_out_several(runs: Sequence[RunFolder | ImageFolder]) -> None:
+        # not by joblib, which waits for ever for a task whose process has died
+        tasks = [client.submit(carry_out_run, *_arguments(run, lock), None, pure=False) for run in runs]
+        distributed.wait(tasks)
+        for task in tasks:
+            if (error := task.exception()) is not None:
+                raise error
+
     with contextlib.ExitStack() as stack:
         where = address
         if where is None:
             # one run a process: torch's threads and random state are a process's
             local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
-            where = stack.enter_context(distributed.LocalCluster(**local, silence_logs=logging.ERROR))
-        stack.enter_context(distributed.Client(where))
+            with _handlers_kept(ignored=signal.SIGINT):
+                where = stack.enter_context(distributed.LocalCluster(**local, silence_logs=logging.ERROR))
+        client = stack.enter_context(distributed.Client(where))
+        yield carry_out_several
+
+
+def _package(engine: Engine, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'engine {engine} is not installed: pip install "tpext[{engine}]"') from error
+
+
+@contextlib.contextmanager
+def _handlers_kept(ignored: int | None = None) -> Iterator[None]:
+    """Keep a cluster's start from handling this process's signals, and a terminal's Ctrl-C from its processes.
+
+    Args:
+        ignored: a signal that the processes that are started ignore; so does this one while they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if ignored is not None:
+        signal.signal(ignored, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-_CLUSTERS = {"ray": _ray, "dask": _dask}
+_ENGINES = {"processes": _processes, "ray": _ray, "dask": _dask}

@@ -60,7 +60,8 @@ class Sweep:
 
     def carry_out(self, console: Console) -> int:
         # here, as pandas and joblib take longer to load than a help text to print
-        from tpext.experiments.runs import state_of, write_table
+        from tpext.experiments.loop import check_device
+        from tpext.experiments.runs import OPEN, state_of
         from tpext.experiments.sweep import carry_out, default_jobs
         from tpext.experiments.sweep_progress import summarize
 
@@ -69,6 +70,9 @@ class Sweep:
         if self.address is not None and self.engine == "processes":
             raise ConfigError("address belongs to --engine ray and dask, got engine=processes")
         folder, planned, varied = self._planned()
+        if self.address is None:
+            for device in dict.fromkeys(run.config.device for run in planned):
+                check_device(device)
         if self.dry_run:
             for run in planned:
                 say(console, run.name)
@@ -76,17 +80,22 @@ class Sweep:
             return 0
         with folder.locked() as lock:
             runs = folder.add([self.what, *self.arguments], planned, varied) if planned else folder.folders()
+            if not runs:
+                raise RunError(f"{folder.path} holds no run")
             jobs = self.jobs or (-1 if self.address is not None else default_jobs(runs))
             try:
                 carry_out(folder, runs, lock, jobs=jobs, engine=self.engine, address=self.address, console=console)
             finally:
-                table = write_table(folder.table, runs, folder.varied())
+                table = folder.write_table()
         summarize(console, table, folder.varied())
         say(console, f"table: {folder.table}")
         failed = [run.failure for run in runs if state_of(run) == "failed"]
         for failure in failed:
             say(console, f"failed: {failure}")
-        return 1 if failed else 0
+        left = [run.path for run in runs if state_of(run) in OPEN]
+        if left:
+            say(console, f"not ended, for a process that was stopped, or a folder removed: {', '.join(map(str, left))}")
+        return 1 if failed or left else 0
 
     def _planned(self) -> tuple[SweepFolder, list[Planned], list[str]]:
         """The sweep's folder, its runs, and what varies; nothing where the folder says them."""

@@ -14,15 +14,18 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+
+import pandas as pd
 
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.run_folder import BusyError, RunError, RunFolder, write_whole
+from tpext.experiments.runs import write_table
 from tpext.experiments.settings import FREE_FIELDS
 from tpext.experiments.sweep_plan import AnyConfig, Planned, identity
 
@@ -46,7 +49,7 @@ class SweepFolder:
         Raises:
             RunError: they cannot be read.
         """
-        return [list(command) for command in self._record("commands")]
+        return self._record()[0]
 
     def varied(self) -> list[str]:
         """Return the options that the runs differ in.
@@ -54,13 +57,14 @@ class SweepFolder:
         Raises:
             RunError: they cannot be read.
         """
-        return [str(name) for name in self._record("varied")]
+        return self._record()[1]
 
-    def _record(self, key: str) -> list[Any]:
+    def _record(self) -> tuple[list[list[str]], list[str]]:
         if not self.record.exists():
-            return []
+            return [], []
         try:
-            return list(json.loads(self.record.read_text())[key])
+            record = json.loads(self.record.read_text())
+            return [list(map(str, command)) for command in record["commands"]], list(map(str, record["varied"]))
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{self.record}: not the record of a sweep: {error}") from error
 
@@ -98,10 +102,10 @@ class SweepFolder:
         folders = []
         for run in planned:
             found = present.get(identity(run.config))
-            if found is not None:
+            if found is not None and not found.result.exists():
                 _carry_out_differently(found, run.config)
             folders.append(found or self._create(run))
-        commands, before = self.commands(), self.varied()
+        commands, before = self._record()
         record = {
             "commands": [*commands, *([] if list(command) in commands else [list(command)])],
             "varied": list(dict.fromkeys([*before, *varied])),
@@ -126,8 +130,25 @@ class SweepFolder:
         return folder
 
     def folders(self) -> list[RunFolder | ImageFolder]:
-        """Return the folders of all runs, by name."""
-        return [open_folder(path.parent) for path in sorted(self.runs.glob("*/config.json"))]
+        """Return the folders of all runs, by name, and by the numbers in it."""
+        paths = [path.parent for path in self.runs.glob("*/config.json")]
+        return [open_folder(path) for path in sorted(paths, key=_by_numbers)]
+
+    def write_table(self) -> pd.DataFrame:
+        """Write table.csv and return it.
+
+        Raises:
+            RunError: a run cannot be read, or the table not be written.
+        """
+        folders = self.folders()
+        if not folders:
+            raise RunError(f"{self.path} holds no run")
+        return write_table(self.table, folders, self.varied())
+
+
+def _by_numbers(path: Path) -> list[str | int]:
+    """What sorts ``seed=10`` after ``seed=2``."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _carry_out_differently(folder: RunFolder | ImageFolder, config: AnyConfig) -> None:

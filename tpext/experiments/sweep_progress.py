@@ -85,10 +85,11 @@ class SweepProgress:
 
     def left(self) -> str:
         """Return the time that is left, at the pace of this sweep's ended runs so far; nothing is known before one."""
-        ended = self._ended() - self.before
-        if ended == 0:
+        all_ended = self._ended()
+        ended, left = all_ended - self.before, len(self.runs) - all_ended
+        if ended == 0 or left == 0:
             return ""
-        seconds = (time.monotonic() - self.started) / ended * (len(self.runs) - self._ended())
+        seconds = (time.monotonic() - self.started) / ended * left
         if seconds < 90:
             return f"about {seconds:.0f} s left"
         return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
