@@ -272,6 +272,15 @@ def test_a_finished_sweep_runs_nothing_again_and_more_values_are_added(here: Pat
     assert len(table(folder)) == 4
 
 
+def test_values_of_several_numbers_stand_in_the_table_as_on_the_command_line(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--sizes", "8 8,4", "--iterations", "4", "--jobs", "1", "--out", "all"]
+    assert tpext_command(["sweep", "xor", *words]) == 0
+    assert re.search(r"%  sizes 8 8$", capsys.readouterr().out, re.MULTILINE)
+    assert [row["sizes"] for row in table(Path("all")).values()] == ["4", "8 8"]
+
+
 def test_failures_are_kept_and_stop_nobody(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*FIXED, "--rule", "own.py:Troubled", "--rule-options", "trouble=none,error", "--lr", "1e-3,1e30"]
     arguments = ["sweep", "temporal-order", *words, "--jobs", "1", "--out", "all"]
@@ -328,7 +337,7 @@ def test_a_process_that_dies_takes_no_other_run_with_it(here: Path) -> None:
     assert "its process was killed" in out
 
 
-LONG = words_of(iterations=1500, checkpoint_interval=1)
+LONG = words_of(iterations=600, checkpoint_interval=1)
 """So that it can be stopped in mid run."""
 SWEEP = ["temporal-order", *LONG, "--seed", "1..4", "--jobs", "2", "--out", "all"]
 

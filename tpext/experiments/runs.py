@@ -74,8 +74,11 @@ def differing(frame: pd.DataFrame) -> list[str]:
 
 
 def write_table(path: Path, folders: Sequence[AnyFolder], options: Sequence[str]) -> pd.DataFrame:
-    """Write a table of runs with some of their options, and return it."""
+    """Write a table of runs with some of their options, several numbers as on a command line, and return it."""
     frame = _table(folders)
+    for name in options:
+        if name in frame:
+            frame[name] = [" ".join(map(str, cell)) if isinstance(cell, tuple) else cell for cell in frame[name]]
     known = [name for name in (*options, *OUTCOME) if name in frame]
     table: pd.DataFrame = frame[["state", *known, *frame.attrs["measures"], "message"]].convert_dtypes()
     table.insert(0, "run", [folder.path.name for folder in folders])

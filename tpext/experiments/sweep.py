@@ -62,6 +62,8 @@ def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> None:
     folder = open_folder(path)
     if not is_held(Path(lock), word) or not folder.config.exists():
         return
+    if parent is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep has the terminal's Ctrl-C too, and lets the lock go
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     failure: Failure | None = None
