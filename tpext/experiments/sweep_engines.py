@@ -1,0 +1,110 @@
+"""What carries out the runs of a sweep: joblib's processes, a Ray or a Dask cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import joblib
+
+from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.run_folder import RunFolder
+from tpext.experiments.settings import ConfigError
+from tpext.experiments.sweep_command import Engine
+from tpext.experiments.sweep_folder import Lock
+from tpext.experiments.sweep_worker import carry_out_run
+
+CarryOut: TypeAlias = Callable[[Sequence[RunFolder | ImageFolder]], None]
+"""Carries out runs by some engine. An exception is of the engine: runs keep theirs to themselves."""
+
+
+def _by_joblib(runs: Sequence[RunFolder | ImageFolder], lock: Lock, jobs: int, backend: str) -> None:
+    parent = os.getpid() if backend == "loky" and jobs > 1 else None
+    tasks = [joblib.delayed(carry_out_run)(*_arguments(run, lock), parent) for run in runs]
+    with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
+        # the runs are hours long where that of joblib's tuning is seconds
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
+        joblib.Parallel(batch_size=1)(tasks)
+
+
+def _arguments(run: RunFolder | ImageFolder, lock: Lock) -> tuple[str, str, str]:
+    return str(run.path.absolute()), str(lock.path.absolute()), lock.word
+
+
+@contextlib.contextmanager
+def _processes(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
+    yield lambda runs: _by_joblib(runs, lock, jobs, "loky")
+
+
+@contextlib.contextmanager
+def _ray(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
+    ray = _package("ray", "ray")
+    local = {"num_cpus": jobs, "include_dashboard": False} if address is None else {"address": address}
+    with _handlers_kept():
+        ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        importlib.import_module("ray.util.joblib").register_ray()
+        yield lambda runs: _by_joblib(runs, lock, jobs, "ray")
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _dask(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
+    distributed = _package("dask", "distributed")
+
+    def carry_out_several(runs: Sequence[RunFolder | ImageFolder]) -> None:
+        # not by joblib, which waits for ever for a task whose process has died
+        tasks = [client.submit(carry_out_run, *_arguments(run, lock), None, pure=False) for run in runs]
+        distributed.wait(tasks)
+        for task in tasks:
+            if (error := task.exception()) is not None:
+                raise error
+
+    with contextlib.ExitStack() as stack:
+        where = address
+        if where is None:
+            # one run a process: torch's threads and random state are a process's
+            local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
+            with _handlers_kept(ignored=signal.SIGINT):
+                where = stack.enter_context(distributed.LocalCluster(**local, silence_logs=logging.ERROR))
+        client = stack.enter_context(distributed.Client(where))
+        yield carry_out_several
+
+
+def _package(engine: Engine, name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f'engine {engine} is not installed: pip install "tpext[{engine}]"') from error
+
+
+@contextlib.contextmanager
+def _handlers_kept(ignored: int | None = None) -> Iterator[None]:
+    """Keep a cluster's start from handling this process's signals, and a terminal's Ctrl-C from its processes.
+
+    Args:
+        ignored: a signal that the processes that are started ignore; so does this one while they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if ignored is not None:
+        signal.signal(ignored, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+ENGINES = {"processes": _processes, "ray": _ray, "dask": _dask}
+"""By the names of ``--engine``: a context that takes address, jobs and the sweep's lock, and gives what carries out."""
