@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +50,6 @@ def reproduce(recipe: Recipe, out: str | Path, *, jobs: int | None = None, conso
     """
     folder = SweepFolder(out)
     planned, varied = plan(recipe.task, [methods.grid for methods in recipe.grids])
-    planned = [replace(run, config=replace(run.config, threads=run.config.threads or 1)) for run in planned]
     with folder.locked() as lock:
         runs = folder.add([recipe.title], planned, varied)
         carry_out(folder, runs, lock, jobs=jobs or default_jobs(runs), console=console)

@@ -118,7 +118,6 @@ class Sweep:
         else:
             task, grids, name = self.what, [grid_of_arguments(arguments)], self.what.rpartition(":")[2]
         planned, varied = plan(task, grids)
-        planned = [replace(run, config=replace(run.config, threads=run.config.threads or 1)) for run in planned]
         folder = SweepFolder(self.out or Path("sweeps") / name)
         commands = folder.commands()
         if self.out is None and commands and [self.what, *self.arguments] not in commands:

@@ -60,7 +60,7 @@ class Planned:
 
     Attributes:
         name: of its folder: the values of the options that the sweep varies.
-        config: its configuration.
+        config: its configuration; of one thread, where the options say nothing of it.
     """
 
     name: str
@@ -282,9 +282,9 @@ def _config(task: str, combination: Mapping[str, Words]) -> AnyConfig:
         for key, value in of_it.items():
             given[key] = {**given.get(key, {}), **value} if key in OWN else value
     config: AnyConfig = make_image_config(**given) if task == IMAGES else make_config(task, **given)
-    if config.data_dir is not None:  # workers may run elsewhere
-        config = replace(config, data_dir=str(Path(config.data_dir).absolute()))
-    return config
+    # workers may run elsewhere, and share the cores
+    data_dir = None if config.data_dir is None else str(Path(config.data_dir).absolute())
+    return replace(config, data_dir=data_dir, threads=config.threads or 1)
 
 
 @cache
