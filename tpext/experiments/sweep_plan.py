@@ -76,6 +76,15 @@ def grid_of_arguments(arguments: Sequence[str]) -> dict[str, list[Words]]:
     >>> grid_of_arguments(["--lr", "1e-3,1e-2", "--sizes", "64", "64"])
     {'lr': [('1e-3',), ('1e-2',)], 'sizes': [('64', '64')]}
     """
+    return grid_of_options(options_of_arguments(arguments))
+
+
+def options_of_arguments(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Return the options of a command line, each with its words.
+
+    Raises:
+        ConfigError: a word stands before any option.
+    """
     options: list[tuple[str, list[str]]] = []
     for argument in arguments:
         if re.match(r"--[a-zA-Z]", argument):
@@ -85,6 +94,15 @@ def grid_of_arguments(arguments: Sequence[str]) -> dict[str, list[Words]]:
             options[-1][1].append(argument)
         else:
             raise ConfigError(f"an option must come before {argument!r}")
+    return options
+
+
+def grid_of_options(options: Sequence[tuple[str, Sequence[str]]]) -> dict[str, list[Words]]:
+    """Return the grid of options and their words.
+
+    Raises:
+        ConfigError: an option stands there twice, or is none of a sweep's runs.
+    """
     grid: dict[str, list[Words]] = {}
     for name, words in options:
         _add(grid, name, words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -38,6 +39,33 @@ def expand(name: str, text: str) -> list[str]:
     if twice:
         raise ConfigError(f"{name} must be a list of different values, got {twice[0]} twice in {text!r}")
     return values
+
+
+class Range(NamedTuple):
+    """Numbers between two ends, the ends included."""
+
+    low: float
+    high: float
+    integer: bool
+
+
+def read_range(name: str, text: str) -> Range | None:
+    """Return the range that a text is, of which a search draws; None if it is none, or has a number of values.
+
+    Raises:
+        ConfigError: it goes nowhere; names the option.
+
+    >>> read_range("lr", "1e-4..1e-1"), read_range("lr", "1e-4..1e-1:4")
+    (Range(low=0.0001, high=0.1, integer=False), None)
+    """
+    matched = _RANGE.fullmatch(text.strip())
+    if matched is None or matched[3] is not None:
+        return None
+    low, high = float(matched[1]), float(matched[2])
+    integer = _is_integer(matched[1]) and _is_integer(matched[2])
+    if low >= high or not (integer or low > 0):
+        raise ConfigError(f"{name} must be a range that goes up{'' if integer else ' from above 0'}, got {text}")
+    return Range(low, high, integer)
 
 
 def _part(name: str, text: str) -> list[str]:

@@ -1,0 +1,101 @@
+"""Searches: what they draw from, that a stopped one goes on, and that none draws twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from runs import SMALL
+
+from tpext.experiments import ConfigError
+from tpext.experiments.commands import run as tpext_command
+from tpext.experiments.sweep_search import space_of
+from tpext.experiments.sweep_values import Range
+
+pytest.importorskip("optuna")
+pytestmark = pytest.mark.usefixtures("unrendered")
+
+FIXED = [word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+DRAWN = ["--lr", "1e-4..1e-1", "--credit", "local,through_time", "--seed", "1..2"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def search(count: int, *more: str) -> int:
+    words = [*FIXED, *DRAWN, "--search", str(count), "--jobs", "1", "--out", "found", *more]
+    return tpext_command(["sweep", "temporal-order", *words])
+
+
+def test_what_is_drawn_and_what_is_fixed(here: Path) -> None:
+    space = space_of(
+        "adding", None, ["--lr", "1e-4..1e-1", "--hidden-size", "8..64", "--reg", "1..100:3", "--seed=1..3"]
+    )
+    assert space.ranges == {"lr": Range(1e-4, 1e-1, False), "hidden_size": Range(8, 64, True)}
+    assert space.choices == {"reg": [("1",), ("10",), ("100",)]}
+    assert space.fixed == {"seed": [("1",), ("2",), ("3",)]}
+    grid = space.grid({"lr": 0.00123456, "hidden_size": 13, "reg": 2})
+    assert grid == {**space.fixed, "lr": [("0.001235",)], "hidden_size": [("13",)], "reg": [("100",)]}
+    Path("a.toml").write_text('task = "adding"\nlr = "1e-4..1e-1"\nreg = [1, 2]\nlength = 12')
+    space = space_of("adding", Path("a.toml"), ["--reg", "1e-1..1e1"])
+    assert set(space.ranges) == {"lr", "reg"}
+    assert space.choices == {}
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_search_draws_and_goes_on(here: Path, sampler: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert search(3, "--sampler", sampler) == 0
+    first = pd.read_csv("found/table.csv")
+    assert len(first) == 3 * 2
+    assert "best of 3 draws" in capsys.readouterr().out
+    assert search(3, "--sampler", sampler) == 0
+    assert len(pd.read_csv("found/table.csv")) == 3 * 2
+    assert search(5, "--sampler", sampler) == 0
+    table = pd.read_csv("found/table.csv")
+    assert len(table) == 5 * 2
+    assert set(first.run) <= set(table.run)
+    assert table.lr.nunique() == 5
+    assert table.lr.between(1e-4, 1e-1).all()
+    assert set(table.credit) <= {"local", "through_time"}
+    assert (table.groupby("lr").seed.nunique() == 2).all()
+
+
+def test_draws_of_a_stopped_search_are_carried_out_first(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tpext.experiments.sweep_session.carry_out", stop)
+        assert search(3, "--sampler", "random") == 130
+    before = {path.name for path in Path("found/runs").iterdir()}
+    assert len(before) == 6
+    assert search(3, "--sampler", "random") == 0
+    assert {path.name for path in Path("found/runs").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--search", "0", "--lr", "1e-3..1e-1"], "search must be an integer >= 1, got 0"),
+        (["--search", "3"], "a search needs an option with a range or a list to draw from"),
+        (["--search", "3", "--lr", "1e-1..1e-3"], "lr must be a range that goes up from above 0, got 1e-1..1e-3"),
+        (["--search", "3", "--reg", "1e-1..1e1", "--rule", "backprop"], "reg does not belong to rule=backprop"),
+        (["--search", "3", "--lr", "1e-3..1e-1", "--dry-run"], "dry_run does not go with a search"),
+    ],
+)
+def test_what_cannot_be_searched_is_named(
+    here: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tpext_command(["sweep", "temporal-order", *FIXED, *words]) == 1
+    assert message in capsys.readouterr().err
+    assert not Path("sweeps").exists()
+
+
+def test_a_search_of_several_grids_is_refused(here: Path) -> None:
+    Path("a.toml").write_text('task = "adding"\n[[grid]]\nlr = "1e-4..1e-1"\n[[grid]]\nreg = [1, 2]')
+    with pytest.raises(ConfigError, match=r"a search has one \[\[grid\]\], got 2"):
+        space_of("adding", Path("a.toml"), [])

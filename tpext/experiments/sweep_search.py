@@ -1,0 +1,205 @@
+"""Searches: the runs of a sweep as draws from ranges, at random or by what earlier draws have shown, by Optuna.
+
+Every draw is run with all seeds. Its score is the mean accuracy of the last iteration over them (zero for one that
+diverged), or where the task has a validation set, minus the mean validation loss. Optuna's journal in the sweep's
+folder holds the draws, so that a search that was stopped goes on with those that it had.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from tpext.experiments.progress import say
+from tpext.experiments.runs import AnyFolder, state_of
+from tpext.experiments.settings import ConfigError
+from tpext.experiments.sweep_folder import SweepFolder
+from tpext.experiments.sweep_plan import (
+    OF_RECIPES,
+    Words,
+    grid_of_options,
+    grid_of_table,
+    identity,
+    load_file,
+    options_of_arguments,
+    plan,
+)
+from tpext.experiments.sweep_values import Range, read_range
+
+DIGITS = 4
+"""Significant ones of a drawn number, which folders have in their names."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search draws from.
+
+    Attributes:
+        task: of ``tpext train``.
+        fixed: what every run has, and the seeds, as a grid.
+        ranges: numbers that are drawn between two ends.
+        choices: what is drawn from a list.
+    """
+
+    task: str
+    fixed: Mapping[str, Sequence[Words]]
+    ranges: Mapping[str, Range]
+    choices: Mapping[str, Sequence[Words]]
+
+    def first(self) -> dict[str, Any]:
+        """Return a draw, to try what cannot be a run before any is: the lower ends, the first choices."""
+        ends = {name: int(span.low) if span.integer else span.low for name, span in self.ranges.items()}
+        return {**ends, **dict.fromkeys(self.choices, 0)}
+
+    def grid(self, drawn: Mapping[str, Any]) -> dict[str, Sequence[Words]]:
+        """Return the grid of a draw: one value of each option, and all seeds."""
+        own: dict[str, Sequence[Words]] = {}
+        for name, value in drawn.items():
+            if name in self.ranges:
+                own[name] = [(str(value) if self.ranges[name].integer else f"{value:.{DIGITS}g}",)]
+            else:
+                own[name] = [self.choices[name][value]]
+        return {**self.fixed, **own}
+
+
+def space_of(task: str, path: Path | None, arguments: Sequence[str]) -> Space:
+    """Return what a command line, and a file if there is one, give to draw from.
+
+    Raises:
+        ConfigError: there is nothing to draw, or more than one grid.
+    """
+    ranges: dict[str, Range] = {}
+    grid: dict[str, list[Words]] = {}
+    if path is not None:
+        values = load_file(path)
+        if len(values["grid"]) > 1:
+            raise ConfigError(f"{path}: a search has one [[grid]], got {len(values['grid'])}")
+        table = {**values, **values["grid"][0]}
+        table = {name: value for name, value in table.items() if name not in ("task", "grid", *OF_RECIPES)}
+        ranges = {name: found for name, value in table.items() if (found := _range(name, value)) is not None}
+        grid = grid_of_table({name: value for name, value in table.items() if name not in ranges})
+    options = []
+    for name, words in options_of_arguments(arguments):
+        found = _range(name, words[0]) if len(words) == 1 else None
+        if found is None:
+            options.append((name, words))
+            ranges.pop(name, None)
+        else:
+            ranges[name] = found
+            grid.pop(name, None)
+    grid |= grid_of_options(options)
+    choices = {name: values for name, values in grid.items() if len(values) > 1 and name != "seed"}
+    if not ranges and not choices:
+        raise ConfigError("a search needs an option with a range or a list to draw from")
+    fixed = {name: values for name, values in grid.items() if name not in choices}
+    return Space(task, fixed, ranges, choices)
+
+
+def _range(name: str, value: Any) -> Range | None:
+    """The range that an option's value is; seeds are all run."""
+    return read_range(name, value) if isinstance(value, str) and name != "seed" else None
+
+
+def search(
+    space: Space,
+    folder: SweepFolder,
+    command: Sequence[str],
+    carry_out: Callable[[Sequence[AnyFolder]], None],
+    *,
+    count: int,
+    sampler: str,
+    batch: int,
+    console: Console,
+) -> list[AnyFolder]:
+    """Draw, and carry the draws' runs out, until there are as many draws as asked for; return all runs.
+
+    Args:
+        space: what is drawn from.
+        folder: of the sweep, locked.
+        command: for its record.
+        carry_out: carries out runs that have not ended.
+        count: draws, those of an earlier call of the same search included.
+        sampler: "random", or "tpe", the tree-structured Parzen estimator (Bergstra et al., 2011).
+        batch: draws at a time, of "tpe".
+        console: where the best draw is shown.
+
+    Raises:
+        ConfigError: Optuna is not installed.
+    """
+    try:
+        optuna: Any = importlib.import_module("optuna")
+    except ModuleNotFoundError as error:
+        raise ConfigError('a search needs optuna: pip install "tpext[search]"') from error
+    optuna.logging.set_verbosity(logging.WARNING)
+    backend = importlib.import_module("optuna.storages.journal").JournalFileBackend(str(folder.path / "search.log"))
+    study = optuna.create_study(
+        storage=optuna.storages.JournalStorage(backend),
+        study_name="search",
+        direction="maximize",
+        load_if_exists=True,
+    )
+    done = len(study.trials)
+    # of a state of its own at each start: the same one would draw the same again
+    samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
+    study.sampler = samplers[sampler](seed=done)
+    distributions = _distributions(optuna.distributions, space)
+    runs: list[AnyFolder] = []
+    while True:
+        asked = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+        more = min(count - len(study.trials), count if sampler == "random" else batch - len(asked))
+        for _ in range(more):
+            study.ask(distributions)
+        asked = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+        planned, varied = plan(space.task, [space.grid(trial.params) for trial in study.trials])
+        runs = folder.add(command, planned, varied)
+        if not asked:
+            return runs
+        carry_out(runs)
+        folders = {identity(run.config): of_it for run, of_it in zip(planned, runs, strict=True)}
+        for trial in asked:
+            own = [folders[identity(run.config)] for run in plan(space.task, [space.grid(trial.params)])[0]]
+            value = _score(own)
+            state = optuna.trial.TrialState.FAIL if value is None else None
+            study.tell(trial.number, value, state=state)
+        if any(trial.value is not None for trial in study.trials):
+            best = study.best_trial
+            label = ", ".join(f"{name} {' '.join(space.grid(best.params)[name][0])}" for name in best.params)
+            say(console, f"best of {len(study.trials)} draws: {best.value:.4g}  {label}")
+
+
+def _distributions(optuna: Any, space: Space) -> dict[str, Any]:
+    """Optuna's, by options: numbers by ratios, integers that do not span a decade alike."""
+    found: dict[str, Any] = {}
+    for name, span in space.ranges.items():
+        if span.integer:
+            low, high = int(span.low), int(span.high)
+            found[name] = optuna.IntDistribution(low, high, log=low >= 1 and high >= 10 * low)
+        else:
+            found[name] = optuna.FloatDistribution(span.low, span.high, log=True)
+    return found | {
+        name: optuna.CategoricalDistribution(list(range(len(values)))) for name, values in space.choices.items()
+    }
+
+
+def _score(runs: Sequence[AnyFolder]) -> float | None:
+    """Of a draw; None where a run failed or has not ended."""
+    scores: list[float | None] = []
+    for run in runs:
+        result = run.read_result()
+        if result is None:
+            if state_of(run) != "diverged":
+                return None
+            scores.append(None)
+        else:
+            loss = getattr(result, "validation_loss", None)
+            scores.append(result.accuracy if loss is None else -loss)
+    worst = -math.inf if any(score is not None and score < 0 for score in scores) else 0.0
+    mean = math.fsum(worst if score is None else score for score in scores) / len(scores)
+    return mean if math.isfinite(mean) else None
