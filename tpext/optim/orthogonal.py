@@ -35,7 +35,7 @@ def orthogonalize_(weight: Tensor, steps: int = 2) -> Tensor:
 
     >>> weight = torch.tensor([[1.1, 0.0], [0.0, 0.9]])
     >>> orthogonalize_(weight)
-    tensor([[0.9997, 0.0000],
+    tensor([[0.9996, 0.0000],
             [0.0000, 0.9997]])
     """
     _check(weight, steps)
