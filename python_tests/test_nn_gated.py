@@ -283,7 +283,7 @@ def test_every_option_of_a_rule_reaches_the_layer(cell):
         "gate_slope": "one",
         "candidate_slope": "one",
     }
-    of_others = {"correction", "input_rule", "slope", "inverse", "chebyshev_steps"}
+    of_others = {"correction", "input_rule", "slope", "unit_gain", "inverse", "chebyshev_steps"}
     assert changes.keys() == {field.name for field in dataclasses.fields(rule)} - of_others
     module = getattr(tpext.nn, cell)(I, H, dtype=DOUBLE, rule=rule)
 

@@ -195,6 +195,7 @@ def test_input_rule_changes_only_what_goes_down():
                 "input_rule": "target",
                 "slope": "derivative",
                 "slope_reg": 0.5,
+                "unit_gain": True,
             },
         ),
         (LearnedInverse(target_step=0.5), {"target_step": 0.3, "credit": "local", "normalize": False}),

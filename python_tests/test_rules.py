@@ -75,6 +75,7 @@ def test_defaults():
         "input_rule": "gradient",
         "slope": "inverse",
         "slope_reg": 0.0,
+        "unit_gain": False,
         "inverse": "branch",
         "gate_slope": "derivative",
         "candidate_slope": "derivative",

@@ -21,7 +21,7 @@ from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import Interrupted
-from tpext.experiments.presets import Case, presets_of
+from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.progress import say
 from tpext.experiments.reproduce_command import Reproduce
 from tpext.experiments.rule_names import (
@@ -105,6 +105,7 @@ class Tasks:
                 f"{rule} ({preset})"
                 for rule, kind in (LAYER_RULES if task.length is None else SEQUENCE_RULES).items()
                 for preset in presets_of(Case(name, task, kind))
+                if PRESETS[preset].published
             ]
             lines.append((name, shown, _output(task), task.correct_when, ", ".join(known) or "-"))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

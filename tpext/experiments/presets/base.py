@@ -30,15 +30,17 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """The settings of a publication.
+    """The settings of a publication, or of our own.
 
     Attributes:
         name: of ``--preset``.
         summary: for the help.
-        values: returns what the publication sets for a case, by the names of the options, ``rule`` among them; None
-            where it has nothing.
+        values: returns what it sets for a case, by the names of the options, ``rule`` among them; None where it has
+            nothing.
+        published: whether a publication has them.
     """
 
     name: str
     summary: str
     values: Callable[[Case], dict[str, Any] | None]
+    published: bool = True

@@ -38,4 +38,9 @@ def _values(case: Case) -> dict[str, Any] | None:
     return {**_SHARED, "rule": _RULES[case.rule]}
 
 
-PRESET = Preset("long-range", "local targets over hundreds of steps, on orthogonal recurrent weights; ours", _values)
+PRESET = Preset(
+    "long-range",
+    "local targets over hundreds of steps, on orthogonal recurrent weights; ours",
+    _values,
+    published=False,
+)
