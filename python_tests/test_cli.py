@@ -109,7 +109,8 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert config["rule"] == {"name": "regularized-inverse", "options": {
         "reg": 1.0, "target_step": 0.1, "correction": "linearized", "credit": "local", "margin": 1e-3,
         "normalize": True, "input_rule": "gradient", "slope": "inverse", "slope_reg": 0.0,
-        "unit_gain": False, "inverse": "branch", "gate_slope": "derivative", "candidate_slope": "derivative", "chebyshev_steps": None,
+        "unit_gain": False, "inverse": "branch", "gate_slope": "derivative", "candidate_slope": "derivative",
+        "chebyshev_steps": None,
     }}  # fmt: skip
     assert f"curve: {folder / 'curve.png'}" in out
     assert "20 iterations" in out
