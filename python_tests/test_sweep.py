@@ -362,7 +362,11 @@ def begin(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT],
+    ids=lambda number: number.name,
+)
 def test_a_sweep_goes_on_where_it_was_stopped(here: Path, number: signal.Signals) -> None:
     with begin(here) as process:
         if number == signal.SIGINT:
