@@ -140,8 +140,16 @@ def train_images(
     Args, raises: as :func:`tpext.experiments.train.train`.
     """
     threads = config.threads or default_threads(config)
-    options: dict[str, Any] = {"threads": threads, "resume": resume, "console": console}
-    return carry_out(_Run, config, ImageFolder(out), **options, stop=stop, callback=callback)
+    return carry_out(
+        _Run,
+        config,
+        ImageFolder(out),
+        threads=threads,
+        resume=resume,
+        console=console,
+        stop=stop,
+        callback=callback,
+    )
 
 
 def default_threads(config: ImageConfig) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,6 +15,9 @@ from rich.progress import Progress as Bar
 
 from tpext.experiments.cells import CELLS
 from tpext.experiments.config import Config
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 REDRAW_SECONDS = 0.1
 
@@ -39,7 +42,28 @@ class ShownRow(Protocol):
         """Accuracy there, in 0..1."""
 
 
-class Progress:
+class LiveLine:
+    """A context manager in which a bar is drawn live, if there is one.
+
+    Attributes:
+        bar: rich's; None where nothing is drawn live, as in a pipe.
+    """
+
+    bar: Bar | None = None
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+class Progress(LiveLine):
     """Shows how a run gets on; a context manager.
 
     Args:
@@ -71,7 +95,6 @@ class Progress:
             self.console,
             f"{'resuming after iteration ' + str(iteration) + ' in' if iteration else 'writing to'} {folder}",
         )
-        self.bar: Bar | None = None
         loss = f"{evaluated} loss"
         self.width = max(10, len(loss))
         if console.is_terminal and not console.quiet:
@@ -89,17 +112,6 @@ class Progress:
                 self.console,
                 f"{'iteration':>9}  {'train loss':>10}  {loss:>{self.width}}  {'accuracy':>8}  {'it/s':>7}",
             )
-
-    def __enter__(self) -> Progress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
     def row(self, row: ShownRow) -> None:
         """Show an evaluation."""

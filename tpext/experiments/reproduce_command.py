@@ -40,6 +40,7 @@ class Reproduce:
         # here, as pandas and joblib take longer to load than a help text to print
         from tpext.experiments.recipes import RECIPES, read_recipe
         from tpext.experiments.reproduce import reproduce
+        from tpext.experiments.sweep_plan import FILES
 
         if self.recipe is None:
             width = max(map(len, RECIPES))
@@ -47,7 +48,7 @@ class Reproduce:
                 say(console, f"{name:<{width}}  {read_recipe(path).title}")
             return 0
         path = RECIPES.get(self.recipe, Path(self.recipe))
-        if path.suffix not in (".toml", ".yaml", ".yml"):
+        if path.suffix not in FILES:
             raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, or a file, got {self.recipe!r}")
         if self.jobs is not None and self.jobs < 1:
             raise ConfigError(f"jobs must be an integer >= 1, got {self.jobs}")

@@ -255,7 +255,7 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
             RunError: there is a run already, or a part of one.
         """
         self.check_empty()
-        write_whole(self.config, _json(config.to_dict()))
+        write_whole(self.config, as_json(config.to_dict()))
 
     def read_config(self) -> ConfigT | None:
         """Return the configuration of the run here, None if there is none.
@@ -320,11 +320,11 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
 
     def write_failure(self, failure: Failure) -> None:
         """Say how the run failed."""
-        write_whole(self.failure, _json(asdict(failure)))
+        write_whole(self.failure, as_json(asdict(failure)))
 
     def write_result(self, result: ResultT) -> None:
         """Mark the run as complete."""
-        write_whole(self.result, _json(asdict(result)))  # type: ignore[call-overload]
+        write_whole(self.result, as_json(asdict(result)))  # type: ignore[call-overload]
 
     def read_rows(self) -> list[RowT]:
         """Return the evaluations in metrics.csv, none if there is no such file.
@@ -412,7 +412,8 @@ class RunFolder(AnyRunFolder[Config, Row, Result]):
         return [Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True))) for line in lines]
 
 
-def _json(values: dict[str, Any]) -> bytes:
+def as_json(values: Mapping[str, Any]) -> bytes:
+    """Return plain values as the content of a .json file."""
     return (json.dumps(values, indent=2) + "\n").encode()
 
 

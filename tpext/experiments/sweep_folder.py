@@ -24,7 +24,7 @@ import pandas as pd
 
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.images import ImageConfig
-from tpext.experiments.run_folder import BusyError, RunError, RunFolder, write_whole
+from tpext.experiments.run_folder import BusyError, RunError, RunFolder, as_json, write_whole
 from tpext.experiments.runs import write_table
 from tpext.experiments.settings import FREE_FIELDS
 from tpext.experiments.sweep_plan import AnyConfig, Planned, identity
@@ -110,7 +110,7 @@ class SweepFolder:
             "commands": [*commands, *([] if list(command) in commands else [list(command)])],
             "varied": list(dict.fromkeys([*before, *varied])),
         }
-        write_whole(self.record, (json.dumps(record, indent=2) + "\n").encode())
+        write_whole(self.record, as_json(record))
         return folders
 
     def _create(self, run: Planned) -> RunFolder | ImageFolder:
@@ -157,7 +157,7 @@ def _carry_out_differently(folder: RunFolder | ImageFolder, config: AnyConfig) -
     assert saved is not None
     changed = saved.carried_out({name: getattr(config, name) for name in FREE_FIELDS if hasattr(config, name)})
     if changed != saved:
-        write_whole(folder.config, (json.dumps(changed.to_dict(), indent=2) + "\n").encode())
+        write_whole(folder.config, as_json(changed.to_dict()))
 
 
 class Lock:

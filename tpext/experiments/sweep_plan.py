@@ -51,6 +51,8 @@ NOT_SWEPT = ("out", "resume")
 """Options of ``tpext train`` that a sweep has no use for: each run has a folder of its own, and resumes."""
 OF_RECIPES = ("title", "panel", "label", "select", "axes", "quick")
 """What a file may have besides, for ``tpext reproduce``."""
+FILES = (".toml", ".yaml", ".yml")
+"""Suffixes of the files of sweeps and recipes."""
 NAME_LENGTH = 150
 
 
@@ -141,10 +143,12 @@ def read_file(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """
     values = load_file(path)
     grids = [{**values, **grid} for grid in values.pop("grid")]
-    return values["task"], [
-        grid_of_table({name: value for name, value in grid.items() if name not in ("task", *OF_RECIPES)})
-        for grid in grids
-    ]
+    return values["task"], [grid_of_table(options_of_file(grid)) for grid in grids]
+
+
+def options_of_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a file's values are options of its runs."""
+    return {name: value for name, value in values.items() if name not in ("task", "grid", *OF_RECIPES)}
 
 
 def load_file(path: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from types import TracebackType
 
 import pandas as pd
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from tpext.experiments.image_folder import ImageFolder
-from tpext.experiments.progress import say
+from tpext.experiments.progress import LiveLine, say
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.runs import State, state_of
 
@@ -22,7 +21,7 @@ SHOWN = 10
 ENDED: tuple[State, ...] = ("complete", "diverged", "failed")
 
 
-class SweepProgress:
+class SweepProgress(LiveLine):
     """Shows how the runs of a sweep get on, by what is in their folders; a context manager.
 
     Args:
@@ -37,7 +36,6 @@ class SweepProgress:
         self.states: dict[str, State] = {run.path.name: state_of(run) for run in runs}
         self.before = self._ended()
         self.started = time.monotonic()
-        self.bar: Bar | None = None
         counts = Counter(self.states.values())
         known = ", ".join(f"{number} {state}" for state, number in counts.items() if state != "waiting")
         say(
@@ -52,17 +50,6 @@ class SweepProgress:
                 console=console,
             )
             self.line = self.bar.add_task("", total=len(runs), completed=self.before, numbers="")
-
-    def __enter__(self) -> SweepProgress:
-        if self.bar is not None:
-            self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.stop()
 
     def look(self) -> bool:
         """Look at the folders, show what is new, and return whether a run has ended or begun."""

@@ -22,13 +22,13 @@ from tpext.experiments.runs import AnyFolder, state_of
 from tpext.experiments.settings import ConfigError
 from tpext.experiments.sweep_folder import SweepFolder
 from tpext.experiments.sweep_plan import (
-    OF_RECIPES,
     Words,
     grid_of_options,
     grid_of_table,
     identity,
     load_file,
     options_of_arguments,
+    options_of_file,
     plan,
 )
 from tpext.experiments.sweep_values import Range, read_range
@@ -81,8 +81,7 @@ def space_of(task: str, path: Path | None, arguments: Sequence[str]) -> Space:
         values = load_file(path)
         if len(values["grid"]) > 1:
             raise ConfigError(f"{path}: a search has one [[grid]], got {len(values['grid'])}")
-        table = {**values, **values["grid"][0]}
-        table = {name: value for name, value in table.items() if name not in ("task", "grid", *OF_RECIPES)}
+        table = options_of_file({**values, **values["grid"][0]})
         ranges = {name: found for name, value in table.items() if (found := _range(name, value)) is not None}
         grid = grid_of_table({name: value for name, value in table.items() if name not in ranges})
     options = []

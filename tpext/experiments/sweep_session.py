@@ -16,12 +16,10 @@ from tpext.experiments.settings import ConfigError
 from tpext.experiments.sweep import carry_out, default_jobs
 from tpext.experiments.sweep_command import Sweep
 from tpext.experiments.sweep_folder import Lock, SweepFolder
-from tpext.experiments.sweep_plan import IMAGES, Planned, grid_of_arguments, load_file, plan, read_file
+from tpext.experiments.sweep_plan import FILES, IMAGES, Planned, grid_of_arguments, load_file, plan, read_file
 from tpext.experiments.sweep_progress import summarize
 from tpext.experiments.sweep_search import search, space_of
 from tpext.tasks import TASKS
-
-FILES = (".toml", ".yaml", ".yml")
 
 
 class Session:

@@ -66,8 +66,16 @@ def train(
             checkpoint, another Ctrl-C stops at once.
     """
     threads = config.threads or default_threads(config)
-    options: dict[str, Any] = {"threads": threads, "resume": resume, "console": console}
-    return carry_out(_Run, config, RunFolder(out), **options, stop=stop, callback=callback)
+    return carry_out(
+        _Run,
+        config,
+        RunFolder(out),
+        threads=threads,
+        resume=resume,
+        console=console,
+        stop=stop,
+        callback=callback,
+    )
 
 
 def default_threads(config: Config) -> int:

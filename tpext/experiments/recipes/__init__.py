@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tpext.experiments.settings import ConfigError
-from tpext.experiments.sweep_plan import OF_RECIPES, grid_of_table, load_file
+from tpext.experiments.sweep_plan import OF_RECIPES, grid_of_table, load_file, options_of_file
 
 RECIPES = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.toml"))}
 """By the names of ``tpext reproduce``; a new one is a new file."""
@@ -74,7 +74,7 @@ def read_recipe(path: Path, given: Mapping[str, Any] | None = None, *, quick: bo
     axes = tuple(values.get("axes", ()))
     if axes and (len(axes) != 2 or not all(isinstance(name, str) for name in axes)):
         raise ConfigError(f"{path}: axes must be the names of two options, got {list(axes)}")
-    shared = {name: value for name, value in values.items() if name not in ("task", "grid", *OF_RECIPES)}
+    shared = options_of_file(values)
     grids = []
     for table in tables:
         own = {name: value for name, value in table.items() if name not in OF_RECIPES}
