@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -197,6 +198,34 @@ def of_member(rule: _AnyRule, member: int) -> _AnyRule:
     if not rule._tuples:
         return rule
     return dataclasses.replace(rule, **{name: getattr(rule, name)[member] for name in rule._tuples})
+
+
+def joined(rules: Sequence[_AnyRule], directions: int) -> _AnyRule:
+    """One rule for a stack of layers with so many directions each, which have a rule of their own each.
+
+    Raises:
+        ValueError: the rules differ in more than numbers that are one for each member of a layer.
+    """
+    first = rules[0]
+    other = next((rule for rule in rules if type(rule) is not type(first)), None)
+    if other is not None:
+        raise ValueError(f"rule must be of one class in all members, got {first} and {other}")
+    changed: dict[str, tuple[float, ...]] = {}
+    for field in dataclasses.fields(first):
+        values = [getattr(rule, field.name) for rule in rules]
+        different = next((value for value in values if value != values[0]), None)
+        if different is None and not isinstance(values[0], tuple):
+            continue
+        if not _is_per_member(field):
+            if different is not None:
+                raise ValueError(
+                    f"{type(first).__name__}: {field.name} must be the same in all members, got {values[0]!r} and "
+                    f"{different!r}"
+                )
+            continue
+        numbers_of_each = (value if isinstance(value, tuple) else (value,) * directions for value in values)
+        changed[field.name] = tuple(itertools.chain.from_iterable(numbers_of_each))
+    return dataclasses.replace(first, **changed) if changed else first
 
 
 def check_flag(rule: object, name: str) -> None:
