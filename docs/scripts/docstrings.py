@@ -52,6 +52,8 @@ class Docstrings(Extension):
 
     def markdown(self, text: str) -> str:
         text = ROLE.sub(self._link, text)
+        # a description that begins with ">= 0" is no quotation
+        text = re.sub(r"^(\s+[\w, ]+: )>", r"\1\\>", text, flags=re.MULTILINE)
         text = re.sub(r"^(.*\S)::$", r"\1:", text, flags=re.MULTILINE)
         lines: list[str] = []
         open_at: str | None = None  # the indent of the block that is open; an empty line ends it
