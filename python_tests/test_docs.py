@@ -77,6 +77,32 @@ def test_the_sweeps_of_a_page_are_sweeps(tmp_path: Path) -> None:
     assert len(plan("adding", [grid_of_arguments(command[3:])])[0]) == 5 * 4 * (1 + 3)
 
 
+def commands_of(page: Path) -> list[str]:
+    """Its whole commands ``tpext train``; those of a table of options are what stands above it, with each option."""
+    found = re.findall(r"(?:^|(By )?`)(tpext train [^`#\n]*)", page.read_text(), re.MULTILINE)
+    incomplete = re.compile(r"\.py\b|\b(?:DIR|FILE|NAME|TASK)\b|\.\.\.|--(?:help|resume|out)\b")
+    whole = [command.strip() for by, command in found if not by and not incomplete.search(command)]
+    for section in page.read_text().split("\n## "):
+        for above in re.findall(r"By `(tpext train [^`]*)`", section):
+            for line in re.findall(r"^\| .*\|$", section, re.MULTILINE):
+                base = above.replace(" --preset published", "") if "without a published preset" in line else above
+                whole += [f"{base} {options}" for options in re.findall(r"`(--(?:rule|network) [^`]*)`", line)]
+    return whole
+
+
+# Not those of results.md, which are patterns, nor those of own-tasks.md, whose task is nowhere but on the page.
+WITH_COMMANDS = [
+    page for page in PAGES if page.is_file() and page.name not in ("results.md", "own-tasks.md") and commands_of(page)
+]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_commands(page: Path) -> None:
+    for command in commands_of(page):
+        _, _, task, *options = command.split()
+        assert len(plan(task, [grid_of_arguments(options)])[0]) == 1, command
+
+
 # The reference
 
 
