@@ -7,6 +7,7 @@ the sweep holds its lock: one that is interrupted or killed leaves runs with che
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ from tpext.experiments.loop import Interrupted, catch_interrupts
 from tpext.experiments.run_folder import Failure, RunError, RunFolder
 from tpext.experiments.runs import OPEN, state_of
 from tpext.experiments.sweep_command import Engine
-from tpext.experiments.sweep_engines import ENGINES
+from tpext.experiments.sweep_engines import ENGINES, Stack
 from tpext.experiments.sweep_folder import Lock, SweepFolder
 from tpext.experiments.sweep_progress import SweepProgress
+from tpext.experiments.sweep_stacks import stacks_of
 from tpext.experiments.sweep_worker import POLL_SECONDS, in_one_line
 
 DIED = "its process was killed while no other run was beside it: out of memory?"
@@ -45,6 +47,7 @@ def carry_out(
     jobs: int,
     engine: Engine = "processes",
     address: str | None = None,
+    stack: int | None = 1,
     console: Console,
 ) -> None:
     """Carry out runs in their folders, those apart that are complete or have diverged.
@@ -56,6 +59,7 @@ def carry_out(
         jobs: how many go side by side; -1 is as many as the cluster has cores for.
         engine: what carries them out.
         address: of the cluster; None is one of this machine, for this call.
+        stack: how many runs of one shape go together at most; None is what a measurement says.
         console: where the progress goes.
 
     Raises:
@@ -67,14 +71,15 @@ def carry_out(
             run.failure.unlink()  # the cause may be gone
         run.begun.unlink(missing_ok=True)
     waiting = [run for run in runs if state_of(run) in OPEN]
+    stacks = stacks_of(waiting, jobs, stack, console)
     if jobs > 2:  # one alone would be carried out in this process
-        jobs = min(jobs, max(2, len(waiting)))
+        jobs = min(jobs, max(2, len(stacks)))
     with (
         catch_interrupts() as interrupts,
         SweepProgress(console, runs, jobs) as progress,
         _watching(folder, lock, interrupts, progress),
     ):
-        _carry_out_all(waiting, lock, jobs, engine, address, interrupts)
+        _carry_out_all(stacks, lock, jobs, engine, address, interrupts)
     if interrupts:
         raise Interrupted(interrupts[0], "runs that were begun have a checkpoint; the same command goes on from there")
 
@@ -119,7 +124,7 @@ def _watching(folder: SweepFolder, lock: Lock, interrupts: list[int], progress: 
 
 
 def _carry_out_all(
-    runs: Sequence[RunFolder | ImageFolder],
+    stacks: Sequence[Stack],
     lock: Lock,
     jobs: int,
     engine: Engine,
@@ -127,23 +132,25 @@ def _carry_out_all(
     interrupts: list[int],
 ) -> None:
     with ENGINES[engine](address, jobs, lock) as carry_out_several:
-        while runs and not interrupts:
+        while stacks and not interrupts:
             try:
-                carry_out_several(runs)
+                carry_out_several(stacks)
                 return
             except Exception as error:
                 if interrupts:  # it has reached the workers too
                     return
                 died = error
             # A process died, and may have taken others with it. Which one shows where each is alone.
+            runs = list(itertools.chain.from_iterable(stacks))
             suspects = [run for run in runs if state_of(run) in OPEN and run.begun.exists()]
             if not suspects:
                 raise RunError(f"a process died before it began a run: {in_one_line(died)}") from died
             for run in suspects:
                 try:
-                    carry_out_several([run])
+                    carry_out_several([[run]])
                 except Exception as error:
                     if interrupts:
                         return
                     run.write_failure(Failure(diverged=False, message=DIED, details=str(error)))
-            runs = [run for run in runs if state_of(run) in OPEN and run not in suspects]
+            left = [[run for run in one if state_of(run) in OPEN and run not in suspects] for one in stacks]
+            stacks = [one for one in left if one]

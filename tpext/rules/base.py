@@ -207,25 +207,23 @@ def joined(rules: Sequence[_AnyRule], directions: int) -> _AnyRule:
         ValueError: the rules differ in more than numbers that are one for each member of a layer.
     """
     first = rules[0]
-    other = next((rule for rule in rules if type(rule) is not type(first)), None)
-    if other is not None:
-        raise ValueError(f"rule must be of one class in all members, got {first} and {other}")
+    for other in rules[1:]:
+        for own, theirs in zip(shared_part(first), shared_part(other), strict=False):
+            if own != theirs:
+                raise ValueError(f"rules must differ in their numbers alone, got {own} and {theirs}")
     changed: dict[str, tuple[float, ...]] = {}
-    for field in dataclasses.fields(first):
+    for field in filter(_is_per_member, dataclasses.fields(first)):
         values = [getattr(rule, field.name) for rule in rules]
-        different = next((value for value in values if value != values[0]), None)
-        if different is None and not isinstance(values[0], tuple):
-            continue
-        if not _is_per_member(field):
-            if different is not None:
-                raise ValueError(
-                    f"{type(first).__name__}: {field.name} must be the same in all members, got {values[0]!r} and "
-                    f"{different!r}"
-                )
-            continue
-        numbers_of_each = (value if isinstance(value, tuple) else (value,) * directions for value in values)
-        changed[field.name] = tuple(itertools.chain.from_iterable(numbers_of_each))
+        if isinstance(values[0], tuple) or any(value != values[0] for value in values):
+            each = (value if isinstance(value, tuple) else (value,) * directions for value in values)
+            changed[field.name] = tuple(itertools.chain.from_iterable(each))
     return dataclasses.replace(first, **changed) if changed else first
+
+
+def shared_part(rule: Rule) -> tuple[object, ...]:
+    """What rules have in common that :func:`joined` takes: the class, and all that is no number of each member."""
+    names = [field.name for field in dataclasses.fields(rule) if not _is_per_member(field)]
+    return type(rule), *((name, getattr(rule, name)) for name in names)
 
 
 def check_flag(rule: object, name: str) -> None:
