@@ -1,7 +1,7 @@
 """Make README.md's line on speed, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``.
 
 Results on a GPU are taken from gpu.json beside that file; those of learned feedback, which take as long as all others
-together, from learned_feedback.json; those of GRU and LSTM from gated.json.
+together, from learned_feedback.json; those of GRU and LSTM from gated.json, of ensembles from ensemble.json.
 """
 
 from __future__ import annotations
@@ -333,6 +333,18 @@ def details(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def ensemble_details(results: Results, source: str) -> str:
+    """The part of docs/benchmarks.md on ensembles."""
+    rows = results.of("test_ensemble_step")
+    parts = [
+        f"## Ensembles: {rows[0]['members']} networks together against one after another",
+        f"From `{source}`: {results.cpu}, torch {rows[0]['torch']}. A training step of `tpext.nn.Ensemble` beside those of "
+        "its members' own calls, loss on the last step, numbers and inputs of each member's own; to the same bits.",
+        timed_table(rows, ("I, H, B, T", "threads")),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 def gated_details(results: Results, source: str) -> str:
     """The part of docs/benchmarks.md on GRU and LSTM."""
     parts = [
@@ -441,6 +453,9 @@ def write(source: Path, root: Path = ROOT) -> None:
         of_gates = read(gates)
         overview += ["## GRU and LSTM", gated(of_gates)]
         rows += [gated_details(of_gates, gates.name)]
+    ensembles = source.with_name("ensemble.json")
+    if ensembles.is_file():
+        rows.append(ensemble_details(read(ensembles), ensembles.name))
     learned = source.with_name("learned_feedback.json")
     if learned.is_file():
         on_images = read(learned)

@@ -311,7 +311,14 @@ def test_report_leaves_no_row_out(load: Any, tmp_path: Path, suite: list[dict[st
 
 
 # Tests whose rows the report writes elsewhere than in its sections of timed rows.
-OTHERS = {"test_gated_step", "test_gated_inference", "test_peak", "test_training_batch", "test_batch_memory"}
+OTHERS = {
+    "test_ensemble_step",
+    "test_gated_step",
+    "test_gated_inference",
+    "test_peak",
+    "test_training_batch",
+    "test_batch_memory",
+}
 
 
 def test_benchmarks_have_names_of_their_own_and_a_section(load: Any) -> None:
@@ -359,6 +366,15 @@ def test_report_of_gates(load: Any, tmp_path: Path) -> None:
     assert line in report.gated(results)
     for title in ("## GRU and LSTM: whole training step", "## GRU and LSTM: inference"):
         assert title in report.gated_details(results, "gated.json")
+
+
+def test_report_of_ensembles(load: Any, tmp_path: Path) -> None:
+    rows = [step("test_ensemble_step", "", (1, 32, 16, 30), ratio=4.0, members=48)]
+    report, results = load("report"), load("rows").read(write(tmp_path / "ensemble.json", rows))
+    details = report.ensemble_details(results, "ensemble.json")
+    assert "## Ensembles: 48 networks together" in details
+    assert "| 1, 32, 16, 30 |" in details
+    assert "**4.00**" in details
 
 
 def test_report_of_learned_feedback(load: Any, tmp_path: Path) -> None:
