@@ -339,7 +339,7 @@ def ensemble_details(results: Results, source: str) -> str:
     parts = [
         f"## Ensembles: {rows[0]['members']} networks together against one after another",
         f"From `{source}`: {results.cpu}, torch {rows[0]['torch']}. A training step of `tpext.nn.Ensemble` beside "
-        "those of its members' own calls, loss on the last step, numbers and inputs of each member's own; to the same bits.",
+        "those of its members' own calls, loss on the last step, numbers and inputs of each its own; the same bits.",
         timed_table(rows, ("I, H, B, T", "threads")),
     ]
     return "\n\n".join(parts) + "\n"

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import tpext
 from tpext import Backprop, ConstrainedLeastSquares, DifferenceTargetPropagation, Kaczmarz, RegularizedLeastSquares
-from tpext.diagnostics import layer_diagnostics, recurrent_angles
+from tpext.diagnostics import displacement_norms, layer_diagnostics, recurrent_angles
 from tpext.nn import MLP, TargetLinear
+from tpext.reference import regularized_inverse, rnn_scan, rnn_target_scan
 
 DOUBLE = torch.float64
 
@@ -205,3 +206,68 @@ def test_recurrent_angles_need_a_recurrent_layer() -> None:
         recurrent_angles(3, lambda net: torch.zeros(()))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="recurrent_angles: the value of loss must be a tensor, got float"):
         recurrent_angles(tpext.nn.RNN(2, 2), lambda net: 1.0)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("correction", ["linearized", "difference"])
+@pytest.mark.parametrize("every_step", [False, True])
+def test_displacement_norms_are_the_oracles(correction: Any, every_step: bool) -> None:
+    """Of rows of several lengths, in both directions."""
+    rule = tpext.RegularizedInverse(reg=0.7, target_step=0.1, correction=correction)
+    rnn = tpext.nn.RNN(3, 4, bidirectional=True, rule=rule).double()
+    input, lengths = torch.randn(6, 3, 3, dtype=DOUBLE), torch.tensor([6, 4, 0])
+    found = displacement_norms(rnn, lambda rnn: rnn(input, lengths=lengths)[0 if every_step else 1].square().sum() / 2)
+    assert list(found) == ["weight_hh_l0", "weight_hh_l0_reverse"]
+    weights = {name: parameter.detach().numpy() for name, parameter in rnn.named_parameters()}
+    for end, reverse in (("", False), ("_reverse", True)):
+        U, W, b, c = (weights[f"{name}_l0{end}"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        x_proj, h0 = (input.numpy() @ U.T + b + c)[None], np.zeros((1, 3, 4))
+        states = np.asarray(rnn_scan(x_proj, h0, W[None], lengths.numpy(), [reverse], "tanh"))
+        last = np.zeros((1, 3, 4)) if reverse else h0.copy()
+        for row, length in enumerate(lengths):
+            if length > 0:
+                last[0, row] = states[0, 0 if reverse else length - 1, row]
+        inverse = regularized_inverse(W[None], 0.7)
+        _, first, norms, *_ = rnn_target_scan(
+            states if every_step else None, states, h0, W[None], inverse, None, lengths.numpy(), [reverse], "tanh",
+            correction, "local", 0.1, rule.margin, True, False, disp_n=None if every_step else -0.1 * last,
+        )  # fmt: skip
+        steps = np.linalg.norm(np.asarray(norms)[0], axis=1)
+        expected = [np.linalg.norm(first), *(steps[::-1] if reverse else steps)]
+        np.testing.assert_allclose(found[f"weight_hh_l0{end}"].numpy(), np.array(expected) / 0.1, rtol=1e-10)
+
+
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize("rule", [tpext.Backprop(), tpext.RegularizedInverse(reg=0.5, credit="local", target_step=0.2)])
+def test_displacement_norms_are_what_single_steps_hand_back(cell: str, rule: Any) -> None:
+    rnn = getattr(tpext.nn, cell)(3, 4, rule=rule).double()
+    input = torch.randn(5, 2, 3, dtype=DOUBLE)
+    model, before = nn.Sequential(rnn), torch.get_rng_state()
+
+    def loss(output: Tensor) -> Tensor:
+        return (output.square() * torch.rand(5, 1, 1, generator=torch.Generator().manual_seed(0)).double()).sum()
+
+    found = displacement_norms(model, lambda model: loss(model(input)[0]))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert rnn.rule is rule
+    kinds = 2 if cell == "LSTM" else 1
+    states = [tuple(torch.zeros(1, 2, 4, dtype=DOUBLE, requires_grad=True) for _ in range(kinds))]
+    outputs = []
+    for step in input.split(1):
+        _, state = rnn(step, states[-1] if kinds == 2 else states[-1][0])
+        # one h for the loss and for the next step
+        h, *rest = state if kinds == 2 else (state,)
+        outputs.append(h)
+        states.append((h, *rest))
+    wanted = [kind for state in states for kind in state]
+    grads = torch.autograd.grad(loss(torch.cat(outputs)), wanted, materialize_grads=True, allow_unused=True)
+    norms = [torch.cat(grads[i : i + kinds]).norm() for i in range(0, len(grads), kinds)]
+    torch.testing.assert_close(found["0.weight_hh_l0"], torch.stack(norms), rtol=1e-10, atol=0)
+
+
+def test_displacement_norms_need_one_call_of_a_recurrent_layer() -> None:
+    with pytest.raises(ValueError, match=r"displacement_norms: model must have a tpext\.nn\.RNN, GRU or LSTM"):
+        displacement_norms(nn.Linear(2, 2), lambda net: torch.zeros(()))
+    input = torch.randn(3, 2, 2, dtype=DOUBLE)
+    with pytest.raises(ValueError, match="displacement_norms: loss must call each recurrent module once"):
+        displacement_norms(tpext.nn.RNN(2, 2), lambda rnn: rnn(rnn(input)[0])[0].sum())

@@ -94,6 +94,14 @@ def test_what_a_grid_varies_makes_methods_in_panels(here: Path) -> None:
     assert {path.name for path in Path("made").glob("*.png")} == {"curves.png", "curves-other.png"}
 
 
+def test_gradients_of_a_recipe_are_drawn_beside_its_curves(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("two.toml").write_text(RECIPE.replace('select = "lr"', 'select = "lr"\ngradients = true'))
+    assert tpext_command(["reproduce", "two.toml", "--quick", "--jobs", "1", "--out", "made"]) == 0
+    assert {path.name for path in Path("made").glob("*.png")} == {"curves.png", "gradients.png"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3:] == ["table: made/methods.csv", "picture: made/curves.png", "picture: made/gradients.png"]
+
+
 def test_the_quick_version_has_options_of_its_own(here: Path) -> None:
     assert tpext_command(["reproduce", "two.toml", "--quick", "--jobs", "1"]) == 0
     assert list(pd.read_csv("reproduced/two-quick/methods.csv").runs) == [1] * 4

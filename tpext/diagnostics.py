@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,11 @@ from tpext.nn.linear import TargetLinear
 from tpext.nn.recurrent import RecurrentLayers
 from tpext.nn.sequential import TargetSequential
 from tpext.ops._library import check_tensor
-from tpext.rules import Backprop
+from tpext.ops._members import as_list
+from tpext.rules import Backprop, RecurrentRule
+from tpext.rules.gated_call import GatedWeights
+from tpext.rules.recurrent_call import LayerWeights
+from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep
 
 # A layer's gradient, as one vector, and its (input, output, gradient of the output) at each of its calls.
 _Layers = dict[str, tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]]
@@ -246,11 +250,7 @@ def recurrent_angles(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> d
     >>> list(angles), angles["weight_hh_l0"].angle < 1e-3
     (['weight_ih_l0', 'weight_hh_l0', 'bias_ih_l0', 'bias_hh_l0'], True)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"recurrent_angles: model must be a torch.nn.Module, got {type(model).__name__}")
-    by_rule, by_backprop = copy.deepcopy(model).double(), copy.deepcopy(model).double()
-    if not any(isinstance(module, RecurrentLayers) for module in by_rule.modules()):
-        raise ValueError(f"recurrent_angles: model must have a tpext.nn.RNN, GRU or LSTM, got {type(model).__name__}")
+    by_rule, by_backprop = (_recurrent_copy("recurrent_angles", model) for _ in range(2))
     for module in by_backprop.modules():
         if isinstance(module, RecurrentLayers):
             # past the setter, which guards the parameters that an optimizer has
@@ -258,12 +258,114 @@ def recurrent_angles(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> d
     found = []
     for net in (by_rule, by_backprop):
         with torch.random.fork_rng():
-            found.append(_recurrent_gradients(net, loss))
+            found.append(_recurrent_gradients("recurrent_angles", net, loss))
     gradients, exact = found
     return {name: _gradient_angle(gradient, exact[name]) for name, gradient in gradients.items() if name in exact}
 
 
-def _recurrent_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+def displacement_norms(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    """Measure by how much a rule displaces each state of a model's recurrent layers on one batch.
+
+    ``||d_t|| / target_step`` over batch and units, where ``h_t + d_t`` is the target of the state ``h_t``; the state of
+    an LSTM is ``(h, c)``. Under back-propagation that is the norm of the loss's gradient with respect to ``h_t``. Steps
+    beyond ``lengths`` count as zero. The pass runs on a copy of the model in float64, step by step: model, gradients
+    and random state stay as they are.
+
+    Args:
+        model: any model with :class:`tpext.nn.RNN`, :class:`tpext.nn.GRU` or :class:`tpext.nn.LSTM` in it, or one of
+            them.
+        loss: takes a model, in float64, and returns the scalar loss; it must use the model that it is given, and call
+            each of its recurrent modules once.
+
+    Returns:
+        A float64 vector ``[T + 1]`` for each layer and direction that the loss depends on, by the names of their
+        ``weight_hh``: of the initial state, and of the state after each step in the order in which they are run.
+
+    Raises:
+        ValueError: the model has no such layer, or one is called twice.
+        TypeError: ``model`` is no module.
+
+    Cost: a backward pass in T calls.
+
+    Source: V. Roulet and Z. Harchaoui, "Target Propagation via Regularized Inversion for Recurrent Neural Networks",
+    TMLR 2023, the norms of displacements over time.
+
+    >>> import tpext
+    >>> rnn = tpext.nn.RNN(3, 8, rule=tpext.RegularizedInverse(reg=1))
+    >>> input = torch.randn(5, 2, 3, dtype=torch.float64)
+    >>> norms = displacement_norms(rnn, lambda rnn: rnn(input)[1].sum())["weight_hh_l0"]
+    >>> norms.shape, round(norms[-1].item(), 3)
+    (torch.Size([6]), 4.0)
+    """
+    copied = _recurrent_copy("displacement_norms", model)
+    found: dict[str, list[Tensor]] = {}
+    for name, module in copied.named_modules():
+        if isinstance(module, RecurrentLayers):
+            module.checkpoint_every = 1
+            # past the setter, as above
+            module._rule = _recording(module, f"{name}." if name else "", found)
+    with torch.random.fork_rng():
+        _recurrent_gradients("displacement_norms", copied, loss)
+    return {name: torch.stack(found[name][::-1]) for name in reversed(found)}
+
+
+def _recording(module: RecurrentLayers, prefix: str, found: dict[str, list[Tensor]]) -> RecurrentRule:
+    """A module's rule, which also leaves in ``found`` the norms of the displacements, the last state's first."""
+    kind: type[RecurrentRule] = type(module.rule)
+
+    class Recording(kind):  # type: ignore[misc,valid-type]
+        def start_sweep(self, layer: LayerWeights) -> Sweep:
+            return _recorded(kind.start_sweep(self, layer), norms_of(layer.weight_hh))
+
+        def start_gated_sweep(self, layer: GatedWeights) -> Sweep:
+            return _recorded(kind.start_gated_sweep(self, layer), norms_of(layer.weight_hh))
+
+    def norms_of(weight_hh: Tensor) -> list[Tensor]:
+        # pieces go through one direction at a time, the last layer's first
+        for key in reversed([name for names in module._all_weights for name in names if "weight_hh" in name]):
+            if prefix + key not in found and torch.equal(weight_hh[0], getattr(module, key)):
+                return found.setdefault(prefix + key, [])
+        raise ValueError("displacement_norms: loss must call each recurrent module once")
+
+    return Recording(**{field.name: getattr(module.rule, field.name) for field in fields(module.rule)})
+
+
+def _recorded(sweep: Sweep, norms: list[Tensor]) -> Sweep:
+    """A sweep over pieces of one step that leaves the norms of the displacements at both ends of each."""
+    (unit,) = as_list(sweep.unit)
+
+    def norm(state: StateOrNone, valid: Tensor | None) -> Tensor:
+        # unstacked, a row for each sample
+        kinds = [kind[0] if valid is None else kind[0] * valid[:, None] for kind in state if kind is not None]
+        size: Tensor = torch.linalg.vector_norm(torch.cat(kinds, dim=-1))
+        return size / abs(unit)
+
+    def run(
+        piece: Piece, grad_states: Tensor | None, arriving: StateOrNone, credit: StateOrNone
+    ) -> tuple[Gradients, State, StateOrNone]:
+        after = arriving
+        if grad_states is not None:
+            own = unit * grad_states[:, 0]
+            after = (own if arriving[0] is None else own + arriving[0], *arriving[1:])
+        gradients, before, credit = sweep.run(piece, grad_states, arriving, credit)
+        # the state before one step is that after another, whose own gradient it lacks here
+        norms[-1:] = [norm(after, piece.lengths), norm(before, None)]
+        return gradients, before, credit
+
+    return Sweep(run, sweep.unit, fades=False)
+
+
+def _recurrent_copy(op: str, model: nn.Module) -> nn.Module:
+    """A model with recurrent layers, in float64."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
+    copied = copy.deepcopy(model).double()
+    if not any(isinstance(module, RecurrentLayers) for module in copied.modules()):
+        raise ValueError(f"{op}: model must have a tpext.nn.RNN, GRU or LSTM, got {type(model).__name__}")
+    return copied
+
+
+def _recurrent_gradients(op: str, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
     named = {
         f"{name}.{key}" if name else key: parameter.requires_grad_()
         for name, module in model.named_modules()
@@ -273,7 +375,7 @@ def _recurrent_gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) 
     }
     with torch.enable_grad():
         value = loss(model)
-    check_tensor("recurrent_angles", "the value of loss", value)
+    check_tensor(op, "the value of loss", value)
     grads = torch.autograd.grad(value, list(named.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(named, grads, strict=True))
 

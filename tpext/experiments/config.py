@@ -109,6 +109,9 @@ class Config:
     device: str = described("A torch device.")
     threads: int | None = described("CPU threads.", "1 for digits and drawn samples, up to 4 for images")
     data_dir: str | None = described("Folder with the image task's files; without it MNIST is downloaded once.")
+    gradients: bool = described(
+        "Write gradients.csv too: at each evaluation, on one batch, norms of gradients and displacements (recurrent)."
+    )
     tensorboard: bool = described("Write TensorBoard events too.")
 
     def __post_init__(self) -> None:
@@ -171,6 +174,7 @@ class Config:
                 check_integer("sizes", size, 1)
             self._check_belongs("forget_bias", None)
             self._check_belongs("orthogonal", False)
+            self._check_belongs("gradients", False)
             if self.precision == "bf16":
                 raise ConfigError(f"precision of {self.task_name} must be 32 or 64, got bf16")
             if self.tied:
@@ -324,7 +328,7 @@ class Config:
                 values["task"] = {"name": values["task"], "options": options}
             if "cell" not in values:  # earlier versions had one
                 values["cell"] = None if values["hidden_size"] is None else "rnn"
-            values = {"forget_bias": None, "orthogonal": False, **values}
+            values = {"forget_bias": None, "orthogonal": False, "gradients": False, **values}
             sizes = None if values["sizes"] is None else tuple(values["sizes"])
             task, rule = task_names.task_from_dict(values["task"]), rule_names.rule_from_dict(values["rule"])
             return cls(**{**values, "task": task, "rule": rule, "sizes": sizes})

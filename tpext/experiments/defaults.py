@@ -36,6 +36,7 @@ RUN: dict[str, Any] = {
     "device": "cpu",
     "threads": None,
     "data_dir": None,
+    "gradients": False,
     "tensorboard": False,
 }
 """Of all runs."""

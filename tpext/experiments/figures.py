@@ -12,11 +12,12 @@ import pandas as pd
 import torch
 from cycler import cycler
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from tpext.experiments.config import Config
+from tpext.experiments.gradients import PLACE, read_gradients
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import Model, make_model
@@ -32,6 +33,8 @@ LOOKS = cycler(ls=["-", "--", "-.", ":"]) * cycler(color=COLOURS)
 """Of curves side by side: the colours, then again with every other style of lines."""
 INK = "#333333"
 CHANCE_LABEL = "chance"
+FADED = 1e-12
+"""Of the largest displacement: below it all have one colour."""
 
 
 def draw_run(folder: str | Path) -> Path:
@@ -228,6 +231,61 @@ def draw_heatmaps(panels: Mapping[str, pd.DataFrame], out: str | Path, *, title:
         axes.set_title(label, fontsize=10, color=INK)
     bar = figure.colorbar(image, ax=figure.axes, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("test accuracy", color=INK)
+    figure.suptitle(title, fontsize=13, color=INK)
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save(figure, path)
+
+
+def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: str = "") -> Path:
+    """Draw what ``gradients`` measured in runs, of their last recurrent layer.
+
+    Above, the displacement of each state over steps and iterations, all runs in the same colours; below, over the
+    iterations, the norm of the layer's gradient and the spectral norm of its weight_hh.
+
+    Args:
+        runs: label -> the folder of a run.
+        out: path of the picture; its suffix says the format.
+        title: the picture's title.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        RunError: a folder holds no gradients.csv.
+    """
+    tables = {}
+    for label, folder in runs.items():
+        table = read_gradients(RunFolder(folder).gradients)
+        tables[label] = table[table.weight == table.weight.iloc[-1]].set_index("iteration")
+    displaced = {label: table.drop(columns=[*PLACE[1:]]) for label, table in tables.items()}
+    # what faded altogether, or overflowed, has the first or last colour
+    largest = max(table[np.isfinite(table)].max(axis=None) for table in displaced.values())
+    colours = LogNorm(max(FADED * largest, np.finfo(float).tiny), max(largest, np.finfo(float).tiny / FADED))
+    figure = Figure(figsize=(max(9.0, 1 + 2.6 * len(tables)), 7), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    panels = above.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    for axes, (label, table) in zip(panels, displaced.items(), strict=True):
+        steps = table.columns.astype(int)
+        image = axes.pcolormesh(
+            steps, table.index, table.clip(*(colours.vmin, colours.vmax)), norm=colours, cmap="cividis", rasterized=True
+        )
+        axes.set_title(label, fontsize=9, color=INK)
+        axes.set_xlabel("time step", color=INK)
+        axes.tick_params(colors=INK, labelsize=9)
+    panels[0].set_ylabel("iteration", color=INK)
+    above.colorbar(image, ax=panels).set_label("norm of the displacement", color=INK)
+    plots = below.subplots(1, 2)
+    for axes, column, name in zip(
+        plots, PLACE[2:], ("norm of the recurrent layer's gradient", "spectral norm of weight_hh"), strict=True
+    ):
+        for look, (label, table) in zip(LOOKS(), tables.items(), strict=False):
+            axes.plot(table.index, table[column], **look, lw=1.6, label=label)
+        style(axes)
+        axes.set_ylabel(name, color=INK)
+    plots[0].set_yscale("log")
+    handles, labels = plots[0].get_legend_handles_labels()
+    below.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3)
     figure.suptitle(title, fontsize=13, color=INK)
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich.console import Console
 
-from tpext.experiments.figures import draw_comparison, draw_heatmaps
+from tpext.experiments.figures import draw_comparison, draw_gradients, draw_heatmaps
 from tpext.experiments.recipes import Methods, Recipe
-from tpext.experiments.run_folder import RunError, write_whole
+from tpext.experiments.run_folder import RunError, RunFolder, write_whole
 from tpext.experiments.runs import AnyFolder, state_of
 from tpext.experiments.sweep import carry_out, default_jobs
 from tpext.experiments.sweep_folder import SweepFolder
@@ -97,6 +97,11 @@ def write_product(recipe: Recipe, out: Path, frame: pd.DataFrame) -> Product:
         name = f"{name}-{before + 1}" if before else name
         title = f"{recipe.title}: {', '.join(part for part in (panel, task) if part)}"
         pictures.append(draw_comparison(shown, out / f"{name}.png", title=title))
+        first = {label: RunFolder(folders[0]) for label, folders in shown.items()}
+        measured = {label: run.path for label, run in first.items() if run.gradients.exists()}
+        if measured:
+            beside = out / f"{name.replace('curves', 'gradients', 1)}.png"
+            pictures.append(draw_gradients(measured, beside, title=title))
     return Product(path, pictures)
 
 

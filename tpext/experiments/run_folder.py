@@ -10,6 +10,9 @@ curve.png             loss and accuracy over the iterations
 decision.png          decision regions of a toy set in the plane
 reconstruction.png    test images and what an autoencoder makes of them
 sample.txt            a text by a language model, at the end of its run
+gradients.csv         with ``gradients``, a row for each evaluation and recurrent layer, on the batch of the iteration
+                      after: norm of the layer's gradient, spectral norm of its weight_hh, and of steps 0 to T
+                      the norm of the displacement, all in back-propagation's units
 failure.json          how a run of a sweep failed, if it did
 begun                 there while a process of a sweep is at the run; one that is killed leaves it
 lock                  held by the process that is at the run, whose number it has; empty after
@@ -397,6 +400,7 @@ class RunFolder(AnyRunFolder[Config, Row, Result]):
         self.decision = self.path / "decision.png"
         self.reconstruction = self.path / "reconstruction.png"
         self.sample = self.path / "sample.txt"
+        self.gradients = self.path / "gradients.csv"
 
     def _header(self) -> Sequence[str]:
         return Row._fields

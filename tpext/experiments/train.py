@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tpext.experiments.config import Config
 from tpext.experiments.loop import DivergedError, Run, begin, carry_out, catch_interrupts, torch_state
-from tpext.experiments.model import Model, local_scales, make_model, split_parameters
+from tpext.experiments.model import Model, SequenceModel, local_scales, make_model, split_parameters
 from tpext.experiments.passes import Course, Pass, carry_out_together
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
@@ -296,7 +296,20 @@ class TrainingRun(Run[Config, Row, Result]):
         row = Row(self.iteration, train_loss, test_loss, accuracy, seconds, self.running_accuracy, validation_loss)
         if self.config.tensorboard:
             self._write_events(row)
+        if self.config.gradients:
+            self._write_gradients()
         return row
+
+    def _write_gradients(self) -> None:
+        """Measure the rule on the batch of the next iteration."""
+        from tpext.experiments.gradients import add_gradients
+
+        input, target = (
+            one.double() if one.is_floating_point() else one for one in self._batch(self.plan.batch(self.iteration))
+        )
+        model = cast(SequenceModel, self.model)  # of no other kind, as the configuration has checked
+        path = RunFolder(self.folder.path).gradients
+        add_gradients(path, self.iteration, model, lambda model: self.criterion(model(input), target))
 
     def _write_events(self, row: Row) -> None:
         if self.writer is None:
