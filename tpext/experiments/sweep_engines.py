@@ -21,17 +21,19 @@ from tpext.experiments.sweep_command import Engine
 from tpext.experiments.sweep_folder import Lock
 from tpext.experiments.sweep_worker import carry_out_run
 
-CarryOut: TypeAlias = Callable[[Sequence[RunFolder | ImageFolder]], None]
-"""Carries out runs by some engine. An exception is of the engine: runs keep theirs to themselves."""
+CarryOut: TypeAlias = Callable[[Sequence[RunFolder | ImageFolder]], list[str | None]]
+"""Carries out runs by some engine, and returns what data each is missing. An exception is of the engine: runs keep
+theirs to themselves."""
 
 
-def _by_joblib(runs: Sequence[RunFolder | ImageFolder], lock: Lock, jobs: int, backend: str) -> None:
+def _by_joblib(runs: Sequence[RunFolder | ImageFolder], lock: Lock, jobs: int, backend: str) -> list[str | None]:
     parent = os.getpid() if backend == "loky" and jobs > 1 else None
     tasks = [joblib.delayed(carry_out_run)(*_arguments(run, lock), parent) for run in runs]
     with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
         # the runs are hours long where that of joblib's tuning is seconds
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
-        joblib.Parallel(batch_size=1)(tasks)
+        missing: list[str | None] = joblib.Parallel(batch_size=1)(tasks)
+    return missing
 
 
 def _arguments(run: RunFolder | ImageFolder, lock: Lock) -> tuple[str, str, str]:
@@ -60,13 +62,11 @@ def _ray(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
 def _dask(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
     distributed = _package("dask", "distributed")
 
-    def carry_out_several(runs: Sequence[RunFolder | ImageFolder]) -> None:
+    def carry_out_several(runs: Sequence[RunFolder | ImageFolder]) -> list[str | None]:
         # not by joblib, which waits for ever for a task whose process has died
         tasks = [client.submit(carry_out_run, *_arguments(run, lock), None, pure=False) for run in runs]
         distributed.wait(tasks)
-        for task in tasks:
-            if (error := task.exception()) is not None:
-                raise error
+        return [task.result() for task in tasks]
 
     with contextlib.ExitStack() as stack:
         where = address

@@ -17,6 +17,7 @@ from tpext.experiments.loop import DivergedError
 from tpext.experiments.run_folder import BusyError, Failure, RunError, RunFolder
 from tpext.experiments.sweep_folder import is_held
 from tpext.experiments.train import train
+from tpext.tasks import MissingDataError
 
 POLL_SECONDS = 0.25
 """How often workers look whether they are still wanted, and the sweep at what they do."""
@@ -24,8 +25,10 @@ BUSY_SECONDS = 60.0
 """How long a worker waits for one of an earlier sweep to leave the run."""
 
 
-def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> None:
+def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> str | None:
     """Carry out one run to its end, its failure, or the end of the sweep; what came of it is in its folder.
+
+    Returns what data is missing, for which the run waits; else None.
 
     Args:
         path: of the run's folder.
@@ -44,12 +47,13 @@ def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> None:
 
     folder = open_folder(path)
     if not is_held(Path(lock), word) or not folder.config.exists():
-        return
+        return None
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep has the terminal's Ctrl-C too, and lets the lock go
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     failure: Failure | None = None
+    missing: str | None = None
     folder.begun.touch()
     try:
         _train(folder, lambda: not wanted.is_set())
@@ -57,6 +61,8 @@ def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> None:
         pass
     except DivergedError as error:
         failure = Failure(diverged=True, message=str(error))
+    except MissingDataError as error:
+        missing = str(error)
     # one run must not take the others with it
     except Exception as error:
         failure = Failure(diverged=False, message=in_one_line(error), details=traceback.format_exc())
@@ -69,6 +75,7 @@ def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> None:
         watcher.join()
         if parent is not None and os.getppid() != parent:
             os._exit(0)  # joblib's would wait for more for minutes
+    return missing
 
 
 def _train(folder: RunFolder | ImageFolder, stop: Callable[[], bool]) -> None:
