@@ -78,7 +78,7 @@ def test_every_result_of_the_documents_has_a_recipe(tmp_path: Path) -> None:
     table = pd.read_csv(DOCS / "results.csv")
     assert tuple(table.columns) == RESULTS
     assert set(zip(table.task, table.method, strict=True)) - made == set()
-    commands = set(re.findall(r"tpext reproduce ([a-z0-9-]+)", (DOCS / "results.md").read_text()))
+    commands = set(re.findall(r"tpext reproduce\s+([a-z0-9-]+)", (DOCS / "results.md").read_text()))
     assert commands == set(RECIPES)
 
 
