@@ -1,4 +1,4 @@
-"""README.md's part on learned feedback, from the rows of bench_learned_feedback.py."""
+"""The overview of learned feedback in docs/benchmarks.md, from the rows of bench_learned_feedback.py."""
 
 from __future__ import annotations
 

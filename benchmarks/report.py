@@ -1,7 +1,7 @@
-"""Make README.md's tables, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``.
+"""Make README.md's line on speed, docs/benchmarks.md and docs/speed.png: ``python benchmarks/report.py NAME.json``.
 
 Results on a GPU are taken from gpu.json beside that file; those of learned feedback, which take as long as all others
-together, from learned_feedback.json; those of GRU and LSTM from gated.json.
+together, from learned_feedback.json; those of GRU and LSTM from gated.json, of ensembles from ensemble.json.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from rows import RULES, Results, Row, ms, read, sizes, table, verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-GATED_BEGIN, GATED_END = (f"<!-- gated benchmarks: {end} -->" for end in ("begin", "end"))
-FEEDBACK_BEGIN, FEEDBACK_END = (f"<!-- learned feedback benchmarks: {end} -->" for end in ("begin", "end"))
 GPU_BEGIN, GPU_END = "<!-- gpu benchmarks: begin -->", "<!-- gpu benchmarks: end -->"
 # Okabe and Ito: apart in print and for colour-blind readers. Markers and dashes tell the lines apart without colour.
 STYLES = {"local": ("#0072B2", "o", "-"), "through_time": ("#D55E00", "s", "--"), "backprop": ("#009E73", "^", ":")}
@@ -78,8 +76,23 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> list[dict[str,
     return list(groups.values())
 
 
+def first_look(results: Results) -> str:
+    """README.md's part: a line and the picture."""
+    picture = "![How many times faster than torch.nn.RNN, over T and over H](docs/speed.png)"
+    return f"{headline(results)}\n\n{machine(results)}.\n\n{picture}"
+
+
+STEP_COLUMNS = (
+    "One training step: forward, target pass or back-propagation, and the gradients of the weights. The peer is "
+    "`torch.nn.RNN` under back-propagation, in turns in the same run. The last column is the speed-up that a step "
+    "would have if it cost nothing but its matrix products and its inverse, at the rate of torch's own sgemm: with "
+    "local credit / through time. With the loss on the last step alone, displacements decay to exactly zero, and the "
+    "kernel skips the rest. With a loss on every step it skips nothing: that is the fairer row."
+)
+
+
 def summary(results: Results) -> str:
-    """README.md's part: whole steps on two threads, the picture, memory and long sequences."""
+    """The overview of recurrent and feed-forward steps: times on two threads, memory, long sequences, inverses."""
     lines = []
     for rules in grouped(results.of("test_step", threads=2), lambda r: (sizes(r), r["loss"])):
         first = next(iter(rules.values()))
@@ -87,15 +100,15 @@ def summary(results: Results) -> str:
         cells += [f"{ms(rules[n]['seconds'])} **{rules[n]['ratio']:.1f}**" if n in rules else "" for n in RULES]
         cells += [" / ".join(f"{rules[n]['limit_ratio']:.1f}" for n in ("local", "through_time") if n in rules)]
         lines.append(cells)
-    parts = [headline(results)]
+    parts = ["## Recurrent layers", headline(results), STEP_COLUMNS]
     parts += [f"{machine(results)}; two threads, medians of interleaved rounds, ms, and **torch's time by ours**:"]
     parts += [table([" I, H, B, T", " loss on", "`torch.nn.RNN`", *RULES.values(), "at sgemm's rate"], lines)]
-    parts += ["![How many times faster than torch.nn.RNN, over T and over H](docs/speed.png)"]
-    return "\n\n".join([*parts, *memory(results), *feed_forward(results)])
+    parts += ["![How many times faster than torch.nn.RNN, over T and over H](speed.png)"]
+    return "\n\n".join([*parts, *memory(results), "## Feed-forward networks", *feed_forward(results)])
 
 
 def gated(results: Results) -> str:
-    """GRU and LSTM beside torch's, for README.md: steps with a loss on every step, and inference."""
+    """The overview of GRU and LSTM beside torch's: steps with a loss on every step, and inference."""
     lines = []
     for rules in grouped(results.of("test_gated_step"), lambda r: (r["cell"], sizes(r))):
         first = next(iter(rules.values()))
@@ -138,7 +151,7 @@ def memory(results: Results) -> list[str]:
     return parts
 
 
-# What README.md shows of feed-forward networks beside the inverses by size: label, against what, test, its row.
+# What the overview shows of feed-forward networks beside the inverses by size: label, against what, test, its row.
 MLP: Row = {"sizes": [784, 240, 240, 240, 240, 10], "B": 100, "threads": 2, "optimizer": "SGD", "rule": "regularized"}
 FEED_FORWARD: list[tuple[str, str, str, Row]] = [
     (
@@ -171,7 +184,7 @@ OPTIMIZERS = ("SGD", "Adam")
 
 
 def feed_forward(results: Results) -> list[str]:
-    """README.md's part on feed-forward networks: whole steps by rule, then a table beside what is asked for."""
+    """The overview of feed-forward networks: whole steps by rule, then a table beside what is asked for."""
     times = []
     for rule, name in MLP_RULES.items():
         steps = [results.of("test_mlp_step", **MLP | {"rule": rule, "optimizer": o})[0] for o in OPTIMIZERS]
@@ -191,7 +204,7 @@ def feed_forward(results: Results) -> list[str]:
         ratio = f"**{row['ratio']:.{1 if row['ratio'] >= 2 else 2}f}**"
         lines.append([what.format_map(row), against, ms(row["peer_median"]), ms(row["seconds"]), ratio, verdict(row)])
     return [
-        "Feed-forward networks. A step of 784-240-240-240-240-10, batch 100, takes so many times as long as "
+        "A step of 784-240-240-240-240-10, batch 100, takes so many times as long as "
         f"back-propagation in torch, with SGD (with Adam): {', '.join(times)}. The first of them is {published:.1f} "
         f"times as fast as the published way, by an explicit inverse a layer, and {without_first:.1f} times as that "
         "without the first layer's inverse, which is of no use.",
@@ -291,11 +304,11 @@ def timed_table(rows: list[Row], columns: Iterable[str]) -> str:
     return table(header, cells)
 
 
-def details(results: Results, source: str) -> str:
-    """The whole of docs/benchmarks.md; no row is left out, those without a section of their own come last."""
+def details(results: Results) -> str:
+    """Every row of docs/benchmarks.md; none is left out, those without a section of their own come last."""
     parts = [
-        "# Benchmarks",
-        f"Made by `python benchmarks/report.py` from `{source}`. {machine(results)}.",
+        "## All rows",
+        f"{machine(results)}.",
         "Each row runs its peer right before every round of ours, either as often in a row as fills 20 ms. What the "
         "two are, the heads of the files `benchmarks/bench_*.py` say. Times are medians of a call ± half the "
         "interquartile range; the ratio is the peer's median by ours, beside the quartiles of single rounds. *At "
@@ -317,6 +330,18 @@ def details(results: Results, source: str) -> str:
     if others := [row for row in results.rows if row["test"] not in known]:
         cells = [[row["name"], *(timing(row) if "ratio_quartiles" in row else [""] * len(TIMING))] for row in others]
         parts += ["## Other rows", table([" name", *TIMING], cells)]
+    return "\n\n".join(parts) + "\n"
+
+
+def ensemble_details(results: Results, source: str) -> str:
+    """The part of docs/benchmarks.md on ensembles."""
+    rows = results.of("test_ensemble_step")
+    parts = [
+        f"## Ensembles: {rows[0]['members']} networks together against one after another",
+        f"From `{source}`: {results.cpu}, torch {rows[0]['torch']}. A training step of `tpext.nn.Ensemble` beside "
+        "those of its members' own calls, loss on the last step, numbers and inputs of each member's own; to the same bits.",
+        timed_table(rows, ("I, H, B, T", "threads")),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -420,28 +445,32 @@ def write(source: Path, root: Path = ROOT) -> None:
         raise SystemExit(
             f"{source} is not of a whole run of the suite, nothing is written; missing: {', '.join(missing)}"
         )
-    pages = {"README.md": (root / "README.md").read_text(), "docs/benchmarks.md": details(results, source.name)}
-    pages["README.md"] = put(summary(results), BEGIN, END, pages["README.md"])
-    learned = source.with_name("learned_feedback.json")
-    if learned.is_file() and FEEDBACK_BEGIN in pages["README.md"]:
-        on_images = read(learned)
-        pages["README.md"] = put(feedback_report.summary(on_images), FEEDBACK_BEGIN, FEEDBACK_END, pages["README.md"])
-        pages["docs/benchmarks.md"] += f"\n{feedback_details(on_images, learned.name)}"
+    readme = put(first_look(results), BEGIN, END, (root / "README.md").read_text())
+    overview = ["# Benchmarks", f"Made by `python benchmarks/report.py` from `{source.name}`.", summary(results)]
+    rows = [details(results)]
     gates = source.with_name("gated.json")
-    if gates.is_file() and GATED_BEGIN in pages["README.md"]:
+    if gates.is_file():
         of_gates = read(gates)
-        pages["README.md"] = put(gated(of_gates), GATED_BEGIN, GATED_END, pages["README.md"])
-        pages["docs/benchmarks.md"] += f"\n{gated_details(of_gates, gates.name)}"
+        overview += ["## GRU and LSTM", gated(of_gates)]
+        rows += [gated_details(of_gates, gates.name)]
+    ensembles = source.with_name("ensemble.json")
+    if ensembles.is_file():
+        rows.append(ensemble_details(read(ensembles), ensembles.name))
+    learned = source.with_name("learned_feedback.json")
+    if learned.is_file():
+        on_images = read(learned)
+        overview += ["## Learned feedback", feedback_report.summary(on_images)]
+        rows += [feedback_details(on_images, learned.name)]
     gpu = source.with_name("gpu.json")
     if gpu.is_file():
         on_gpu = read(gpu)
-        if GPU_BEGIN not in pages["README.md"]:
-            pages["README.md"] = pages["README.md"].replace(END, f"{END}\n\n{GPU_BEGIN}\n{GPU_END}")
-        pages["README.md"] = put(gpu_report.summary(on_gpu), GPU_BEGIN, GPU_END, pages["README.md"])
-        pages["docs/benchmarks.md"] += f"\n{gpu_report.details(on_gpu)}\n"
+        if GPU_BEGIN not in readme:
+            readme = readme.replace(END, f"{END}\n\n{GPU_BEGIN}\n{GPU_END}")
+        readme = put(gpu_report.summary(on_gpu), GPU_BEGIN, GPU_END, readme)
+        rows += [gpu_report.details(on_gpu)]
     (root / "docs").mkdir(exist_ok=True)
-    for name, text in pages.items():
-        (root / name).write_text(text)
+    (root / "README.md").write_text(readme)
+    (root / "docs" / "benchmarks.md").write_text("\n\n".join(part.strip() for part in [*overview, *rows]) + "\n")
     draw(results, root / "docs" / "speed.png")
     if names := disturbed(results):
         print("the machine was busy before these rows, which makes them worthless:", *names, sep="\n  ")

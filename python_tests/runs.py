@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def kill_after(iteration: int, run: type[Run[Any, Any, Any]], patch: pytest.Monk
     """Let runs of a class end after an iteration, before its checkpoint."""
     step = run._step
 
-    def stopping(self: Run[Any, Any, Any], number: int) -> None:
-        step(self, number)
+    def stopping(self: Run[Any, Any, Any], number: int) -> Iterator[Any]:
+        yield from step(self, number)
         if number == iteration:
             raise Killed
 

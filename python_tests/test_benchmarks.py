@@ -258,9 +258,8 @@ def suite(feed_forward: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_report_summary(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:
     text = load("report").summary(load("rows").read(write(tmp_path / "a.json", suite)))
-    assert text.startswith(
-        "784 steps of 100 units, batch 16, two threads, loss on the last step (on every step): 9.0 (9.0)"
-    )
+    line = "784 steps of 100 units, batch 16, two threads, loss on the last step (on every step): 9.0 (9.0)"
+    assert line in text
     assert "8.0 (8.0) through time, 7.0 (7.0) with `Backprop()`" in text
     assert ": 51 times as fast as one in the style" in text
     assert "\n\nAbacus 9, avx2, torch 2.99, float32, torch's sgemm at 90 and 180 GFLOP/s on 1 and 2 threads; " in text
@@ -302,7 +301,7 @@ def test_report_leaves_no_row_out(load: Any, tmp_path: Path, suite: list[dict[st
         {"name": "test_untimed[b]", "extra_info": {"n": 3}},
     ]
     suite += [peak("backprop", 77 << 20, 1, 128, 512, 784)]
-    text = report.details(rows.read(write(tmp_path / "a.json", suite)), "a.json")
+    text = report.details(rows.read(write(tmp_path / "a.json", suite)))
     assert "## Other rows" in text
     assert "| test_of_tomorrow[a] | 500 ± 2.50 | 250 ± 1.25 | **2.00** | 1.90 to 2.10 |" in text
     assert "| test_untimed[b] |  |  |  |  |" in text
@@ -312,7 +311,14 @@ def test_report_leaves_no_row_out(load: Any, tmp_path: Path, suite: list[dict[st
 
 
 # Tests whose rows the report writes elsewhere than in its sections of timed rows.
-OTHERS = {"test_gated_step", "test_gated_inference", "test_peak", "test_training_batch", "test_batch_memory"}
+OTHERS = {
+    "test_ensemble_step",
+    "test_gated_step",
+    "test_gated_inference",
+    "test_peak",
+    "test_training_batch",
+    "test_batch_memory",
+}
 
 
 def test_benchmarks_have_names_of_their_own_and_a_section(load: Any) -> None:
@@ -337,6 +343,8 @@ def test_report_keeps_the_rest_of_the_readme(load: Any, tmp_path: Path, suite: l
     assert "old" not in first
     details = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert "from `a.json`" in details
+    titles = re.findall(r"^## (.*)$", details, re.MULTILINE)
+    assert titles[:3] == ["Recurrent layers", "Feed-forward networks", "All rows"]
     # A row has as many cells as its table's header: every row is laid out by one list of columns.
     for block in details.split("\n\n"):
         if block.startswith("|"):
@@ -358,6 +366,15 @@ def test_report_of_gates(load: Any, tmp_path: Path) -> None:
     assert line in report.gated(results)
     for title in ("## GRU and LSTM: whole training step", "## GRU and LSTM: inference"):
         assert title in report.gated_details(results, "gated.json")
+
+
+def test_report_of_ensembles(load: Any, tmp_path: Path) -> None:
+    rows = [step("test_ensemble_step", "", (1, 32, 16, 30), ratio=4.0, members=48)]
+    report, results = load("report"), load("rows").read(write(tmp_path / "ensemble.json", rows))
+    details = report.ensemble_details(results, "ensemble.json")
+    assert "## Ensembles: 48 networks together" in details
+    assert "| 1, 32, 16, 30 |" in details
+    assert "**4.00**" in details
 
 
 def test_report_of_learned_feedback(load: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -224,13 +225,13 @@ def test_a_signal_saves_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run = (train_module if line == SEQUENCE else image_train)._Run
+    run: Any = train_module.TrainingRun if line == SEQUENCE else image_train._Run
     step = run._step
 
-    def interrupted(self: Any, iteration: int) -> None:
+    def interrupted(self: Any, iteration: int) -> Iterator[Any]:
         for _ in range(1 if number == signal.SIGINT else 2):  # a terminal that closes sends two
             os.kill(os.getpid(), number)
-        step(self, iteration)
+        yield from step(self, iteration)
 
     monkeypatch.setattr(run, "_step", interrupted)
     default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
@@ -251,13 +252,13 @@ def test_a_signal_saves_a_checkpoint(
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under nohup."""
-    step = train_module._Run._step
+    step = train_module.TrainingRun._step
 
-    def hung_up(self: Any, iteration: int) -> None:
+    def hung_up(self: Any, iteration: int) -> Iterator[Any]:
         os.kill(os.getpid(), signal.SIGHUP)
-        step(self, iteration)
+        yield from step(self, iteration)
 
-    monkeypatch.setattr(train_module._Run, "_step", hung_up)
+    monkeypatch.setattr(train_module.TrainingRun, "_step", hung_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert main([*SEQUENCE.split(), "--out", str(tmp_path)]) == 0

@@ -1,50 +1,153 @@
-"""The code on the pages of docs/ runs as it stands."""
+"""The code in README.md and on the pages of docs/ runs as it stands, and the reference has every public name."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import tpext
 from tpext.experiments.commands import run as tpext_command
 from tpext.experiments.sweep_plan import grid_of_arguments, plan, read_file
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
-PAGES = ["own-rules.md", "own-tasks.md", "sweeps.md"]
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md")])
+REFERENCE = {
+    "nn": ["tpext.nn", "tpext.nn.networks"],
+    "rules": ["tpext.rules"],
+    "feedback": ["tpext.feedback"],
+    "ops": ["tpext.ops"],
+    "optim": ["tpext.optim"],
+    "diagnostics": ["tpext.diagnostics"],
+    "tasks": ["tpext.tasks"],
+    "experiments": ["tpext.experiments"],
+    "testing": ["tpext.testing"],
+}
+
+pytestmark = pytest.mark.skipif(not DOCS.is_dir(), reason="no folder docs beside the tests")
 
 
-def blocks_of(page: str, language: str) -> list[str]:
-    blocks: list[str] = re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
-    assert blocks
-    return blocks
+def blocks_of(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.skipif(not DOCS.is_dir(), reason="no folder docs beside the tests")
-@pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = blocks_of(page, "python")
+WITH_CODE = [page for page in PAGES if page.is_file() and blocks_of(page, "python")]
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    if page == "sweeps.md":  # it reads what its first command makes, here of fewer runs
+    if page.name == "sweeps.md":  # it reads what its first command makes, here of fewer runs
         small = ["--length", "12", "--iterations", "3", "--hidden-size", "4", "--test-size", "50", "--jobs", "1"]
         assert tpext_command(["sweep", "adding", "--rule", "backprop", "--lr", "1e-3,1e-2", *small]) == 0
     # as a module: classes that stand in it can be pickled
-    name = "page_" + Path(page).stem.replace("-", "_")
-    (tmp_path / f"{name}.py").write_text("\n\n".join(blocks))
+    name = "page_" + page.stem.replace("-", "_")
+    (tmp_path / f"{name}.py").write_text("\n\n".join(blocks_of(page, "python")))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, name, raising=False)
     importlib.import_module(name)
 
 
-@pytest.mark.skipif(not DOCS.is_dir(), reason="no folder docs beside the tests")
+@pytest.mark.slow
+def test_the_script_for_several_processes_runs_in_two(tmp_path: Path) -> None:
+    (script,) = blocks_of(DOCS / "distributed.md", "python")
+    (tmp_path / "train.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tpext.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_sweeps_of_a_page_are_sweeps(tmp_path: Path) -> None:
     """The file of docs/sweeps.md, and its commands that need no file."""
     file = tmp_path / "mine.toml"
-    file.write_text(blocks_of("sweeps.md", "toml")[0])
+    file.write_text(blocks_of(DOCS / "sweeps.md", "toml")[0])
     task, grids = read_file(file)
     assert len(plan(task, grids)[0]) == 5 * (2 + 3)
-    command = blocks_of("sweeps.md", "")[0].split()
+    command = blocks_of(DOCS / "sweeps.md", "")[0].split()
     assert command[:3] == ["tpext", "sweep", "adding"]
     assert len(plan("adding", [grid_of_arguments(command[3:])])[0]) == 5 * 4 * (1 + 3)
+
+
+def commands_of(page: Path) -> list[str]:
+    """Its whole commands ``tpext train``; those of a table of options are what stands above it, with each option."""
+    found = re.findall(r"(?:^|(By )?`)(tpext train [^`#\n]*)", page.read_text(), re.MULTILINE)
+    incomplete = re.compile(r"\.py\b|\b(?:DIR|FILE|NAME|TASK)\b|\.\.\.|--(?:help|resume|out)\b")
+    whole = [command.strip() for by, command in found if not by and not incomplete.search(command)]
+    for section in page.read_text().split("\n## "):
+        for above in re.findall(r"By `(tpext train [^`]*)`", section):
+            for line in re.findall(r"^\| .*\|$", section, re.MULTILINE):
+                base = above.replace(" --preset published", "") if "without a published preset" in line else above
+                whole += [f"{base} {options}" for options in re.findall(r"`(--(?:rule|network) [^`]*)`", line)]
+    return whole
+
+
+# Not those of results.md, which are patterns, nor those of own-tasks.md, whose task is nowhere but on the page.
+WITH_COMMANDS = [
+    page for page in PAGES if page.is_file() and page.name not in ("results.md", "own-tasks.md") and commands_of(page)
+]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_commands(page: Path) -> None:
+    for command in commands_of(page):
+        _, _, task, *options = command.split()
+        assert len(plan(task, [grid_of_arguments(options)])[0]) == 1, command
+
+
+# The reference
+
+
+def entries(page: str) -> list[str]:
+    return re.findall(r"^::: (\S+)$", (DOCS / "reference" / f"{page}.md").read_text(), re.MULTILINE)
+
+
+def public_names(module: ModuleType) -> set[str]:
+    """What ``__all__`` says, or the functions and classes that a module without it defines; no modules."""
+    own = [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__ and callable(value)
+    ]
+    names = getattr(module, "__all__", own)
+    return {f"{module.__name__}.{name}" for name in names if not inspect.ismodule(getattr(module, name))}
+
+
+@pytest.mark.parametrize("page", REFERENCE)
+def test_the_reference_has_every_public_name_once(page: str) -> None:
+    modules = [importlib.import_module(name) for name in REFERENCE[page]]
+    found = entries(page)
+    assert len(found) == len(set(found))
+    assert set().union(*map(public_names, modules)) - set(found) == set()
+    for name in found:  # what is no longer there
+        owner, _, last = name.rpartition(".")
+        assert hasattr(importlib.import_module(owner), last), name
+
+
+def test_the_reference_has_every_name_of_the_package() -> None:
+    text = (DOCS / "reference" / "tpext.md").read_text()
+    rows = dict(re.findall(r"^\| `(tpext\.\w+)` \| \[([\w.]+)\]\[\] \|$", text, re.MULTILINE))
+    for name, canonical in rows.items():
+        owner, _, last = canonical.rpartition(".")
+        assert getattr(tpext, name.rpartition(".")[2]) is getattr(importlib.import_module(owner), last)
+    assert public_names(tpext) - {"tpext.__version__"} == {*rows, *entries("tpext")}
+
+
+def test_the_page_of_environment_variables_has_them_all() -> None:
+    """Those that the sources read and that are the package's own."""
+    sources = [ROOT / "setup.py", ROOT / "CMakeLists.txt"]
+    for folder in ("tpext", "csrc", "benchmarks", "python_tests"):
+        sources += [p for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".sh")]
+    read = r"(?:environ(?:\.get\(|\[)|getenv\(|ENV\{)[\"']?(TPEXT_\w+|CUDA\w+|MAX_JOBS|CXX)"
+    found = {name for path in sources for name in re.findall(read, path.read_text())}
+    assert {"TPEXT_CUDA", "TPEXT_CPU_CAPABILITY", "TPEXT_CUDA_REGIME", "CUDAARCHS"} <= found
+    documented = set(re.findall(r"^\| `(\w+)` \|", (DOCS / "environment.md").read_text(), re.MULTILINE))
+    assert found - documented == set()

@@ -371,7 +371,7 @@ def test_resuming_changes_nothing(
 ) -> None:
     config = small(file, **options)
     train(config, tmp_path / "whole")
-    kill_after(stop, train_module._Run, monkeypatch)
+    kill_after(stop, train_module.TrainingRun, monkeypatch)
     with pytest.raises(Killed):
         train(config, tmp_path / "stopped")
     monkeypatch.undo()

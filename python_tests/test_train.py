@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -625,9 +626,9 @@ def test_divergence_is_told_at_once(rule: Any, optimizer: Any, tmp_path: Path) -
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "parameter", "reconstruction"])
 def test_what_is_not_finite_is_named(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    step = train_module._Run._step
+    step = train_module.TrainingRun._step
 
-    def poisoned(run: Any, iteration: int) -> None:
+    def poisoned(run: Any, iteration: int) -> Iterator[Any]:
         if iteration == 11:
             if what == "loss":
                 run.model.head.bias.data[0] = float("nan")
@@ -636,11 +637,11 @@ def test_what_is_not_finite_is_named(what: str, tmp_path: Path, monkeypatch: pyt
             elif what == "reconstruction":
                 run.model.rnn.reverse_bias_l0.data[0] = float("inf")
                 run.model.rnn.reverse_weight_hh_l0.data[0] = float("nan")
-        step(run, iteration)
+        yield from step(run, iteration)
         if iteration == 12 and what == "parameter":
             run.model.rnn.weight_hh_l0.data[0, 0] = float("inf")
 
-    monkeypatch.setattr(train_module._Run, "_step", poisoned)
+    monkeypatch.setattr(train_module.TrainingRun, "_step", poisoned)
     message = {
         "loss": "at iteration 11: the training loss is nan",
         "gradient": "at iteration 11: the gradient holds (nan|inf|-inf)",
@@ -653,7 +654,7 @@ def test_what_is_not_finite_is_named(what: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_divergence_before_the_first_row_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module._Run, "_evaluate", lambda run, samples: (float("nan"), 0.0))
+    monkeypatch.setattr(train_module.TrainingRun, "_evaluate", lambda run, samples: (float("nan"), 0.0))
     with pytest.raises(DivergedError, match="at iteration 0: the test loss is nan"):
         train(small(), tmp_path)
     assert metrics(tmp_path) == []

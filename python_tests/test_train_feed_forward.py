@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -496,14 +497,14 @@ def test_feed_forward_data_that_does_not_fit(data: Path, tmp_path: Path) -> None
 def test_divergence_of_a_feed_forward_network(
     where: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train_module._Run._step
+    step = train_module.TrainingRun._step
 
-    def poisoned(run: Any, iteration: int) -> None:
+    def poisoned(run: Any, iteration: int) -> Iterator[Any]:
         if iteration == 11:
             run.model.get_parameter(where).data[0] = float("nan")
-        step(run, iteration)
+        yield from step(run, iteration)
 
-    monkeypatch.setattr(train_module._Run, "_step", poisoned)
+    monkeypatch.setattr(train_module.TrainingRun, "_step", poisoned)
     with pytest.raises(DivergedError, match=r"at iteration 11: the .* loss is nan"):
         train(tiny(data, rule=DTP), tmp_path)
     assert_last_good(tmp_path, 8)
@@ -570,7 +571,7 @@ def test_resuming_a_feed_forward_run_changes_nothing(
     config = tiny(data, task, **options)
     train(config, tmp_path / "whole")
     for stop in stops:
-        kill_after(stop, train_module._Run, monkeypatch)
+        kill_after(stop, train_module.TrainingRun, monkeypatch)
         with pytest.raises(Killed):
             train(config, tmp_path / f"stopped{stop}")
         monkeypatch.undo()

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -493,9 +494,9 @@ def test_edited_running_means_are_named(tmp_path: Path) -> None:
 def test_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = module._Run._step
 
-    def interrupted(run: module._Run, iteration: int) -> None:
+    def interrupted(run: module._Run, iteration: int) -> Iterator[Any]:
         os.kill(os.getpid(), signal.SIGINT)
-        step(run, iteration)
+        yield from step(run, iteration)
 
     monkeypatch.setattr(module._Run, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved at iteration 1"):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def test_resuming_changes_nothing(
     config = small(**options)
     train(config, tmp_path / "whole")
 
-    kill_after(stop, train_module._Run, monkeypatch)
+    kill_after(stop, train_module.TrainingRun, monkeypatch)
     with pytest.raises(Killed):
         train(config, tmp_path / "stopped")
     monkeypatch.undo()
@@ -118,14 +119,14 @@ def test_a_checkpoint_cut_short_is_not_taken(tmp_path: Path, monkeypatch: pytest
 def test_ctrl_c_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small(rule="learned-inverse", noise=0.1)
     train(config, tmp_path / "whole")
-    step = train_module._Run._step
+    step = train_module.TrainingRun._step
 
-    def interrupted(run: Any, iteration: int) -> None:
+    def interrupted(run: Any, iteration: int) -> Iterator[Any]:
         if iteration == 9:
             os.kill(os.getpid(), signal.SIGINT)
-        step(run, iteration)
+        yield from step(run, iteration)
 
-    monkeypatch.setattr(train_module._Run, "_step", interrupted)
+    monkeypatch.setattr(train_module.TrainingRun, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved at iteration 9"):
         train(config, tmp_path / "stopped")
     monkeypatch.undo()
@@ -136,12 +137,12 @@ def test_ctrl_c_saves_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(run: Any, iteration: int) -> None:
+    def interrupted(run: Any, iteration: int) -> Iterator[Any]:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second Ctrl-C was not heard")
 
-    monkeypatch.setattr(train_module._Run, "_step", interrupted)
+    monkeypatch.setattr(train_module.TrainingRun, "_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(small(), tmp_path)
     assert checkpoint(tmp_path)["iteration"] == 0

@@ -17,6 +17,7 @@ from tpext.experiments.feedback_settings import is_small
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
 from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
 from tpext.experiments.loop import Run, carry_out
+from tpext.experiments.passes import Course
 from tpext.experiments.run_folder import AnyRunFolder, RunError
 from tpext.experiments.saved_state import load
 from tpext.experiments.settings import ConfigError
@@ -205,7 +206,8 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
         self.parts = {"network": self.model, "optimizer": self.optimizer, "trainer": self.trainer}
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
 
-    def _step(self, iteration: int) -> None:
+    def _step(self, iteration: int) -> Course[None]:
+        yield from ()  # nobody joins its passes
         step = self.plan.step(iteration - 1)
         input, target = self._batch(step.batch)
         if not step.trains_blocks:

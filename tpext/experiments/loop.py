@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FrameType, MappingProxyType
 from typing import Any, Generic, TypeVar
 
@@ -20,9 +20,11 @@ from rich.console import Console
 from torch import nn
 
 import tpext
+from tpext.experiments import passes
 from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageResult, ImageRow
 from tpext.experiments.images import ImageConfig
+from tpext.experiments.passes import Course
 from tpext.experiments.progress import Progress, say
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunError
 from tpext.experiments.saved_state import check_type, field, load, read_rows, shown
@@ -165,8 +167,8 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         self.callback: Callable[[RowT, nn.Module], None] | None = None
 
     @abstractmethod
-    def _step(self, iteration: int) -> None:
-        """Carry out an iteration, counted from 1."""
+    def _step(self, iteration: int) -> Course[None]:
+        """Carry out an iteration, counted from 1; passes that those of other runs may join are yielded."""
 
     @abstractmethod
     def _evaluates(self, iteration: int) -> bool:
@@ -188,7 +190,7 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
     def _result(self) -> ResultT:
         """Return the outcome of the complete run."""
 
-    def carry_out(self, interrupts: list[int], stop: Callable[[], bool]) -> ResultT:
+    def course(self, interrupts: list[int], stop: Callable[[], bool]) -> Course[ResultT]:
         """Run to the last iteration, from the folder's checkpoint if it has one.
 
         Args:
@@ -209,7 +211,7 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
                 for iteration in range(self.iteration + 1, self.iterations + 1):
                     self.iteration = iteration
                     try:
-                        self._step(iteration)
+                        yield from self._step(iteration)
                     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                         raise DivergedError(iteration, str(error)) from error
                     if stop():
@@ -233,6 +235,11 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         self._draw()
         self.folder.write_result(result)
         return result
+
+    def rehearse(self, iterations: Iterable[int]) -> Course[None]:
+        """Carry out iterations and nothing else, for a measurement of their time."""
+        for self.iteration in iterations:
+            yield from self._step(self.iteration)
 
     def _batch(self, number: int) -> Batch:
         return self._move(self.task.batch(self.config.seed, number, self.config.batch_size))
@@ -331,6 +338,27 @@ def carry_out(
     callback: Callable[[RowT, nn.Module], None] | None,
 ) -> ResultT:
     """Make a run and carry it out in its folder, which is there only once the run could be made."""
+    course = begin(make, config, folder, resume=resume, console=console, stop=stop, callback=callback)
+    with torch_state(config.seed, threads):
+        return passes.carry_out(course)
+
+
+def begin(
+    make: Callable[[ConfigT, AnyRunFolder[ConfigT, RowT, ResultT], Console], Run[ConfigT, RowT, ResultT]],
+    config: ConfigT,
+    folder: AnyRunFolder[ConfigT, RowT, ResultT],
+    *,
+    resume: bool,
+    console: Console | None = None,
+    stop: Callable[[], bool] | None = None,
+    callback: Callable[[RowT, nn.Module], None] | None = None,
+    interrupts: list[int] | None = None,
+) -> Course[ResultT]:
+    """Make a run, and carry it out from pass to pass, in torch's state as it is.
+
+    Args:
+        interrupts: of signals that somebody else catches, for all runs of a stack; None: catch them here.
+    """
     require_figures()
     console = console or Console(quiet=True)
     saved = folder.continued(config.options()) if resume else None
@@ -342,10 +370,10 @@ def carry_out(
             say(console, f"{folder.path} is complete already")
             return result
     check_device(config.device)
-    with torch_state(config.seed, threads):
-        run = make(config, folder, console)
-        run.callback = callback
-        with folder.locked(), catch_interrupts() as interrupts:
-            if saved is None:
-                folder.create(config)
-            return run.carry_out(interrupts, stop or (lambda: False))
+    run = make(config, folder, console)
+    run.callback = callback
+    catch = catch_interrupts() if interrupts is None else contextlib.nullcontext(interrupts)
+    with folder.locked(), catch as caught:
+        if saved is None:
+            folder.create(config)
+        return (yield from run.course(caught, stop or (lambda: False)))

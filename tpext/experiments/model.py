@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from tpext.experiments.cells import CELLS
 from tpext.experiments.config import Config
-from tpext.nn import MLP, TargetLinear
+from tpext.nn import MLP, Ensemble, TargetLinear
 from tpext.ops import Activation
 from tpext.tasks import Task
 
@@ -50,8 +51,10 @@ class SequenceModel(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return the outputs ``[B, output_size]``, or ``[T, B, output_size]``, of sequences ``[T, B, I]``."""
         states, last = self.rnn(self.embedding(input))
-        if isinstance(last, tuple):  # of a cell that has more than the state that it puts out
-            last = last[0]
+        return self.output_of(states, first_kind(last))
+
+    def output_of(self, states: Tensor, last: Tensor) -> Tensor:
+        """Return the outputs of the states ``[T, B, H]`` of the last layer, and of all layers' last ones."""
         output: Tensor = self.head(states if self.every_step else last[-1])
         return output
 
@@ -67,6 +70,24 @@ class SequenceModel(nn.Module):
     def local_layers(self) -> list[TargetLinear]:
         """Return no layer: no recurrent layer's gradients are averaged by ``reduction``."""
         return []
+
+
+def first_kind(states: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return h of a cell's states, which may have more than the state that it puts out."""
+    return states[0] if isinstance(states, tuple) else states
+
+
+def ensemble_of(models: Sequence[SequenceModel]) -> Ensemble:
+    """Return the recurrent layers of models in one."""
+    return Ensemble(model.rnn for model in models)
+
+
+def outputs_together(ensemble: Ensemble, models: Sequence[SequenceModel], inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of models, each of its own input of one shape, with their recurrent layers in one."""
+    embedded = torch.stack([model.embedding(input) for model, input in zip(models, inputs, strict=True)])
+    states, last = ensemble(embedded)
+    parts = zip(models, states.unbind(), first_kind(last).unbind(), strict=True)
+    return [model.output_of(*own) for model, *own in parts]
 
 
 class FeedForwardModel(nn.Module):

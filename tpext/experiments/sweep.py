@@ -7,6 +7,7 @@ the sweep holds its lock: one that is interrupted or killed leaves runs with che
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ from tpext.experiments.loop import Interrupted, catch_interrupts
 from tpext.experiments.run_folder import Failure, RunError, RunFolder
 from tpext.experiments.runs import OPEN, state_of
 from tpext.experiments.sweep_command import Engine
-from tpext.experiments.sweep_engines import ENGINES
+from tpext.experiments.sweep_engines import ENGINES, Stack
 from tpext.experiments.sweep_folder import Lock, SweepFolder
 from tpext.experiments.sweep_progress import SweepProgress
+from tpext.experiments.sweep_stacks import stacks_of
 from tpext.experiments.sweep_worker import POLL_SECONDS, in_one_line
 from tpext.tasks import MissingDataError
 
@@ -46,6 +48,7 @@ def carry_out(
     jobs: int,
     engine: Engine = "processes",
     address: str | None = None,
+    stack: int | None = 1,
     console: Console,
 ) -> None:
     """Carry out runs in their folders, those apart that are complete or have diverged.
@@ -57,6 +60,7 @@ def carry_out(
         jobs: how many go side by side; -1 is as many as the cluster has cores for.
         engine: what carries them out.
         address: of the cluster; None is one of this machine, for this call.
+        stack: how many runs of one shape go together at most; None is what a measurement says.
         console: where the progress goes.
 
     Raises:
@@ -69,14 +73,15 @@ def carry_out(
             run.failure.unlink()  # the cause may be gone
         run.begun.unlink(missing_ok=True)
     waiting = [run for run in runs if state_of(run) in OPEN]
+    stacks = stacks_of(waiting, jobs, stack, console)
     if jobs > 2:  # one alone would be carried out in this process
-        jobs = min(jobs, max(2, len(waiting)))
+        jobs = min(jobs, max(2, len(stacks)))
     with (
         catch_interrupts() as interrupts,
         SweepProgress(console, runs, jobs) as progress,
         _watching(folder, lock, interrupts, progress),
     ):
-        missing = _carry_out_all(waiting, lock, jobs, engine, address, interrupts)
+        missing = _carry_out_all(stacks, lock, jobs, engine, address, interrupts)
     if interrupts:
         raise Interrupted(interrupts[0], "runs that were begun have a checkpoint; the same command goes on from there")
     if missing:
@@ -123,7 +128,7 @@ def _watching(folder: SweepFolder, lock: Lock, interrupts: list[int], progress: 
 
 
 def _carry_out_all(
-    runs: Sequence[RunFolder | ImageFolder],
+    stacks: Sequence[Stack],
     lock: Lock,
     jobs: int,
     engine: Engine,
@@ -131,26 +136,28 @@ def _carry_out_all(
     interrupts: list[int],
 ) -> list[str]:
     """Carry out runs, and return what data is missing, for each that waits for some."""
-    missing: list[str | None] = []
+    missing: list[str] = []
     with ENGINES[engine](address, jobs, lock) as carry_out_several:
-        while runs and not interrupts:
+        while stacks and not interrupts:
             try:
-                missing += carry_out_several(runs)
+                missing += itertools.chain.from_iterable(carry_out_several(stacks))
                 break
             except Exception as error:
                 if interrupts:  # it has reached the workers too
                     break
                 died = error
             # A process died, and may have taken others with it. Which one shows where each is alone.
+            runs = list(itertools.chain.from_iterable(stacks))
             suspects = [run for run in runs if state_of(run) in OPEN and run.begun.exists()]
             if not suspects:
                 raise RunError(f"a process died before it began a run: {in_one_line(died)}") from died
             for run in suspects:
                 try:
-                    missing += carry_out_several([run])
+                    missing += itertools.chain.from_iterable(carry_out_several([[run]]))
                 except Exception as error:
                     if interrupts:
                         break
                     run.write_failure(Failure(diverged=False, message=DIED, details=str(error)))
-            runs = [run for run in runs if state_of(run) in OPEN and run not in suspects]
-    return [message for message in missing if message is not None]
+            left = [[run for run in one if state_of(run) in OPEN and run not in suspects] for one in stacks]
+            stacks = [one for one in left if one]
+    return missing

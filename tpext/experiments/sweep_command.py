@@ -40,6 +40,9 @@ class Sweep:
     """Folder of the sweep. Where it holds one, the runs are added."""
     jobs: Annotated[int | None, option("INT", "as many as there are cores for; on a GPU 1")] = None
     """Runs side by side. Each has one thread unless --threads says otherwise."""
+    stack: Annotated[int | None, option("INT", "as measured before the runs begin")] = None
+    """Runs of one shape that go together in a process, their recurrent layers in one call, to the same bits: many small
+    networks take less time so. 1 carries out each alone."""
     engine: Engine = "processes"
     """What carries them out: processes of this machine, or the workers of a Ray or Dask cluster."""
     address: Annotated[str | None, option("ADDRESS", "a cluster on this machine, for this sweep")] = None

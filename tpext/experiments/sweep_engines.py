@@ -14,35 +14,37 @@ from typing import Any, TypeAlias
 
 import joblib
 
-from tpext.experiments.image_folder import ImageFolder
-from tpext.experiments.run_folder import RunFolder
+from tpext.experiments.runs import AnyFolder
 from tpext.experiments.settings import ConfigError
 from tpext.experiments.sweep_command import Engine
 from tpext.experiments.sweep_folder import Lock
-from tpext.experiments.sweep_worker import carry_out_run
+from tpext.experiments.sweep_worker import carry_out_runs
 
-CarryOut: TypeAlias = Callable[[Sequence[RunFolder | ImageFolder]], list[str | None]]
-"""Carries out runs by some engine, and returns what data each is missing. An exception is of the engine: runs keep
-theirs to themselves."""
+Stack: TypeAlias = Sequence[AnyFolder]
+"""Runs that go together; one alone is a stack too."""
+
+CarryOut: TypeAlias = Callable[[Sequence[Stack]], list[list[str]]]
+"""Carries out stacks by some engine, and returns what data runs of each are missing. An exception is of the engine:
+runs keep theirs to themselves."""
 
 
-def _by_joblib(runs: Sequence[RunFolder | ImageFolder], lock: Lock, jobs: int, backend: str) -> list[str | None]:
+def _by_joblib(stacks: Sequence[Stack], lock: Lock, jobs: int, backend: str) -> list[list[str]]:
     parent = os.getpid() if backend == "loky" and jobs > 1 else None
-    tasks = [joblib.delayed(carry_out_run)(*_arguments(run, lock), parent) for run in runs]
+    tasks = [joblib.delayed(carry_out_runs)(*_arguments(stack, lock), parent) for stack in stacks]
     with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
         # the runs are hours long where that of joblib's tuning is seconds
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
-        missing: list[str | None] = joblib.Parallel(batch_size=1)(tasks)
+        missing: list[list[str]] = joblib.Parallel(batch_size=1)(tasks)
     return missing
 
 
-def _arguments(run: RunFolder | ImageFolder, lock: Lock) -> tuple[str, str, str]:
-    return str(run.path.absolute()), str(lock.path.absolute()), lock.word
+def _arguments(stack: Stack, lock: Lock) -> tuple[list[str], str, str]:
+    return [str(run.path.absolute()) for run in stack], str(lock.path.absolute()), lock.word
 
 
 @contextlib.contextmanager
 def _processes(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
-    yield lambda runs: _by_joblib(runs, lock, jobs, "loky")
+    yield lambda stacks: _by_joblib(stacks, lock, jobs, "loky")
 
 
 @contextlib.contextmanager
@@ -53,7 +55,7 @@ def _ray(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
         ray.init(**local, log_to_driver=False, logging_level=logging.ERROR)
     try:
         importlib.import_module("ray.util.joblib").register_ray()
-        yield lambda runs: _by_joblib(runs, lock, jobs, "ray")
+        yield lambda stacks: _by_joblib(stacks, lock, jobs, "ray")
     finally:
         ray.shutdown()
 
@@ -62,16 +64,16 @@ def _ray(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
 def _dask(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
     distributed = _package("dask", "distributed")
 
-    def carry_out_several(runs: Sequence[RunFolder | ImageFolder]) -> list[str | None]:
+    def carry_out_several(stacks: Sequence[Stack]) -> list[list[str]]:
         # not by joblib, which waits for ever for a task whose process has died
-        tasks = [client.submit(carry_out_run, *_arguments(run, lock), None, pure=False) for run in runs]
+        tasks = [client.submit(carry_out_runs, *_arguments(one, lock), None, pure=False) for one in stacks]
         distributed.wait(tasks)
         return [task.result() for task in tasks]
 
     with contextlib.ExitStack() as stack:
         where = address
         if where is None:
-            # one run a process: torch's threads and random state are a process's
+            # one stack a process: torch's threads and random state are a process's
             local = {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
             with _handlers_kept(ignored=signal.SIGINT):
                 where = stack.enter_context(distributed.LocalCluster(**local, silence_logs=logging.ERROR))

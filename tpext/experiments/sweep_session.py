@@ -41,6 +41,8 @@ class Session:
         options = self.options
         if options.jobs is not None and options.jobs < 1:
             raise ConfigError(f"jobs must be an integer >= 1, got {options.jobs}")
+        if options.stack is not None and options.stack < 1:
+            raise ConfigError(f"stack must be an integer >= 1, got {options.stack}")
         if options.address is not None and options.engine == "processes":
             raise ConfigError("address belongs to --engine ray and dask, got engine=processes")
         if options.search is not None:
@@ -91,7 +93,17 @@ class Session:
     def _carry_out_runs(self, folder: SweepFolder, lock: Lock, runs: Sequence[AnyFolder]) -> None:
         options = self.options
         jobs = options.jobs or (-1 if options.address is not None else default_jobs(runs))
-        carry_out(folder, runs, lock, jobs=jobs, engine=options.engine, address=options.address, console=self.console)
+        carry_out(
+            folder,
+            runs,
+            lock,
+            jobs=jobs,
+            engine=options.engine,
+            address=options.address,
+            # what is measured here says nothing of the machines of a cluster
+            stack=options.stack or (None if options.address is None else 1),
+            console=self.console,
+        )
 
     def _report(self, folder: SweepFolder, runs: Sequence[AnyFolder], table: pd.DataFrame) -> int:
         summarize(self.console, table, folder.varied())

@@ -1,4 +1,4 @@
-"""What a sweep's worker does: one run, for as long as the sweep wants it."""
+"""What a sweep's worker does: a run, or a stack of runs together, for as long as the sweep wants it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.image_train import train_images
 from tpext.experiments.loop import DivergedError
 from tpext.experiments.run_folder import BusyError, Failure, RunError, RunFolder
+from tpext.experiments.runs import AnyFolder
 from tpext.experiments.sweep_folder import is_held
-from tpext.experiments.train import train
+from tpext.experiments.train import train, train_together
 from tpext.tasks import MissingDataError
 
 POLL_SECONDS = 0.25
@@ -25,13 +26,13 @@ BUSY_SECONDS = 60.0
 """How long a worker waits for one of an earlier sweep to leave the run."""
 
 
-def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> str | None:
-    """Carry out one run to its end, its failure, or the end of the sweep; what came of it is in its folder.
+def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | None) -> list[str]:
+    """Carry out runs to their ends, their failures, or the end of the sweep; what came of them is in their folders.
 
-    Returns what data is missing, for which the run waits; else None.
+    Returns what data is missing, for each run that waits for some.
 
     Args:
-        path: of the run's folder.
+        paths: of the runs' folders; several are a stack, and run together.
         lock, word: of the sweep.
         parent: the sweep's process, where it is this one's parent; without it, this one ends too.
     """
@@ -45,32 +46,23 @@ def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> str | 
                 wanted.clear()
                 return
 
-    folder = open_folder(path)
-    if not is_held(Path(lock), word) or not folder.config.exists():
-        return None
+    folders = [folder for folder in map(open_folder, paths) if folder.config.exists()]
+    if not is_held(Path(lock), word) or not folders:
+        return []
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep has the terminal's Ctrl-C too, and lets the lock go
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    failure: Failure | None = None
-    missing: str | None = None
-    folder.begun.touch()
+    missing: list[str] = []
+    for folder in folders:
+        folder.begun.touch()
     try:
-        _train(folder, lambda: not wanted.is_set())
-    except KeyboardInterrupt:  # a checkpoint is saved
-        pass
-    except DivergedError as error:
-        failure = Failure(diverged=True, message=str(error))
-    except MissingDataError as error:
-        missing = str(error)
-    # one run must not take the others with it
-    except Exception as error:
-        failure = Failure(diverged=False, message=in_one_line(error), details=traceback.format_exc())
+        alone = folders if len(folders) == 1 else _carry_out_stack(folders, lambda: not wanted.is_set(), missing)
+        for folder in alone:
+            _carry_out_alone(folder, lambda: not wanted.is_set(), missing)
     finally:
-        if failure is not None:
-            with contextlib.suppress(RunError):  # the disk is full, or the folder gone: the sweep sees a run not ended
-                folder.write_failure(failure)
-        folder.begun.unlink(missing_ok=True)
+        for folder in folders:
+            folder.begun.unlink(missing_ok=True)
         ended.set()
         watcher.join()
         if parent is not None and os.getppid() != parent:
@@ -78,7 +70,49 @@ def carry_out_run(path: str, lock: str, word: str, parent: int | None) -> str | 
     return missing
 
 
-def _train(folder: RunFolder | ImageFolder, stop: Callable[[], bool]) -> None:
+def _carry_out_stack(folders: Sequence[AnyFolder], stop: Callable[[], bool], missing: list[str]) -> list[AnyFolder]:
+    """Carry out runs together, and return those at which another process still is."""
+    busy = []
+    stack = [(folder, folder.read_config()) for folder in folders if isinstance(folder, RunFolder)]
+    members = [(folder, config) for folder, config in stack if config is not None]
+
+    def ended(place: int, outcome: object) -> None:
+        folder = members[place][0]
+        if isinstance(outcome, BusyError):
+            busy.append(folder)
+        else:
+            _write_failure(folder, outcome, missing)
+            folder.begun.unlink(missing_ok=True)
+
+    train_together([config for _, config in members], [folder for folder, _ in members], stop=stop, ended=ended)
+    return [*busy]
+
+
+def _carry_out_alone(folder: AnyFolder, stop: Callable[[], bool], missing: list[str]) -> None:
+    try:
+        _train(folder, stop)
+    # one run must not take the others with it; where it was interrupted a checkpoint is saved
+    except (Exception, KeyboardInterrupt) as error:
+        _write_failure(folder, error, missing)
+
+
+def _write_failure(folder: AnyFolder, outcome: object, missing: list[str]) -> None:
+    """Write what a run has raised, unless it has not, or was interrupted, or its data is missing."""
+    if isinstance(outcome, MissingDataError):
+        missing.append(str(outcome))
+        return
+    if not isinstance(outcome, Exception):
+        return
+    if isinstance(outcome, DivergedError):
+        failure = Failure(diverged=True, message=str(outcome))
+    else:
+        details = "".join(traceback.format_exception(outcome))
+        failure = Failure(diverged=False, message=in_one_line(outcome), details=details)
+    with contextlib.suppress(RunError):  # the disk is full, or the folder gone: the sweep sees a run not ended
+        folder.write_failure(failure)
+
+
+def _train(folder: AnyFolder, stop: Callable[[], bool]) -> None:
     begin = time.monotonic()
     while True:
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from tpext.experiments.config import Config
-from tpext.experiments.loop import DivergedError, Run, carry_out
+from tpext.experiments.loop import DivergedError, Run, begin, carry_out, catch_interrupts, torch_state
 from tpext.experiments.model import Model, local_scales, make_model, split_parameters
+from tpext.experiments.passes import Course, Pass, carry_out_together
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder, write_whole
@@ -67,7 +69,7 @@ def train(
     """
     threads = config.threads or default_threads(config)
     return carry_out(
-        _Run,
+        TrainingRun,
         config,
         RunFolder(out),
         threads=threads,
@@ -106,7 +108,33 @@ def hot_target_loss(output: Tensor, target: Tensor) -> Tensor:
     return loss / len(target)
 
 
-class _Run(Run[Config, Row, Result]):
+def train_together(
+    configs: Sequence[Config],
+    folders: Sequence[RunFolder],
+    *,
+    stop: Callable[[], bool],
+    ended: Callable[[int, Result | Exception | KeyboardInterrupt], None],
+) -> None:
+    """Run configurations in their folders side by side, the recurrent layers of all in one call each.
+
+    Each run has the bits that :func:`train` gives it, times apart, and goes on from its checkpoint.
+
+    Args:
+        configs: of networks that :class:`tpext.nn.Ensemble` takes, with the same threads and precision.
+        folders: of the runs.
+        stop: as that of :func:`train`.
+        ended: is told the place of a run that ends, and what it has returned or raised.
+    """
+    threads = configs[0].threads or default_threads(configs[0])
+    with torch_state(configs[0].seed, threads), catch_interrupts() as interrupts:
+        courses = [
+            begin(TrainingRun, config, folder, resume=True, stop=stop, interrupts=interrupts)
+            for config, folder in zip(configs, folders, strict=True)
+        ]
+        carry_out_together(courses, [config.seed for config in configs], ended)
+
+
+class TrainingRun(Run[Config, Row, Result]):
     row_class = Row
     model: Model
 
@@ -162,44 +190,50 @@ class _Run(Run[Config, Row, Result]):
         if self.data != own:
             raise ValueError(f"{self.task.subject or 'the data'} must be what the run began with, and has changed")
 
-    def carry_out(self, interrupts: list[int], stop: Callable[[], bool]) -> Result:
+    def course(self, interrupts: list[int], stop: Callable[[], bool]) -> Course[Result]:
         try:
-            return super().carry_out(interrupts, stop)
+            return (yield from super().course(interrupts, stop))
         finally:
             if self.writer is not None:
                 self.writer.close()
 
-    def _step(self, iteration: int) -> None:
+    def _step(self, iteration: int) -> Course[None]:
         plan = self.plan
-        input, target = self._batch(plan.batch(iteration - 1))
+        batch = self._batch(plan.batch(iteration - 1))
         try:
             if self.reverse_optimizer is not None and plan.trains_reverse(iteration - 1):
-                self.reverse_optimizer.zero_grad()
-                with self._autocast():
-                    reconstruction = self.model.reconstruction_loss(input)
-                self._watch(reconstruction.item(), "reconstruction loss")
-                torch.autograd.backward(reconstruction)
-                self._scale_gradients()
-                self.reverse_optimizer.step()
-                self.reverse_optimizer.zero_grad()
+                self._train_reverse(self.reverse_optimizer, batch.input)
             if plan.trains_forward(iteration - 1):
                 self.optimizer.zero_grad()
-                output = self._output(input)
-                loss = self.criterion(output, target)
-                value = self._watch(loss.item(), "training loss")
-                if self.running_accuracy is not None:
-                    share = self.task.correct(output.detach(), target).double().mean()
-                    self.running_accuracy = running_accuracy(share[None], start=self.running_accuracy)
-                torch.autograd.backward(loss, self.loss_gradient)
+                loss = partial(self._loss, batch.target)
+                value = yield Pass(self.model, batch.input, loss, self._autocast, self.dtype, self.loss_gradient)
                 self._scale_gradients()
                 self._check_gradients()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-                self.losses.append(value)
+                self.losses.append(value.item())
         except ValueError as error:
             # The regularised inverse refuses NaN and infinite weights; any other refusal is the caller's to see.
             self._check_parameters(error)
             raise
+
+    def _train_reverse(self, optimizer: torch.optim.Optimizer, input: Tensor) -> None:
+        optimizer.zero_grad()
+        with self._autocast():
+            reconstruction = self.model.reconstruction_loss(input)
+        self._watch(reconstruction.item(), "reconstruction loss")
+        torch.autograd.backward(reconstruction)
+        self._scale_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def _loss(self, target: Tensor, output: Tensor) -> Tensor:
+        loss = self.criterion(output, target)
+        self._watch(loss.item(), "training loss")
+        if self.running_accuracy is not None:
+            share = self.task.correct(output.detach(), target).double().mean()
+            self.running_accuracy = running_accuracy(share[None], start=self.running_accuracy)
+        return loss
 
     def _evaluates(self, iteration: int) -> bool:
         return iteration % self.plan.eval_interval == 0

@@ -2,6 +2,7 @@
 
 from tpext.nn import networks
 from tpext.nn.convert import convert
+from tpext.nn.ensemble import Ensemble
 from tpext.nn.gru import GRU
 from tpext.nn.kaczmarz import HotTargetLoss, StreamResult
 from tpext.nn.linear import TargetLinear
@@ -15,6 +16,7 @@ __all__ = [
     "LSTM",
     "MLP",
     "RNN",
+    "Ensemble",
     "HotTargetLoss",
     "StreamResult",
     "TargetLinear",

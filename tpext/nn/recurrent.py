@@ -6,7 +6,7 @@ stack axis S of the ops.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from tpext.nn.recurrent_input import as_given, check_device, time_major
 from tpext.nn.recurrent_parameters import RecurrentParameters
 from tpext.nn.torchscript import refuse_script, refuse_trace
 from tpext.ops._library import full_precision
-from tpext.rules import GatedCall, RecurrentCall, RegularizedInverse
+from tpext.rules import GatedCall, RecurrentCall, RecurrentRule, RegularizedInverse
 from tpext.rules.recurrent_pass import comes_of_a_pass
 
 
@@ -31,9 +31,22 @@ class RecurrentLayers(RecurrentParameters):
     """
 
     def _call(
-        self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None
+        self,
+        members: Sequence[RecurrentLayers],
+        layer: int,
+        input: Tensor,
+        starts: Sequence[Tensor],
+        lengths: Tensor | None,
     ) -> RecurrentCall | GatedCall:
-        """One layer on its input ``[T, B, I]`` and initial states ``[S, B, H]``."""
+        """One layer of this module, or of all members of an ensemble that are like it.
+
+        Args:
+            members: the modules whose parameters it has, this one alone or those of the ensemble.
+            layer: its number.
+            input: ``[S or 1, T, B, I]``; S is the number of members times that of directions.
+            starts: the initial states, ``[S, B, H]`` each.
+            lengths: ``[B]`` or None.
+        """
         raise NotImplementedError
 
     __prepare_scriptable__ = refuse_script
@@ -75,33 +88,21 @@ class RecurrentLayers(RecurrentParameters):
             members.append(parameters)
         return members
 
-    def _owned_parameters(self, layer: int, input: Tensor) -> tuple[Tensor, ...]:
-        """The rule's own parameters of one layer, stacked ``[S, ...]``."""
-        return stack_members(self._parameters_of(self._owned_names, layer, input))
-
-    def _initial_states(self, states: tuple[Tensor, ...] | None, input: Tensor) -> Sequence[tuple[Tensor, ...]]:
-        """The initial states of each layer, ``[S, B, H]`` of each kind."""
-        directions = len(self._reverse)
+    def _initial_states(self, states: tuple[Tensor, ...] | None, rows: Tensor) -> Sequence[tuple[Tensor, ...]]:
+        """The initial states of each layer, ``[D, B, H]`` of each kind, for rows ``[T, B, I]``."""
         if states is None:
-            # each of its own: the compiler refuses a node that gets a tensor twice
-            shape = (directions, input.size(1), self.hidden_size)
-            return [tuple(input.new_zeros(shape) for _ in range(self._kinds_of_state))] * self.num_layers
+            return zero_states(self, rows, 1)
         if self.num_layers == 1:
             return [states]
-        return list(zip(*(torch.split(state, directions) for state in states), strict=True))
+        return list(zip(*(torch.split(state, len(self._reverse)) for state in states), strict=True))
 
     def _run(
         self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run all layers: the outputs ``[T, B, D*H]`` of the last, if wanted, and the final states ``[L*D, B, H]``."""
-        output, finals = input, []
-        for layer, starts in enumerate(self._initial_states(states, input)):
-            if layer > 0:
-                output = self._between_layers(output)
-            states_of_layer, *last = self._rule.run_recurrent(self._call(layer, output, starts, lengths))
-            output = join_directions(states_of_layer) if self._has_readers(layer) else states_of_layer
-            finals.append(last)
-        return output, tuple(kind[0] if len(kind) == 1 else torch.cat(kind) for kind in zip(*finals, strict=True))
+        starts = self._initial_states(states, input)
+        output, finals = run_members([self], self._rule, input.unsqueeze(0), starts, lengths)
+        return output.squeeze(0), tuple(kind[0] if len(kind) == 1 else torch.cat(kind) for kind in finals)
 
     def _has_readers(self, layer: int) -> bool:
         """Whether anything reads the outputs of a layer: the layer above, or the user."""
@@ -151,17 +152,12 @@ class RecurrentLayers(RecurrentParameters):
         """
         given = hx if hx is None or isinstance(hx, tuple) else (hx,)
         rows, states, lengths = time_major(self, input, given, lengths)
+        dtype = self.weight_ih_l0.dtype
+        states = None if states is None else tuple(state.to(dtype) for state in states)
         with full_precision(rows.device.type):
-            output = rows.to(self.weight_ih_l0.dtype)
-            states = None if states is None else tuple(state.to(output.dtype) for state in states)
-            loss = output.new_zeros(())
-            for layer, starts in enumerate(self._initial_states(states, output)):
-                with torch.no_grad():
-                    output = self._between_layers(output) if layer > 0 else output
-                of_layer, reached = self._rule.recurrent_loss(self._call(layer, output, starts, lengths), noise)
-                loss = loss + of_layer
-                output = join_directions(reached)
-        return loss / max(rows.size(1), 1)
+            rows = rows.to(dtype)
+            starts = self._initial_states(states, rows)
+            return loss_of_members([self], self._rule, rows.unsqueeze(0), starts, lengths, noise)
 
     def extra_repr(self) -> str:
         """Sizes and every option that differs from its default."""
@@ -186,6 +182,79 @@ class RecurrentLayers(RecurrentParameters):
         return ", ".join(parts)
 
 
+def zero_states(layers: RecurrentLayers, rows: Tensor, count: int) -> list[tuple[Tensor, ...]]:
+    """Initial states of zeros, ``[count*D, B, H]`` of each kind, of each layer, for rows ``[..., B, I]``."""
+    # each of its own: the compiler refuses a node that gets a tensor twice
+    shape = (count * len(layers._reverse), rows.size(-2), layers.hidden_size)
+    return [tuple(rows.new_zeros(shape) for _ in range(layers._kinds_of_state))] * layers.num_layers
+
+
+def run_members(
+    members: Sequence[RecurrentLayers],
+    rule: RecurrentRule,
+    input: Tensor,
+    starts: Sequence[Sequence[Tensor]],
+    lengths: Tensor | None,
+) -> tuple[Tensor, Iterator[tuple[Tensor, ...]]]:
+    """Run modules that are alike in one call a layer, N of them with D directions each.
+
+    Args:
+        members: the modules.
+        rule: of all of them together.
+        input: ``[N or 1, T, B, I]``, of each or shared by all.
+        starts: of each layer the initial states, ``[N*D, B, H]`` of each kind.
+        lengths: ``[B]`` or None.
+
+    Returns:
+        The last layer's outputs ``[N, T, B, D*H]``, if they are wanted, and of each kind of state the final ones of
+        each layer, ``[N*D, B, H]``.
+    """
+    first, output, finals = members[0], input, []
+    for layer, start in enumerate(starts):
+        if layer > 0:
+            output = first._between_layers(output)
+        call = first._call(members, layer, for_directions(output, first), start, lengths)
+        states, *last = rule.run_recurrent(call)
+        output = join_directions(states, len(members)) if first._has_readers(layer) else states
+        finals.append(last)
+    return output, zip(*finals, strict=True)
+
+
+def loss_of_members(
+    members: Sequence[RecurrentLayers],
+    rule: RecurrentRule,
+    input: Tensor,
+    starts: Sequence[Sequence[Tensor]],
+    lengths: Tensor | None,
+    noise: float | None,
+) -> Tensor:
+    """The sum of the members' losses of their reverse layers; arguments as those of :func:`run_members`."""
+    first, output, loss = members[0], input, input.new_zeros(())
+    for layer, start in enumerate(starts):
+        with torch.no_grad():
+            output = first._between_layers(output) if layer > 0 else output
+        call = first._call(members, layer, for_directions(output, first), start, lengths)
+        of_layer, reached = rule.recurrent_loss(call, noise)
+        loss = loss + of_layer
+        output = join_directions(reached, len(members))
+    return loss / max(input.size(2), 1)
+
+
+def parameters_of(members: Sequence[RecurrentLayers], layer: int, input: Tensor) -> list[list[Tensor]]:
+    """Those of a layer that torch's module has too, a list for each member and direction."""
+    return [weights for one in members for weights in one._parameters_of(one._all_weights, layer, input)]
+
+
+def owned_parameters(members: Sequence[RecurrentLayers], layer: int, input: Tensor) -> tuple[Tensor, ...]:
+    """The rule's own parameters of one layer, stacked ``[S, ...]``."""
+    return stack_members([own for one in members for own in one._parameters_of(one._owned_names, layer, input)])
+
+
+def reverse_of(members: Sequence[RecurrentLayers]) -> list[bool]:
+    """Whether the member of the stack runs backwards."""
+    return [backwards for one in members for backwards in one._reverse]
+
+
 def stack_members(members: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     """Tensors of each direction side by side, ``[S, ...]`` each."""
     if len(members) == 1:
@@ -193,6 +262,14 @@ def stack_members(members: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
     return tuple(map(torch.stack, zip(*members, strict=True)))
 
 
-def join_directions(states: Tensor) -> Tensor:
-    """``[S, T, B, H] -> [T, B, S*H]``."""
-    return states.squeeze(0) if states.size(0) == 1 else states.permute(1, 2, 0, 3).flatten(2)
+def for_directions(rows: Tensor, layers: RecurrentLayers) -> Tensor:
+    """``[N or 1, T, B, I]`` for the stack of N members with the directions of ``layers``."""
+    directions = len(layers._reverse)
+    return rows if rows.size(0) == 1 or directions == 1 else rows.repeat_interleave(directions, 0)
+
+
+def join_directions(states: Tensor, count: int) -> Tensor:
+    """``[N*D, T, B, H] -> [N, T, B, D*H]``, N the count of members."""
+    if states.size(0) == count:
+        return states
+    return states.view(count, -1, *states.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from tpext.nn.recurrent import RecurrentLayers, stack_members
+from tpext.nn.recurrent import RecurrentLayers, owned_parameters, parameters_of, reverse_of, stack_members
 from tpext.nn.recurrent_parameters import check_replaceable, sharing_parameters
 from tpext.rules import RecurrentCall, RecurrentRule
 
@@ -181,13 +181,20 @@ class RNN(RecurrentLayers):
         output, (h_n,) = self._forward(input, None if hx is None else (hx,), lengths)
         return output, h_n  # type: ignore[return-value]
 
-    def _call(self, layer: int, input: Tensor, starts: Sequence[Tensor], lengths: Tensor | None) -> RecurrentCall:
-        members = self._parameters_of(self._all_weights, layer, input)
+    def _call(
+        self,
+        members: Sequence[RecurrentLayers],
+        layer: int,
+        input: Tensor,
+        starts: Sequence[Tensor],
+        lengths: Tensor | None,
+    ) -> RecurrentCall:
+        weights = parameters_of(members, layer, input)
         if self.bias:
             # summed before they are stacked: of a sum of views both biases would get one tensor for a gradient
-            members = [[weight_ih, weight_hh, bias_ih + bias_hh] for weight_ih, weight_hh, bias_ih, bias_hh in members]
-        weight_ih, weight_hh, *biases = stack_members(members)
+            weights = [[weight_ih, weight_hh, bias_ih + bias_hh] for weight_ih, weight_hh, bias_ih, bias_hh in weights]
+        weight_ih, weight_hh, *biases = stack_members(weights)
         bias = biases[0] if self.bias else None
-        owned = self._owned_parameters(layer, input)
-        run = (lengths, self._reverse, self.nonlinearity, owned, self.checkpoint_every, self._has_readers(layer))
-        return RecurrentCall(input.unsqueeze(0), starts[0], weight_ih, weight_hh, bias, *run)
+        owned = owned_parameters(members, layer, input)
+        run = (lengths, reverse_of(members), self.nonlinearity, owned, self.checkpoint_every, self._has_readers(layer))
+        return RecurrentCall(input, starts[0], weight_ih, weight_hh, bias, *run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -197,6 +198,32 @@ def of_member(rule: _AnyRule, member: int) -> _AnyRule:
     if not rule._tuples:
         return rule
     return dataclasses.replace(rule, **{name: getattr(rule, name)[member] for name in rule._tuples})
+
+
+def joined(rules: Sequence[_AnyRule], directions: int) -> _AnyRule:
+    """One rule for a stack of layers with so many directions each, which have a rule of their own each.
+
+    Raises:
+        ValueError: the rules differ in more than numbers that are one for each member of a layer.
+    """
+    first = rules[0]
+    for other in rules[1:]:
+        for own, theirs in zip(shared_part(first), shared_part(other), strict=False):
+            if own != theirs:
+                raise ValueError(f"rules must differ in their numbers alone, got {own} and {theirs}")
+    changed: dict[str, tuple[float, ...]] = {}
+    for field in filter(_is_per_member, dataclasses.fields(first)):
+        values = [getattr(rule, field.name) for rule in rules]
+        if isinstance(values[0], tuple) or any(value != values[0] for value in values):
+            each = (value if isinstance(value, tuple) else (value,) * directions for value in values)
+            changed[field.name] = tuple(itertools.chain.from_iterable(each))
+    return dataclasses.replace(first, **changed) if changed else first
+
+
+def shared_part(rule: Rule) -> tuple[object, ...]:
+    """What rules have in common that :func:`joined` takes: the class, and all that is no number of each member."""
+    names = [field.name for field in dataclasses.fields(rule) if not _is_per_member(field)]
+    return type(rule), *((name, getattr(rule, name)) for name in names)
 
 
 def check_flag(rule: object, name: str) -> None:
