@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,12 @@ from runs import SMALL
 from tpext.experiments import ConfigError
 from tpext.experiments.commands import run as tpext_command
 from tpext.experiments.figures import draw_heatmaps
-from tpext.experiments.recipes import RECIPES, read_recipe
+from tpext.experiments.recipes import RECIPES, Recipe, read_recipe
+from tpext.experiments.reproduce import RESULTS, runs_of
+from tpext.experiments.runs import load_runs
 from tpext.experiments.sweep_plan import plan
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -37,6 +42,7 @@ lr = [1e-3, 1e30]
 
 [quick]
 seed = 1
+layers = 2
 """
 
 
@@ -47,19 +53,37 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def recipe_of(name: str, folder: Path, *, quick: bool = False) -> Recipe:
+    """A recipe of the package; one that learns a text has a short one, by the name of the documents'."""
+    text = folder / "tinyshakespeare.txt"
+    text.write_text("to be or not to be, that is the question. " * 100)
+    return read_recipe(RECIPES[name], {"file": [(str(text),)]} if name == "text-cells" else {}, quick=quick)
+
+
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_has_runs(name: str, quick: bool, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("to be or not to be, that is the question. " * 100)
-    given = {"file": [(str(text),)]} if name == "text-cells" else {}
-    recipe = read_recipe(RECIPES[name], given, quick=quick)
+    recipe = recipe_of(name, tmp_path, quick=quick)
     runs, _ = plan(recipe.task, [methods.grid for methods in recipe.grids])
     assert len(runs) >= max(2, len(recipe.grids))
     for methods in recipe.grids:
         if methods.select is not None:
             of_it, _ = plan(recipe.task, [methods.grid])
             assert len({run.config.options()[methods.select] for run in of_it}) > 1
+
+
+@pytest.mark.skipif(not DOCS.is_dir(), reason="no folder docs beside the tests")
+def test_every_result_of_the_documents_has_a_recipe(tmp_path: Path) -> None:
+    makers = {
+        name: {(place["task"], place["name"]) for place, _ in runs_of(recipe_of(name, tmp_path))} for name in RECIPES
+    }
+    made = set().union(*makers.values())
+    assert len(made) == sum(map(len, makers.values()))  # one writes over another's rows otherwise
+    table = pd.read_csv(DOCS / "results.csv")
+    assert tuple(table.columns) == RESULTS
+    assert set(zip(table.task, table.method, strict=True)) - made == set()
+    commands = set(re.findall(r"tpext reproduce\s+([a-z0-9-]+)(?![a-z0-9.-])", (DOCS / "results.md").read_text()))
+    assert commands == set(RECIPES)
 
 
 def test_a_recipe_makes_a_table_and_a_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -84,6 +108,29 @@ def test_a_recipe_makes_a_table_and_a_picture(here: Path, capsys: pytest.Capture
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+def test_results_take_the_place_of_those_of_the_same_methods(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = '"temporal-order, T=10","{}",1,9,0.12345,0.5,0.1\n'
+    name = "second, lr 0.001"
+    methods = ["other", name, "between", name, "last"]
+    Path("all.csv").write_text(",".join(RESULTS) + "\n" + "".join(old.format(one) for one in methods))
+    assert tpext_command(["reproduce", "two.toml", "--jobs", "1", "--out", "made", "--results", "all.csv"]) == 0
+    table = pd.read_csv("all.csv")
+    new = ["first, lr 0.001"] * 2 + ["first, lr 0.01"] * 2 + [name] * 2 + ["second, lr 1e+30"] * 2
+    assert list(table.method) == ["other", *new, "between", "last"]
+    runs = pd.read_csv("made/table.csv").set_index(["rule", "lr", "seed"])
+    for _, row in table[table.method == name].iterrows():
+        run = runs.loc["regularized-inverse", 1e-3, row.seed]
+        assert row.iterations == SMALL["iterations"]
+        for column in ("accuracy", "best_accuracy", "test_loss"):
+            assert row[column] == pytest.approx(run[column], abs=1e-5)
+    assert table[table.method == "second, lr 1e+30"][list(RESULTS[3:])].isna().all(axis=None)
+    Path("all.csv").write_text("task,seed\n")
+    assert tpext_command(["reproduce", "two.toml", "--out", "made", "--results", "all.csv"]) == 1
+    assert "all.csv must have the columns task, method" in capsys.readouterr().err
+    assert tpext_command(["reproduce", "two.toml", "--quick", "--results", "all.csv"]) == 1
+    assert "results does not go with quick" in capsys.readouterr().err
+
+
 def test_what_a_grid_varies_makes_methods_in_panels(here: Path) -> None:
     text = RECIPE.replace('select = "lr"', "").replace('label = "second"', 'label = "second"\npanel = "other"')
     Path("two.toml").write_text(text)
@@ -99,12 +146,22 @@ def test_gradients_of_a_recipe_are_drawn_beside_its_curves(here: Path, capsys: p
     assert tpext_command(["reproduce", "two.toml", "--quick", "--jobs", "1", "--out", "made"]) == 0
     assert {path.name for path in Path("made").glob("*.png")} == {"curves.png", "gradients.png"}
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3:] == ["table: made/methods.csv", "picture: made/curves.png", "picture: made/gradients.png"]
+    assert lines[-3:] == ["runs: made/results.csv", "picture: made/curves.png", "picture: made/gradients.png"]
 
 
 def test_the_quick_version_has_options_of_its_own(here: Path) -> None:
     assert tpext_command(["reproduce", "two.toml", "--quick", "--jobs", "1"]) == 0
     assert list(pd.read_csv("reproduced/two-quick/methods.csv").runs) == [1] * 4
+    runs = load_runs("reproduced/two-quick")
+    assert set(runs.layers) == {2}
+
+
+def test_a_quick_option_of_other_grids_is_left_out(here: Path) -> None:
+    text = RECIPE.replace('rule = "regularized-inverse"', 'rule = "regularized-inverse"\nreg = 1') + "reg = 2"
+    Path("two.toml").write_text(text)
+    first, second = read_recipe(Path("two.toml"), quick=True).grids
+    assert "reg" not in first.grid
+    assert second.grid["reg"] == [("2",)]
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,20 @@ def test_failures_are_kept_and_stop_nobody(here: Path, capsys: pytest.CaptureFix
     assert diverged.stat().st_mtime_ns == before
 
 
+def test_missing_data_is_told_once_and_leaves_its_runs_open(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TPEXT_DATA", "empty")
+    words = ["--network", "mlp", "--channels", "8", "--train-size", "50", "--epochs", "1", "--rule", "backprop"]
+    arguments = ["sweep", "images", "--dataset", "cifar10,digits", *words, "--seed", "1..2", "--jobs", "1"]
+    assert tpext_command([*arguments, "--out", "all"]) == 1
+    said = capsys.readouterr()
+    assert re.fullmatch(r"tpext: .*CIFAR-10.* \(2 of 4 runs wait for it\)\n", said.err)
+    assert "failed" not in said.out
+    assert sorted(row["state"] for row in table(Path("all")).values()) == ["complete", "complete", "waiting", "waiting"]
+    assert not list(Path("all").glob("runs/*/failure.json"))
+
+
 def test_a_run_whose_folder_is_removed_stops_nobody_and_is_told(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*FIXED, "--rule", "own.py:Troubled", "--rule-options", "trouble=removed,none", "--jobs", "1"]
     assert tpext_command(["sweep", "temporal-order", *words, "--out", "all"]) == 1

@@ -224,8 +224,8 @@ def draw_heatmaps(panels: Mapping[str, pd.DataFrame], out: str | Path, *, title:
             text = "x" if np.isnan(value) else f"{100 * value:.0f}"
             colour = INK if np.isnan(value) or value > 0.6 else "white"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-        axes.set_xticks(range(len(table.columns)), [f"{value:g}" for value in table.columns], fontsize=8)
-        axes.set_yticks(range(len(table)), [f"{value:g}" for value in table.index], fontsize=8)
+        axes.set_xticks(range(len(table.columns)), [as_text(value) for value in table.columns], fontsize=8)
+        axes.set_yticks(range(len(table)), [as_text(value) for value in table.index], fontsize=8)
         axes.set_xlabel(str(table.columns.name), color=INK)
         axes.set_ylabel(str(table.index.name), color=INK)
         axes.set_title(label, fontsize=10, color=INK)
@@ -290,6 +290,11 @@ def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: st
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     return save(figure, path)
+
+
+def as_text(value: float | str) -> str:
+    """Return an option's value as pictures and tables show it."""
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def draw_image_run(folder: str | Path) -> tuple[Path, Path]:

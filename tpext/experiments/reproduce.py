@@ -9,36 +9,42 @@ from typing import Any, NamedTuple
 import pandas as pd
 from rich.console import Console
 
-from tpext.experiments.figures import draw_comparison, draw_gradients, draw_heatmaps
-from tpext.experiments.recipes import Methods, Recipe
+from tpext.experiments.figures import as_text, draw_comparison, draw_gradients, draw_heatmaps
+from tpext.experiments.recipes import Recipe
 from tpext.experiments.run_folder import RunError, RunFolder, write_whole
-from tpext.experiments.runs import AnyFolder, state_of
+from tpext.experiments.runs import AnyFolder, in_one, state_of
 from tpext.experiments.sweep import carry_out, default_jobs
 from tpext.experiments.sweep_folder import SweepFolder
-from tpext.experiments.sweep_plan import identity, plan
+from tpext.experiments.sweep_plan import Planned, identity, plan
 
 SOLVED = 0.99
 """The accuracy from which on a task counts as solved: when a method first gets there is in the table."""
+RESULTS = ("task", "method", "seed", "iterations", "accuracy", "best_accuracy", "test_loss")
+"""The columns of results.csv."""
 
 
 class Product(NamedTuple):
-    """What came of a recipe: the table's and the pictures' files; of curves one for each length of sequences."""
+    """What came of a recipe: the tables' and the pictures' files; of curves one for each length of sequences."""
 
     table: Path
+    results: Path
     pictures: list[Path]
 
 
-def reproduce(recipe: Recipe, out: str | Path, *, jobs: int | None = None, console: Console) -> Product:
-    """Carry out the runs of a recipe in the folder of a sweep, and write its table and its pictures there.
+def reproduce(
+    recipe: Recipe, out: str | Path, *, results: str | Path | None = None, jobs: int | None = None, console: Console
+) -> Product:
+    """Carry out the runs of a recipe in the folder of a sweep, and write its tables and its pictures there.
 
     What is complete is not run again. The table has a row for each method and value of the selected option: how many
-    runs, the accuracy of the last iteration (mean, least, greatest), and after how many iterations the accuracy was
-    first at least 99 %, the mean of the runs that got there. A method's best value is that of the greatest mean
+    runs, the test accuracy of the last iteration (mean, least, greatest), and after how many iterations the accuracy
+    was first at least 99 %, the mean of the runs that got there. A method's best value is that of the greatest mean
     accuracy over all evaluations of its runs, the area under its curve. A run that diverged counts as zero.
 
     Args:
         recipe: of :func:`tpext.experiments.recipes.read_recipe`.
         out: the folder; where a sweep was stopped in it, it goes on.
+        results: the table of :func:`write_results`; None is results.csv in the folder.
         jobs: runs side by side; None is as many as there are cores for.
         console: where the progress goes.
 
@@ -57,11 +63,36 @@ def reproduce(recipe: Recipe, out: str | Path, *, jobs: int | None = None, conso
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed, see {failed[0].failure} first")
     folders = {identity(run.config): of_it for run, of_it in zip(planned, runs, strict=True)}
-    frame = pd.DataFrame([row for methods in recipe.grids for row in _rows(recipe, methods, folders)])
-    return write_product(recipe, folder.path, frame)
+    frame = pd.DataFrame(_rows(recipe, folders))
+    path = folder.path / "results.csv" if results is None else Path(results)
+    write_results(path, frame)
+    table, pictures = _write_methods(recipe, folder.path, frame)
+    return Product(table, path, pictures)
 
 
-def write_product(recipe: Recipe, out: Path, frame: pd.DataFrame) -> Product:
+def write_results(path: Path, frame: pd.DataFrame) -> None:
+    """Write a row for each finished run to a table, in place of its rows of the same tasks and methods.
+
+    Raises:
+        RunError: there is another table.
+    """
+    rows = frame.assign(method=frame.name, accuracy=frame.accuracy.mask(frame.diverged))[list(RESULTS)]
+    rows = rows.astype({"iterations": "Int64"}).round(5)
+    if path.exists():
+        try:
+            before = pd.read_csv(path, dtype=str)
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} cannot be read: {error}") from error
+        if tuple(before.columns) != RESULTS:
+            raise RunError(f"{path} must have the columns {', '.join(RESULTS)}, got {', '.join(before.columns)}")
+        known = set(zip(rows.task, rows.method, strict=True))
+        kept = pd.Series([pair not in known for pair in zip(before.task, before.method, strict=True)], dtype=bool)
+        place = len(before) if kept.all() else int(kept.argmin())
+        rows = pd.concat([before[:place], rows.astype(object), before[place:][kept[place:]]])
+    write_whole(path, rows.to_csv(index=False).encode())
+
+
+def _write_methods(recipe: Recipe, out: Path, frame: pd.DataFrame) -> tuple[Path, list[Path]]:
     """Write methods.csv and the pictures of finished runs, of which the table has a row each."""
     place = ["panel", "task", "method", *recipe.axes]
     table = (
@@ -84,13 +115,13 @@ def write_product(recipe: Recipe, out: Path, frame: pd.DataFrame) -> Product:
     path = out / "methods.csv"
     write_whole(path, table.to_csv(index=False, float_format="%.6g").encode())
     if recipe.axes:
-        return Product(path, [_draw_heatmap(recipe, best, out)])
+        return path, [_draw_heatmap(recipe, best, out)]
     pictures: list[Path] = []
     for (panel, task), chosen in best.groupby(["panel", "task"], sort=False):
         shown: dict[str, list[str | Path]] = {}
         for _, row in chosen.iterrows():
             same = [*place, "selected"]
-            value = f", {row.select} {row.selected:g}" if row.select else ""
+            value = f", {row.select} {as_text(row.selected)}" if row.select else ""
             shown[f"{row.method}{value}"] = list(frame.folder[(frame[same] == row[same]).all(axis=1)])
         name = f"curves-{panel}" if panel else "curves"
         before = sum(picture.stem.rstrip("0123456789").rstrip("-") == name for picture in pictures)
@@ -102,7 +133,7 @@ def write_product(recipe: Recipe, out: Path, frame: pd.DataFrame) -> Product:
         if measured:
             beside = out / f"{name.replace('curves', 'gradients', 1)}.png"
             pictures.append(draw_gradients(measured, beside, title=title))
-    return Product(path, pictures)
+    return path, pictures
 
 
 def _draw_heatmap(recipe: Recipe, best: pd.DataFrame, out: Path) -> Path:
@@ -115,31 +146,49 @@ def _draw_heatmap(recipe: Recipe, best: pd.DataFrame, out: Path) -> Path:
     return draw_heatmaps(panels, out / "heatmap.png", title=recipe.title)
 
 
-def _rows(recipe: Recipe, methods: Methods, folders: Mapping[str, AnyFolder]) -> Iterator[dict[str, Any]]:
-    """A row for each run of a grid."""
-    runs, varied = plan(recipe.task, [methods.grid])
-    several = [name for name in varied if name not in ("seed", methods.select, *recipe.axes)]
-    for planned in runs:
-        run, options = folders[identity(planned.config)], planned.config.options()
-        rows = run.read_rows()
-        if not rows:
-            raise RunError(f"{run.path} holds no run with an evaluation")
+def runs_of(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Planned]]:
+    """A recipe's runs, each with what the tables call it: ``name`` is its method in results.csv."""
+    for methods in recipe.grids:
+        runs, varied = plan(recipe.task, [methods.grid])
+        several = [name for name in varied if name not in ("seed", methods.select, *recipe.axes)]
+        for planned in runs:
+            options = planned.config.options()
+            method = [methods.label, *(f"{name} {in_one(options[name])}" for name in several)]
+            selected = None if methods.select is None else in_one(options.get(methods.select))
+            value = "" if selected is None else f"{methods.select} {as_text(selected)}"
+            at = [f"{name} {as_text(options[name])}" for name in recipe.axes if name in options]
+            place = {
+                "panel": methods.panel,
+                # a heatmap may go over lengths, which titles have
+                "task": recipe.task if recipe.axes else planned.config.title,
+                "method": ", ".join(method),
+                **{name: options.get(name) for name in recipe.axes},
+                "select": methods.select or "",
+                "selected": 0.0 if selected is None else selected,
+                "name": ", ".join(part for part in (methods.panel, *method, *at, value) if part),
+            }
+            yield place, planned
+
+
+def _rows(recipe: Recipe, folders: Mapping[str, AnyFolder]) -> Iterator[dict[str, Any]]:
+    """A row for each run."""
+    for place, planned in runs_of(recipe):
+        run = folders[identity(planned.config)]
+        rows, diverged = run.read_rows(), state_of(run) == "diverged"
+        result = None if diverged else run.read_result()
+        if not rows or (result is None and not diverged):
+            raise RunError(f"{run.path} holds no run that has ended, with an evaluation")
         later = rows[1:] or rows
-        # a run that diverged has learned nothing, whatever it had before
-        diverged = state_of(run) == "diverged"
         reached = [row.iteration for row in later if row.accuracy >= SOLVED]
         yield {
-            "panel": methods.panel,
-            # a heatmap may go over lengths, which titles have
-            "task": recipe.task if recipe.axes else planned.config.title,
-            "method": ", ".join([methods.label, *(f"{name} {options[name]}" for name in several)]),
-            **{name: options.get(name) for name in recipe.axes},
-            "select": methods.select or "",
-            "selected": 0.0 if methods.select is None else options.get(methods.select),
+            **place,
             "folder": run.path,
+            "seed": planned.config.seed,
             "diverged": diverged,
-            "accuracy": 0.0 if diverged else rows[-1].accuracy,
+            # a run that diverged has learned nothing, whatever it had before
+            "accuracy": 0.0 if result is None else result.accuracy,
             "area": 0.0 if diverged else sum(row.accuracy for row in later) / len(later),
             "solved": None if diverged or not reached else reached[0],
             "seconds": rows[-1].seconds,
+            **{name: getattr(result, name, None) for name in ("iterations", "best_accuracy", "test_loss")},
         }

@@ -26,7 +26,9 @@ class Reproduce:
         tyro.conf.arg(metavar="NAME", help="Of a recipe, or the path of a file of your own, .toml or .yaml."),
     ] = None
     out: Annotated[Path | None, option("DIR", "reproduced/NAME, of the quick version NAME-quick")] = None
-    """Folder of its sweep, table and picture."""
+    """Folder of its sweep, tables and picture."""
+    results: Annotated[Path | None, option("FILE", "results.csv in that folder")] = None
+    """Table of runs, such as docs/results.csv, whose rows of the same tasks and methods are replaced."""
     quick: Switch = False
     """Fewer seeds and iterations, some minutes on two cores; what it shows is less."""
     jobs: Annotated[Integer, option("INT", "as many as there are cores for")] = None
@@ -52,6 +54,8 @@ class Reproduce:
             raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, or a file, got {self.recipe!r}")
         if self.jobs is not None and self.jobs < 1:
             raise ConfigError(f"jobs must be an integer >= 1, got {self.jobs}")
+        if self.quick and self.results is not None:
+            raise ConfigError(f"results does not go with quick, whose runs are others, got {self.results}")
         given = {
             name: [(str(value.absolute()),)]
             for name, value in (("data_dir", self.data_dir), ("file", self.file))
@@ -61,8 +65,9 @@ class Reproduce:
         if self.quick:
             recipe = replace(recipe, title=f"{recipe.title} (quick)")
         out = self.out or Path("reproduced") / f"{path.stem}{'-quick' if self.quick else ''}"
-        product = reproduce(recipe, out, jobs=self.jobs, console=console)
+        product = reproduce(recipe, out, results=self.results, jobs=self.jobs, console=console)
         say(console, f"table: {product.table}")
+        say(console, f"runs: {product.results}")
         for picture in product.pictures:
             say(console, f"picture: {picture}")
         return 0

@@ -22,7 +22,16 @@ OPEN: tuple[State, ...] = ("waiting", "started")
 """States of runs that have not ended."""
 AnyFolder: TypeAlias = RunFolder | ImageFolder
 
-OUTCOME = ("accuracy", "best_accuracy", "best_iteration", "test_loss", "train_loss", "iterations", "seconds")
+OUTCOME = (
+    "accuracy",
+    "best_accuracy",
+    "best_iteration",
+    "running_accuracy",
+    "test_loss",
+    "train_loss",
+    "iterations",
+    "seconds",
+)
 """What a table says of a complete run, where its result has it."""
 
 
@@ -78,12 +87,18 @@ def write_table(path: Path, folders: Sequence[AnyFolder], options: Sequence[str]
     frame = _table(folders)
     for name in options:
         if name in frame:
-            frame[name] = [" ".join(map(str, cell)) if isinstance(cell, tuple) else cell for cell in frame[name]]
-    known = [name for name in (*options, *OUTCOME) if name in frame]
+            frame[name] = list(map(in_one, frame[name]))
+    outcome = [name for name in OUTCOME if name in frame and frame[name].notna().any()]
+    known = [*(name for name in options if name in frame), *outcome]
     table: pd.DataFrame = frame[["state", *known, *frame.attrs["measures"], "message"]].convert_dtypes()
     table.insert(0, "run", [folder.path.name for folder in folders])
     write_whole(path, table.to_csv(index=False).encode())
     return table
+
+
+def in_one(value: Any) -> Any:
+    """Return an option's value with several numbers as one text, as on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def _folders(paths: Iterable[str | Path]) -> list[AnyFolder]:

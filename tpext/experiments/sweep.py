@@ -26,6 +26,7 @@ from tpext.experiments.sweep_folder import Lock, SweepFolder
 from tpext.experiments.sweep_progress import SweepProgress
 from tpext.experiments.sweep_stacks import stacks_of
 from tpext.experiments.sweep_worker import POLL_SECONDS, in_one_line
+from tpext.tasks import MissingDataError
 
 DIED = "its process was killed while no other run was beside it: out of memory?"
 
@@ -64,6 +65,7 @@ def carry_out(
 
     Raises:
         ConfigError: the engine is not installed or not there.
+        MissingDataError: data of some runs is not there; they are left open, the others have ended.
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP: all runs stop with a checkpoint.
     """
     for run in runs:
@@ -79,9 +81,11 @@ def carry_out(
         SweepProgress(console, runs, jobs) as progress,
         _watching(folder, lock, interrupts, progress),
     ):
-        _carry_out_all(stacks, lock, jobs, engine, address, interrupts)
+        missing = _carry_out_all(stacks, lock, jobs, engine, address, interrupts)
     if interrupts:
         raise Interrupted(interrupts[0], "runs that were begun have a checkpoint; the same command goes on from there")
+    if missing:
+        raise MissingDataError(f"{missing[0]} ({len(missing)} of {len(runs)} runs wait for it)")
 
 
 @contextlib.contextmanager
@@ -130,15 +134,17 @@ def _carry_out_all(
     engine: Engine,
     address: str | None,
     interrupts: list[int],
-) -> None:
+) -> list[str]:
+    """Carry out runs, and return what data is missing, for each that waits for some."""
+    missing: list[str] = []
     with ENGINES[engine](address, jobs, lock) as carry_out_several:
         while stacks and not interrupts:
             try:
-                carry_out_several(stacks)
-                return
+                missing += itertools.chain.from_iterable(carry_out_several(stacks))
+                break
             except Exception as error:
                 if interrupts:  # it has reached the workers too
-                    return
+                    break
                 died = error
             # A process died, and may have taken others with it. Which one shows where each is alone.
             runs = list(itertools.chain.from_iterable(stacks))
@@ -147,10 +153,11 @@ def _carry_out_all(
                 raise RunError(f"a process died before it began a run: {in_one_line(died)}") from died
             for run in suspects:
                 try:
-                    carry_out_several([[run]])
+                    missing += itertools.chain.from_iterable(carry_out_several([[run]]))
                 except Exception as error:
                     if interrupts:
-                        return
+                        break
                     run.write_failure(Failure(diverged=False, message=DIED, details=str(error)))
             left = [[run for run in one if state_of(run) in OPEN and run not in suspects] for one in stacks]
             stacks = [one for one in left if one]
+    return missing

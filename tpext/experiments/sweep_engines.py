@@ -23,17 +23,19 @@ from tpext.experiments.sweep_worker import carry_out_runs
 Stack: TypeAlias = Sequence[AnyFolder]
 """Runs that go together; one alone is a stack too."""
 
-CarryOut: TypeAlias = Callable[[Sequence[Stack]], None]
-"""Carries out stacks by some engine. An exception is of the engine: runs keep theirs to themselves."""
+CarryOut: TypeAlias = Callable[[Sequence[Stack]], list[list[str]]]
+"""Carries out stacks by some engine, and returns what data runs of each are missing. An exception is of the engine:
+runs keep theirs to themselves."""
 
 
-def _by_joblib(stacks: Sequence[Stack], lock: Lock, jobs: int, backend: str) -> None:
+def _by_joblib(stacks: Sequence[Stack], lock: Lock, jobs: int, backend: str) -> list[list[str]]:
     parent = os.getpid() if backend == "loky" and jobs > 1 else None
     tasks = [joblib.delayed(carry_out_runs)(*_arguments(stack, lock), parent) for stack in stacks]
     with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
         # the runs are hours long where that of joblib's tuning is seconds
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
-        joblib.Parallel(batch_size=1)(tasks)
+        missing: list[list[str]] = joblib.Parallel(batch_size=1)(tasks)
+    return missing
 
 
 def _arguments(stack: Stack, lock: Lock) -> tuple[list[str], str, str]:
@@ -62,13 +64,11 @@ def _ray(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
 def _dask(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
     distributed = _package("dask", "distributed")
 
-    def carry_out_several(stacks: Sequence[Stack]) -> None:
+    def carry_out_several(stacks: Sequence[Stack]) -> list[list[str]]:
         # not by joblib, which waits for ever for a task whose process has died
         tasks = [client.submit(carry_out_runs, *_arguments(one, lock), None, pure=False) for one in stacks]
         distributed.wait(tasks)
-        for task in tasks:
-            if (error := task.exception()) is not None:
-                raise error
+        return [task.result() for task in tasks]
 
     with contextlib.ExitStack() as stack:
         where = address

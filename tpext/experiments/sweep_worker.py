@@ -18,6 +18,7 @@ from tpext.experiments.run_folder import BusyError, Failure, RunError, RunFolder
 from tpext.experiments.runs import AnyFolder
 from tpext.experiments.sweep_folder import is_held
 from tpext.experiments.train import train, train_together
+from tpext.tasks import MissingDataError
 
 POLL_SECONDS = 0.25
 """How often workers look whether they are still wanted, and the sweep at what they do."""
@@ -25,8 +26,10 @@ BUSY_SECONDS = 60.0
 """How long a worker waits for one of an earlier sweep to leave the run."""
 
 
-def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | None) -> None:
+def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | None) -> list[str]:
     """Carry out runs to their ends, their failures, or the end of the sweep; what came of them is in their folders.
+
+    Returns what data is missing, for each run that waits for some.
 
     Args:
         paths: of the runs' folders; several are a stack, and run together.
@@ -45,17 +48,18 @@ def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | Non
 
     folders = [folder for folder in map(open_folder, paths) if folder.config.exists()]
     if not is_held(Path(lock), word) or not folders:
-        return
+        return []
     if parent is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep has the terminal's Ctrl-C too, and lets the lock go
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    missing: list[str] = []
     for folder in folders:
         folder.begun.touch()
     try:
-        alone = folders if len(folders) == 1 else _carry_out_stack(folders, lambda: not wanted.is_set())
+        alone = folders if len(folders) == 1 else _carry_out_stack(folders, lambda: not wanted.is_set(), missing)
         for folder in alone:
-            _carry_out_alone(folder, lambda: not wanted.is_set())
+            _carry_out_alone(folder, lambda: not wanted.is_set(), missing)
     finally:
         for folder in folders:
             folder.begun.unlink(missing_ok=True)
@@ -63,9 +67,10 @@ def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | Non
         watcher.join()
         if parent is not None and os.getppid() != parent:
             os._exit(0)  # joblib's would wait for more for minutes
+    return missing
 
 
-def _carry_out_stack(folders: Sequence[AnyFolder], stop: Callable[[], bool]) -> list[AnyFolder]:
+def _carry_out_stack(folders: Sequence[AnyFolder], stop: Callable[[], bool], missing: list[str]) -> list[AnyFolder]:
     """Carry out runs together, and return those at which another process still is."""
     busy = []
     stack = [(folder, folder.read_config()) for folder in folders if isinstance(folder, RunFolder)]
@@ -76,23 +81,26 @@ def _carry_out_stack(folders: Sequence[AnyFolder], stop: Callable[[], bool]) -> 
         if isinstance(outcome, BusyError):
             busy.append(folder)
         else:
-            _write_failure(folder, outcome)
+            _write_failure(folder, outcome, missing)
             folder.begun.unlink(missing_ok=True)
 
     train_together([config for _, config in members], [folder for folder, _ in members], stop=stop, ended=ended)
     return [*busy]
 
 
-def _carry_out_alone(folder: AnyFolder, stop: Callable[[], bool]) -> None:
+def _carry_out_alone(folder: AnyFolder, stop: Callable[[], bool], missing: list[str]) -> None:
     try:
         _train(folder, stop)
     # one run must not take the others with it; where it was interrupted a checkpoint is saved
     except (Exception, KeyboardInterrupt) as error:
-        _write_failure(folder, error)
+        _write_failure(folder, error, missing)
 
 
-def _write_failure(folder: AnyFolder, outcome: object) -> None:
-    """Write what a run has raised, unless it has not, or was interrupted."""
+def _write_failure(folder: AnyFolder, outcome: object, missing: list[str]) -> None:
+    """Write what a run has raised, unless it has not, or was interrupted, or its data is missing."""
+    if isinstance(outcome, MissingDataError):
+        missing.append(str(outcome))
+        return
     if not isinstance(outcome, Exception):
         return
     if isinstance(outcome, DivergedError):

@@ -75,12 +75,13 @@ def read_recipe(path: Path, given: Mapping[str, Any] | None = None, *, quick: bo
     if axes and (len(axes) != 2 or not all(isinstance(name, str) for name in axes)):
         raise ConfigError(f"{path}: axes must be the names of two options, got {list(axes)}")
     shared = options_of_file(values)
+    of_grids = {name for table in tables for name in table}
     grids = []
     for table in tables:
         own = {name: value for name, value in table.items() if name not in OF_RECIPES}
-        # of the options of a quick version, a grid takes those that it has
+        # of the options of a quick version, those that other grids have are not this one's
         fewer = short if quick and isinstance(short, Mapping) else {}
-        fewer = {name: value for name, value in fewer.items() if name in shared or name in own}
+        fewer = {name: value for name, value in fewer.items() if name in {*shared, *own} or name not in of_grids}
         grid = {**grid_of_table({**shared, **own, **fewer}), **(given or {})}
         select = table.get("select", values.get("select"))
         grids.append(Methods(table.get("panel", ""), table["label"], select, grid))
