@@ -16,10 +16,9 @@ import joblib
 import torch
 from rich.console import Console
 
-from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.loop import Interrupted, catch_interrupts
-from tpext.experiments.run_folder import Failure, RunError, RunFolder
-from tpext.experiments.runs import OPEN, state_of
+from tpext.experiments.run_folder import Failure, RunError
+from tpext.experiments.runs import OPEN, AnyFolder, state_of
 from tpext.experiments.sweep_command import Engine
 from tpext.experiments.sweep_engines import ENGINES, Stack
 from tpext.experiments.sweep_folder import Lock, SweepFolder
@@ -31,7 +30,7 @@ from tpext.tasks import MissingDataError
 DIED = "its process was killed while no other run was beside it: out of memory?"
 
 
-def default_jobs(runs: Sequence[RunFolder | ImageFolder]) -> int:
+def default_jobs(runs: Sequence[AnyFolder]) -> int:
     """Return how many runs go side by side: as many as this process's cores carry, on a GPU one."""
     configs = [config for run in runs if (config := run.read_config()) is not None]
     if any(torch.device(config.device).type != "cpu" for config in configs):
@@ -42,7 +41,7 @@ def default_jobs(runs: Sequence[RunFolder | ImageFolder]) -> int:
 
 def carry_out(
     folder: SweepFolder,
-    runs: Sequence[RunFolder | ImageFolder],
+    runs: Sequence[AnyFolder],
     lock: Lock,
     *,
     jobs: int,

@@ -25,7 +25,7 @@ import pandas as pd
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.run_folder import BusyError, RunError, RunFolder, as_json, write_whole
-from tpext.experiments.runs import write_table
+from tpext.experiments.runs import AnyFolder, write_table
 from tpext.experiments.settings import FREE_FIELDS
 from tpext.experiments.sweep_plan import AnyConfig, Planned, identity
 
@@ -86,9 +86,7 @@ class SweepFolder:
         finally:
             lock.release()
 
-    def add(
-        self, command: Sequence[str], planned: Sequence[Planned], varied: Sequence[str]
-    ) -> list[RunFolder | ImageFolder]:
+    def add(self, command: Sequence[str], planned: Sequence[Planned], varied: Sequence[str]) -> list[AnyFolder]:
         """Return the folders of planned runs, made where there are none of the same configuration.
 
         Raises:
@@ -113,12 +111,12 @@ class SweepFolder:
         write_whole(self.record, as_json(record))
         return folders
 
-    def _create(self, run: Planned) -> RunFolder | ImageFolder:
+    def _create(self, run: Planned) -> AnyFolder:
         number, path = 1, self.runs / run.name
         while path.exists() and (path / "config.json").exists():  # another run's, which an earlier command has named so
             number += 1
             path = self.runs / f"{run.name}-{number}"
-        folder: RunFolder | ImageFolder
+        folder: AnyFolder
         if isinstance(run.config, ImageConfig):
             folder = ImageFolder(path)
             with folder.locked():
@@ -129,7 +127,7 @@ class SweepFolder:
                 folder.create(run.config)
         return folder
 
-    def folders(self) -> list[RunFolder | ImageFolder]:
+    def folders(self) -> list[AnyFolder]:
         """Return the folders of all runs, by name, and by the numbers in it."""
         paths = [path.parent for path in self.runs.glob("*/config.json")]
         return [open_folder(path) for path in sorted(paths, key=_by_numbers)]
@@ -151,7 +149,7 @@ def _by_numbers(path: Path) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
-def _carry_out_differently(folder: RunFolder | ImageFolder, config: AnyConfig) -> None:
+def _carry_out_differently(folder: AnyFolder, config: AnyConfig) -> None:
     """Write what a run may change of how it is carried out: device, threads, where its data is."""
     saved = folder.read_config()
     assert saved is not None

@@ -11,10 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.progress import LiveLine, say
-from tpext.experiments.run_folder import RunFolder
-from tpext.experiments.runs import State, state_of
+from tpext.experiments.runs import AnyFolder, State, state_of
 
 SHOWN = 10
 """Methods in the summary."""
@@ -30,7 +28,7 @@ class SweepProgress(LiveLine):
         jobs: how many go side by side; -1 where a cluster says it.
     """
 
-    def __init__(self, console: Console, runs: Sequence[RunFolder | ImageFolder], jobs: int) -> None:
+    def __init__(self, console: Console, runs: Sequence[AnyFolder], jobs: int) -> None:
         self.console = console
         self.runs = runs
         self.states: dict[str, State] = {run.path.name: state_of(run) for run in runs}
@@ -84,7 +82,7 @@ class SweepProgress(LiveLine):
     def _ended(self) -> int:
         return sum(state in ENDED for state in self.states.values())
 
-    def _tell(self, run: RunFolder | ImageFolder, state: State) -> None:
+    def _tell(self, run: AnyFolder, state: State) -> None:
         result, failure = run.read_result(), run.read_failure()
         if result is not None:
             outcome = f"accuracy {result.accuracy:.2%}, {result.seconds:.1f} s"
