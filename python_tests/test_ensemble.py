@@ -98,6 +98,14 @@ def test_a_shared_input_gets_the_gradient_of_all() -> None:
     torch.testing.assert_close(shared, input.grad, rtol=1e-13, atol=1e-13)
 
 
+def test_an_empty_batch() -> None:
+    ensemble = Ensemble(members("LSTM", RULES["numbers"], num_layers=2, bidirectional=True))
+    output, (h_n, c_n) = ensemble(torch.empty(T, 0, I))
+    assert (output.shape, h_n.shape, c_n.shape) == ((N, T, 0, 2 * H), (N, 4, 0, H), (N, 4, 0, H))
+    output.sum().backward()
+    assert all(parameter.grad.eq(0).all() for parameter in ensemble.parameters())
+
+
 def test_batch_first() -> None:
     """Inputs and outputs are those of time-major members, transposed."""
     time_major, batch_first = (members("GRU", RULES["numbers"], batch_first=flag) for flag in (False, True))

@@ -139,10 +139,8 @@ class Ensemble(nn.Module):
         layers[0]._warn_of_lost_credit(given)
         rows, starts, lengths = self._time_major(input, given, lengths)
         output, finals = run_members(layers, self._rule(), rows, starts, lengths)
-        count = len(layers)
-        final = tuple(
-            torch.cat([of_layer.view(count, -1, *of_layer.shape[1:]) for of_layer in kind], 1) for kind in finals
-        )
+        shape = (len(layers), len(layers[0]._reverse))
+        final = tuple(torch.cat([of_layer.unflatten(0, shape) for of_layer in kind], 1) for kind in finals)
         output = output.transpose(1, 2) if layers[0].batch_first and layers[0].return_sequence else output
         return output if layers[0].return_sequence else None, final[0] if len(final) == 1 else final  # type: ignore[return-value]
 
