@@ -13,7 +13,7 @@ from runs import assert_same_run, small
 from test_sweep import words_of
 
 import tpext.experiments.train as train_module
-from tpext.experiments import sweep_stacks
+from tpext.experiments import passes, sweep_stacks
 from tpext.experiments.commands import run as tpext_command
 from tpext.experiments.loop import DivergedError
 from tpext.experiments.run_folder import BusyError, RunFolder
@@ -134,9 +134,35 @@ def test_random_states_are_each_run_s_own(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_a_pass_draws_is_each_run_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the pass of all fails, and each is carried out alone."""
+    loss = train_module.TrainingRun._loss
+    monkeypatch.setattr("tpext.tasks.TemporalOrder.make_embedding", lambda task: torch.nn.Dropout(0.3))
+    monkeypatch.setattr(train_module.TrainingRun, "_loss", lambda run, *given: loss(run, *given) * (1 + torch.rand(())))
+    configs, asked = three(), itertools.count()
+    make = passes.outputs_together
+
+    def fails_once(*arguments: Any) -> Any:
+        if next(asked) == 5:
+            raise RuntimeError("out of memory")
+        return make(*arguments)
+
+    monkeypatch.setattr(passes, "outputs_together", fails_once)
+    together(configs, [tmp_path / f"stacked-{place}" for place in range(3)])
+    assert next(asked) == 20
+    for place, config in enumerate(configs):
+        train(config, tmp_path / f"alone-{place}")
+        assert_same_run(tmp_path / f"stacked-{place}", tmp_path / f"alone-{place}")
+
+
 def test_which_runs_can_go_together() -> None:
+    """Those that the kernels carry out alone: of a stack torch's products have other bits."""
     assert can_stack(small())
+    assert can_stack(small(rule="backprop", cell="lstm"))
     assert not can_stack(small(rule="learned-inverse"))
+    assert not can_stack(small(correction="none"))
+    assert not can_stack(small(device="cuda"))
+    assert not can_stack(small(rule="own_rules:SignSymmetry"))
 
 
 def test_the_sweep_measures_and_stacks(

@@ -83,10 +83,9 @@ def ensemble_of(models: Sequence[SequenceModel]) -> Ensemble:
     return Ensemble(model.rnn for model in models)
 
 
-def outputs_together(ensemble: Ensemble, models: Sequence[SequenceModel], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the outputs of models, each of its own input of one shape, with their recurrent layers in one."""
-    embedded = torch.stack([model.embedding(input) for model, input in zip(models, inputs, strict=True)])
-    read = models[0].read(*ensemble(embedded))
+def outputs_together(ensemble: Ensemble, models: Sequence[SequenceModel], embedded: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of models, each of its own embedded input of one shape, with their recurrent layers in one."""
+    read = models[0].read(*ensemble(torch.stack([*embedded])))
     # in memory of its own, as alone: of rows that begin anywhere torch's products have other bits
     return [model.output_of(own.clone()) for model, own in zip(models, read.unbind(), strict=True)]
 

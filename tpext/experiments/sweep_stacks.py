@@ -9,15 +9,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from tpext.experiments.config import Config
 from tpext.experiments.loop import torch_state
 from tpext.experiments.passes import carry_out, carry_out_together
 from tpext.experiments.progress import say
+from tpext.experiments.rule_names import is_own
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.runs import AnyFolder
 from tpext.experiments.train import TrainingRun, default_threads
+from tpext.rules import RecurrentRule
 from tpext.rules.base import shared_part
 
 LARGEST = 16
@@ -71,8 +74,13 @@ def _measured(stack: Sequence[tuple[AnyFolder, Config]], console: Console) -> in
 
 
 def can_stack(config: Config) -> bool:
-    """Return whether runs of such a configuration can go together: recurrent ones whose rule learns nothing itself."""
-    return config.task.length is not None and not config.rule.learns
+    """Return whether runs of such a configuration can go together: recurrent ones that the kernels carry out alone.
+
+    Torch's products of a stack, on a GPU and in some rules, have other bits than those of each member.
+    """
+    rule, on_cpu = config.rule, torch.device(config.device).type == "cpu"
+    by_kernels = isinstance(rule, RecurrentRule) and not rule.learns and rule.correction != "none"
+    return config.task.length is not None and on_cpu and by_kernels and not is_own(type(rule))
 
 
 def _shape(config: Config) -> object:

@@ -39,7 +39,10 @@ class Ensemble(nn.Module):
     Many small networks, the runs of a search say, take less time together than one after another: a call has a fixed
     cost, and a small network leaves cores and vector units idle. Each member stays a module of its own, with its
     weights, its rule, its optimizer and its ``state_dict``. It receives the outputs and gradients that a call of its
-    own would give it, to the bit (with ``dropout`` the random draws are others).
+    own would give it (with ``dropout`` the random draws are others). On the CPU they are the same to the bit, except
+    where torch's products take part (``correction="none"``, :class:`tpext.LearnedInverse`, a rule of your own that
+    has some), under autocast with two directions, and where only a part of a member's parameters are trainable and
+    others' of another.
 
     ``h^n_t = a(x^n_t U_n' + b_n + h^n_{t-1} W_n')``, ``n = 1..N``
 
