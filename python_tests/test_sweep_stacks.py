@@ -165,6 +165,34 @@ def test_which_runs_can_go_together() -> None:
     assert not can_stack(small(rule="own_rules:SignSymmetry"))
 
 
+def test_runs_of_a_stack_have_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = []
+    batch = train_module.TrainingRun._batch
+    monkeypatch.setattr(
+        train_module.TrainingRun, "_batch", lambda run, number: tasks.append(run.task) or batch(run, number)
+    )
+    measured_gain(three())
+    assert len(set(map(id, tasks))) == 1
+    tasks.clear()
+    together(three(), [tmp_path / f"stacked-{place}" for place in range(3)])
+    assert len(set(map(id, tasks))) == 1
+
+
+def test_slow_runs_are_measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two iterations apart and two together, however long they take."""
+    monkeypatch.setattr(sweep_stacks, "SECONDS", 0.0)
+    seen = []
+    step = train_module.TrainingRun._step
+
+    def counted(run: Any, iteration: int) -> Iterator[Any]:
+        seen.append(iteration)
+        yield from step(run, iteration)
+
+    monkeypatch.setattr(train_module.TrainingRun, "_step", counted)
+    measured_gain(three())
+    assert seen == [1] * 6 + [2] * 6
+
+
 def test_the_sweep_measures_and_stacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

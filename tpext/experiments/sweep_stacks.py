@@ -28,8 +28,9 @@ LARGEST = 16
 LEAST_GAIN = 1.1
 """What a stack must be faster by than its runs one after another: they end and are looked at less evenly."""
 SECONDS = 0.5
-"""How long both are timed, and in parts of how many iterations."""
+"""How long both are timed, unless two iterations of all take longer."""
 ITERATIONS = 4
+"""Of small networks so many are timed at once: beginning a stack takes time too."""
 STILL = 1e-30
 
 
@@ -86,7 +87,15 @@ def can_stack(config: Config) -> bool:
 def _shape(config: Config) -> object:
     """What runs that go together have in common."""
     sizes = (config.cell, config.hidden_size, config.layers, config.nonlinearity, config.batch_size)
-    return (repr(config.task), *sizes, config.precision, config.device, config.threads, repr(shared_part(config.rule)))
+    return (
+        repr(config.task),
+        config.data_dir,
+        *sizes,
+        config.precision,
+        config.device,
+        config.threads,
+        repr(shared_part(config.rule)),
+    )
 
 
 def _evenly(group: Sequence[tuple[AnyFolder, Config]], most: int) -> Iterable[Sequence[tuple[AnyFolder, Config]]]:
@@ -101,7 +110,8 @@ def measured_gain(configs: Sequence[Config]) -> float:
     with torch_state(configs[0].seed, configs[0].threads or default_threads(configs[0])):
         # at rates that move nothing, so that nothing diverges
         still = [replace(config, lr=STILL, head_lr=STILL) for config in configs]
-        runs = [TrainingRun(config, RunFolder(Path()), Console(quiet=True)) for config in still]
+        task = configs[0].make_task()
+        runs = [TrainingRun(config, RunFolder(Path()), Console(quiet=True), task) for config in still]
 
         def apart(iterations: range) -> None:
             for run in runs:
@@ -111,13 +121,14 @@ def measured_gain(configs: Sequence[Config]) -> float:
             courses = [run.rehearse(iterations) for run in runs]
             carry_out_together(courses, [config.seed for config in configs], lambda *ended: None)
 
-        seconds = [math.inf, math.inf]
+        seconds, first, size, spent = [math.inf, math.inf], 1, 1, 0.0
         begin = time.perf_counter()
-        for first in itertools.count(1, ITERATIONS):
+        while first <= 2 or spent < SECONDS:
             for place, way in enumerate((apart, together)):
                 start = time.perf_counter()
-                way(range(first, first + ITERATIONS))
-                seconds[place] = min(seconds[place], time.perf_counter() - start)
-            if first > ITERATIONS and time.perf_counter() - begin > SECONDS:
-                break
+                way(range(first, first + size))
+                seconds[place] = min(seconds[place], (time.perf_counter() - start) / size)
+            spent = time.perf_counter() - begin
+            first += size
+            size = ITERATIONS if spent * ITERATIONS < SECONDS else 1
     return seconds[0] / seconds[1]

@@ -41,8 +41,8 @@ class Ensemble(nn.Module):
     weights, its rule, its optimizer and its ``state_dict``. It receives the outputs and gradients that a call of its
     own would give it (with ``dropout`` the random draws are others). On the CPU they are the same to the bit, except
     where torch's products take part (``correction="none"``, :class:`tpext.LearnedInverse`, a rule of your own that
-    has some), under autocast with two directions, and where only a part of a member's parameters are trainable and
-    others' of another.
+    has some), under autocast with two directions, and where members differ in which of their parameters are
+    trainable (all or none apart).
 
     ``h^n_t = a(x^n_t U_n' + b_n + h^n_{t-1} W_n')``, ``n = 1..N``
 
