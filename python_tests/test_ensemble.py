@@ -12,6 +12,7 @@ import pytest
 import torch
 from comparison import assert_same_bits
 from torch import Tensor
+from torch.nn.utils import prune
 
 import tpext
 from tpext.nn import Ensemble
@@ -96,6 +97,14 @@ def test_a_shared_input_gets_the_gradient_of_all() -> None:
     for module in together:
         module(input)[0].square().sum().backward()
     torch.testing.assert_close(shared, input.grad, rtol=1e-13, atol=1e-13)
+
+
+def test_an_empty_batch() -> None:
+    ensemble = Ensemble(members("LSTM", RULES["numbers"], num_layers=2, bidirectional=True))
+    output, (h_n, c_n) = ensemble(torch.empty(T, 0, I))
+    assert (output.shape, h_n.shape, c_n.shape) == ((N, T, 0, 2 * H), (N, 4, 0, H), (N, 4, 0, H))
+    output.sum().backward()
+    assert all(parameter.grad.eq(0).all() for parameter in ensemble.parameters())
 
 
 def test_batch_first() -> None:
@@ -194,6 +203,21 @@ def test_members_that_do_not_go_together(change: Any, message: str) -> None:
         Ensemble(change())
 
 
+def test_pruned_members_are_refused() -> None:
+    """Pruning makes the weight in a hook of forward, which the ensemble does not call."""
+    ensemble = Ensemble(members("RNN", RULES["numbers"]))
+    prune.random_unstructured(ensemble.members[1], "weight_hh_l0", 0.5)
+    with pytest.raises(ValueError, match=r"members must have no hooks, .* got _forward_pre_hooks"):
+        ensemble(torch.zeros(T, B, I))
+
+
+def test_members_may_change_in_number() -> None:
+    ensemble = Ensemble(members("RNN", RULES["numbers"]))
+    del ensemble.members[0]
+    assert ensemble._rule().reg == (1.0, 10.0)
+    assert ensemble(torch.zeros(T, B, I))[1].shape == (2, 1, B, H)
+
+
 def test_members_must_be_networks_of_ours() -> None:
     with pytest.raises(TypeError, match=re.escape("members must be tpext.nn.RNN, GRU or LSTM, got RNN")):
         Ensemble([torch.nn.RNN(I, H)])
@@ -205,6 +229,7 @@ def test_members_must_be_networks_of_ours() -> None:
         ((torch.zeros(2, T, B, I),), ValueError, "input must be [T, B, I] or [N, T, B, I], N=3, got [2, 7, 5, 3]"),
         ((torch.zeros(T, I),), ValueError, "input must be [T, B, I] or [N, T, B, I], N=3, got [7, 3]"),
         ((torch.zeros(T, B, I + 1),), RuntimeError, "Expected 3, got 4"),
+        ((torch.zeros(T, B, I), (torch.zeros(N, 1, B, H),) * 2), TypeError, "hx must be a tensor, got 2"),
         ((torch.zeros(T, B, I), torch.zeros(1, B, H)), ValueError, "hx must be [N=3, num_layers * D, B, H]"),
         (
             (torch.zeros(T, B, I), torch.zeros(N, 2, B, H)),

@@ -13,7 +13,7 @@ from runs import assert_same_run, small
 from test_sweep import words_of
 
 import tpext.experiments.train as train_module
-from tpext.experiments import sweep_stacks
+from tpext.experiments import passes, sweep_stacks
 from tpext.experiments.commands import run as tpext_command
 from tpext.experiments.loop import DivergedError
 from tpext.experiments.run_folder import BusyError, RunFolder
@@ -39,7 +39,15 @@ def together(configs: list[Any], folders: list[Path], stop: Callable[[], bool] =
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"cell": "gru", "layers": 2, "optimizer": "adam"}, {"rule": "backprop"}], ids=str
+    "options",
+    [
+        {},
+        {"cell": "gru", "layers": 2, "optimizer": "adam"},
+        {"rule": "backprop"},
+        # of a state that is not aligned torch's products have other bits
+        {"hidden_size": 6, "batch_size": 35},
+    ],
+    ids=str,
 )
 def test_members_are_runs_of_their_own(options: dict[str, Any], tmp_path: Path) -> None:
     configs = three(**options) if "rule" not in options else [small(seed=seed, **options) for seed in (1, 2, 3)]
@@ -126,9 +134,63 @@ def test_random_states_are_each_run_s_own(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_what_a_pass_draws_is_each_run_s_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the pass of all fails, and each is carried out alone."""
+    loss = train_module.TrainingRun._loss
+    monkeypatch.setattr("tpext.tasks.TemporalOrder.make_embedding", lambda task: torch.nn.Dropout(0.3))
+    monkeypatch.setattr(train_module.TrainingRun, "_loss", lambda run, *given: loss(run, *given) * (1 + torch.rand(())))
+    configs, asked = three(), itertools.count()
+    make = passes.outputs_together
+
+    def fails_once(*arguments: Any) -> Any:
+        if next(asked) == 5:
+            raise RuntimeError("out of memory")
+        return make(*arguments)
+
+    monkeypatch.setattr(passes, "outputs_together", fails_once)
+    together(configs, [tmp_path / f"stacked-{place}" for place in range(3)])
+    assert next(asked) == 20
+    for place, config in enumerate(configs):
+        train(config, tmp_path / f"alone-{place}")
+        assert_same_run(tmp_path / f"stacked-{place}", tmp_path / f"alone-{place}")
+
+
 def test_which_runs_can_go_together() -> None:
+    """Those that the kernels carry out alone: of a stack torch's products have other bits."""
     assert can_stack(small())
+    assert can_stack(small(rule="backprop", cell="lstm"))
     assert not can_stack(small(rule="learned-inverse"))
+    assert not can_stack(small(correction="none"))
+    assert not can_stack(small(device="cuda"))
+    assert not can_stack(small(rule="own_rules:SignSymmetry"))
+
+
+def test_runs_of_a_stack_have_the_data_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = []
+    batch = train_module.TrainingRun._batch
+    monkeypatch.setattr(
+        train_module.TrainingRun, "_batch", lambda run, number: tasks.append(run.task) or batch(run, number)
+    )
+    measured_gain(three())
+    assert len(set(map(id, tasks))) == 1
+    tasks.clear()
+    together(three(), [tmp_path / f"stacked-{place}" for place in range(3)])
+    assert len(set(map(id, tasks))) == 1
+
+
+def test_slow_runs_are_measured_briefly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two iterations apart and two together, however long they take."""
+    monkeypatch.setattr(sweep_stacks, "SECONDS", 0.0)
+    seen = []
+    step = train_module.TrainingRun._step
+
+    def counted(run: Any, iteration: int) -> Iterator[Any]:
+        seen.append(iteration)
+        yield from step(run, iteration)
+
+    monkeypatch.setattr(train_module.TrainingRun, "_step", counted)
+    measured_gain(three())
+    assert seen == [1] * 6 + [2] * 6
 
 
 def test_the_sweep_measures_and_stacks(

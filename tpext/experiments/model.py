@@ -51,11 +51,17 @@ class SequenceModel(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return the outputs ``[B, output_size]``, or ``[T, B, output_size]``, of sequences ``[T, B, I]``."""
         states, last = self.rnn(self.embedding(input))
-        return self.output_of(states, first_kind(last))
+        return self.output_of(self.read(states, last))
 
-    def output_of(self, states: Tensor, last: Tensor) -> Tensor:
-        """Return the outputs of the states ``[T, B, H]`` of the last layer, and of all layers' last ones."""
-        output: Tensor = self.head(states if self.every_step else last[-1])
+    def read(self, states: Tensor, last: Tensor | tuple[Tensor, ...]) -> Tensor:
+        """Return what the head reads: all states of the last layer, or the last h of every layer."""
+        if self.every_step:
+            return states
+        return last[0] if isinstance(last, tuple) else last
+
+    def output_of(self, read: Tensor) -> Tensor:
+        """Return the outputs of what the head reads, ``[T, B, H]`` or ``[layers, B, H]``."""
+        output: Tensor = self.head(read if self.every_step else read[-1])
         return output
 
     def reconstruction_loss(self, input: Tensor) -> Tensor:
@@ -72,22 +78,16 @@ class SequenceModel(nn.Module):
         return []
 
 
-def first_kind(states: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Return h of a cell's states, which may have more than the state that it puts out."""
-    return states[0] if isinstance(states, tuple) else states
-
-
 def ensemble_of(models: Sequence[SequenceModel]) -> Ensemble:
     """Return the recurrent layers of models in one."""
     return Ensemble(model.rnn for model in models)
 
 
-def outputs_together(ensemble: Ensemble, models: Sequence[SequenceModel], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the outputs of models, each of its own input of one shape, with their recurrent layers in one."""
-    embedded = torch.stack([model.embedding(input) for model, input in zip(models, inputs, strict=True)])
-    states, last = ensemble(embedded)
-    parts = zip(models, states.unbind(), first_kind(last).unbind(), strict=True)
-    return [model.output_of(*own) for model, *own in parts]
+def outputs_together(ensemble: Ensemble, models: Sequence[SequenceModel], embedded: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of models, each of its own embedded input of one shape, with their recurrent layers in one."""
+    read = models[0].read(*ensemble(torch.stack([*embedded])))
+    # in memory of its own, as alone: of rows that begin anywhere torch's products have other bits
+    return [model.output_of(own.clone()) for model, own in zip(models, read.unbind(), strict=True)]
 
 
 class FeedForwardModel(nn.Module):

@@ -107,7 +107,7 @@ def carry_out_together(
                     if type(error) is KeyboardInterrupt:  # no run's own, which has saved a checkpoint
                         raise
                     ended(place, error)
-            answers = _together(asked, ensembles)
+            answers = _together(asked, states, ensembles)
     finally:
         for course in courses:
             course.close()
@@ -125,36 +125,51 @@ def _alone(asked: Pass) -> _Answer:
         return _Answer(error=error)
 
 
-def _together(asked: Mapping[int, Pass], ensembles: dict[tuple[int, ...], Ensemble]) -> dict[int, _Answer | None]:
+def _together(
+    asked: Mapping[int, Pass], states: list[Tensor], ensembles: dict[tuple[int, ...], Ensemble]
+) -> dict[int, _Answer | None]:
     """Carry out passes in one, or where that fails each alone, which shows whose failure it is."""
-    passes = list(asked.values())
-    if len(passes) < 2:
-        return {place: _alone(one) for place, one in asked.items()}
-    models: list[SequenceModel] = [one.model for one in passes]
-    present = tuple(map(id, models))
+    models: list[SequenceModel] = [one.model for one in asked.values()]
+    before = list(states)
+    if len(models) > 1:
+        try:
+            present = tuple(map(id, models))
+            if present not in ensembles:
+                ensembles.clear()
+                ensembles[present] = ensemble_of(models)
+            return _in_one(asked, states, ensembles[present])
+        except Exception:
+            states[:] = before
+            for model in models:
+                model.zero_grad()
     answers: dict[int, _Answer | None] = {}
-    try:
-        if present not in ensembles:
-            ensembles.clear()
-            ensembles[present] = ensemble_of(models)
-        with passes[0].context():
-            outputs = outputs_together(ensembles[present], models, [one.input for one in passes])
-        losses, gradients = [], []
-        for (place, one), output in zip(asked.items(), outputs, strict=True):
-            try:
+    for place, one in asked.items():
+        with _random_state(states, place):
+            answers[place] = _alone(one)
+    return answers
+
+
+def _in_one(asked: Mapping[int, Pass], states: list[Tensor], ensemble: Ensemble) -> dict[int, _Answer | None]:
+    models, embedded = [one.model for one in asked.values()], []
+    with next(iter(asked.values())).context():
+        for place, one in asked.items():
+            with _random_state(states, place):
+                embedded.append(one.model.embedding(one.input))
+        outputs = outputs_together(ensemble, models, embedded)
+    answers: dict[int, _Answer | None] = {}
+    losses, gradients = [], []
+    for (place, one), output in zip(asked.items(), outputs, strict=True):
+        try:
+            with _random_state(states, place):
                 loss = one.loss(output.to(one.dtype))
-            except Exception as error:
-                answers[place] = _Answer(error=error)
-                continue
-            answers[place] = _Answer(loss)
-            losses.append(loss)
-            gradients.append(one.gradient)
-        if losses:
-            torch.autograd.backward(losses, gradients)
-    except Exception:
-        for model in models:
-            model.zero_grad()
-        return {place: _alone(one) for place, one in asked.items()}
+        except Exception as error:
+            answers[place] = _Answer(error=error)
+            continue
+        answers[place] = _Answer(loss)
+        losses.append(loss)
+        gradients.append(one.gradient)
+    if losses:
+        torch.autograd.backward(losses, gradients)
     return answers
 
 

@@ -9,15 +9,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from tpext.experiments.config import Config
 from tpext.experiments.loop import torch_state
 from tpext.experiments.passes import carry_out, carry_out_together
 from tpext.experiments.progress import say
+from tpext.experiments.rule_names import is_own
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.runs import AnyFolder
 from tpext.experiments.train import TrainingRun, default_threads
+from tpext.rules import RecurrentRule
 from tpext.rules.base import shared_part
 
 LARGEST = 16
@@ -25,8 +28,9 @@ LARGEST = 16
 LEAST_GAIN = 1.1
 """What a stack must be faster by than its runs one after another: they end and are looked at less evenly."""
 SECONDS = 0.5
-"""How long both are timed, and in parts of how many iterations."""
+"""How long both are timed, unless two iterations of all take longer."""
 ITERATIONS = 4
+"""Of small networks so many are timed at once: beginning a stack takes time too."""
 STILL = 1e-30
 
 
@@ -71,14 +75,27 @@ def _measured(stack: Sequence[tuple[AnyFolder, Config]], console: Console) -> in
 
 
 def can_stack(config: Config) -> bool:
-    """Return whether runs of such a configuration can go together: recurrent ones whose rule learns nothing itself."""
-    return config.task.length is not None and not config.rule.learns
+    """Return whether runs of such a configuration can go together: recurrent ones that the kernels carry out alone.
+
+    Torch's products of a stack, on a GPU and in some rules, have other bits than those of each member.
+    """
+    rule, on_cpu = config.rule, torch.device(config.device).type == "cpu"
+    by_kernels = isinstance(rule, RecurrentRule) and not rule.learns and rule.correction != "none"
+    return config.task.length is not None and on_cpu and by_kernels and not is_own(type(rule))
 
 
 def _shape(config: Config) -> object:
     """What runs that go together have in common."""
     sizes = (config.cell, config.hidden_size, config.layers, config.nonlinearity, config.batch_size)
-    return (repr(config.task), *sizes, config.precision, config.device, config.threads, repr(shared_part(config.rule)))
+    return (
+        repr(config.task),
+        config.data_dir,
+        *sizes,
+        config.precision,
+        config.device,
+        config.threads,
+        repr(shared_part(config.rule)),
+    )
 
 
 def _evenly(group: Sequence[tuple[AnyFolder, Config]], most: int) -> Iterable[Sequence[tuple[AnyFolder, Config]]]:
@@ -93,7 +110,8 @@ def measured_gain(configs: Sequence[Config]) -> float:
     with torch_state(configs[0].seed, configs[0].threads or default_threads(configs[0])):
         # at rates that move nothing, so that nothing diverges
         still = [replace(config, lr=STILL, head_lr=STILL) for config in configs]
-        runs = [TrainingRun(config, RunFolder(Path()), Console(quiet=True)) for config in still]
+        task = configs[0].make_task()
+        runs = [TrainingRun(config, RunFolder(Path()), Console(quiet=True), task) for config in still]
 
         def apart(iterations: range) -> None:
             for run in runs:
@@ -103,13 +121,14 @@ def measured_gain(configs: Sequence[Config]) -> float:
             courses = [run.rehearse(iterations) for run in runs]
             carry_out_together(courses, [config.seed for config in configs], lambda *ended: None)
 
-        seconds = [math.inf, math.inf]
+        seconds, first, size, spent = [math.inf, math.inf], 1, 1, 0.0
         begin = time.perf_counter()
-        for first in itertools.count(1, ITERATIONS):
+        while first <= 2 or spent < SECONDS:
             for place, way in enumerate((apart, together)):
                 start = time.perf_counter()
-                way(range(first, first + ITERATIONS))
-                seconds[place] = min(seconds[place], time.perf_counter() - start)
-            if first > ITERATIONS and time.perf_counter() - begin > SECONDS:
-                break
+                way(range(first, first + size))
+                seconds[place] = min(seconds[place], (time.perf_counter() - start) / size)
+            spent = time.perf_counter() - begin
+            first += size
+            size = ITERATIONS if spent * ITERATIONS < SECONDS else 1
     return seconds[0] / seconds[1]

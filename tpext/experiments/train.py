@@ -25,7 +25,7 @@ from tpext.experiments.settings import ConfigError
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz import running_accuracy
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop, keep_orthogonal
-from tpext.tasks import Batch
+from tpext.tasks import Batch, Task
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -120,15 +120,16 @@ def train_together(
     Each run has the bits that :func:`train` gives it, times apart, and goes on from its checkpoint.
 
     Args:
-        configs: of networks that :class:`tpext.nn.Ensemble` takes, with the same threads and precision.
+        configs: of networks that :class:`tpext.nn.Ensemble` takes, with the same task, data, threads and precision.
         folders: of the runs.
         stop: as that of :func:`train`.
         ended: is told the place of a run that ends, and what it has returned or raised.
     """
     threads = configs[0].threads or default_threads(configs[0])
+    make = partial(TrainingRun, task=configs[0].make_task())
     with torch_state(configs[0].seed, threads), catch_interrupts() as interrupts:
         courses = [
-            begin(TrainingRun, config, folder, resume=True, stop=stop, interrupts=interrupts)
+            begin(make, config, folder, resume=True, stop=stop, interrupts=interrupts)
             for config, folder in zip(configs, folders, strict=True)
         ]
         carry_out_together(courses, [config.seed for config in configs], ended)
@@ -138,11 +139,18 @@ class TrainingRun(Run[Config, Row, Result]):
     row_class = Row
     model: Model
 
-    def __init__(self, config: Config, folder: AnyRunFolder[Config, Row, Result], console: Console) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: AnyRunFolder[Config, Row, Result],
+        console: Console,
+        task: Task | None = None,
+    ) -> None:
+        """``task``: the configuration's, where runs share it with its data; None: make it."""
         super().__init__(config, folder, console)
         if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
             raise ConfigError('tensorboard is not installed: pip install "tpext[experiments]"')
-        self.task = task = config.make_task()
+        self.task = task = task or config.make_task()
         self.plan = Plan.of(config, task)
         self.iterations = self.plan.iterations
         self.description = describe(config)

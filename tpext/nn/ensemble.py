@@ -30,13 +30,19 @@ _ALIKE = (
 )
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 class Ensemble(nn.Module):
     r"""N recurrent networks of one shape that run together, each layer of all of them in one call of the kernels.
 
     Many small networks, the runs of a search say, take less time together than one after another: a call has a fixed
     cost, and a small network leaves cores and vector units idle. Each member stays a module of its own, with its
     weights, its rule, its optimizer and its ``state_dict``. It receives the outputs and gradients that a call of its
-    own would give it, to the bit (with ``dropout`` the random draws are others).
+    own would give it (with ``dropout`` the random draws are others). On the CPU they are the same to the bit, except
+    where torch's products take part (``correction="none"``, :class:`tpext.LearnedInverse`, a rule of your own that
+    has some), under autocast with two directions, and where members differ in which of their parameters are
+    trainable (all or none apart).
 
     ``h^n_t = a(x^n_t U_n' + b_n + h^n_{t-1} W_n')``, ``n = 1..N``
 
@@ -52,7 +58,8 @@ class Ensemble(nn.Module):
 
     Raises:
         TypeError: a member is not such a network.
-        ValueError: there is none; they differ in more than weights and numbers of rules; an LSTM has projections.
+        ValueError: there is none; they differ in more than weights and numbers of rules; an LSTM has projections; one
+            has hooks.
 
     >>> import torch, tpext
     >>> regs = (0.1, 1.0, 10.0)
@@ -87,6 +94,7 @@ class Ensemble(nn.Module):
 
     def _check_alike(self) -> None:
         first, *others = self._layers()
+        first._check_checkpointing()
         if first.proj_size > 0:
             raise ValueError(f"Ensemble: proj_size of members must be 0, got {first.proj_size}")
         for other in others:
@@ -95,6 +103,13 @@ class Ensemble(nn.Module):
                     raise ValueError(
                         f"Ensemble: members must be alike, got {name}={own!r} of the first and {theirs!r} of another"
                     )
+        for member in self._layers():
+            hooks = [name for name in _HOOKS if getattr(member, name)]
+            # among them those by which torch.nn.utils.prune makes the weight
+            if hooks:
+                raise ValueError(
+                    f"Ensemble: members must have no hooks, as their own forward is not called, got {', '.join(hooks)}"
+                )
 
     def _layers(self) -> list[RecurrentLayers]:
         return list(self.members)  # type: ignore[arg-type]
@@ -102,11 +117,13 @@ class Ensemble(nn.Module):
     def _rule(self) -> RecurrentRule:
         """The members' rules in one, made anew when one of them has changed."""
         rules = [member.rule for member in self._layers()]
-        if self._joined is None or any(one is not other for one, other in zip(rules, self._joined[0], strict=True)):
+        before = [] if self._joined is None else self._joined[0]
+        if len(rules) != len(before) or any(one is not other for one, other in zip(rules, before, strict=True)):
             try:
                 self._joined = rules, joined(rules, len(self._layers()[0]._reverse))
             except ValueError as error:
                 raise ValueError(f"Ensemble: {error}") from None
+        assert self._joined is not None
         return self._joined[1]
 
     def forward(
@@ -139,9 +156,9 @@ class Ensemble(nn.Module):
         layers[0]._warn_of_lost_credit(given)
         rows, starts, lengths = self._time_major(input, given, lengths)
         output, finals = run_members(layers, self._rule(), rows, starts, lengths)
-        count = len(layers)
+        shape = (len(layers), len(layers[0]._reverse))
         final = tuple(
-            torch.cat([of_layer.view(count, -1, *of_layer.shape[1:]) for of_layer in kind], 1) for kind in finals
+            torch.cat([of_layer.view(*shape, *of_layer.shape[1:]) for of_layer in kind], 1) for kind in finals
         )
         output = output.transpose(1, 2) if layers[0].batch_first and layers[0].return_sequence else output
         return output if layers[0].return_sequence else None, final[0] if len(final) == 1 else final  # type: ignore[return-value]
@@ -177,6 +194,9 @@ class Ensemble(nn.Module):
         check_tensor("Ensemble", "input", input, f"{shapes}, N={count}")
         if input.dim() not in (3, 4) or (input.dim() == 4 and input.size(0) != count):
             raise ValueError(f"Ensemble: input must be {shapes}, N={count}, got {list(input.shape)}")
+        if states is not None and len(states) != first._kinds_of_state:
+            expected = "a tensor" if first._kinds_of_state == 1 else "a pair (h_0, c_0) of tensors"
+            raise TypeError(f"Ensemble: hx must be {expected}, got {len(states)}")
         for state in states or ():
             check_tensor("Ensemble", "hx", state, "[N, num_layers * D, B, H]")
             if state.dim() != 4 or state.size(0) != count:

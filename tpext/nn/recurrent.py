@@ -272,4 +272,4 @@ def join_directions(states: Tensor, count: int) -> Tensor:
     """``[N*D, T, B, H] -> [N, T, B, D*H]``, N the count of members."""
     if states.size(0) == count:
         return states
-    return states.view(count, -1, *states.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)
+    return states.view(count, states.size(0) // count, *states.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3)

@@ -221,7 +221,7 @@ class SyntheticTask(Task):
         return self.sample(random_generator(seed, TEST_STREAM), size)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # of as many runs side by side
 def _shuffled(seed: int, epoch: int, size: int) -> Tensor:
     return torch.from_numpy(random_generator(seed, SHUFFLE_STREAM, epoch).permutation(size))
 
