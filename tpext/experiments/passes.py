@@ -93,7 +93,9 @@ def carry_out_together(
     answers: dict[int, _Answer | None] = dict.fromkeys(range(len(courses)))
     states = [_seeded(seed) for seed in seeds]
     ensembles: dict[tuple[int, ...], Ensemble] = {}
-    try:
+    with contextlib.ExitStack() as ends:
+        for course in courses:
+            ends.callback(course.close)
         while answers:
             asked = {}
             for place, answer in answers.items():
@@ -108,9 +110,6 @@ def carry_out_together(
                         raise
                     ended(place, error)
             answers = _together(asked, states, ensembles)
-    finally:
-        for course in courses:
-            course.close()
 
 
 def _go_on(course: Course[Any], answer: _Answer) -> Pass:
