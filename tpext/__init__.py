@@ -23,6 +23,7 @@ if _importlib_util.find_spec("tpext._C") is None:
     )
 
 from tpext import _C, diagnostics, feedback, nn, optim
+from tpext.citations import citation
 from tpext.ops import SingularError
 from tpext.rules import (
     Backprop,
@@ -70,6 +71,7 @@ __all__ = [
     "Targets",
     "__version__",
     "build_info",
+    "citation",
     "diagnostics",
     "feedback",
     "nn",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -243,6 +243,8 @@ class LDRL(GradientTrainer):
     Source: Ernoult et al., "Towards Scaling Difference Target Propagation by Learning Backprop Targets", ICML 2022.
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("ernoult2022",)
+
     def __init__(
         self,
         net: nn.Module,
@@ -350,6 +352,8 @@ class Reconstruction(GradientTrainer):
     Source: Lee, Zhang, Fischer and Bengio, "Difference Target Propagation", 2015.
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("lee2015",)
+
     def __init__(
         self,
         net: nn.Module,
@@ -406,6 +410,8 @@ class DifferenceReconstruction(GradientTrainer):
 
     Source: Meulemans et al., "A Theoretical Framework for Target Propagation", NeurIPS 2020.
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("meulemans2020",)
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class RunningLDRL(FeedbackTrainer):
 
     Source: this package; the fixed point is that of Ernoult et al., ICML 2022, with the second term in expectation.
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("ernoult2022",)
 
     def __init__(
         self,
@@ -172,6 +174,8 @@ class Fixed(FeedbackTrainer):
     Source: Shibuya, Inoue, Kawakami and Sato, "Fixed-Weight Difference Target Propagation", AAAI 2023, whose networks
     normalise by the batch; without that random feedback diverges on the networks tried here.
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("shibuya2023",)
 
     changes_weights = False
 

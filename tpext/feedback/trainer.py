@@ -102,6 +102,7 @@ class FeedbackTrainer(ABC):
         steps: number of steps done.
         changes_weights: of the class: whether it changes the feedback's weights, so that it refuses tied ones, which
             are the blocks' own.
+        sources: of the class: its publications for :func:`tpext.citation`, keys or whole BibTeX entries.
 
     Raises:
         TypeError: a network of another class, or a noise source that is no function.
@@ -118,6 +119,7 @@ class FeedbackTrainer(ABC):
     """
 
     changes_weights: ClassVar[bool] = True
+    sources: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, net: nn.Module, *, seed: int = 0, noise_source: NoiseSource | None = None) -> None:
         pairs = getattr(net, "pairs", None)

@@ -109,6 +109,8 @@ class Rule:
     """What it is for: by default all that the classes above it are for."""
     kin: ClassVar[Mapping[Kind, str]] = {}
     """The rules of the same idea for other kinds of layers, for error texts."""
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Its publications for :func:`tpext.citation`: keys of ``tpext/citations.py``, or whole BibTeX entries."""
     exact: ClassVar[bool] = False
     """Whether the backward pass is the chain rule."""
     learns: ClassVar[bool] = False

@@ -52,6 +52,8 @@ class DifferenceTargetPropagation(LayerRule):
     'difference'
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("lee2015", "seely2017")
+
     kin: ClassVar[Mapping[Kind, str]] = {"recurrent": "LearnedInverse", "network": "DifferenceTargets"}
 
     learns: ClassVar[bool] = True

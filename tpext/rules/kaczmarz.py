@@ -63,6 +63,8 @@ class Kaczmarz(LayerRule):
     1.0
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("slmfun2024",)
+
     reads_identity: ClassVar[bool] = False
     takes_units: ClassVar[bool] = True
     solves_weights: ClassVar[bool] = True

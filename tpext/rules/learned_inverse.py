@@ -62,6 +62,8 @@ class LearnedInverse(RecurrentRule):
     LearnedInverse(target_step=1.0, credit='through_time', normalize=True, noise=0.1)
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("lee2015", "manchev2020")
+
     kin: ClassVar[Mapping[Kind, str]] = {"layer": "DifferenceTargetPropagation", "network": "DifferenceTargets"}
 
     learns: ClassVar[bool] = True

@@ -107,6 +107,8 @@ class ConstrainedLeastSquares(_LeastSquares):
     ConstrainedLeastSquares(target_step=0.5, margin=0.01, normalize=True, local_loss='post')
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("seely2017",)
+
     target_step: float = number(1.0, low=0.0)
     margin: float = number(1e-2, low=0.0, high=0.5)
     normalize: bool = True
@@ -149,6 +151,8 @@ class RegularizedLeastSquares(_LeastSquares):
     >>> RegularizedLeastSquares(reg=0.1).form
     'proximal'
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("seely2017",)
 
     kin: ClassVar[Mapping[Kind, str]] = {"recurrent": "RegularizedInverse"}
 

@@ -165,6 +165,8 @@ class DifferenceTargets(NetworkRule):
     DifferenceTargets(target_step=0.7, normalize=True, reduction='mean')
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("lee2015", "ernoult2022")
+
     kin: ClassVar[Mapping[Kind, str]] = {"recurrent": "LearnedInverse", "layer": "DifferenceTargetPropagation"}
 
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
@@ -180,6 +182,8 @@ class Targets(NetworkRule):
     >>> Targets(target_step=0.7).reduction
     'mean'
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("bengio2014",)
 
     def propagate(self, call: BlockCall, displacement: Tensor) -> Tensor:
         target: Tensor = self.feedback(call, "block")(call.output + displacement, call.code)
@@ -208,6 +212,8 @@ class DirectTargets(NetworkRule):
     >>> DirectTargets(hidden=1024, activation="tanh").hidden_activation
     'tanh'
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("meulemans2020",)
 
     hidden: int | None = None
     activation: Literal["identity", "tanh"] = "identity"
@@ -271,6 +277,8 @@ class GaussNewtonTargets(NetworkRule):
     >>> GaussNewtonTargets(damping=0.1).damping
     0.1
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("meulemans2020",)
 
     damping: float = number(0.0, low=0.0, low_allowed=True)
 

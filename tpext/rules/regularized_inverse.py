@@ -93,6 +93,8 @@ class RegularizedInverse(RecurrentRule):
     'through_time'
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("roulet2023",)
+
     kin: ClassVar[Mapping[Kind, str]] = {"layer": "RegularizedLeastSquares"}
 
     reg: PerMember = number(1.0, low=0.0, low_allowed=True)
