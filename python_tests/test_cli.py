@@ -155,13 +155,14 @@ def test_direct_weight_solves(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     line = f"train mnist-mlp --rule kaczmarz --data-dir {tmp_path / 'data'} --batch-size 5 --test-size 7 --threads 1 "
     run = tmp_path / "run"
     options = "--preset faust --epochs 2 --sizes 9 --dx regularized --dx-reg 2 --update exact --batch-reg 1 --std 0.1"
-    status, out, err = call(f"{line} {options} --relaxation 0.5 --damping 1 --first weights --out {run}", capsys)
+    options += " --relaxation 0.5 --damping 1 --first weights --keep-norm True"
+    status, out, err = call(f"{line} {options} --out {run}", capsys)
     assert (status, err) == (0, "")
     assert "mnist-mlp, 9 relu units, kaczmarz (dx regularized, update exact), sgd 1, batch 5, seed 1" in out
     assert "running training accuracy" in out
     assert json.loads((run / "config.json").read_text())["rule"] == {"name": "kaczmarz", "options": {
         "relaxation": 0.5, "damping": 1.0, "dx": "regularized", "dx_reg": 2.0, "update": "exact", "batch_reg": 1.0,
-        "first": "weights", "std": 0.1,
+        "first": "weights", "std": 0.1, "sticky": 0.0, "keep_norm": True,
     }}  # fmt: skip
     result = json.loads((run / "result.json").read_text())
     assert 0 <= result["running_accuracy"] < 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ import pytest
 import torch
 from comparison import DTYPES, pairwise
 from torch import Tensor
+from torch.nn.utils.parametrizations import weight_norm
 
 from tpext import _C, Backprop, Kaczmarz, RegularizedLeastSquares
 from tpext.diagnostics import layer_diagnostics
@@ -138,9 +140,26 @@ GRID = pairwise(
     bias=[True, False],
     dtype=DTYPES,
 )
+WEIGHED = pairwise(
+    B=[1, 3, 17],
+    N=[1, 2, 31, 64],
+    M=[1, 10, 33],
+    relaxation=[1.0, 0.3],
+    damping=[0.0, 0.5],
+    dx=MOVES,
+    dx_reg=[0.5],
+    update=["average"],
+    batch_reg=[0.0],
+    first=["input", "weights"],
+    sticky=[0.0, 0.5, 10.0],
+    keep_norm=[True, False],
+    units=["data", "identity", "relu", "doubled_relu"],
+    bias=[True, False],
+    dtype=DTYPES,
+)
 
 
-@pytest.mark.parametrize("case", GRID, ids=lambda case: "-".join(map(str, case.values())))
+@pytest.mark.parametrize("case", [*GRID, *WEIGHED], ids=lambda case: "-".join(map(str, case.values())))
 def test_step_equals_the_oracle(case: dict[str, Any]) -> None:
     case = dict(case)
     B, N, M, units, bias, dtype = (case.pop(key) for key in ("B", "N", "M", "units", "bias", "dtype"))
@@ -278,6 +297,49 @@ def test_the_update_is_the_least_one() -> None:
     torch.testing.assert_close(step.weight, (torch.linalg.pinv(x) @ d).T)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_sticky_update_meets_the_target_by_the_least_weighed_change(bias: bool) -> None:
+    x, weight, d = torch.randn(1, 9).double(), torch.randn(3, 9).double(), torch.randn(1, 3).double()
+    weight[1] = 0
+    step = kaczmarz_step(d, x, weight, bias, sticky=2.0)
+    torch.testing.assert_close(x @ step.weight.mT + (step.bias if bias else 0), d)
+    plain = kaczmarz_step(d, x, weight, bias)
+    torch.testing.assert_close(step.weight[1], plain.weight[1])
+    size = weight[[0, 2]].abs()
+    cost = 1 + 2 * size / size.mean(1, keepdim=True)
+    # Its part in every direction that leaves the output as it is, weighed, is zero.
+    rest = torch.randn(2, 9).double()
+    rest -= (rest @ x.mT) * x / x.square().sum()
+    torch.testing.assert_close((cost * step.weight[[0, 2]] * rest).sum(1), torch.zeros(2).double())
+    assert not torch.allclose(step.weight, plain.weight)
+
+
+@pytest.mark.parametrize("first", ["input", "weights"])
+@pytest.mark.parametrize("update", ["average", "exact"])
+@pytest.mark.parametrize("units", [Units("relu"), Units("identity"), Units("doubled_relu")])
+def test_the_moved_input_keeps_its_norm(units: Units, update: Any, first: Any) -> None:
+    x, weight, d = torch.rand(4, 9).double(), torch.randn(3, 9).double(), torch.randn(4, 3).double()
+    options: dict[str, Any] = {"update": update, "batch_reg": 0.5, "first": first}
+    step = kaczmarz_step(d, x, weight, True, units, **options, keep_norm=True)
+    free = kaczmarz_step(d, x, weight, True, units, **options).input
+    torch.testing.assert_close(step.input.norm(dim=1), x.norm(dim=1))
+    torch.testing.assert_close(step.input / step.input.norm(dim=1, keepdim=True), free / free.norm(dim=1, keepdim=True))
+    # What is data stays, and so does an output that is all zeros.
+    assert torch.equal(kaczmarz_step(d, x, weight, True, keep_norm=True).weight, kaczmarz_step(d, x, weight).weight)
+    dead = kaczmarz_step(
+        -torch.ones(1, 1), torch.full((1, 2), 0.1), torch.ones(1, 2), False, Units("relu"), keep_norm=True
+    )
+    assert torch.equal(dead.input, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("units", [Units("relu"), Units("identity")])
+def test_an_input_of_kept_norm_then_has_the_target(units: Units) -> None:
+    x, weight, b, d = torch.rand(1, 9).double(), torch.randn(3, 9).double(), torch.randn(3).double(), torch.randn(1, 3)
+    step = kaczmarz_step(d.double(), x, weight, True, units, sticky=1.0, keep_norm=True)
+    after = torch.nn.functional.linear(step.input, weight + step.weight, b + step.bias)
+    torch.testing.assert_close(after, torch.nn.functional.linear(x, weight, b) + d.double())
+
+
 def test_a_zero_row_asks_for_nothing() -> None:
     x, d, weight = torch.rand(3, 5).double(), torch.randn(3, 2).double(), torch.randn(2, 5).double()
     x[1] = 0
@@ -350,6 +412,8 @@ def test_gradients_are_minus_the_step() -> None:
         ({}, "update", "exact"),
         ({"update": "exact"}, "batch_reg", 5.0),
         ({}, "first", "weights"),
+        ({}, "sticky", 2.0),
+        ({}, "keep_norm", True),
     ],
 )
 def test_every_option_of_the_rule_reaches_the_step(others: dict[str, Any], name: str, value: Any) -> None:
@@ -380,6 +444,32 @@ def test_units_take_the_target_of_the_output_to_the_preactivation(name: Any) -> 
         return
     # These ask for a distance between on and off, the others for nothing that the output has already.
     torch.testing.assert_close(layer.input_displacement(x, torch.zeros(4, 5).double()), torch.zeros(4, 6).double())
+
+
+def test_weight_norm_of_torch_splits_the_update_into_length_and_direction() -> None:
+    plain = TargetLinear(6, 4, rule=Kaczmarz(std=1.0), dtype=torch.float64)
+    x, d = torch.rand(5, 6).double(), torch.randn(5, 4).double()
+    plain(x).backward(-d)
+    layer = weight_norm(copy.deepcopy(plain))
+    layer(x).backward(-d)
+    length, direction = (getattr(layer.parametrizations.weight, name) for name in ("original0", "original1"))
+    unit = plain.weight / plain.weight.norm(dim=1, keepdim=True)
+    along = (plain.weight.grad * unit).sum(1, keepdim=True)
+    torch.testing.assert_close(length.grad, along)
+    torch.testing.assert_close(direction.grad, plain.weight.grad - along * unit)
+
+
+def test_a_head_of_codes_predicts_the_nearest() -> None:
+    """Three clusters by two binary outputs."""
+    codes, centers = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), torch.randn(3, 10) * 3
+    model = MLP([10, 12, 2], "relu", rule=Kaczmarz(std=1e-2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1)
+    for _ in range(200):
+        labels = torch.randint(3, (16,))
+        optimizer.zero_grad()
+        HotTargetLoss()(model(centers[labels] + 0.1 * torch.randn(16, 10)), codes[labels]).backward()
+        optimizer.step()
+    assert torch.equal(torch.cdist(model(centers), codes).argmin(1), torch.arange(3))
 
 
 def test_parameters_are_drawn_with_the_standard_deviation() -> None:
@@ -433,6 +523,7 @@ def test_loss_asks_for_the_target(output: Any) -> None:
         (Kaczmarz(dx="regularized", update="exact", batch_reg=1.0, std=1e-2), "relu"),
         (Kaczmarz(0.5, damping=1.0, std=1e-2), Units("n_hot", 4)),
         (Kaczmarz(std=1e-2), "binary"),
+        (Kaczmarz(sticky=1.0, keep_norm=True, std=0.3), "relu"),
     ],
 )
 def test_a_network_learns(rule: Kaczmarz, units: Any) -> None:
@@ -715,6 +806,10 @@ def test_published_network_on_mnist(shared: Path) -> None:
         ({"dx": "max"}, "dx must be one of 'mean', 'wnorm', 'regularized', got 'max'"),
         ({"update": "sum"}, "update must be one of 'average', 'exact', got 'sum'"),
         ({"first": "both"}, "first must be one of 'input', 'weights', got 'both'"),
+        ({"sticky": -1.0}, "sticky must be a finite number >= 0, got -1.0"),
+        ({"sticky": 1.0, "update": "exact"}, "sticky must be 0 with update='exact', got 1.0"),
+        ({"keep_norm": 1}, "keep_norm must be True or False, got 1"),
+        ({"keep_norm": True, "units": Units("n_hot")}, "keep_norm must be False for an input of n_hot units"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -876,6 +971,13 @@ def test_only_this_rule_of_ours_has_a_stream(rule: Any) -> None:
         mixed.stream(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
 
 
+def test_a_stream_changes_no_parametrized_weights() -> None:
+    model = MLP([3, 2, 2], "relu", rule=Kaczmarz())
+    weight_norm(model[1])
+    with pytest.raises(ValueError, match=r"MLP\.stream: layer 1 must have plain weights, got parametrized ones"):
+        model.stream(torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64))
+
+
 @dataclass(frozen=True)
 class Counting(LayerRule):
     """Adds to the biases how often each class came, and predicts the class that came before."""
@@ -945,6 +1047,13 @@ def test_a_rule_of_ones_own_may_have_a_stream() -> None:
         (lambda: streamed(output_activation="relu"), "MLP.stream: output_activation must be 'identity', got .*relu"),
         (lambda: streamed(rule=Kaczmarz(update="exact")), "MLP.stream: rule must have update='average', got 'exact'"),
         (lambda: streamed(rule=Kaczmarz(first="weights")), "MLP.stream: rule must have first='input', got 'weights'"),
+        (lambda: streamed(rule=Kaczmarz(sticky=1.0)), "MLP.stream: rule must have sticky=0.0, got 1.0"),
+        (lambda: streamed(rule=Kaczmarz(keep_norm=True)), "MLP.stream: rule must have keep_norm=False, got True"),
+        (lambda: Kaczmarz(sticky=1.0, update="exact"), "Kaczmarz: sticky must be 0 with update='exact', got 1.0"),
+        (
+            lambda: MLP([3, 3, 2], "binary", rule=Kaczmarz(keep_norm=True)),
+            "TargetLinear: keep_norm must be False for an input of binary units, ones and zeros, got True",
+        ),
     ],
 )
 def test_the_rest_refuses_wrong_arguments(call: Any, message: str) -> None:

@@ -107,6 +107,8 @@ def test_defaults():
         "batch_reg": 0.0,
         "first": "input",
         "std": 1e-3,
+        "sticky": 0.0,
+        "keep_norm": False,
     }
 
 
@@ -165,7 +167,8 @@ NUMBERS = [
     (DifferenceTargetPropagation, "local_loss", "one of 'post'", ["pre"]),
     (Kaczmarz, "relaxation", "a finite number > 0 and < 2", [0, 2.0, math.nan, "1", True]),
     *((Kaczmarz, name, "a finite number >= 0", [-1.0, math.inf, math.nan, "1"]) for name in ("damping", "dx_reg")),
-    *((Kaczmarz, name, "a finite number >= 0", [-1.0, math.inf, None]) for name in ("batch_reg", "std")),
+    *((Kaczmarz, name, "a finite number >= 0", [-1.0, math.inf, None]) for name in ("batch_reg", "std", "sticky")),
+    (Kaczmarz, "keep_norm", "True or False", [0, None, "yes"]),
     (Kaczmarz, "dx", "one of 'mean', 'wnorm', 'regularized'", ["max", None]),
     (Kaczmarz, "update", "one of 'average', 'exact'", ["sum"]),
     (Kaczmarz, "first", "one of 'input', 'weights'", ["both"]),

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from tpext.nn.kaczmarz import StreamResult
 from tpext.nn.linear import TargetLinear, as_activation
@@ -178,10 +179,11 @@ class MLP(nn.Sequential):
         Raises:
             RuntimeError: the layers' rule is not one for all, or has no such call, as only :class:`tpext.Kaczmarz` of
             ours has; or there are other modules among the layers.
-            ValueError: tied layers or frozen parameters. Under ``Kaczmarz``: it has not ``update="average"`` and
-            ``first="input"``; activations other than relu, and the identity for the last; a shape, dtype, device or
-            label that :func:`tpext.ops.kaczmarz_train` does not take. Weights that overflow, or have no inverse where
-            ``dx="regularized"`` and ``dx_reg=0`` ask for one, become NaN without an error.
+            ValueError: tied layers, frozen or parametrized parameters. Under ``Kaczmarz``: it has not
+            ``update="average"``, ``first="input"``, ``sticky=0`` and ``keep_norm=False``; activations other than relu,
+            and the identity for the last; a shape, dtype, device or label that :func:`tpext.ops.kaczmarz_train` does
+            not take. Weights that overflow, or have no inverse where ``dx="regularized"`` and ``dx_reg=0`` ask for one,
+            become NaN without an error.
 
         >>> import torch, tpext
         >>> net = tpext.nn.MLP([4, 8, 3], "relu", rule=tpext.Kaczmarz())
@@ -202,5 +204,8 @@ class MLP(nn.Sequential):
                 raise ValueError(f"MLP.stream: {name} must require grad, as it is changed, got a frozen parameter")
         if any(layer.transposed for layer in layers):
             raise ValueError("MLP.stream: layers must have weights of their own, got tied ones")
+        for name, layer in self.named_children():
+            if parametrize.is_parametrized(layer):
+                raise ValueError(f"MLP.stream: layer {name} must have plain weights, got parametrized ones")
         predictions = rule.learn_stream(layers, input, labels, output)
         return StreamResult(predictions, running_accuracy(predictions == labels, start=start))

@@ -15,7 +15,8 @@ without the ones in a layer without bias. "average" is normalised least mean squ
 1``, Cimmino's averaged ones above); a sample with ``X = 0`` asks for nothing. Of ``k`` micro-batches, accumulated
 gradients are the sum of ``k`` updates: ``k`` times the averaged one. With ``B = 1``, ``relaxation = 1`` and ``damping =
 0`` the layer then maps ``x''`` to ``y'`` to rounding, and so it does any batch of linearly independent rows with
-"exact" and ``batch_reg = 0``. The layer below gets ``x''`` for its target.
+"exact" and ``batch_reg = 0``. The layer below gets ``x''`` for its target. ``keep_norm`` brings ``x''`` to the norm of
+``x``, and ``sticky`` weighs the change of each weight: equations in :class:`tpext.Kaczmarz`.
 
 Every update is three products, and nothing of size ``B x M x N`` is formed. That is ``first="input"``; with
 ``"weights"`` (the published second version) the weights are solved for first, by the input as it is, ``x'' = x``, then
@@ -91,6 +92,8 @@ def kaczmarz_step(
     update: Update = "average",
     batch_reg: float = 0.0,
     first: First = "input",
+    sticky: float = 0.0,
+    keep_norm: bool = False,
 ) -> KaczmarzStep:
     """The update of a linear layer for a displacement of its output, and the target of its input (the module's head).
 
@@ -100,7 +103,7 @@ def kaczmarz_step(
         weight: ``W``, ``[M, N]``.
         has_bias: whether the layer has one.
         units: what made the input; None: it is data, and stays.
-        relaxation, damping, dx, dx_reg, update, batch_reg, first: as in :class:`tpext.Kaczmarz`.
+        relaxation, damping, dx, dx_reg, update, batch_reg, first, sticky, keep_norm: as in :class:`tpext.Kaczmarz`.
 
     Returns:
         ``dW``, ``db`` (None without a bias) and ``x''``. They are detached.
@@ -111,8 +114,8 @@ def kaczmarz_step(
 
     Cost: ``6 B M N`` operations, ``2 B M N`` where the input is data; "regularized" and "exact" beside that an inverse,
     ``k^2 (3 m + k / 3)`` with ``k`` and ``m`` the smaller and the larger size of ``W`` or ``X``. On the CPU one kernel
-    call for "average", units of which each stands alone, ``dx`` "mean" or "wnorm" and ``first="input"``; for the rest,
-    and elsewhere, torch operations.
+    call for "average", units of which each stands alone, ``dx`` "mean" or "wnorm", ``first="input"`` and neither
+    ``sticky`` nor ``keep_norm``; for the rest, and elsewhere, torch operations.
 
     >>> x, weight, d = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2), torch.tensor([[3.0]])
     >>> kaczmarz_step(d, x, weight).weight
@@ -122,22 +125,37 @@ def kaczmarz_step(
     check_tensor("kaczmarz_step", "input", input, "[..., N]")
     check_tensor("kaczmarz_step", "weight", weight, "[M, N]")
     _check_step(displacement, input, weight)
-    for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg), ("batch_reg", batch_reg)):
+    numbers = {"relaxation": relaxation, "damping": damping, "dx_reg": dx_reg, "batch_reg": batch_reg, "sticky": sticky}
+    for name, value in numbers.items():
         _check_number("kaczmarz_step", name, value)
     for name, choice, choices in (("dx", dx, Move), ("update", update, Update), ("first", first, First)):
         check_choice("kaczmarz_step", name, choice, get_args(choices))
+    check_options("kaczmarz_step", update, sticky, keep_norm, units)
     d, x = displacement, input
     if x.dim() != 2:
         d, x = d.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-    has_kernel = update == "average" and (
-        units is None or (units.name in _RECTIFIES and dx != "regularized" and first == "input")
+    has_kernel = (update == "average" and sticky == 0) and (
+        units is None or (units.name in _RECTIFIES and dx != "regularized" and first == "input" and not keep_norm)
     )
     if has_kernel and not on_cuda(x) and d.numel() > 0 and x.numel() > 0 and are_plain((d, x, weight)):
         step = _step(d, x, weight, has_bias, units, relaxation, damping, dx)
     else:
         with torch.no_grad(), full_precision(input.device.type):
             step = _step_by_torch(
-                d, x, weight, has_bias, units, relaxation, damping, dx, dx_reg, update, batch_reg, first
+                d,
+                x,
+                weight,
+                has_bias,
+                units,
+                relaxation,
+                damping,
+                dx,
+                dx_reg,
+                update,
+                batch_reg,
+                first,
+                sticky,
+                keep_norm,
             )
     return step if input.dim() == 2 else step._replace(input=step.input.view_as(input))
 
@@ -188,17 +206,36 @@ def _step_by_torch(
     update: Update,
     batch_reg: float,
     first: First,
+    sticky: float = 0.0,
+    keep_norm: bool = False,
 ) -> KaczmarzStep:
     """What the kernel does, and the choices that it lacks."""
+    ease = _ease(weight, sticky) if sticky > 0 else None
     if units is None:
-        return KaczmarzStep(*_solve(d, x, has_bias, relaxation, damping, update, batch_reg), x.detach())
+        return KaczmarzStep(*_solve(d, x, has_bias, relaxation, damping, update, batch_reg, ease), x.detach())
     if first == "weights":
-        grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg)
+        grown, db = _solve(d, x, has_bias, relaxation, damping, update, batch_reg, ease)
         left = torch.addmm(d if db is None else d - db, x, grown.mT, alpha=-1)
-        return KaczmarzStep(grown, db, units.feasible(_moved(x, left, weight + grown, dx, dx_reg)))
+        moved = units.feasible(_moved(x, left, weight + grown, dx, dx_reg))
+        return KaczmarzStep(grown, db, _of_norm(moved, x) if keep_norm else moved)
     moved = units.feasible(_moved(x, d, weight, dx, dx_reg))
+    if keep_norm:
+        moved = _of_norm(moved, x)
     residual = torch.addmm(d, moved - x, weight.mT, alpha=-1)
-    return KaczmarzStep(*_solve(residual, moved, has_bias, relaxation, damping, update, batch_reg), moved)
+    return KaczmarzStep(*_solve(residual, moved, has_bias, relaxation, damping, update, batch_reg, ease), moved)
+
+
+def _of_norm(input: Tensor, like: Tensor) -> Tensor:
+    """``input`` with the norms of the rows of ``like``; zero rows stay."""
+    norms = torch.linalg.vector_norm(like, dim=-1, keepdim=True)
+    scaled: Tensor = input * (norms * _reciprocal(torch.linalg.vector_norm(input, dim=-1, keepdim=True)))
+    return scaled
+
+
+def _ease(weight: Tensor, sticky: float) -> Tensor:
+    """``1 / s [M, N]``."""
+    size = weight.abs()
+    return (1 + sticky * size * _reciprocal(size.mean(-1, keepdim=True))).reciprocal()
 
 
 def _moved(x: Tensor, d: Tensor, weight: Tensor, dx: Move, dx_reg: float) -> Tensor:
@@ -217,7 +254,14 @@ def _moved(x: Tensor, d: Tensor, weight: Tensor, dx: Move, dx_reg: float) -> Ten
 
 
 def _solve(
-    residual: Tensor, x: Tensor, has_bias: bool, relaxation: float, damping: float, update: Update, batch_reg: float
+    residual: Tensor,
+    x: Tensor,
+    has_bias: bool,
+    relaxation: float,
+    damping: float,
+    update: Update,
+    batch_reg: float,
+    ease: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """``dW`` and ``db``."""
     if update == "exact":
@@ -231,15 +275,28 @@ def _solve(
                 "larger batch_reg"
             ) from error
         return (solution[:, :-1], solution[:, -1]) if has_bias else (solution, None)
-    size = _reciprocal(x.square().sum(-1, keepdim=True) + (float(has_bias) + damping))
-    step = residual * (size * (relaxation / max(1, x.shape[0])))
-    return step.mT @ x, step.sum(0) if has_bias else None
+    norms = x.square().sum(-1, keepdim=True) if ease is None else x.square() @ ease.mT
+    step = residual * (_reciprocal(norms + (float(has_bias) + damping)) * (relaxation / max(1, x.shape[0])))
+    grown = step.mT @ x
+    return grown if ease is None else grown * ease, step.sum(0) if has_bias else None
 
 
 def _reciprocal(norms: Tensor) -> Tensor:
     """``1 / n``; of zero, zero: what has no length asks for nothing."""
     reciprocal: Tensor = torch.where(norms == 0, 0.0, norms.reciprocal())
     return reciprocal
+
+
+def check_options(where: str, update: str, sticky: float, keep_norm: object, units: Units | None) -> None:
+    """Raise ValueError for ``sticky`` or ``keep_norm`` where they have no meaning."""
+    if not isinstance(keep_norm, bool):
+        raise ValueError(f"{where}: keep_norm must be True or False, got {keep_norm!r}")
+    if sticky > 0 and update != "average":
+        raise ValueError(f"{where}: sticky must be 0 with update={update!r}, got {sticky!r}")
+    if keep_norm and units is not None and units.name in ("n_hot", "binary"):
+        raise ValueError(
+            f"{where}: keep_norm must be False for an input of {units.name} units, ones and zeros, got True"
+        )
 
 
 def _check_step(displacement: Tensor, input: Tensor, weight: Tensor) -> None:

@@ -96,18 +96,26 @@ def move(displacement: ArrayLike, weight: ArrayLike, dx: str, dx_reg: float) -> 
 
 
 def solve_weights(
-    residual: ArrayLike, input: ArrayLike, biased: bool, relaxation: float, damping: float, update: str, reg: float
+    residual: ArrayLike,
+    input: ArrayLike,
+    stickiness: ArrayLike,
+    biased: bool,
+    relaxation: float,
+    damping: float,
+    update: str,
+    reg: float,
 ) -> tuple[Array, Array]:
-    """``dW [M, N]`` and ``db [M]`` for residuals ``[B, M]`` at inputs ``[B, N]``."""
-    r, x = promote(residual, input)
+    """``dW [M, N]`` and ``db [M]`` for residuals ``[B, M]`` at inputs ``[B, N]``, weighted by ``s [M, N]``."""
+    r, x, s = promote(residual, input, stickiness)
     X = np.concatenate([x, np.full((len(x), 1), float(biased))], 1)
     if update == "exact":
         change: Array = relaxation * r.T @ np.linalg.solve(X @ X.T + reg * np.eye(len(X)), X)
     else:
         # The broadcast form, B x M x (N + 1).
-        norms = (X**2).sum(1) + damping
+        eased = X[:, None, :] / np.concatenate([s, np.ones((len(s), 1))], 1)
+        norms = (eased * X[:, None, :]).sum(2) + damping
         scaled = np.divide(relaxation, norms, out=np.zeros_like(norms), where=norms != 0)
-        change = (r[:, :, None] * X[:, None, :] * scaled[:, None, None]).sum(0) / max(1, len(x))
+        change = (r[:, :, None] * eased * scaled[:, :, None]).sum(0) / max(1, len(x))
     return change[:, :-1], change[:, -1]
 
 
@@ -126,6 +134,8 @@ def kaczmarz_step(
     first: str,
     units: str | None,
     count: int,
+    sticky: float = 0.0,
+    keep_norm: bool = False,
 ) -> tuple[Array, Array, Array]:
     """``dW [M, N]``, ``db [M]`` and the target of the input ``[B, N]`` of a linear layer.
 
@@ -138,20 +148,34 @@ def kaczmarz_step(
         dx, dx_reg: of the input's displacement.
         first: what is changed first, "input" or "weights".
         units: what made the input, with their ``count``; None: it is data and stays.
+        sticky: how much more a weight of its row's mean size resists change than a zero one.
+        keep_norm: whether the moved input keeps its norm.
 
     Source: ASFaust, "SLMfun", ``experiments/targetprop/layers/linear.py`` and ``experiments/targetprop2``.
     """
     d, x, W = promote(displacement, input, weight)
     b = np.zeros(len(W)) if bias is None else promote(bias)[0]
-    options = (bias is not None, relaxation, damping, update, batch_reg)
+    s = np.ones_like(W)
+    for k in range(len(W)):
+        if W[k].any():
+            s[k] += sticky * np.abs(W[k]) / np.abs(W[k]).mean()
+    options = (s, bias is not None, relaxation, damping, update, batch_reg)
     target = x @ W.T + b + d
+
+    def put_out(asked: Array) -> Array:
+        output = feasible(asked, str(units), count)
+        for k in range(len(x)):
+            if keep_norm and output[k].any():
+                output[k] = output[k] * np.linalg.norm(x[k]) / np.linalg.norm(output[k])
+        return output
+
     if units is None:
         return (*solve_weights(d, x, *options), x)
     if first == "weights":
         dW, db = solve_weights(d, x, *options)
         W, b = W + dW, b + db
-        return dW, db, feasible(x + move(target - (x @ W.T + b), W, dx, dx_reg), units, count)
-    moved = feasible(x + move(d, W, dx, dx_reg), units, count)
+        return dW, db, put_out(x + move(target - (x @ W.T + b), W, dx, dx_reg))
+    moved = put_out(x + move(d, W, dx, dx_reg))
     return (*solve_weights(target - (moved @ W.T + b), moved, *options), moved)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tpext.ops._library import check_choice
 from tpext.ops.activation import Activation
-from tpext.ops.kaczmarz import KaczmarzStep, kaczmarz_step, kaczmarz_train
+from tpext.ops.kaczmarz import KaczmarzStep, check_options, kaczmarz_step, kaczmarz_train
 from tpext.ops.units import Output, Units, UnitsName
 from tpext.rules.base import number
 from tpext.rules.layer import LayerCall, LayerRule
@@ -36,6 +36,12 @@ class Kaczmarz(LayerRule):
         dW  = relaxation (1/B) sum_i r_i' x''_i / (||x''_i||^2 + 1 + damping)           "average"
         [dW db] = relaxation R' (X X' + batch_reg I)^-1 X,   X = [x'' 1]                "exact"
 
+    With ``sticky > 0`` the change is least in ``sum_j s_kj dW_kj^2 + db_k^2``: weights that start at nearly zero have
+    moved by ``|w|``, and the more one has moved, the less it moves now. A single sample still gets its target exactly::
+
+        s_kj = 1 + sticky |w_kj| / mean_j |w_kj|
+        dW_k = relaxation (1/B) sum_i r_ik (x''_i / s_k) / (sum_j x''_ij^2 / s_kj + 1 + damping)
+
     The parameters' gradients are ``-dW`` and ``-db``, and ``x - x''`` is handed down. Activations are those of
     :class:`tpext.ops.Units`: relu and the identity, and three that other rules do not have.
 
@@ -53,11 +59,16 @@ class Kaczmarz(LayerRule):
             by the input as it is, then the input is moved by the updated weights for what is left of ``d``.
         std: standard deviation, >= 0, of the weights and biases that a layer made with this rule draws, normal with
             mean 0.
+        sticky: how much more a weight of its row's mean size resists change than a zero one, >= 0. Only 0 with
+            ``update="exact"``.
+        keep_norm: True brings ``x''`` to the norm of ``x``, ``x'' = ||x|| f / ||f||`` with ``f = feasible(x')``. Not
+            above "n_hot" and "binary" units.
 
     Raises:
         ValueError: an argument out of its range, named.
 
-    Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2``.
+    Source: ASFaust, "SLMfun", ``experiments/targetprop`` and ``experiments/targetprop2``. Of ``sticky`` and
+    ``keep_norm`` it has the idea, without equation or code.
 
     >>> Kaczmarz(dx="regularized").dx_reg
     1.0
@@ -77,12 +88,15 @@ class Kaczmarz(LayerRule):
     batch_reg: float = number(0.0, low=0.0, low_allowed=True)
     first: First = "input"
     std: float = number(1e-3, low=0.0, low_allowed=True)
+    sticky: float = number(0.0, low=0.0, low_allowed=True)
+    keep_norm: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(type(self).__name__, "dx", self.dx, get_args(Move))
         check_choice(type(self).__name__, "update", self.update, get_args(Update))
         check_choice(type(self).__name__, "first", self.first, get_args(First))
+        check_options(type(self).__name__, self.update, self.sticky, self.keep_norm, None)
 
     @property
     def init_std(self) -> float:
@@ -94,6 +108,8 @@ class Kaczmarz(LayerRule):
             if as_units(value) is None:
                 allowed = ", ".join(map(repr, get_args(UnitsName)))
                 raise ValueError(f"TargetLinear: {name} must be one of {allowed} under Kaczmarz, got {value}")
+        below: Any = layer.reverse_activation
+        check_options("TargetLinear", self.update, self.sticky, self.keep_norm, as_units(below))
 
     def run_layer(self, call: LayerCall) -> Tensor:
         units, below = as_units(call.activation), as_units(call.reverse_activation)
@@ -114,7 +130,7 @@ class Kaczmarz(LayerRule):
         )
 
     def learn_stream(self, layers: Sequence[Any], input: Tensor, labels: Tensor, output: Output) -> Tensor:
-        for name, only in (("update", "average"), ("first", "input")):
+        for name, only in (("update", "average"), ("first", "input"), ("sticky", 0.0), ("keep_norm", False)):
             if getattr(self, name) != only:
                 raise ValueError(f"MLP.stream: rule must have {name}={only!r}, got {getattr(self, name)!r}")
         for layer in layers:
@@ -145,7 +161,7 @@ class Kaczmarz(LayerRule):
         below = as_units(call.reverse_activation) if call.needs[0] else None
         options: dict[str, Any] = {
             name: getattr(self, name)
-            for name in ("relaxation", "damping", "dx_reg", "batch_reg", "dx", "update", "first")
+            for name in ("relaxation", "damping", "dx_reg", "batch_reg", "dx", "update", "first", "sticky", "keep_norm")
         }
         return kaczmarz_step(moved, call.input, call.weight, call.bias is not None, below, **options)
 
