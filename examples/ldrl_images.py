@@ -37,10 +37,11 @@ def main(epochs: int, folder: str | None = None) -> float:
         images, labels = make_bars(1536)
         train, test = slice(0, 1024), slice(1024, None)
     else:
-        mnist = load_mnist(Path(folder))
-        images = torch.cat([mnist.train_images, mnist.test_images]).view(-1, 1, 28, 28) / 128.0 - 1
-        labels = torch.cat([mnist.train_labels, mnist.test_labels])
-        train, test = slice(0, len(mnist.train_labels)), slice(len(mnist.train_labels), None)
+        mnist = load_mnist(Path(folder))  # some of it, for seconds an epoch
+        images = torch.cat([mnist.train_images[:2048], mnist.test_images[:1000]]).view(-1, 1, 28, 28) / 255.0
+        labels = torch.cat([mnist.train_labels[:2048], mnist.test_labels[:1000]])
+        count = len(mnist.train_labels[:2048])
+        train, test = slice(0, count), slice(count, None)
     features = 32 * (images.shape[-1] // 4) ** 2
     net = tpext.nn.TargetSequential(
         nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.ELU(), nn.MaxPool2d(2)),
