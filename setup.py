@@ -59,6 +59,8 @@ class CMakeBuild(build_ext):
         cmake = find("cmake")
         options = [
             "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            # What CMake has kept of an earlier Python, which another build in this folder may have been for.
+            "-U*Python*", "-U*PYTHON*",
             # Given each time: pip's isolated environment is gone by the next build, CMake's cache of it is not.
             f"-DCMAKE_MAKE_PROGRAM={find('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
