@@ -46,6 +46,12 @@ def find(program: str) -> str:
     return path
 
 
+def index_page() -> str:
+    """README.md for a package index, which has none of the files that it shows and links to."""
+    text = re.sub(r"!\[[^\]]*\]\([^)]*\)\n?", "", (ROOT / "README.md").read_text(encoding="utf-8"))
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         build = Path(self.build_temp).resolve()
@@ -53,6 +59,8 @@ class CMakeBuild(build_ext):
         cmake = find("cmake")
         options = [
             "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            # What CMake has kept of an earlier Python, which another build in this folder may have been for.
+            "-U*Python*", "-U*PYTHON*",
             # Given each time: pip's isolated environment is gone by the next build, CMake's cache of it is not.
             f"-DCMAKE_MAKE_PROGRAM={find('ninja')}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -68,4 +76,9 @@ class CMakeBuild(build_ext):
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[Extension("tpext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+    setup(
+        long_description=index_page(),
+        long_description_content_type="text/markdown",
+        ext_modules=[Extension("tpext._C", sources=[])],
+        cmdclass={"build_ext": CMakeBuild},
+    )

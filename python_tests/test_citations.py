@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_origin
 
 import pytest
 import torch
@@ -19,7 +19,9 @@ WITH_SOURCES = [
     value
     for module in (tpext.rules, tpext.feedback)
     for value in vars(module).values()
-    if isinstance(value, type) and issubclass(value, (tpext.rules.base.Rule, tpext.feedback.FeedbackTrainer))
+    # to Python 3.10 a generic alias such as Callable[[int], int] is a type
+    if isinstance(value, type) and get_origin(value) is None
+    if issubclass(value, (tpext.rules.base.Rule, tpext.feedback.FeedbackTrainer))
 ]
 
 

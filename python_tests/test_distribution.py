@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import http.server
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 import tpext
+from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.run_folder import CHECKPOINT_FORMAT, RunError, RunFolder
+from tpext.tasks import MissingDataError
+from tpext.tasks.idx import MNIST, STEMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(tpext.__file__).parent
+VERSION = tpext.__version__.partition("+")[0]
 
 needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no checkout around the tests")
 
@@ -35,12 +46,17 @@ def test_the_source_archive_is_complete(tmp_path: Path) -> None:
     )
     with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
+        metadata = archive.extractfile(f"tpext-{VERSION}/PKG-INFO").read().decode()
     for folder in ("tpext", "csrc", "python_tests", "benchmarks", "docs", "examples"):
         for path in (source / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and "egg-info" not in str(path):
                 assert str(path.relative_to(source)) in names
     assert {"LICENSE", "README.md", "CMakeLists.txt", "setup.py", "pyproject.toml", "CITATION.cff"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
+    assert {"License-File: LICENSE", "Author: The tpext developers"} <= set(metadata.splitlines())
+    # an index page has no files beside it
+    assert "# tpext" in metadata
+    assert not re.findall(r"!\[|\]\((?!https?:)", metadata)
 
 
 @needs_checkout
@@ -48,7 +64,7 @@ def test_the_citation_has_the_version() -> None:
     yaml = pytest.importorskip("yaml")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors", "version", "license"} <= set(citation)
-    assert str(citation["version"]) == tpext.__version__.partition("+")[0]
+    assert str(citation["version"]) == VERSION
 
 
 def test_no_file_of_data_runs_code() -> None:
@@ -64,3 +80,74 @@ def test_no_file_of_data_runs_code() -> None:
         # that module pickles rules itself, to see whether they can be
         assert path.name == "testing.py" or not unsafe.search(text), path
     assert loads >= 2
+
+
+class MakeFolder:
+    """Unpickled without a guard, makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_checkpoint_with_code_is_refused(tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    state = {"format": CHECKPOINT_FORMAT, "iteration": MakeFolder(made)}
+    for name, read in (
+        ("checkpoint.pt", RunFolder(tmp_path).load_checkpoint),
+        ("best.pt", ImageFolder(tmp_path).load_best),
+    ):
+        torch.save(state, tmp_path / name)
+        with pytest.raises(RunError, match=rf"{name}: not a readable checkpoint \(UnpicklingError\)"):
+            read()
+        assert not made.exists()
+    torch.load(tmp_path / "best.pt", weights_only=False)
+    assert made.exists(), "the file would have made it"
+
+
+def test_a_download_with_a_wrong_sum_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin, cache = tmp_path / "origin", tmp_path / "cache"
+    origin.mkdir()
+    (origin / f"{STEMS[0]}.gz").write_bytes(b"another file")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(origin))
+    monkeypatch.setattr(http.server.SimpleHTTPRequestHandler, "log_message", lambda *message: None)
+    monkeypatch.setenv("TPEXT_DATA", str(cache))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            mirror = f"http://127.0.0.1:{server.server_port}/"
+            with pytest.raises(MissingDataError, match=rf"download failed \({mirror}{STEMS[0]}\.gz: ValueError\)"):
+                dataclasses.replace(MNIST, mirrors=(mirror,)).load(None)
+        finally:
+            server.shutdown()
+    assert not [path for path in cache.rglob("*") if path.is_file()]
+
+
+def test_one_openmp_runtime(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("openmp_runtimes.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_checkout
+def test_what_is_run_for_contributors_is_there() -> None:
+    """Workflows, hooks and forms are valid YAML, and name sessions and programs that there are."""
+    yaml = pytest.importorskip("yaml")
+    if not (ROOT / ".github").exists():
+        pytest.skip("a source archive")
+    files = {path.name: yaml.safe_load(path.read_text()) for path in (ROOT / ".github").rglob("*.yml")}
+    for name in ("bug.yml", "idea.yml"):
+        assert {"name", "description", "body"} <= set(files[name])
+    sessions = set(re.findall(r"@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text()))
+    assert len(sessions) == 5
+    steps = [step for job in files["ci.yml"]["jobs"].values() for step in job["steps"]]
+    asked = [run.split()[2:] for run in (step.get("run", "") for step in steps) if run.startswith("nox -s ")]
+    assert len(asked) == 2
+    assert {name for names in asked for name in names} <= sessions
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    lint = re.search(r"^lint = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert {hook["entry"].split()[0] for hook in hooks["hooks"]} == {"clang-format", "mypy", "ruff"}
+    assert all(f'"{program}==' in lint for program in ("clang-format", "mypy", "ruff", "pre-commit"))
