@@ -898,7 +898,9 @@ def test_other_networks_are_refused() -> None:
         LDRL(nn.Sequential(nn.Linear(3, 3)), lr=0.1, noise=0.1)
 
 
-@pytest.mark.parametrize("build", [AUTOGRAD["not first"], AUTOGRAD["normalised"], Residual], ids=str)
+@pytest.mark.parametrize(
+    "build", [AUTOGRAD["not first"], AUTOGRAD["normalised"], Residual], ids=["not first", "normalised", "Residual"]
+)
 @pytest.mark.parametrize(
     "make",
     [ClosedForm, lambda net: RunningLDRL(net, noise=0.1), lambda net: LDRL(net, lr=1, noise=1, second_term="expected")],

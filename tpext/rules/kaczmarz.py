@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tpext.ops._library import check_choice
 from tpext.ops.activation import Activation
-from tpext.ops.kaczmarz import KaczmarzStep, check_options, kaczmarz_step, kaczmarz_train
+from tpext.ops.kaczmarz import KaczmarzStep, check_options, kaczmarz_step
+from tpext.ops.kaczmarz_pass import kaczmarz_train
 from tpext.ops.units import Output, Units, UnitsName
 from tpext.rules.base import number
 from tpext.rules.layer import LayerCall, LayerRule
