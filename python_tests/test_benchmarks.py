@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import os
 import math
+import os
 import re
 import shutil
 import subprocess

@@ -1,11 +1,11 @@
 """``kaczmarz_train``: direct weight solves over samples, all layers in one kernel call; ``running_accuracy``.
 
 ``torch.ops.tpext.kaczmarz_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)`` runs one
-pass of the updates of :mod:`tpext.ops.kaczmarz` with ``B = 1`` over samples ``input [K, N]``, ``labels [K]`` int64, through all layers of a network
-with relu between them, each sample seeing the weights that the one before left. ``weights`` (``[M, N]`` each) and
-``biases`` (``[M]`` each, or an empty list) change in place; it returns the class predicted for each sample before its
-update, ``[K]`` int64. ``output`` is the rule of :func:`hot_target`. On the CPU one kernel call, the weights in the
-cache throughout, float32 or float64; elsewhere layer by layer with torch operations.
+pass of the updates of :mod:`tpext.ops.kaczmarz` with ``B = 1`` over samples ``input [K, N]``, ``labels [K]`` int64,
+through all layers of a network with relu between them, each sample seeing the weights that the one before left.
+``weights`` (``[M, N]`` each) and ``biases`` (``[M]`` each, or an empty list) change in place; it returns the class
+predicted for each sample before its update, ``[K]`` int64. ``output`` is the rule of :func:`hot_target`. On the CPU one
+kernel call, the weights in the cache throughout, float32 or float64; elsewhere layer by layer with torch operations.
 """
 
 from __future__ import annotations
