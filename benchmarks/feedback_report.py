@@ -54,8 +54,8 @@ def summary(results: Results) -> str:
             lines.append([title, name, *costs, target, "" if peak is None else f"{peak / 2**20:,.0f}"])
     first = rows[0]
     return (
-        "Cost of a whole training batch of 32 images at the published iterations and channels, in steps of "
-        f"back-propagation in torch on the same network in the same run ({results.cpu}, {first['cpu_capability']}, "
-        f"torch {first['torch']}, float32):\n\n"
+        "The cost of a whole training batch of 32 images, at the published iterations and channels. It is counted in "
+        "steps of back-propagation in torch, on the same network in the same run.\n\n"
+        f"{results.cpu}, {first['cpu_capability']}, torch {first['torch']}, float32.\n\n"
         + table([" network", " method", *(f"{n} thread{'s' * (n > 1)}" for n in counts), " target", "peak, MiB"], lines)
     )

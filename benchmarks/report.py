@@ -62,9 +62,9 @@ def headline(results: Results) -> str:
     return (
         "784 steps of 100 units, batch 16, two threads, loss on the last step (on every step): "
         f"{ratios[0]} times as fast as `torch.nn.RNN` with local credit, {ratios[1]} through time, {ratios[2]} with "
-        "`Backprop()`. Against the same local step as a loop of torch operations: "
-        f"{loops['published_style']:.0f} times as fast as one in the style of the published codes, "
-        f"{loops['tuned']:.1f} times as one with large products and closed-form gradients."
+        "`Backprop()`. The same local step was also written as two loops of torch operations. Ours is "
+        f"{loops['published_style']:.0f} times as fast as a loop in the style of the published codes, and "
+        f"{loops['tuned']:.1f} times as fast as a loop with large products and closed-form gradients."
     )
 
 
@@ -83,12 +83,16 @@ def first_look(results: Results) -> str:
 
 
 STEP_COLUMNS = (
-    "One training step: forward, target pass or back-propagation, and the gradients of the weights. The peer is "
-    "`torch.nn.RNN` under back-propagation, in turns in the same run. The last column is the speed-up that a step "
-    "would have if it cost nothing but its matrix products and its inverse, at the rate of torch's own sgemm: with "
-    "local credit / through time. With the loss on the last step alone, displacements decay to exactly zero, and the "
-    "kernel skips the rest. With a loss on every step it skips nothing: that is the fairer row."
+    "One training step is the forward pass, the target pass or back-propagation, and the gradients of the weights. "
+    "The peer is `torch.nn.RNN` under back-propagation. The two take turns in the same run.\n\n"
+    "The last column is a limit, with local credit / through time. It is the speed-up of a step that costs nothing but "
+    "its matrix products and its inverse, at the rate of torch's own sgemm.\n\n"
+    "With the loss on the last step alone, displacements decay to exactly zero, and the kernel skips the rest. With a "
+    "loss on every step it skips nothing. So the rows with a loss on every step are the fairer ones."
 )
+
+
+TABLE = "Times in the table are in ms, on two threads. In bold stands **torch's time by ours**."
 
 
 def summary(results: Results) -> str:
@@ -101,7 +105,7 @@ def summary(results: Results) -> str:
         cells += [" / ".join(f"{rules[n]['limit_ratio']:.1f}" for n in ("local", "through_time") if n in rules)]
         lines.append(cells)
     parts = ["## Recurrent layers", headline(results), STEP_COLUMNS]
-    parts += [f"{machine(results)}; two threads, medians of interleaved rounds, ms, and **torch's time by ours**:"]
+    parts += [f"{machine(results)}.", f"{TABLE} All are medians of interleaved rounds."]
     parts += [table([" I, H, B, T", " loss on", "`torch.nn.RNN`", *RULES.values(), "at sgemm's rate"], lines)]
     parts += ["![How many times faster than torch.nn.RNN, over T and over H](speed.png)"]
     return "\n\n".join([*parts, *memory(results), "## Feed-forward networks", *feed_forward(results)])
@@ -118,8 +122,8 @@ def gated(results: Results) -> str:
         cells += [f"{ms(inference[0]['seconds'])} **{inference[0]['ratio']:.1f}**" if inference else ""]
         lines.append(cells)
     said = (
-        "`tpext.nn.GRU` and `LSTM` against torch's, a step with a loss on every step, and inference alone: "
-        f"{machine(results)}; two threads, ms, and **torch's time by ours**:"
+        "`tpext.nn.GRU` and `LSTM` beside torch's: a training step with a loss on every step, and inference alone.\n\n"
+        f"{machine(results)}.\n\n{TABLE}"
     )
     return f"{said}\n\n{table([' cell', ' I, H, B, T', 'step of torch', *RULES.values(), 'inference'], lines)}"
 
@@ -135,7 +139,7 @@ def memory(results: Results) -> list[str]:
         array = 4 * reference["T"] * reference["B"] * reference["H"]
         parts.append(
             f"Peak memory of one step at {size}, beyond what was resident before it: `torch.nn.RNN` "
-            f"{mib(reference['peak_bytes'])} MiB, {', '.join(said)}; one array of all states is {mib(array)} MiB."
+            f"{mib(reference['peak_bytes'])} MiB, {', '.join(said)}. One array of all states is {mib(array)} MiB."
         )
     lines = []
     for row in results.of("test_long_sequence"):
@@ -146,7 +150,10 @@ def memory(results: Results) -> list[str]:
         lines.append([size, ms(row["peer_median"]), whole, ms(row["seconds"]), chunked, times])
     if lines:
         every = results.of("test_long_sequence")[0]["checkpoint_every"]
-        parts.append(f"Long sequences, through_time: the whole at once, and with `checkpoint_every={every}`:")
+        parts.append(
+            "Long sequences, with credit through time. The sequence is taken as a whole, and by chunks, with "
+            f"`checkpoint_every={every}`."
+        )
         parts.append(table([" I, H, B, T", "whole, ms", "MiB", "by chunks, ms", "MiB", "times as long"], lines))
     return parts
 
@@ -188,7 +195,7 @@ def feed_forward(results: Results) -> list[str]:
     times = []
     for rule, name in MLP_RULES.items():
         steps = [results.of("test_mlp_step", **MLP | {"rule": rule, "optimizer": o})[0] for o in OPTIMIZERS]
-        times.append("{} {:.2f} ({:.2f})".format(name, *(1 / row["ratio"] for row in steps)))
+        times.append("- {} {:.2f} ({:.2f})".format(name, *(1 / row["ratio"] for row in steps)))
     published, without_first = (
         results.of("test_published_step", **MLP | {"first_layer": first})[0]["ratio"] for first in (True, False)
     )
@@ -204,12 +211,14 @@ def feed_forward(results: Results) -> list[str]:
         ratio = f"**{row['ratio']:.{1 if row['ratio'] >= 2 else 2}f}**"
         lines.append([what.format_map(row), against, ms(row["peer_median"]), ms(row["seconds"]), ratio, verdict(row)])
     return [
-        "A step of 784-240-240-240-240-10, batch 100, takes so many times as long as "
-        f"back-propagation in torch, with SGD (with Adam): {', '.join(times)}. The first of them is {published:.1f} "
-        f"times as fast as the published way, by an explicit inverse a layer, and {without_first:.1f} times as that "
-        "without the first layer's inverse, which is of no use.",
-        "Two threads, single samples on one; ms. Ratios of the inverses: the least, of which the target is, and the "
-        "greatest over all batches.",
+        "A step of 784-240-240-240-240-10, batch 100, takes so many times as long as back-propagation in torch, with "
+        "SGD (with Adam):",
+        "\n".join(times),
+        f"The step of `RegularizedLeastSquares` is {published:.1f} times as fast as the published way, which forms an "
+        "explicit inverse for each layer. That of the first layer is of no use. Without it, ours is "
+        f"{without_first:.1f} times as fast as the published way.",
+        "Times in the table are in ms, on two threads, and those of single samples on one. The inverses have two "
+        "ratios: the least and the greatest over all batches. Their target is for the least.",
         table([" what", " against", "torch", "ours", "ratio", " target"], lines),
     ]
 
@@ -309,14 +318,15 @@ def details(results: Results) -> str:
     parts = [
         "## All rows",
         f"{machine(results)}.",
-        "Each row runs its peer right before every round of ours, either as often in a row as fills 20 ms. What the "
-        "two are, the heads of the files `benchmarks/bench_*.py` say. Times are medians of a call ± half the "
-        "interquartile range; the ratio is the peer's median by ours, beside the quartiles of single rounds. *At "
-        "sgemm's rate* is what a row's products (of a recurrent step those with weights, not with a head's) and its "
-        "inverses cost at the rate of torch's own sgemm, 1024 x 1024, measured just before the row, and the ratio "
-        "that this would be. It is a yardstick, not the machine's peak: our kernels outrun that sgemm where MKL does "
-        "not use the processor's widest vectors, and they skip products of zeros (loss on the last step: with "
-        "orthogonal weights and reg = 1 a displacement halves at every step and is exactly zero after some 150).",
+        "Each row runs its peer right before every round of ours. Either is called as often in a row as fills 20 ms. "
+        "The heads of the files `benchmarks/bench_*.py` say what the two are. Times are medians of a call ± half the "
+        "interquartile range. The ratio is the peer's median by ours. Beside it are the quartiles of single rounds.",
+        "*At sgemm's rate* is what a row's products and inverses cost at the rate of torch's own sgemm, and the ratio "
+        "that this would be. That rate is measured just before the row, on matrices of 1024 x 1024. Of a recurrent "
+        "step the products with weights count, those with a head's do not.",
+        "This is a yardstick, not the machine's peak. Our kernels outrun that sgemm where MKL does not use the "
+        "processor's widest vectors. And they skip products of zeros where the loss is on the last step: with "
+        "orthogonal weights and reg = 1 a displacement halves at every step, and is exactly zero after some 150.",
     ]
     for title, test, columns in SECTIONS:
         if rows := results.of(test):
@@ -338,8 +348,9 @@ def ensemble_details(results: Results, source: str) -> str:
     rows = results.of("test_ensemble_step")
     parts = [
         f"## Ensembles: {rows[0]['members']} networks together against one after another",
-        f"From `{source}`: {results.cpu}, torch {rows[0]['torch']}. A training step of `tpext.nn.Ensemble` beside "
-        "those of its members' own calls, loss on the last step, numbers and inputs of each its own; the same bits.",
+        f"From `{source}`: {results.cpu}, torch {rows[0]['torch']}.",
+        "A training step of `tpext.nn.Ensemble` beside the calls of its members, one after another. Each member has "
+        "numbers and inputs of its own. The loss is on the last step. Both ways give the same bits.",
         timed_table(rows, ("I, H, B, T", "threads")),
     ]
     return "\n\n".join(parts) + "\n"
@@ -446,7 +457,8 @@ def write(source: Path, root: Path = ROOT) -> None:
             f"{source} is not of a whole run of the suite, nothing is written; missing: {', '.join(missing)}"
         )
     readme = put(first_look(results), BEGIN, END, (root / "README.md").read_text())
-    overview = ["# Benchmarks", f"Made by `python benchmarks/report.py` from `{source.name}`.", summary(results)]
+    made = f"Made by `python benchmarks/report.py` from `{source.name}`."
+    overview = ["# Benchmarks", f"{made} [History](benchmark-history.md) has earlier runs.", summary(results)]
     rows = [details(results)]
     gates = source.with_name("gated.json")
     if gates.is_file():

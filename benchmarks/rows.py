@@ -25,8 +25,11 @@ class Results(NamedTuple):
 
 
 def read(path: Path) -> Results:
+    return results_of(json.loads(path.read_text()))
+
+
+def results_of(data: dict[str, Any]) -> Results:
     """Each row is the test's own ``extra_info`` with ``name`` and ``test`` (the function)."""
-    data = json.loads(path.read_text())
     rows = [
         {
             **row["extra_info"],

@@ -264,12 +264,14 @@ def test_report_summary(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) 
     line = "784 steps of 100 units, batch 16, two threads, loss on the last step (on every step): 9.0 (9.0)"
     assert line in text
     assert "8.0 (8.0) through time, 7.0 (7.0) with `Backprop()`" in text
-    assert ": 51 times as fast as one in the style" in text
-    assert "\n\nAbacus 9, avx2, torch 2.99, float32, torch's sgemm at 90 and 180 GFLOP/s on 1 and 2 threads; " in text
+    assert "Ours is 51 times as fast as a loop in the style" in text
+    assert (
+        "\n\nAbacus 9, avx2, torch 2.99, float32, torch's sgemm at 90 and 180 GFLOP/s on 1 and 2 threads.\n\n" in text
+    )
     # Only two threads; a column a rule; both limits.
     assert "| 6, 100, 20, 60 | last step | 4.00 | 1.00 **4.0** | 1.00 **3.0** | 1.00 **4.0** | 8.0 / 6.0 |" in text
     assert text.count("6, 100, 20, 60") == 1
-    assert "`torch.nn.RNN` 900 MiB, local 500 MiB; one array of all states is 196 MiB" in text
+    assert "`torch.nn.RNN` 900 MiB, local 500 MiB. One array of all states is 196 MiB" in text
     # Ours is the step by chunks: 125 ms against 100 ms are 1.25 times as long.
     assert "| 1, 128, 16, 10000 | 100 | 300 | 125 | 20 | 1.25 |" in text
 
@@ -277,10 +279,10 @@ def test_report_summary(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) 
 def test_report_summary_of_feed_forward_networks(load: Any, tmp_path: Path, suite: list[dict[str, Any]]) -> None:
     text = load("report").summary(load("rows").read(write(tmp_path / "a.json", suite)))
     # Ratios are torch's time by ours; 0.625 of it is 1.6 times as long, which misses 1.5.
-    assert "`RegularizedLeastSquares` 1.60 (1.60), `ConstrainedLeastSquares` 2.00 (2.00)" in text
-    assert "reconstruction loss 2.50 (2.50), `Backprop()` 0.80 (0.80)" in text
+    assert "- `RegularizedLeastSquares` 1.60 (1.60)\n- `ConstrainedLeastSquares` 2.00 (2.00)\n" in text
+    assert "reconstruction loss 2.50 (2.50)\n- `Backprop()` 0.80 (0.80)\n" in text
     assert "is 7.2 times as fast as the published way" in text
-    assert "and 2.5 times as that without the first" in text
+    assert "Without it, ours is 2.5 times as fast as the published way." in text
     network = "784-240-240-240-240-10, batch 100 | back-propagation in torch"
     assert f"| training step of {network} | 0.625 | 1.00 | **0.62** | ≥ 0.667 **missed** |" in text
     stream = "2,000 single samples through 784-32-10 | a layer at a time in torch"
@@ -433,6 +435,66 @@ def test_the_readme_has_one_place_for_the_report(load: Any) -> None:
     report = load("report")
     readme = (ROOT / "README.md").read_text()
     assert readme.count(report.BEGIN) == readme.count(report.END) == 1
+
+
+# History
+
+
+def newest(page: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """By title and processor: the header of the table and its first line."""
+    found = {}
+    for section in page.split("\n## ")[1:]:
+        tables = re.findall(r"^(.+):\n\n(\|.*)\n\| ---.*\n(\|.*)$", section, re.MULTILINE)
+        found |= {(section.partition("\n")[0], processor): lines for processor, *lines in tables}
+    return found
+
+
+def test_the_history_begins_with_the_present_results(load: Any) -> None:
+    """Else ``python benchmarks/history.py`` was forgotten."""
+    history, file = load("history"), ROOT / "docs" / "benchmark-history.md"
+    if not file.is_file():
+        pytest.skip("no folder docs beside the tests")
+    present = newest(history.page(list(history.runs(history.present()))))
+    assert {title for title, _ in present} == {title for title, _, _ in history.GROUPS}
+    committed = newest(file.read_text())
+    for table, lines in present.items():
+        assert committed[table] == lines
+
+
+def test_the_history_has_every_version_once(load: Any, tmp_path: Path) -> None:
+    history, folder = load("history"), tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+
+    def result(name: str, cpu: str, day: int, ratio: float, key: str, *, dirty: bool = False) -> None:
+        size = dict(zip("IHBT", (1, 100, 16, 784), strict=True))
+        row = timed("test_step[a]", ratio=ratio, loss="last", **size, **{key: "local"})
+        commit = {"id": f"{day}" * 40, "dirty": dirty}
+        data = {"benchmarks": [row], "commit_info": commit, "datetime": f"2026-01-0{day}T10:30:59.123+00:00"}
+        (folder / name).write_text(json.dumps({**data, "machine_info": {"cpu": {"brand_raw": cpu}}}))
+
+    def commit() -> None:
+        for arguments in (["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a"]):
+            subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (folder / "counts.json").write_text('{"counts": []}')
+    result("cpu.json", "Abacus", 1, 0.5, "credit")  # what a rule was called at first
+    commit()
+    result("cpu.json", "Slide rule", 2, 3.0, "rule")
+    shutil.copy(folder / "cpu.json", folder / "another.json")
+    commit()
+    result("cpu.json", "Abacus", 3, 4.25, "rule", dirty=True)  # not committed
+    page = history.page(list(history.runs([*history.present(tmp_path), *history.past(tmp_path)])))
+    lines = [line for line in page.splitlines() if line.endswith(":") or line.startswith("| 2026")]
+    assert lines == [
+        "Abacus, avx2:",
+        "| 2026-01-03 10:30 | 3333333+ |  | 4.25 |  |  |  |  |  |",
+        "| 2026-01-01 10:30 | 1111111 |  | 0.500 |  |  |  |  |  |",
+        "Slide rule, avx2:",
+        "| 2026-01-02 10:30 | 2222222 |  | 3.00 |  |  |  |  |  |",
+    ]
 
 
 # Instruction counts
