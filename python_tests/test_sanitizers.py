@@ -1,8 +1,9 @@
-"""The kernels under ThreadSanitizer, on the threads of ``openmp_stand_in.cpp``."""
+"""Races of the kernels, and memory beside arrays in random calls of the bindings, by sanitizers and fences."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_bindings
 import pytest
 
 from tpext import _C
@@ -70,7 +72,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
     """Runs a program where memory lies as sanitizers expect it: they refuse some random layouts."""
     if shutil.which("setarch") and subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0:
         command = ["setarch", "-R", *command]
-    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +114,46 @@ def test_a_missing_barrier_is_reported(driver: Path, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", RECURRENT)
 def test_a_missing_order_within_a_team_is_reported(driver: Path, kernel: str) -> None:
     assert any(report(driver, kernel, *call, TPEXT_UNORDERED="teams")[0] for call in CALLS)
+
+
+def fuzz(module: Path, calls: int, *options: str, **environment: str) -> None:
+    """Random calls of a module's entries: none ends the process, and of each entry for the CPU some return."""
+    program = [sys.executable, "-W", "ignore", str(ROOT / "python_tests" / "fuzz_bindings.py")]
+    finished = run([*program, str(module), "0", str(calls), *options], **environment)
+    last = finished.stdout.strip().splitlines()[-1]
+    assert finished.returncode == 0, f"the call of entry and seed {last}: {finished.stderr[-8000:]}"
+    outcomes = json.loads(last)
+    elsewhere = {entry for entry in outcomes if entry.endswith("plan")} | {"gated_projected_scan", "gated_target_scan"}
+    for entry in outcomes.keys() - elsewhere:
+        assert outcomes[entry].get("returned", 0) > 0, f"{entry}: nothing but errors"
+
+
+def test_every_entry_is_called() -> None:
+    assert {*fuzz_bindings.TENSORS, *fuzz_bindings.PLAIN} == {name for name in dir(_C) if not name.startswith("_")}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects pages by Linux's mprotect")
+def test_random_calls_end_in_a_result_or_an_error() -> None:
+    fuzz(Path(_C.__file__), 3000, "fences")
+
+
+@pytest.mark.slow
+def test_random_calls_touch_nothing_beside_their_arrays() -> None:
+    """Nor is any of their behaviour undefined."""
+    pytest.importorskip("pybind11")
+    folder = built("address,undefined", "-DTPEXT_CUDA=off", f"-DPython_EXECUTABLE={sys.executable}")
+    libraries = [
+        subprocess.run(
+            ["g++", f"-print-file-name={name}.so"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan", "libubsan")
+    ]
+    fuzz(
+        next(folder.glob("_C*.so")),
+        20000,
+        LD_PRELOAD=":".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+        PYTHONMALLOC="malloc",
+        TPEXT_CPU_CAPABILITY="",
+    )
