@@ -1,8 +1,11 @@
-// Runs one kernel once, in float32 on one thread, for instructions.py to count its instructions:
-//     kernel_driver KERNEL        the instruction set is the one of TPEXT_CPU_CAPABILITY
-//     kernel_driver compiler      prints the compiler's name and version
+// Runs one kernel once, in float32, for instructions.py to count its instructions and test_sanitizers.py to look for
+// races:
+//     kernel_driver KERNEL [THREADS S T B H]   the instruction set is the one of TPEXT_CPU_CAPABILITY
+//     kernel_driver compiler                   prints the compiler's name and version
+#include <array>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <string>
@@ -13,7 +16,10 @@
 namespace {
 
 // Not powers of two: partial vectors and a remainder of rows are part of the count.
-constexpr int64_t T = 24, B = 19, H = 100, I = 6;
+int64_t S = 1, T = 24, B = 19, H = 100;
+constexpr int64_t I = 6;
+int threads = 1;
+bool any_sizes = false;  // not those above
 
 // Uniform in +-scale, the same numbers on every machine.
 std::vector<float> numbers(int64_t count, float scale) {
@@ -33,7 +39,14 @@ tpext::MemberNumber<float> of_all(const float& value) { return {&value, 1}; }
 // What is counted is this function and all that it calls; the name stands in instructions.py.
 template <class Args>
 __attribute__((noinline)) void run_kernel(const Args& args) {
-  tpext::cpu::kernels()(args, 1);
+  tpext::cpu::kernels()(args, threads);
+}
+
+// Members of a stack run forward and back by turns.
+std::vector<uint8_t> directions() {
+  std::vector<uint8_t> reverse(static_cast<size_t>(S));
+  for (size_t s = 0; s < reverse.size(); ++s) reverse[s] = s % 2;
+  return reverse;
 }
 
 // Of tanh with reg = 0.1: a training step's small displacements of the output, or targets in and beyond the range.
@@ -139,18 +152,18 @@ void kaczmarz_step(std::vector<float>& weight_change) {
 void gated(tpext::Cell cell, bool backward, std::vector<float>& found) {
   const bool lstm = cell == tpext::Cell::lstm;
   const int64_t gates = tpext::gate_count(cell), kept_count = tpext::kept_count(cell);
-  const uint8_t reverse = 0;
-  const std::vector<float> input = numbers(T * B * I, 1), h0 = numbers(B * H, 1), c0 = numbers(B * H, 1),
-                           weight_ih = numbers(gates * H * I, 0.3f), weight_hh = numbers(gates * H * H, 0.1f),
-                           bias = numbers(gates * H, 0.3f), grad_states = numbers(T * B * H, 1);
-  std::vector<float> states(static_cast<size_t>(T * B * H)), kept(static_cast<size_t>(kept_count) * states.size()),
+  const std::vector<uint8_t> reverse = directions();
+  const std::vector<float> input = numbers(T * B * I, 1), h0 = numbers(S * B * H, 1), c0 = numbers(S * B * H, 1),
+                           weight_ih = numbers(S * gates * H * I, 0.3f), weight_hh = numbers(S * gates * H * H, 0.1f),
+                           bias = numbers(S * gates * H, 0.3f), grad_states = numbers(S * T * B * H, 1);
+  std::vector<float> states(static_cast<size_t>(S * T * B * H)), kept(static_cast<size_t>(kept_count) * states.size()),
       h_n(h0.size()), c_n(h0.size());
   tpext::GatedScan<float> forward{};
-  forward.sizes.stack = 1;
+  forward.sizes.stack = S;
   forward.sizes.time = T;
   forward.sizes.batch = B;
   forward.sizes.hidden = H;
-  forward.sizes.reverse = &reverse;
+  forward.sizes.reverse = reverse.data();
   forward.cell = cell;
   forward.input = {input.data(), I, 0, B * I, I};
   forward.weight_ih = weight_ih.data();
@@ -167,9 +180,10 @@ void gated(tpext::Cell cell, bool backward, std::vector<float>& found) {
     found = kept;
     return;
   }
-  tpext::cpu::kernels()(forward, 1);
-  std::vector<float> grad_input(input.size()), grad_weight_ih(weight_ih.size()), grad_bias_ih(bias.size()),
-      grad_bias_hh(bias.size()), disp_h(h0.size()), disp_c(h0.size()), credit_h(h0.size()), credit_c(h0.size());
+  tpext::cpu::kernels()(forward, threads);
+  std::vector<float> grad_input(static_cast<size_t>(S) * input.size()), grad_weight_ih(weight_ih.size()),
+      grad_bias_ih(bias.size()), grad_bias_hh(bias.size()), disp_h(h0.size()), disp_c(h0.size()), credit_h(h0.size()),
+      credit_c(h0.size());
   found.resize(weight_hh.size());
   tpext::GatedLayerBackward<float> args{};
   args.sizes = forward.sizes;
@@ -230,25 +244,26 @@ void kaczmarz_train(std::vector<float>& change) {
 }
 
 int run(const std::string& kernel) {
-  const uint8_t reverse = 0;
-  const auto states_like = [](float scale) { return numbers(T * B * H, scale); };
-  const std::vector<float> weight = numbers(H * H, 0.15f), inverse = numbers(H * H, 0.15f), h0 = numbers(B * H, 1);
+  const std::vector<uint8_t> reverse = directions();
+  const auto states_like = [](float scale) { return numbers(S * T * B * H, scale); };
+  const std::vector<float> weight = numbers(S * H * H, 0.15f), inverse = numbers(S * H * H, 0.15f),
+                           h0 = numbers(S * B * H, 1);
   const std::vector<float> x_proj = states_like(1), states = states_like(0.9f), grad_states = states_like(1);
-  std::vector<float> large(static_cast<size_t>(T * B * H)), small(static_cast<size_t>(B * H));
+  std::vector<float> large(static_cast<size_t>(S * T * B * H)), small(static_cast<size_t>(S * B * H));
 
   const auto set_sizes = [&](tpext::RnnSizes& sizes) {
-    sizes.stack = 1;
+    sizes.stack = S;
     sizes.time = T;
     sizes.batch = B;
     sizes.hidden = H;
-    sizes.reverse = &reverse;
+    sizes.reverse = reverse.data();
   };
   const auto set_common = [&](auto& args) {
     set_sizes(args.sizes);
     args.nonlinearity = tpext::Nonlinearity::tanh;
     args.weight_hh = weight.data();
   };
-  const std::vector<float> input = numbers(T * B * I, 1), weight_ih = numbers(H * I, 0.15f);
+  const std::vector<float> input = numbers(T * B * I, 1), weight_ih = numbers(S * H * I, 0.15f);
   if (kernel == "act_inverse small" || kernel == "act_inverse any" || kernel == "act_displacement") {
     act_inverse(kernel != "act_inverse any", kernel == "act_displacement", large);
   } else if (kernel == "code_difference" || kernel == "code_difference any pool" || kernel == "probe_difference") {
@@ -277,7 +292,8 @@ int run(const std::string& kernel) {
   } else if (kernel == "regularized_inverse batch" || kernel == "regularized_solve") {
     // Small matrices, B of them: one a lane.
     constexpr int64_t M = 15, N = 13, K = 3;
-    std::vector<int64_t> status(B);
+    const std::vector<float> matrices = numbers(B * M * N, 0.15f), rhs = numbers(B * K * M, 1);
+    std::vector<int64_t> status(static_cast<size_t>(B));
     if (kernel == "regularized_solve") {
       large.resize(static_cast<size_t>(B * K * N));
       tpext::RegularizedSolve<float> args{};
@@ -286,8 +302,8 @@ int run(const std::string& kernel) {
       args.columns = N;
       args.count = K;
       args.reg = 1;
-      args.weight = weight.data();
-      args.rhs = grad_states.data();
+      args.weight = matrices.data();
+      args.rhs = rhs.data();
       args.solution = large.data();
       args.status = status.data();
       run_kernel(args);
@@ -298,7 +314,7 @@ int run(const std::string& kernel) {
       args.rows = M;
       args.columns = N;
       args.reg = of_all(kOne);
-      args.weight = weight.data();
+      args.weight = matrices.data();
       args.inverse = large.data();
       args.status = status.data();
       run_kernel(args);
@@ -330,9 +346,9 @@ int run(const std::string& kernel) {
     run_kernel(args);
   } else if (kernel.rfind("rnn_layer_backward ", 0) == 0) {
     const bool through_time = kernel == "rnn_layer_backward through_time";
-    large.resize(static_cast<size_t>(H * H));
-    std::vector<float> grad_input(input.size()), grad_weight_ih(static_cast<size_t>(H * I)),
-        grad_bias(static_cast<size_t>(H)), credit_h0(small.size());
+    large.resize(weight.size());
+    std::vector<float> grad_input(static_cast<size_t>(S) * input.size()), grad_weight_ih(weight_ih.size()),
+        grad_bias(static_cast<size_t>(S * H)), credit_h0(small.size());
     tpext::RnnLayerBackward<float> args{};
     set_common(args.pass);
     args.pass.correction = tpext::Correction::linearized;
@@ -362,9 +378,9 @@ int run(const std::string& kernel) {
     for (const std::vector<float>* more : {&grad_input, &grad_weight_ih, &grad_bias})
       large.insert(large.end(), more->begin(), more->end());
   } else if (kernel == "rnn_weight_gradients") {
-    large.resize(static_cast<size_t>(H * H));
-    small.resize(static_cast<size_t>(H * I));
-    std::vector<float> grad_bias(static_cast<size_t>(H));
+    large.resize(weight.size());
+    small.resize(weight_ih.size());
+    std::vector<float> grad_bias(static_cast<size_t>(S * H));
     tpext::RnnWeightGradients<float> args{};
     set_sizes(args.sizes);
     args.scale = of_all(kOne);
@@ -397,9 +413,10 @@ int run(const std::string& kernel) {
     std::fprintf(stderr, "kernel_driver: no kernel %s\n", kernel.c_str());
     return 2;
   }
-  // A kernel that did nothing, or not all, would look fast.
+  // A kernel that did nothing, or not all, would look fast. Of other sizes zeros, and numbers without end, may be
+  // right.
   for (const float value : large)
-    if (!(value != 0)) {
+    if (!any_sizes && (value == 0 || value != value)) {
       std::fprintf(stderr, "kernel_driver: %s left a zero or a NaN\n", kernel.c_str());
       return 1;
     }
@@ -409,9 +426,14 @@ int run(const std::string& kernel) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 2) {
-    std::fputs("usage: kernel_driver KERNEL | compiler\n", stderr);
+  if (count != 2 && count != 7) {
+    std::fputs("usage: kernel_driver KERNEL [THREADS S T B H] | compiler\n", stderr);
     return 2;
+  }
+  if (count == 7) {
+    any_sizes = true;
+    threads = std::atoi(arguments[2]);
+    for (int i = 0; i < 4; ++i) *std::array{&S, &T, &B, &H}[static_cast<size_t>(i)] = std::atoll(arguments[3 + i]);
   }
   if (std::strcmp(arguments[1], "compiler") == 0) {
     std::puts(TPEXT_COMPILER);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import mmap
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 import torch
 from comparison import layer, scan
 from gated_cases import as_tensors, gated
+from native_memory import DLTensor, Fenced, foreign_capsule
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
@@ -401,12 +401,6 @@ class Exporter:
         return self.capsule
 
 
-def foreign_capsule(pointer: int, capsule_name: bytes) -> object:
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    return new(pointer, capsule_name, None)
-
-
 def consumed_capsule(tensor: Tensor) -> object:
     capsule = to_dlpack(tensor)
     from_dlpack(capsule)
@@ -442,25 +436,6 @@ def test_entry_refuses_none_unless_optional(op: str, argument: str) -> None:
         named = r"\w+" if argument == "x_proj" and op == "rnn_scan" else argument
         with pytest.raises(TypeError, match=rf"^{entry_error(op)}{named} must be "):
             call_entry(op, arguments)
-
-
-class DLTensor(ctypes.Structure):
-    """The C structure of DLPack's tensor, to make one that torch would not."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-        ("manager", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    )
 
 
 CPU, CUDA, PINNED, MANAGED = 1, 2, 3, 13
@@ -675,7 +650,7 @@ def test_dtypes_of_cuda() -> None:
 @needs_cuda_build
 def test_sizes_beyond_the_kernels_of_cuda_are_refused() -> None:
     states = torch.zeros(1)
-    for shape in ([1, 1, 2**16, 2**15], [1, 2**31, 1, 1], [2**31, 1, 1, 1], [1, 1, 2**62, 2**62]):
+    for shape in ([1, 1, 2**16, 2**15], [1, 2**31, 1, 1], [2**31, 1, 1, 1]):
         value = Claimed(states, shape=shape)
         with pytest.raises(ValueError, match=r"rnn_scan: states must have S, T and B \* H below 2\^31 on CUDA, got "):
             call_entry("rnn_scan", cuda_arguments("rnn_scan") | {"states": value})
@@ -691,6 +666,28 @@ def test_entry_refuses_negative_sizes(op: str) -> None:
     value = Claimed(leading, CPU, shape=[*leading.shape[:-1], -1])
     with pytest.raises(ValueError, match=f"{entry_error(op)}{LEADING[op]} must have sizes >= 0, got "):
         call_entry(op, entry_arguments(op) | {LEADING[op]: value})
+
+
+@each_entry
+@pytest.mark.parametrize("sizes", [(2**62, 2**62), (2**45, 1), (0, 2**62)])
+def test_entry_refuses_sizes_that_no_memory_has(op: str, sizes: tuple[int, int]) -> None:
+    leading = entry_arguments(op)[LEADING[op]]
+    value = Claimed(leading, CPU, shape=[*leading.shape[:-2], *sizes])
+    with pytest.raises(ValueError, match=f"{entry_error(op)}{LEADING[op]} must have sizes for less than 2\\^48 bytes"):
+        call_entry(op, entry_arguments(op) | {LEADING[op]: value})
+
+
+@each_tensor_of_an_entry
+def test_entry_refuses_elements_between_two_places(op: str, argument: str) -> None:
+    """NumPy exports arrays at any address; what a compiler makes of the kernels relies on whole multiples."""
+    arguments = entry_arguments(op)
+    array = arguments[argument].numpy()
+    moved = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    with pytest.raises(
+        ValueError, match=f"{entry_error(op)}{argument} must have its elements at multiples of their size"
+    ):
+        call_entry(op, arguments | {argument: moved})
 
 
 PLAN = {"products": 1, "dtype": "float32", "stack": 1, "batch": 16, "hidden": 100, "device": 0, "regime": "auto"}
@@ -830,28 +827,6 @@ def test_entry_refuses_missing_and_unknown_arguments(op: str) -> None:
         call_entry(op, arguments)
 
 
-class Fenced:
-    """Copies of tensors, each between two pages of memory that nobody may touch: against the first or the second."""
-
-    def __init__(self, against_end: bool) -> None:
-        self.against_end = against_end
-        self.maps: list[mmap.mmap] = []
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if bytes_ == 0:
-            return tensor.clone()
-        end = (bytes_ // mmap.PAGESIZE + 2) * mmap.PAGESIZE
-        memory = mmap.mmap(-1, end + mmap.PAGESIZE)
-        self.maps.append(memory)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for fence in (0, end):
-            assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + fence), mmap.PAGESIZE, 0) == 0
-        begin = end - bytes_ if self.against_end else mmap.PAGESIZE
-        copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=begin).view(tensor.shape)
-        return copy.copy_(tensor)
-
-
 def call_entries_between_fences() -> None:
     """Every entry with sizes around those of vectors; ends the process where one reads or writes beside an array."""
     widths = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33]
@@ -868,7 +843,8 @@ def call_entries_between_fences() -> None:
             fenced, arguments = Fenced(against_end), entry_arguments(op, H=H, **sizes) | options
             for key in tensors_of(arguments):
                 floating = arguments[key].is_floating_point()
-                arguments[key] = fenced(arguments[key].to(dtype) if floating else arguments[key])
+                value = arguments[key].to(dtype) if floating else arguments[key]
+                arguments[key] = torch.from_numpy(fenced(value.numpy()))
             call_entry(op, arguments)
     # The pages are still in use by tensors, and taken down with the process.
     os._exit(0)

@@ -86,6 +86,11 @@ def test_the_least_quota_of_a_process_s_groups_counts(tmp_path: Path) -> None:
     assert _C.quota_processors(str(tmp_path / "none"), str(mount), 64) == 64
 
 
+def test_a_control_group_without_a_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        _C.quota_processors(None, "/sys/fs/cgroup", 64)
+
+
 def test_quotas_of_control_groups_of_version_1(tmp_path: Path) -> None:
     membership = tmp_path / "membership"
     # As within a container: the path is the host's, and the group is mounted as the root.

@@ -9,6 +9,7 @@ namespace tpext::bindings {
 namespace {
 constexpr const char* kUnread = "dltensor";
 constexpr const char* kRead = "used_dltensor";
+constexpr int64_t kMostBytes = int64_t{1} << 48;
 }  // namespace
 
 std::string dtype_name(dlpack::DataType dtype) {
@@ -96,9 +97,17 @@ bool Argument::require_readable(dlpack::DataType dtype, const Argument& leading)
     throw py::value_error(label() + " must be " + dtype_name(dtype) + ", got " + dtype_name(tensor().dtype));
   if (std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n < 0; }))
     throw py::value_error(label() + " must have sizes >= 0, got " + shape_text());
+  // More than any memory has: no product of some sizes of a call overflows, nor where others are 0.
+  int64_t bytes = 8;
+  for (int64_t i = 0; i < rank(); ++i)
+    if (__builtin_mul_overflow(bytes, std::max<int64_t>(size(i), 1), &bytes) || bytes > kMostBytes)
+      throw py::value_error(label() + " must have sizes for less than 2^48 bytes, got " + shape_text());
   const bool empty = std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n == 0; });
   if (tensor().data == nullptr && !empty)
     throw py::value_error(label() + " must have memory, got a null pointer (a fake tensor, or storage that was freed)");
+  if (!empty && (reinterpret_cast<uintptr_t>(tensor().data) + tensor().byte_offset) % (dtype.bits / 8) != 0)
+    throw py::value_error(label() +
+                          " must have its elements at multiples of their size in memory, got another address");
   return empty;
 }
 

@@ -52,8 +52,12 @@ PYBIND11_MODULE(TPEXT_MODULE, m) {
   m.def("build_info", &build_info);
   m.def("cpu_capability", [] { return tpext::cpu::kernels().capability; });
   m.def("usable_processors", &tpext::cpu::usable_processors);
-  m.def("quota_processors", &tpext::cpu::quota_processors, py::arg("membership"), py::arg("mount"),
-        py::arg("otherwise"));
+  m.def(
+      "quota_processors",
+      [](const std::string& membership, const std::string& mount, int otherwise) {
+        return tpext::cpu::quota_processors(membership.c_str(), mount.c_str(), otherwise);
+      },
+      py::arg("membership"), py::arg("mount"), py::arg("otherwise"));
   tpext::bindings::define_act_inverse(m);
   tpext::bindings::define_counter_normal(m);
   tpext::bindings::define_gated(m);

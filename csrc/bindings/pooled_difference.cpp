@@ -31,10 +31,11 @@ Pool make_pool(KernelCall& call, int64_t kernel, int64_t stride, int64_t padding
     if (height * width > std::numeric_limits<int32_t>::max())
       call.refuse("a plane must have less than 2^31 elements, got " + std::to_string(height * width));
     const auto pooled = [&](const char* name, int64_t size) {
-      if (size + 2 * padding < kernel)
-        call.refuse(std::string(name) + " must be at least kernel - 2 padding = " +
-                    std::to_string(kernel - 2 * padding) + ", got " + std::to_string(size));
-      return (size + 2 * padding - kernel) / stride + 1;
+      const int64_t least = kernel - 2 * padding;
+      if (size < least)
+        call.refuse(std::string(name) + " must be at least kernel - 2 padding = " + std::to_string(least) + ", got " +
+                    std::to_string(size));
+      return (size - least) / stride + 1;
     };
     pool.pooled_height = pooled("H", height);
     pool.pooled_width = pooled("W", width);
@@ -100,6 +101,7 @@ void probe_difference(const char* op, const Argument& output, const Argument& in
   const NoiseCounter counter =
       noise_counter(op, seed, step, stream, first_row, rows, channels * pool.pooled_height * pool.pooled_width);
   require_range(op, "stream_stride", stream_stride, int64_t{1} << 32, "2^32");
+  require_range(op, "the number K of draws", draws, int64_t{1} << 31, "2^31");
   if (draws > 0) require_range(op, "the last stream", stream + (draws - 1) * stream_stride, int64_t{1} << 32, "2^32");
   call.run(
       [&]<class T>(T) {

@@ -77,10 +77,10 @@ void require_ridge(const KernelCall& call, const Numbers& reg, const Dim& batch)
 int64_t regularized_inverse(const char* op, const Argument& weight, const Numbers& reg, const Argument& inverse,
                             const Argument& status, const py::object& execution) {
   const KernelCall call(op, weight, execution);
-  const Dim batch = require_matrices(weight), M{"M", size_from_last(weight, 2)}, N{"N", size_from_last(weight, 1)};
   call.floats(weight);
-  require_matrices(inverse, batch, N, M);
+  const Dim batch = require_matrices(weight), M{"M", size_from_last(weight, 2)}, N{"N", size_from_last(weight, 1)};
   call.written(inverse);
+  require_matrices(inverse, batch, N, M);
   require_status(status, batch, weight, call.on_cuda());
   require_ridge(call, reg, batch);
   if (call.on_cuda() && std::max(M.size, N.size) > cuda::kLargestInverse)
@@ -102,14 +102,13 @@ int64_t regularized_solve(const char* op, const Argument& weight, const Argument
   const KernelCall call(op, weight, execution);
   if (call.on_cuda())
     throw py::value_error(weight.label() + " must be on the CPU: on CUDA the solution comes from the inverse");
-  const Dim batch = require_matrices(weight), M{"M", size_from_last(weight, 2)}, N{"N", size_from_last(weight, 1)};
   call.floats(weight);
-  rhs.require();
+  const Dim batch = require_matrices(weight), M{"M", size_from_last(weight, 2)}, N{"N", size_from_last(weight, 1)};
+  call.floats(rhs);
   const Dim K{"K", rhs.rank() < 2 ? 0 : size_from_last(rhs, 2)};
   require_matrices(rhs, batch, K, M);
-  call.floats(rhs);
-  require_matrices(solution, batch, K, N);
   call.written(solution);
+  require_matrices(solution, batch, K, N);
   require_status(status, batch, weight, false);
   require_ridge(call, reg);
   const Statuses statuses(status, batch.size);
