@@ -971,7 +971,7 @@ def run_with(capability: str, *command: str) -> subprocess.CompletedProcess[str]
     # Not in the repository's root: `python -c` would import the package's sources there instead of the installed one.
     here = Path(__file__).parent
     command = (sys.executable, *command)
-    return subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

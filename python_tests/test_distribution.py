@@ -145,7 +145,7 @@ def test_what_is_run_for_contributors_is_there() -> None:
     assert len(sessions) == 5
     steps = [step for job in files["ci.yml"]["jobs"].values() for step in job["steps"]]
     asked = [run.split()[2:] for run in (step.get("run", "") for step in steps) if run.startswith("nox -s ")]
-    assert len(asked) == 2
+    assert len(asked) == 3
     assert {name for names in asked for name in names} <= sessions
     (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     lint = re.search(r"^lint = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
