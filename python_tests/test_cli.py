@@ -743,7 +743,10 @@ def test_a_task_from_a_file_trains_and_resumes(
     assert (done.returncode, "complete already" in done.stdout) == (0, True), done.stderr
     for more, message in (
         ("--resume --task-options length=6", "task_options.length is 5 there, 6 was asked for"),
-        ("--length 6", "length does not belong to tasks.py:Echo, whose options are task_options"),
+        (
+            "--length 6",
+            "length does not belong to tasks.py:Echo, whose options are task_options: --task-options length",
+        ),
         ("--task-options width=6", "task_options must be NAME=VALUE of length, seed, got 'width=6'"),
         ("--data-dir .", "data_dir does not belong to tasks.py:Echo"),
         ("--rule kaczmarz", "kaczmarz does not belong to tasks.py:Echo"),

@@ -886,6 +886,7 @@ def test_trains(rule: Any) -> None:
         ((0, 3), {}, ValueError, "TargetLinear: in_features must be at least 1, got 0"),
         ((3, -1), {}, ValueError, "TargetLinear: out_features must be at least 1, got -1"),
         ((3.0, 2), {}, TypeError, "TargetLinear: in_features must be an int, got float"),
+        ((3, 2, "relu"), {}, TypeError, "TargetLinear: bias must be True or False, got 'relu'; activation="),
         ((3, 2), {"activation": "gelu"}, ValueError, "Activation: name must be one of"),
         ((3, 2), {"rule": RegularizedInverse()}, TypeError, "TargetLinear: rule must be for feed-forward layers "),
         (
@@ -908,6 +909,8 @@ def test_bad_arguments_are_named(arguments: Any, options: Any, error: type[Excep
 
 
 def test_bad_sizes_are_named() -> None:
+    with pytest.raises(TypeError, match=r"^MLP: sizes must be a list of integers, such as \[784, 240, 10\], got 5$"):
+        MLP(5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^MLP: sizes must be two or more, got \[5\]$"):
         MLP([5])
 

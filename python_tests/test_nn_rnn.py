@@ -283,6 +283,8 @@ def test_constructor_errors_of_our_own():
         tpext.nn.RNN(I, H, rule="backprop")
     with pytest.raises(TypeError, match="rule must be"):
         tpext.nn.RNN(I, H, rule=RegularizedInverse)
+    with pytest.raises(TypeError, match="num_layers should be of type int, got: Backprop"):
+        tpext.nn.RNN(I, H, Backprop())
 
 
 def test_dropout_without_effect_warns_as_torch_does():

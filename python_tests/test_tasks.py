@@ -165,7 +165,7 @@ def test_sizes_agree_with_the_data(name: str, mnist_folder: Path) -> None:
         ({"name": "sequential-mnist", "chunk": 5}, "chunk must divide 784"),
         ({"name": "sequential-mnist", "chunk": 0}, "chunk must divide 784"),
         ({"name": "sequential-mnist", "length": 784}, "length does not belong to sequential-mnist"),
-        ({"name": "adding", "chunk": 2}, "chunk does not belong to adding"),
+        ({"name": "adding", "chunk": 2}, r"chunk does not belong to adding \(options of that task: length\)"),
         ({"name": "adding", "data_dir": "x"}, "data_dir does not belong to adding"),
         ({"name": "adding", "order": "shuffled"}, "order does not belong to adding"),
         ({"name": "sequential-mnist", "train_size": 5}, "train_size does not belong to sequential-mnist"),

@@ -7,6 +7,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.utils import parametrize
 
+from tpext._warnings import warn_user
 from tpext.nn.gru import GRU
 from tpext.nn.lstm import LSTM
 from tpext.nn.recurrent import RecurrentLayers
@@ -29,7 +30,8 @@ def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | Recu
     training flag is kept, parameters may be on the meta device. Each module of ``tpext.nn`` found keeps its place and
     takes the new rule. Going to a rule with parameters of its own (``LearnedInverse``) adds them, freshly initialised,
     going away from it removes them: make the optimizer afterwards. Convert before wrapping or compiling. Plain
-    attributes set on one of torch's modules from outside are not carried over.
+    attributes set on one of torch's modules from outside are not carried over. A model without any of these modules is
+    left as it is, with a warning.
 
     Args:
         model: any module; a recurrent network itself also serves.
@@ -63,6 +65,8 @@ def convert(model: _Module, rule: RecurrentRule | None = None) -> _Module | Recu
         elif isinstance(module, nn.RNNBase) and (ours := _replacement(module)) is not None:
             check_replaceable(module, f"convert: module {name!r}" if name else "convert: the module")
             replacements[module] = _from_torch(module, ours, rule)
+    if not kept and not replacements:
+        warn_user("convert: the model has no torch.nn.RNN, GRU or LSTM (subclasses do not count), nothing was changed")
     for module, parameters in kept.items():
         module._replace_rule(rule, parameters)
     for parent in list(model.modules()):

@@ -65,7 +65,7 @@ class TargetLinear(OwnedParameters):
             orthogonal and zero. A ``state_dict`` without them leaves them as they are.
 
     Raises:
-        TypeError: sizes that are no integers, or a rule that is none of feed-forward layers.
+        TypeError: sizes that are no integers, a bias that is no bool, or a rule that is none of feed-forward layers.
         ValueError: another argument out of its range, named.
 
     Cost: backward a least squares rule factors the weights once, ``k^2 (m + k / 3)`` operations with ``k = min(M, N)``,
@@ -106,6 +106,8 @@ class TargetLinear(OwnedParameters):
                 raise TypeError(f"TargetLinear: {name} must be an int, got {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"TargetLinear: {name} must be at least 1, got {size}")
+        if not isinstance(bias, bool):
+            raise TypeError(f"TargetLinear: bias must be True or False, got {bias!r}; activation= goes by its name")
         rule = RegularizedLeastSquares() if rule is None else rule
         self.in_features, self.out_features = in_features, out_features
         self.activation = as_activation(activation)

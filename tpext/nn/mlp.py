@@ -42,7 +42,8 @@ class MLP(nn.Sequential):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: fewer than two sizes, or sizes that cannot be tied. TypeError, ValueError: as :class:`TargetLinear`.
+        ValueError: fewer than two sizes, or sizes that cannot be tied. TypeError: sizes are no sequence; else
+            TypeError, ValueError as :class:`TargetLinear`.
 
     A slice of the network is a plain ``torch.nn.Sequential`` of its layers.
 
@@ -66,6 +67,8 @@ class MLP(nn.Sequential):
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(sizes, Sequence):
+            raise TypeError(f"MLP: sizes must be a list of integers, such as [784, 240, 10], got {sizes!r}")
         if len(sizes) < 2:
             raise ValueError(f"MLP: sizes must be two or more, got {list(sizes)}")
         if rule is not None:

@@ -138,6 +138,8 @@ class RecurrentParameters(OwnedParameters):
                 raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
             if value <= 0:
                 raise ValueError(f"{name} must be greater than zero")
+        if not isinstance(self.num_layers, int):
+            raise TypeError(f"num_layers should be of type int, got: {type(self.num_layers).__name__}")
         if self.num_layers <= 0:
             raise ValueError("num_layers must be greater than zero")
 

@@ -48,7 +48,8 @@ class Entry(NamedTuple):
         given = {option: value for option, value in options.items() if value is not None}
         for option in given:
             if option not in self.options:
-                raise ValueError(f"{option} does not belong to {name}")
+                known = ", ".join(self.options) or "none"
+                raise ValueError(f"{option} does not belong to {name} (options of that task: {known})")
         if "data_dir" in given:
             given["data_dir"] = Path(given["data_dir"])
         return self.kind(**self.fixed, **given)
