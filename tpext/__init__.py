@@ -22,7 +22,7 @@ if _importlib_util.find_spec("tpext._C") is None:
         "outside it to use the installed package."
     )
 
-from tpext import _C, diagnostics, feedback, nn, optim
+from tpext import _C, diagnostics, feedback, nn, optim, tasks
 from tpext.citations import citation
 from tpext.ops import SingularError
 from tpext.rules import (
@@ -76,4 +76,5 @@ __all__ = [
     "feedback",
     "nn",
     "optim",
+    "tasks",
 ]
