@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -62,9 +63,11 @@ def built(sanitizers: str, *options: str) -> Path:
     if (empty := run([str(folder / "empty")])).returncode != 0:
         pytest.skip(f"programs with -fsanitize={sanitizers} do not run here: {empty.stderr}")
     configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DTPEXT_SANITIZERS={sanitizers}"]
-    for command in ([*configure, "-DCMAKE_CXX_COMPILER=g++", *options], ["cmake", "--build", str(folder)]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest -n share the folder
+        for command in ([*configure, "-DCMAKE_CXX_COMPILER=g++", *options], ["cmake", "--build", str(folder)]):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
