@@ -43,6 +43,8 @@ def docs(session: nox.Session) -> None:
 def slow(session: nox.Session) -> None:
     """The tests marked slow: more sizes and options of what the others cover."""
     install(session)
+    # One of them builds the module with sanitizers.
+    session.install(*PROJECT["build-system"]["requires"])
     session.run(".ci/slow", *session.posargs, external=True)
 
 

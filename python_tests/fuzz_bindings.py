@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from native_memory import Fenced, foreign_capsule, tensor_of
+from native_memory import Fenced, foreign_capsule, misaligned, tensor_of
 
 Array = np.ndarray[Any, Any]
 
@@ -271,14 +271,6 @@ class Exporter:
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (1, 0)
-
-
-def misaligned(array: Array) -> Array:
-    """The same numbers at an address that is no multiple of their size."""
-    memory = np.zeros(array.nbytes + 1, np.uint8)
-    moved = memory[1:].view(array.dtype)
-    moved[:] = array.ravel()
-    return moved.reshape(array.shape)
 
 
 SPOILED: tuple[Callable[[Call, Array], Any], ...] = (

@@ -31,6 +31,14 @@ class Fenced:
         return copy
 
 
+def misaligned(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The same numbers at an address that is no multiple of their size."""
+    memory = np.zeros(array.nbytes + 1, np.uint8)
+    moved = memory[1:].view(array.dtype)
+    moved[:] = array.ravel()
+    return moved.reshape(array.shape)
+
+
 class DLTensor(ctypes.Structure):
     """The C structure of DLPack's tensor, to make one that torch and NumPy would not."""
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from comparison import layer, scan
 from gated_cases import as_tensors, gated
-from native_memory import DLTensor, Fenced, foreign_capsule
+from native_memory import DLTensor, Fenced, foreign_capsule, misaligned
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
@@ -681,9 +681,7 @@ def test_entry_refuses_sizes_that_no_memory_has(op: str, sizes: tuple[int, int])
 def test_entry_refuses_elements_between_two_places(op: str, argument: str) -> None:
     """NumPy exports arrays at any address; what a compiler makes of the kernels relies on whole multiples."""
     arguments = entry_arguments(op)
-    array = arguments[argument].numpy()
-    moved = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
-    moved[...] = array
+    moved = misaligned(arguments[argument].numpy())
     with pytest.raises(
         ValueError, match=f"{entry_error(op)}{argument} must have its elements at multiples of their size"
     ):

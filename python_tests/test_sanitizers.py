@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import fuzz_bindings
@@ -56,19 +57,26 @@ def built(sanitizers: str, *options: str) -> Path:
         pytest.skip("needs Linux, g++, cmake and ninja")
     folder = ROOT / "build" / sanitizers.replace(",", "_")
     folder.mkdir(parents=True, exist_ok=True)
+    # Workers of pytest -n share the folder, its first program too: what runs while another writes it looks like a skip.
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build(str(compiler), folder, sanitizers, *options)
+    return folder
+
+
+def build(compiler: str, folder: Path, sanitizers: str, *options: str) -> None:
     flags = [f"-fsanitize={sanitizers}", "-x", "c++", "-", "-o", str(folder / "empty")]
-    empty = subprocess.run([str(compiler), *flags], input="int main() {}", capture_output=True, text=True, timeout=60)
+    empty = subprocess.run([compiler, *flags], input="int main() {}", capture_output=True, text=True, timeout=60)
     if empty.returncode != 0:
         pytest.skip(f"g++ has no -fsanitize={sanitizers}: {empty.stderr}")
     if (empty := run([str(folder / "empty")])).returncode != 0:
         pytest.skip(f"programs with -fsanitize={sanitizers} do not run here: {empty.stderr}")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DTPEXT_SANITIZERS={sanitizers}"]
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of pytest -n share the folder
-        for command in ([*configure, "-DCMAKE_CXX_COMPILER=g++", *options], ["cmake", "--build", str(folder)]):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
-            assert done.returncode == 0, done.stdout + done.stderr
-    return folder
+    # As setup.py does: an earlier build may have been for another Python.
+    configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-U*Python*", "-U*PYTHON*"]
+    configure += [f"-DTPEXT_SANITIZERS={sanitizers}"]
+    for command in ([*configure, "-DCMAKE_CXX_COMPILER=g++", *options], ["cmake", "--build", str(folder)]):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -123,7 +131,7 @@ def fuzz(module: Path, calls: int, *options: str, **environment: str) -> None:
     """Random calls of a module's entries: none ends the process, and of each entry for the CPU some return."""
     program = [sys.executable, "-W", "ignore", str(ROOT / "python_tests" / "fuzz_bindings.py")]
     finished = run([*program, str(module), "0", str(calls), *options], **environment)
-    last = finished.stdout.strip().splitlines()[-1]
+    last = finished.stdout.strip().rpartition("\n")[2]
     assert finished.returncode == 0, f"the call of entry and seed {last}: {finished.stderr[-8000:]}"
     outcomes = json.loads(last)
     elsewhere = {entry for entry in outcomes if entry.endswith("plan")} | {"gated_projected_scan", "gated_target_scan"}
@@ -152,7 +160,7 @@ def test_random_calls_touch_nothing_beside_their_arrays() -> None:
         for name in ("libasan", "libubsan")
     ]
     fuzz(
-        next(folder.glob("_C*.so")),
+        folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}",
         20000,
         LD_PRELOAD=":".join(libraries),
         ASAN_OPTIONS="detect_leaks=0",
