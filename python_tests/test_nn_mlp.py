@@ -886,7 +886,7 @@ def test_trains(rule: Any) -> None:
         ((0, 3), {}, ValueError, "TargetLinear: in_features must be at least 1, got 0"),
         ((3, -1), {}, ValueError, "TargetLinear: out_features must be at least 1, got -1"),
         ((3.0, 2), {}, TypeError, "TargetLinear: in_features must be an int, got float"),
-        ((3, 2, "relu"), {}, TypeError, "TargetLinear: bias must be True or False, got 'relu'; activation="),
+        ((3, 2, "relu"), {}, TypeError, "TargetLinear: bias must be True or False, got 'relu' (an activation"),
         ((3, 2), {"activation": "gelu"}, ValueError, "Activation: name must be one of"),
         ((3, 2), {"rule": RegularizedInverse()}, TypeError, "TargetLinear: rule must be for feed-forward layers "),
         (
