@@ -107,7 +107,9 @@ class TargetLinear(OwnedParameters):
             if size < 1:
                 raise ValueError(f"TargetLinear: {name} must be at least 1, got {size}")
         if not isinstance(bias, bool):
-            raise TypeError(f"TargetLinear: bias must be True or False, got {bias!r} (an activation is given as activation=...)")
+            raise TypeError(
+                f"TargetLinear: bias must be True or False, got {bias!r} (an activation is given as activation=...)"
+            )
         rule = RegularizedLeastSquares() if rule is None else rule
         self.in_features, self.out_features = in_features, out_features
         self.activation = as_activation(activation)
