@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from loading import load_module
 
 from tpext.ops import _library
 
@@ -84,15 +84,10 @@ def emulated_module() -> ModuleType:
     path = os.environ.get("TPEXT_EMULATED_MODULE")
     if not path:
         pytest.skip(NO_EMULATION)
-    spec = importlib.util.spec_from_file_location("_C_emulated", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         # It has one instruction set, whichever the CPU's kernels are tested with.
         patch.delenv("TPEXT_CPU_CAPABILITY", raising=False)
-        spec.loader.exec_module(module)
-    return module
+        return load_module("_C_emulated", path)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ outcome.
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import random
 import re
@@ -22,7 +21,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from native_memory import Fenced, foreign_capsule, misaligned, tensor_of
+from loading import load_module
+from native_memory import Exporter, Fenced, consumed, foreign_capsule, misaligned, tensor_of
 
 Array = np.ndarray[Any, Any]
 
@@ -252,27 +252,6 @@ class Call:
         return outcome
 
 
-def consumed(array: Array) -> object:
-    capsule = array.__dlpack__()
-    np.from_dlpack(Exporter(capsule))
-    return capsule
-
-
-class Exporter:
-    """Something with ``__dlpack__`` that returns what it was given, or raises it."""
-
-    def __init__(self, capsule: object) -> None:
-        self.capsule = capsule
-
-    def __dlpack__(self, **_: object) -> object:
-        if isinstance(self.capsule, Exception):
-            raise self.capsule
-        return self.capsule
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
-
-
 SPOILED: tuple[Callable[[Call, Array], Any], ...] = (
     lambda call, array: call.draw.choice(WRONG),
     lambda call, array: array.astype(call.draw.choice(("f2", "f4", "f8", "i4", "i8", "u1", "c8", "?", "O"))),
@@ -298,17 +277,8 @@ ARGUMENTS = {
 }
 
 
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("_C", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def main(path: str, first: int, count: int, fences: bool) -> None:
-    module, outcomes = load(path), dict[str, Counter[str]]()
+    module, outcomes = load_module("_C", path), dict[str, Counter[str]]()
     for name in PLAIN:
         getattr(module, name)()
     for seed in range(first, first + count):

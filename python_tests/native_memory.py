@@ -64,6 +64,28 @@ def foreign_capsule(pointer: int, capsule_name: bytes) -> object:
     return new(pointer, capsule_name, None)
 
 
+class Exporter:
+    """Something with ``__dlpack__`` that returns what it was given, or raises it."""
+
+    def __init__(self, capsule: object) -> None:
+        self.capsule = capsule
+
+    def __dlpack__(self, **_: object) -> object:
+        if isinstance(self.capsule, Exception):
+            raise self.capsule
+        return self.capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+def consumed(array: np.ndarray[Any, Any]) -> object:
+    """A capsule whose tensor another has taken over."""
+    capsule = array.__dlpack__()
+    np.from_dlpack(Exporter(capsule))
+    return capsule
+
+
 def tensor_of(capsule: object) -> DLTensor:
     """What a DLPack capsule says of its tensor, to be changed."""
     get = ctypes.pythonapi.PyCapsule_GetPointer

@@ -17,9 +17,9 @@ import pytest
 import torch
 from comparison import layer, scan
 from gated_cases import as_tensors, gated
-from native_memory import DLTensor, Fenced, foreign_capsule, misaligned
+from native_memory import DLTensor, Exporter, Fenced, consumed, foreign_capsule, misaligned
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack, to_dlpack
+from torch.utils.dlpack import to_dlpack
 
 import tpext
 from tpext import _C
@@ -391,22 +391,6 @@ def test_entry_refuses_a_wrong_tensor(op: str, argument: str) -> None:
     assert_refused(call_entry, op, arguments, argument, values, f"{entry_error(op)}{named} must be ")
 
 
-class Exporter:
-    """Something with ``__dlpack__`` that returns what it was given."""
-
-    def __init__(self, capsule: object) -> None:
-        self.capsule = capsule
-
-    def __dlpack__(self, **_: object) -> object:
-        return self.capsule
-
-
-def consumed_capsule(tensor: Tensor) -> object:
-    capsule = to_dlpack(tensor)
-    from_dlpack(capsule)
-    return capsule
-
-
 NOT_TENSORS = {
     "number": lambda tensor: 5,
     "text": lambda tensor: "x",
@@ -415,7 +399,7 @@ NOT_TENSORS = {
     "exporter of None": lambda tensor: Exporter(None),
     "capsule of another name": lambda tensor: foreign_capsule(1, b"not a tensor"),
     "versioned capsule": lambda tensor: foreign_capsule(1, b"dltensor_versioned"),
-    "consumed capsule": consumed_capsule,
+    "consumed capsule": lambda tensor: consumed(tensor.numpy()),
 }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loading import load_module
 
 pytest.importorskip("setuptools")
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,12 +19,7 @@ def build() -> ModuleType:
     """The module setup.py, which builds nothing when it is imported."""
     if not (ROOT / "setup.py").exists() or shutil.which("cmake") is None or shutil.which("ninja") is None:
         pytest.skip("needs a checkout, cmake and ninja")
-    spec = importlib.util.spec_from_file_location("tpext_setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module("tpext_setup", ROOT / "setup.py")
 
 
 def refusal(build: ModuleType, folder: Path, *options: str) -> str:

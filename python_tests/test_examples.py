@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from image_files import write_mnist
+from loading import load_module
 from torch.nn.functional import cross_entropy
 
 import tpext
@@ -51,13 +51,7 @@ pytestmark = pytest.mark.skipif(not EXAMPLES.is_dir(), reason="no folder example
 
 
 def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+    return load_module(name, EXAMPLES / f"{name}.py", keep=True)
 
 
 def test_every_example_is_tested() -> None:

@@ -27,7 +27,7 @@ from tpext.diagnostics import layer_diagnostics
 from tpext.nn import MLP, HotTargetLoss, TargetLinear
 from tpext.ops import Activation, SingularError, Units, kaczmarz_step, kaczmarz_train
 from tpext.ops.kaczmarz import KaczmarzStep, _step_by_torch
-from tpext.ops.kaczmarz_pass import _train_by_torch, running_accuracy
+from tpext.ops.kaczmarz_train import _train_by_torch, running_accuracy
 from tpext.ops.units import hot_target, n_hot
 from tpext.reference import kaczmarz as oracle
 from tpext.rules import LayerCall, LayerRule

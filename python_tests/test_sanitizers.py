@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
+import functools
 import json
 import os
 import re
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import fuzz_bindings
 import pytest
+from loading import load_module
 
 from tpext import _C
 
@@ -34,17 +35,8 @@ CALLS = [
 REPORTED = 66
 
 
-def kernels() -> tuple[str, ...]:
-    """Those of the program that counts instructions, which is the one that runs here."""
-    spec = importlib.util.spec_from_file_location("instructions", ROOT / "benchmarks" / "instructions.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.KERNELS
-
-
-KERNELS = kernels()
+# Those of the program that counts instructions, which is the one that runs here.
+KERNELS = load_module("instructions", ROOT / "benchmarks" / "instructions.py").KERNELS
 RECURRENT = [kernel for kernel in KERNELS if re.match("gru|lstm|rnn", kernel) and kernel != "rnn_weight_gradients"]
 WITH_BARRIERS = [*RECURRENT, "kaczmarz_step", "regularized_inverse"]
 ON_ONE_THREAD = ["kaczmarz_train"]
@@ -79,10 +71,15 @@ def build(compiler: str, folder: Path, sanitizers: str, *options: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@functools.cache
+def unrandomised() -> list[str]:
+    """What runs a program where memory lies as sanitizers expect it: they refuse some random layouts."""
+    works = shutil.which("setarch") and subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0
+    return ["setarch", "-R"] if works else []
+
+
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs a program where memory lies as sanitizers expect it: they refuse some random layouts."""
-    if shutil.which("setarch") and subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0:
-        command = ["setarch", "-R", *command]
+    command = [*unrandomised(), *command]
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=900)
 
 

@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
     ``train_loss`` is the mean over the iterations since the row before. Those that train reverse layers alone have
     none; if no other came, it is that row's. ``running_accuracy`` is that of the training batches, each before its
-    step, as :func:`tpext.ops.kaczmarz_pass.running_accuracy` averages it from zero; under rule kaczmarz only.
+    step, as :func:`tpext.ops.kaczmarz_train.running_accuracy` averages it from zero; under rule kaczmarz only.
     ``validation_loss`` is there where the task has a validation set.
     """
 

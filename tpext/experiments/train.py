@@ -23,7 +23,7 @@ from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import AnyRunFolder, Result, Row, RunFolder, write_whole
 from tpext.experiments.settings import ConfigError
 from tpext.nn import HotTargetLoss
-from tpext.ops.kaczmarz_pass import running_accuracy
+from tpext.ops.kaczmarz_train import running_accuracy
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop, keep_orthogonal
 from tpext.tasks import Batch, Task
 

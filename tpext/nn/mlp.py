@@ -16,7 +16,7 @@ from tpext.nn.torchscript import refuse_script
 from tpext.ops._library import autocasts, check_tensor, full_precision
 from tpext.ops.act_inverse import ActivationName
 from tpext.ops.activation import Activation
-from tpext.ops.kaczmarz_pass import running_accuracy
+from tpext.ops.kaczmarz_train import running_accuracy
 from tpext.ops.units import Output, Units, UnitsName
 from tpext.rules import LayerRule
 from tpext.rules.base import require_rule

@@ -43,7 +43,7 @@ def time_major(
     kind = layers._kind
     if not isinstance(input, PackedSequence):
         check_tensor(kind, "input", input, "[T, B, I] or [T, I], or a PackedSequence")
-    for name, state in zip(_STATES[: len(states or ())], states or (), strict=True):
+    for name, state in zip(_STATES, states or (), strict=False):
         check_tensor(kind, name, state, "[num_layers * D, B, H]")
     if lengths is not None:
         check_tensor(kind, "lengths", lengths, "[B]")

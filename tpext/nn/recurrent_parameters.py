@@ -132,16 +132,12 @@ class RecurrentParameters(OwnedParameters):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
-        for name in ("input_size", "hidden_size"):
+        for name in ("input_size", "hidden_size", "num_layers"):
             value = getattr(self, name)
             if not isinstance(value, int):
                 raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
             if value <= 0:
                 raise ValueError(f"{name} must be greater than zero")
-        if not isinstance(self.num_layers, int):
-            raise TypeError(f"num_layers should be of type int, got: {type(self.num_layers).__name__}")
-        if self.num_layers <= 0:
-            raise ValueError("num_layers must be greater than zero")
 
     def _check_checkpointing(self) -> None:
         if not isinstance(self.return_sequence, bool):

@@ -11,7 +11,7 @@ from tpext.ops.act_inverse import act_displacement, act_inverse
 from tpext.ops.activation import Activation
 from tpext.ops.counter_normal import counter_normal
 from tpext.ops.kaczmarz import KaczmarzStep, kaczmarz_step
-from tpext.ops.kaczmarz_pass import kaczmarz_train, running_accuracy
+from tpext.ops.kaczmarz_train import kaczmarz_train, running_accuracy
 from tpext.ops.layer_inverse import bias_inverse, layer_displacement, layer_inverse, linear_inverse
 from tpext.ops.pooled_difference import code_difference, max_unpool, probe_difference
 from tpext.ops.regularized_inverse import SingularError, regularized_inverse, regularized_solve

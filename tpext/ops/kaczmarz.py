@@ -53,11 +53,12 @@ Update = Literal["average", "exact"]
 First = Literal["input", "weights"]
 
 
-def check_number(op: str, name: str, value: object) -> None:
-    if is_number(value) and (0 < value < 2 if name == "relaxation" else 0 <= value < math.inf):
-        return
-    expected = "> 0 and < 2" if name == "relaxation" else ">= 0"
-    raise ValueError(f"{op}: {name} must be a finite number {expected}, got {value!r}")
+def check_numbers(op: str, **numbers: object) -> None:
+    """Raise ValueError for one out of its range, by its name."""
+    for name, value in numbers.items():
+        if not (is_number(value) and (0 < value < 2 if name == "relaxation" else 0 <= value < math.inf)):
+            expected = "> 0 and < 2" if name == "relaxation" else ">= 0"
+            raise ValueError(f"{op}: {name} must be a finite number {expected}, got {value!r}")
 
 
 class KaczmarzStep(NamedTuple):
@@ -115,9 +116,9 @@ def kaczmarz_step(
     check_tensor("kaczmarz_step", "input", input, "[..., N]")
     check_tensor("kaczmarz_step", "weight", weight, "[M, N]")
     _check_step(displacement, input, weight)
-    numbers = {"relaxation": relaxation, "damping": damping, "dx_reg": dx_reg, "batch_reg": batch_reg, "sticky": sticky}
-    for name, value in numbers.items():
-        check_number("kaczmarz_step", name, value)
+    check_numbers(
+        "kaczmarz_step", relaxation=relaxation, damping=damping, dx_reg=dx_reg, batch_reg=batch_reg, sticky=sticky
+    )
     for name, choice, choices in (("dx", dx, Move), ("update", update, Update), ("first", first, First)):
         check_choice("kaczmarz_step", name, choice, get_args(choices))
     check_options("kaczmarz_step", update, sticky, keep_norm, units)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tpext.ops._library import check_choice
 from tpext.ops.activation import Activation
 from tpext.ops.kaczmarz import KaczmarzStep, check_options, kaczmarz_step
-from tpext.ops.kaczmarz_pass import kaczmarz_train
+from tpext.ops.kaczmarz_train import kaczmarz_train
 from tpext.ops.units import Output, Units, UnitsName
 from tpext.rules.base import number
 from tpext.rules.layer import LayerCall, LayerRule

@@ -214,7 +214,7 @@ class _RecurrentPass(torch.autograd.Function):
                 (of_input, *of_weights), first = _sweep_pieces(call, sweep, saved[:kinds], wanted, arriving, every)
             of_start = [
                 _of_members(operator.truediv, d, sweep.unit) if need and d is not None else None
-                for d, need in zip(first, needs[1 : 1 + kinds], strict=True)
+                for d, need in zip(first, needs[1:], strict=False)
             ]
         return None, None, None, of_input, *of_start, *of_weights, *[None] * (1 + len(call.owned))
 

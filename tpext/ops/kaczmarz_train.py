@@ -11,7 +11,7 @@ kernel call, the weights in the cache throughout, float32 or float64; elsewhere 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -27,8 +27,14 @@ from tpext.ops._library import (
     on_cuda,
     refuse_forward_mode,
 )
-from tpext.ops.kaczmarz import Move, check_number, kaczmarz_step
+from tpext.ops.kaczmarz import Move, check_numbers, kaczmarz_step
 from tpext.ops.units import Output, Units, hot_target
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+_Options: TypeAlias = tuple[float, float, Move, float, Output]
+"""``relaxation``, ``damping``, ``dx``, ``dx_reg``, ``output``, which go through as they are."""
 
 
 def _detached(name: str, tensors: Sequence[Tensor], shape: str) -> list[Tensor]:
@@ -78,8 +84,7 @@ def kaczmarz_train(
     check_tensor(op, "input", input, "[K, N]")
     check_tensor(op, "labels", labels, "[K]")
     # here too: the op would take True for 1.0
-    for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg)):
-        check_number(op, name, value)
+    check_numbers(op, relaxation=relaxation, damping=damping, dx_reg=dx_reg)
     with torch.no_grad():
         predictions: Tensor = torch.ops.tpext.kaczmarz_train(
             input.detach(),
@@ -131,27 +136,18 @@ def _fake_train(
         if biases:
             check_like(op, f"biases[{i}]", biases[i], input, weight.shape[:1])
         below = weight.shape[0]
-    for name, value in (("relaxation", relaxation), ("damping", damping), ("dx_reg", dx_reg)):
-        check_number(op, name, value)
+    check_numbers(op, relaxation=relaxation, damping=damping, dx_reg=dx_reg)
     check_choice(op, "dx", dx, get_args(Move))
     check_choice(op, "output", output, get_args(Output))
     return torch.empty_like(labels, memory_format=torch.contiguous_format)
 
 
 def _train(
-    input: Tensor,
-    labels: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
-    relaxation: float,
-    damping: float,
-    dx: Move,
-    dx_reg: float,
-    output: Output,
+    input: Tensor, labels: Tensor, weights: list[Tensor], biases: list[Tensor], *options: Unpack[_Options]
 ) -> Tensor:
-    predictions = _fake_train(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
+    predictions = _fake_train(input, labels, weights, biases, *options)
     if on_cuda(input):
-        return _train_by_torch(input, labels, weights, biases, relaxation, damping, dx, dx_reg, output)
+        return _train_by_torch(input, labels, weights, biases, *options)
     changed = [*weights, *biases]
     buffers = [tensor.contiguous() for tensor in changed]
     _C.kaczmarz_train(
@@ -159,11 +155,7 @@ def _train(
         dense(labels),
         [dense(buffer) for buffer in buffers[: len(weights)]],
         [dense(buffer) for buffer in buffers[len(weights) :]],
-        relaxation,
-        damping,
-        dx,
-        dx_reg,
-        output,
+        *options,
         dense(predictions),
     )
     for tensor, buffer in zip(changed, buffers, strict=True):
