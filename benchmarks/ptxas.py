@@ -80,18 +80,26 @@ def read(build: Path) -> Report:
     return Report(f"nvcc {version[1]}" if version else "nvcc", dict(sorted(kernels.items())))
 
 
+def architecture_of(name: str) -> str:
+    return name.split(",")[0]
+
+
 def table(old: Report | None, new: Report) -> list[str]:
     """A line for each kernel, its changed numbers with the recorded ones."""
     recorded = old.kernels if old is not None and old.compiler == new.compiler else {}
+    built = {architecture_of(name) for name in new.kernels}
 
     def cell(now: int, before: int | None) -> str:
         return str(now) if before in (now, None) else f"{before} -> {now}"
+
+    def is_gone(name: str) -> bool:
+        return name not in new.kernels and architecture_of(name) in built
 
     rows = [("registers", "shared", "spilled", "stack", "kernel")]
     for name, usage in new.kernels.items():
         before = recorded.get(name, (None,) * len(usage))
         rows.append((*map(cell, usage, before), name if not recorded or name in recorded else f"{name} (not recorded)"))
-    rows += [("", "", "", "", f"{name} (recorded, not built)") for name in recorded if name not in new.kernels]
+    rows += [("", "", "", "", f"{name} (recorded, not built)") for name in recorded if is_gone(name)]
     widths = [max(map(len, column)) for column in list(zip(*rows, strict=True))[:-1]]
     lines = ["  ".join((*(f"{c:>{w}}" for c, w in zip(row, widths, strict=False)), row[-1])) for row in rows]
     if old is not None and not recorded:

@@ -200,13 +200,14 @@ def test_the_sweep_measures_and_stacks(
     monkeypatch.chdir(tmp_path)
     seen: list[int] = []
 
-    def watched(configs: list[Any], *arguments: Any, **options: Any) -> None:
-        seen.append(len(configs))
-        train_together(configs, *arguments, **options)
+    def watched(*arguments: Any) -> Any:
+        stacks = sweep_stacks.stacks_of(*arguments)
+        seen.extend(map(len, stacks))
+        return stacks
 
-    monkeypatch.setattr("tpext.experiments.sweep_worker.train_together", watched)
+    monkeypatch.setattr("tpext.experiments.sweep.stacks_of", watched)
     words = [*words_of(), "--reg", "0.5,2", "--seed", "1..3", "--jobs", "1"]
-    for gain, told, sizes in ((2.0, "in stacks of up to 6", [6]), (0.9, "each alone", [])):
+    for gain, told, sizes in ((2.0, "in stacks of up to 6", [6]), (0.9, "each alone", [1] * 6)):
         monkeypatch.setattr(sweep_stacks, "measured_gain", lambda configs, gain=gain: gain)
         assert tpext_command(["sweep", "temporal-order", *words, "--out", f"by-{gain}"]) == 0
         assert f"6 runs together are {gain:.2f} times as fast as one after another: {told}" in capsys.readouterr().out

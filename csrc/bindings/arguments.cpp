@@ -101,7 +101,7 @@ bool Argument::require_readable(dlpack::DataType dtype, const Argument& leading)
   int64_t bytes = 8;
   for (int64_t i = 0; i < rank(); ++i)
     if (__builtin_mul_overflow(bytes, std::max<int64_t>(size(i), 1), &bytes) || bytes > kMostBytes)
-      throw py::value_error(label() + " must have sizes for less than 2^48 bytes, got " + shape_text());
+      throw py::value_error(label() + " must have sizes for at most 2^48 bytes, got " + shape_text());
   const bool empty = std::any_of(tensor().shape, tensor().shape + rank(), [](int64_t n) { return n == 0; });
   if (tensor().data == nullptr && !empty)
     throw py::value_error(label() + " must have memory, got a null pointer (a fake tensor, or storage that was freed)");

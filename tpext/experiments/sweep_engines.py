@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import importlib
 import logging
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import joblib
+from joblib.externals import loky
 
 from tpext.experiments.runs import AnyFolder
 from tpext.experiments.settings import ConfigError
@@ -27,9 +29,12 @@ CarryOut: TypeAlias = Callable[[Sequence[Stack]], list[list[str]]]
 """Carries out stacks by some engine, and returns what data runs of each are missing. An exception is of the engine:
 runs keep theirs to themselves."""
 
+IDLE_SECONDS = 300
+"""After which a process ends that has nothing to do, as joblib's do."""
+
 
 def _by_joblib(stacks: Sequence[Stack], lock: Lock, jobs: int, backend: str) -> list[list[str]]:
-    parent = os.getpid() if backend == "loky" and jobs > 1 else None
+    parent = os.getpid() if backend == "loky" else None
     tasks = [joblib.delayed(carry_out_runs)(*_arguments(stack, lock), parent) for stack in stacks]
     with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
         # the runs are hours long where that of joblib's tuning is seconds
@@ -38,13 +43,28 @@ def _by_joblib(stacks: Sequence[Stack], lock: Lock, jobs: int, backend: str) -> 
     return missing
 
 
+def _in_one_process(stacks: Sequence[Stack], lock: Lock) -> list[list[str]]:
+    """As joblib's processes, which it has for two jobs and more: one it carries out in this process, and a run that is
+    killed would kill the sweep.
+    """
+    # the process of an earlier call serves again, unless it has other variables or another folder
+    env = {**os.environ, "PWD": os.getcwd()}
+    executor = loky.get_reusable_executor(max_workers=1, timeout=IDLE_SECONDS, env=env)
+    tasks = [executor.submit(carry_out_runs, *_arguments(stack, lock), os.getpid()) for stack in stacks]
+    concurrent.futures.wait(tasks)
+    return [task.result() for task in tasks]
+
+
 def _arguments(stack: Stack, lock: Lock) -> tuple[list[str], str, str]:
     return [str(run.path.absolute()) for run in stack], str(lock.path.absolute()), lock.word
 
 
 @contextlib.contextmanager
 def _processes(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
-    yield lambda stacks: _by_joblib(stacks, lock, jobs, "loky")
+    if jobs == 1:
+        yield lambda stacks: _in_one_process(stacks, lock)
+    else:
+        yield lambda stacks: _by_joblib(stacks, lock, jobs, "loky")
 
 
 @contextlib.contextmanager
