@@ -115,6 +115,7 @@ def test_unit_gain_tends_to_back_propagation(cell):
 @pytest.mark.parametrize(
     ("cell", "options", "message"),
     [
+        ("RNN", {"unit_gain": "no"}, "unit_gain must be True or False, got 'no'"),
         ("RNN", {"correction": "difference"}, "unit_gain needs correction='linearized', got correction='difference'"),
         ("GRU", {"inverse": "cell", "slope_reg": 1.0}, "unit_gain of a rule needs inverse='branch' and slopes"),
         ("LSTM", {"candidate_slope": "one"}, "unit_gain of a rule needs inverse='branch' and slopes 'derivative'"),
@@ -122,7 +123,13 @@ def test_unit_gain_tends_to_back_propagation(cell):
 )
 def test_unit_gain_where_it_has_no_meaning_is_named(cell, options, message):
     with pytest.raises(ValueError, match=message):
-        getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(unit_gain=True, **options))
+        getattr(tpext.nn, cell)(I, H, rule=RegularizedInverse(**{"unit_gain": True, **options}))
+
+
+@pytest.mark.parametrize("slope", ["derivative", "one"])
+def test_slope_reg_without_inverse_slopes_is_named(slope):
+    with pytest.raises(ValueError, match="RNN: slope_reg of a rule belongs to slope='inverse', got "):
+        tpext.nn.RNN(I, H, rule=RegularizedInverse(slope=slope, slope_reg=1.0))
 
 
 @pytest.mark.parametrize("correction", ["linearized", "difference"])

@@ -72,16 +72,35 @@ def test_every_recipe_has_runs(name: str, quick: bool, tmp_path: Path) -> None:
             assert len({run.config.options()[methods.select] for run in of_it}) > 1
 
 
+NO_ROWS = {
+    "convergence-120": 20,
+    "feedback-mnist-lenet": 5,
+    "feedback-mnist-mlp": 8,
+    "feedback-training": 27,
+    "heatmap-performance": 180,
+    "heatmap-reg-stepsize": 48,
+    "kaczmarz-init": 27,
+    "sensitivity": 16,
+    "text-cells": 3,
+}
+"""Runs of recipes of which docs/results.csv has no row: they ran before it was made of recipes, or ran reduced."""
+
+
 @pytest.mark.skipif(not DOCS.is_dir(), reason="no folder docs beside the tests")
 def test_every_result_of_the_documents_has_a_recipe(tmp_path: Path) -> None:
     makers = {
-        name: {(place["task"], place["name"]) for place, _ in runs_of(recipe_of(name, tmp_path))} for name in RECIPES
+        name: {(place["task"], place["name"], run.config.seed) for place, run in runs_of(recipe_of(name, tmp_path))}
+        for name in RECIPES
     }
-    made = set().union(*makers.values())
-    assert len(made) == sum(map(len, makers.values()))  # one writes over another's rows otherwise
+    methods = [{(task, name) for task, name, _ in runs} for runs in makers.values()]
+    made = set().union(*methods)
+    assert len(made) == sum(map(len, methods))  # one writes over another's rows otherwise
     table = pd.read_csv(DOCS / "results.csv")
     assert tuple(table.columns) == RESULTS
     assert set(zip(table.task, table.method, strict=True)) - made == set()
+    rows = set(zip(table.task, table.method, table.seed, strict=True))
+    missing = {name: sum(run not in rows for run in runs) for name, runs in makers.items()}
+    assert {name: number for name, number in missing.items() if number} == NO_ROWS
     commands = set(re.findall(r"tpext reproduce\s+([a-z0-9-]+)(?![a-z0-9.-])", (DOCS / "results.md").read_text()))
     assert commands == set(RECIPES)
 
@@ -156,6 +175,12 @@ def test_the_quick_version_has_options_of_its_own(here: Path) -> None:
     assert set(runs.layers) == {2}
 
 
+def test_other_seeds_than_the_recipes(here: Path) -> None:
+    assert tpext_command(["reproduce", "two.toml", "--quick", "--seed", "2..3", "--jobs", "1"]) == 0
+    assert list(pd.read_csv("reproduced/two-quick/methods.csv").runs) == [2] * 4
+    assert set(load_runs("reproduced/two-quick").seed) == {2, 3}
+
+
 def test_a_quick_option_of_other_grids_is_left_out(here: Path) -> None:
     text = RECIPE.replace('rule = "regularized-inverse"', 'rule = "regularized-inverse"\nreg = 1') + "reg = 2"
     Path("two.toml").write_text(text)
@@ -171,6 +196,17 @@ def test_a_quick_option_of_other_grids_is_left_out(here: Path) -> None:
         (RECIPE.replace('label = "first"', ""), "must have a title, and a label in each"),
         (RECIPE.replace("second", "first"), "must have a label of its own in each"),
         (RECIPE.replace('select = "lr"', 'axes = ["lr"]'), "axes must be the names of two options"),
+        (
+            RECIPE.replace('select = "lr"', 'axes = "lr"'),
+            "axes must be the names of two options of its grids, got 'lr'",
+        ),
+        (
+            RECIPE.replace('select = "lr"', 'axes = ["lr", "rate"]'),
+            "axes must be the names of two options of its grids",
+        ),
+        (RECIPE.replace('select = "lr"', 'select = "rate"'), "select must be the name of an option of its grids"),
+        (RECIPE.replace('select = "lr"', 'select = ["lr"]'), r"select must be the name of .*, got \['lr'\]"),
+        (RECIPE.replace('label = "first"', 'label = "first"\npanel = "a/b"'), "panel must be a text without a slash"),
         (RECIPE[: RECIPE.index("[quick]")], r"has no \[quick\] version"),
     ],
 )

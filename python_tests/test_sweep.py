@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from runs import SMALL, assert_same_run
 
@@ -21,7 +22,7 @@ from tpext.experiments import Config, ConfigError, ImageConfig
 from tpext.experiments.commands import run as tpext_command
 from tpext.experiments.runs import differing, load_metrics, load_runs
 from tpext.experiments.sweep_folder import Lock, is_held
-from tpext.experiments.sweep_plan import grid_of_arguments, grid_of_table, plan, read_file
+from tpext.experiments.sweep_plan import grid_of_arguments, grid_of_table, plan, read_file, with_options
 from tpext.experiments.sweep_values import expand
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -99,6 +100,7 @@ def sweep(folder: Path, *arguments: str, status: int = 0) -> str:
         ("1,,2", "lr must be a list of values with commas in between, got '1,,2'"),
         ("1e-3,1e-3", "got 1e-3 twice"),
         ("5..1", "lr must be a range that goes up, got 5..1"),
+        ("1..1000000000", "lr must be a range of at most 10000 integers, got 1..1000000000"),
         ("0.0..1.0:3", "lr must be a range that goes up from above 0, as it goes by ratios"),
         ("1e-3..5e-2", r"lr must be a range of whole decades, or have a number of values \(:N\)"),
         ("1e-3..1e-1:1", "lr must be a range of at least 2 values"),
@@ -270,6 +272,39 @@ def test_a_finished_sweep_runs_nothing_again_and_more_values_are_added(here: Pat
     assert tpext_command(["sweep", "temporal-order", *FIXED, "--lr", "1", "--out", str(folder), "--jobs", "1"]) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert len(table(folder)) == 4
+
+
+def test_runs_of_several_commands_are_told_apart(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = ["sweep", "temporal-order", *FIXED, "--lr", "1e-3,1e-2", "--jobs", "1", "--out", "all"]
+    assert tpext_command([*first, "--credit", "local"]) == 0
+    assert "credit" not in (Path("all") / "table.csv").read_text()
+    assert tpext_command([*first, "--credit", "through_time"]) == 0
+    assert {(row["lr"], row["credit"]) for row in table(Path("all")).values()} == {
+        (lr, credit) for lr in ("0.001", "0.01") for credit in ("local", "through_time")
+    }
+    assert "lr 0.001, credit local" in capsys.readouterr().out
+
+
+def test_runs_that_differ_in_the_seed_have_a_mean(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tpext_command(["sweep", "temporal-order", *FIXED, "--seed", "1..2", "--jobs", "1", "--out", "all"]) == 0
+    accuracies = [float(row["accuracy"]) for row in table(Path("all")).values()]
+    assert f"{sum(accuracies) / 2:.2%} ({min(accuracies):.2%} to {max(accuracies):.2%})" in capsys.readouterr().out
+
+
+def test_options_of_one_rule_leave_the_other_grids_of_a_file_alone(here: Path) -> None:
+    Path("a.toml").write_text(
+        'task = "adding"\n[[grid]]\nrule = "backprop"\nlr = [1e-3, 1e-2]\n[[grid]]\nrule = "regularized-inverse"'
+    )
+    task, grids = read_file(Path("a.toml"))
+    given = grid_of_arguments(["--reg", "1,10", "--length", "9"])
+    runs, _ = plan(task, with_options(task, grids, given))
+    assert [run.name for run in runs] == [
+        "rule=backprop,lr=0.001",
+        "rule=backprop,lr=0.01",
+        "rule=regularized-inverse,reg=1",
+        "rule=regularized-inverse,reg=10",
+    ]
+    assert {run.config.task.length for run in runs} == {9}
 
 
 def test_values_of_several_numbers_stand_in_the_table_as_on_the_command_line(
@@ -494,5 +529,7 @@ def test_runs_are_read_as_tables(here: Path) -> None:
     rows = load_metrics("all")
     assert len(rows) == 4 * 5  # iterations 0, 6, 12, 18 and 20
     assert set(rows.columns) >= {"folder", "iteration", "accuracy", "rule", "lr", "seed"}
+    assert set(differing(runs)) == set(differing(pd.concat([runs[:2], runs[2:]]))) == set(differing(runs.copy()))
+    assert len(load_runs()) == len(load_metrics()) == 0
     last = rows[rows.iteration == 20].set_index("folder").accuracy
     assert (last == runs.set_index("folder").accuracy).all()

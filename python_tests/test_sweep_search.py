@@ -41,6 +41,7 @@ def test_what_is_drawn_and_what_is_fixed(here: Path) -> None:
     grid = space.grid({"lr": 0.00123456, "hidden_size": 13, "reg": 2})
     assert grid == {**space.fixed, "lr": [("0.001235",)], "hidden_size": [("13",)], "reg": [("100",)]}
     Path("a.toml").write_text('task = "adding"\nlr = "1e-4..1e-1"\nreg = [1, 2]\nlength = 12')
+    assert space_of("adding", None, ["--lr", "1..10"]).ranges == {"lr": Range(1.0, 10.0, False)}
     space = space_of("adding", Path("a.toml"), ["--reg", "1e-1..1e1"])
     assert set(space.ranges) == {"lr", "reg"}
     assert space.choices == {}
@@ -99,3 +100,49 @@ def test_a_search_of_several_grids_is_refused(here: Path) -> None:
     Path("a.toml").write_text('task = "adding"\n[[grid]]\nlr = "1e-4..1e-1"\n[[grid]]\nreg = [1, 2]')
     with pytest.raises(ConfigError, match=r"a search has one \[\[grid\]\], got 2"):
         space_of("adding", Path("a.toml"), [])
+
+
+RULE = """
+import os
+from dataclasses import dataclass
+from tpext.rules import RegularizedInverse
+
+@dataclass(frozen=True)
+class Troubled(RegularizedInverse):
+    def feedback(self, weight_hh, *owned):
+        if not os.path.exists("mended"):
+            raise RuntimeError("the disk is full")
+        return super().feedback(weight_hh, *owned)
+"""
+
+
+def test_draws_that_failed_are_tried_again_and_scored(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text(RULE)
+    words = ["sweep", "temporal-order", *FIXED, "--rule", "own.py:Troubled", "--lr", "1e-4..1e-1", "--jobs", "1"]
+    assert tpext_command([*words, "--search", "2", "--out", "found"]) == 1
+    assert list(pd.read_csv("found/table.csv").state) == ["failed"] * 2
+    assert "best of" not in capsys.readouterr().out
+    Path("mended").touch()
+    assert tpext_command([*words, "--search", "2", "--out", "found"]) == 0
+    table = pd.read_csv("found/table.csv")
+    assert list(table.state) == ["complete"] * 2
+    assert f"best of 2 draws: {table.accuracy.max():.4g}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["--lr", "1e-4..1e-1", "--credit", "through_time,local"], "credit"),
+        (["--lr", "1e-4..1e-1"], "credit"),
+        (["--lr", "1e-3..1e-1", "--credit", "local,through_time", "--reg", "2"], "lr, reg"),
+    ],
+)
+def test_a_search_over_other_options_is_refused(
+    here: Path, words: list[str], names: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["sweep", "temporal-order", *FIXED, "--search", "1", "--jobs", "1", "--out", "found"]
+    assert tpext_command([*common, "--lr", "1e-4..1e-1", "--credit", "local,through_time"]) == 0
+    before = (here / "found/search.log").read_text()
+    assert tpext_command([*common, *words]) == 1
+    assert f"found holds a search with other values of {names}: pass another --out" in capsys.readouterr().err
+    assert (here / "found/search.log").read_text() == before

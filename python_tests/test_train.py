@@ -21,10 +21,10 @@ from test_tasks import write_mnist
 import tpext
 from tpext.experiments import Config, ConfigError, make_config
 from tpext.experiments import train as train_module
-from tpext.experiments.figures import draw_comparison, draw_run
+from tpext.experiments.figures import draw_comparison, draw_heatmaps, draw_run
 from tpext.experiments.model import SequenceModel, make_model
 from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
-from tpext.experiments.run_folder import Row, RunError, RunFolder, differences
+from tpext.experiments.run_folder import Failure, Row, RunError, RunFolder, differences
 from tpext.experiments.train import DivergedError, train
 from tpext.tasks import make_task
 from tpext.tasks.toys import ToyName
@@ -675,6 +675,8 @@ def test_figures(tmp_path: Path) -> None:
     assert draw_run(tmp_path / "bp").exists()
     with pytest.raises(ValueError, match="runs must name at least one folder"):
         draw_comparison({}, tmp_path / "none.png")
+    with pytest.raises(ConfigError, match="panels must have at least one table, got none"):
+        draw_heatmaps({}, tmp_path / "none.png")
     for name in ("y.xyz", "y"):
         with pytest.raises(ConfigError, match=r"out must end in one of \..*\.png.*, got '.*y"):
             draw_comparison(runs, tmp_path / name)
@@ -683,6 +685,20 @@ def test_figures(tmp_path: Path) -> None:
         train(other, folder)
         with pytest.raises(ConfigError, match="runs of different tasks cannot share a figure: temporal-order, T=10; "):
             draw_comparison({**runs, "other": [folder]}, tmp_path / "y.png")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_that_diverged_is_drawn_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(small(seed=1), tmp_path / "1")
+    with pytest.raises(DivergedError):
+        train(small(seed=2, lr=1e30), tmp_path / "2")
+    RunFolder(tmp_path / "2").write_failure(Failure(diverged=True, message="NaN"))
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: drawn.append(figure))
+    draw_comparison({"one": [tmp_path / "2"], "two": [tmp_path / "1", tmp_path / "2"]}, tmp_path / "all.png")
+    (legend,) = drawn[0].legends
+    half = float(metrics(tmp_path / "1")[-1]["accuracy"]) / 2
+    assert [text.get_text() for text in legend.get_texts()] == ["one (diverged)", f"two ({half:.1%}, 1 of 2 diverged)"]
 
 
 def test_28_curves_can_be_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import Model, make_model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
+from tpext.experiments.runs import State, state_of
 from tpext.experiments.saved_state import field, load
 from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
@@ -166,30 +167,30 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
         ConfigError: no run, runs of different tasks or lengths, or a format that cannot be drawn.
         RunError: a folder holds no run with an evaluation.
     """
-    groups = {label: [_read_any(Path(folder)) for folder in folders] for label, folders in runs.items() if folders}
+    groups = {label: [_read_any(Path(folder)) for folder in folders] for label, folders in runs.items()}
+    groups = {label: members for label, members in groups.items() if members}
     if not groups:
         raise ConfigError("runs must name at least one folder, got none")
-    tasks = {config.title: config for members in groups.values() for config, _ in members}
+    tasks = {config.title: config for members in groups.values() for config, _, _ in members}
     if len(tasks) > 1:
         raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
     ((name, config),) = tasks.items()
     # beyond the third line the legend gets room of its own
     figure = Figure(figsize=(10, 4.4 + 0.2 * max(0, (len(groups) + 1) // 2 - 3)), layout="constrained")
-    path = Path(out)
-    formats = figure.canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in formats:
-        raise ConfigError(f"out must end in one of .{', .'.join(formats)}, got {str(out)!r}")
     losses, accuracy = figure.subplots(1, 2)
     for look, (label, members) in zip(LOOKS(), groups.items(), strict=False):
-        mean = pd.concat([metrics for _, metrics in members]).groupby("iteration").mean()
-        counts = pd.concat([metrics for _, metrics in members]).groupby("iteration").size()
+        mean = pd.concat([metrics for _, metrics, _ in members]).groupby("iteration").mean()
+        counts = pd.concat([metrics for _, metrics, _ in members]).groupby("iteration").size()
         mean = mean[counts == len(members)]
-        final = sum(metrics.accuracy.iloc[-1] for _, metrics in members) / len(members)
+        diverged = sum(state == "diverged" for _, _, state in members)
+        ends = [0.0 if state == "diverged" else metrics.accuracy.iloc[-1] for _, metrics, state in members]
+        outcome = f"{sum(ends) / len(ends):.1%}" + (f", {diverged} of {len(members)} diverged" if diverged else "")
+        outcome = "diverged" if diverged == len(members) else outcome
         for axes, column in ((losses, "test_loss"), (accuracy, "accuracy")):
             if len(members) > 1:
-                for _, metrics in members:
+                for _, metrics, _ in members:
                     axes.plot(metrics.iteration, metrics[column], **look, lw=0.7, alpha=0.4)
-            axes.plot(mean.index, mean[column], **look, lw=2, label=f"{label} ({final:.1%})")
+            axes.plot(mean.index, mean[column], **look, lw=2, label=f"{label} ({outcome})")
     evaluated, unit = (config.evaluated, "epoch") if isinstance(config, ImageConfig) else ("test", "iteration")
     _style_loss(losses, f"{evaluated} loss")
     _style_accuracy(accuracy, config, evaluated)
@@ -200,8 +201,7 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
     kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != CHANCE_LABEL]
     place: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "frameon": False, "handlelength": 3}
     figure.legend([handle for handle, _ in kept], [label for _, label in kept], **place)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return save(figure, path)
+    return save(figure, out)
 
 
 def draw_heatmaps(panels: Mapping[str, pd.DataFrame], out: str | Path, *, title: str = "") -> Path:
@@ -214,8 +214,13 @@ def draw_heatmaps(panels: Mapping[str, pd.DataFrame], out: str | Path, *, title:
 
     Returns:
         The path of the picture.
+
+    Raises:
+        ConfigError: no table, or a format that cannot be drawn.
     """
     tables = list(panels.values())
+    if not tables:
+        raise ConfigError("panels must have at least one table, got none")
     columns, rows = max(len(table.columns) for table in tables), max(len(table) for table in tables)
     figure = Figure(figsize=(1.5 + len(tables) * (0.62 * columns + 0.9), 1.6 + 0.5 * rows), layout="constrained")
     for axes, (label, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], panels.items(), strict=True):
@@ -232,9 +237,7 @@ def draw_heatmaps(panels: Mapping[str, pd.DataFrame], out: str | Path, *, title:
     bar = figure.colorbar(image, ax=figure.axes, format=PercentFormatter(1.0, decimals=0))
     bar.set_label("test accuracy", color=INK)
     figure.suptitle(title, fontsize=13, color=INK)
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return save(figure, path)
+    return save(figure, out)
 
 
 def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: str = "") -> Path:
@@ -287,9 +290,7 @@ def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: st
     handles, labels = plots[0].get_legend_handles_labels()
     below.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, handlelength=3)
     figure.suptitle(title, fontsize=13, color=INK)
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return save(figure, path)
+    return save(figure, out)
 
 
 def as_text(value: float | str) -> str:
@@ -365,20 +366,30 @@ def _read(folder: Path) -> tuple[Config, pd.DataFrame]:
     return config, pd.DataFrame(rows, columns=list(Row._fields))
 
 
-def _read_any(folder: Path) -> tuple[Config | ImageConfig, pd.DataFrame]:
-    """Configuration and evaluations of a run of either kind; those on images by epoch."""
+def _read_any(folder: Path) -> tuple[Config | ImageConfig, pd.DataFrame, State]:
+    """Configuration, evaluations and state of a run of either kind; those on images by epoch."""
     run = open_folder(folder)
     if isinstance(run, RunFolder):
-        return _read(folder)
+        return *_read(folder), state_of(run)
     config, rows = run.read_config(), run.read_rows()
     if config is None or not rows:
         raise RunError(f"{folder} holds no run with an evaluation")
     columns = {"iteration": "epoch", "test_loss": "loss", "accuracy": "accuracy"}
-    return config, pd.DataFrame({name: [getattr(row, of) for row in rows] for name, of in columns.items()})
+    table = pd.DataFrame({name: [getattr(row, of) for row in rows] for name, of in columns.items()})
+    return config, table, state_of(run)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write a figure, whole or not at all; its path's suffix says the format."""
+def save(figure: Figure, out: str | Path) -> Path:
+    """Write a figure, whole or not at all, and its folder if there is none; its path's suffix says the format.
+
+    Raises:
+        ConfigError: the format cannot be drawn.
+    """
+    path = Path(out)
+    formats = figure.canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ConfigError(f"out must end in one of .{', .'.join(formats)}, got {str(out)!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=140, format=path.suffix[1:].lower())
     write_whole(path, picture.getvalue())

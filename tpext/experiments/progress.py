@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -15,6 +15,7 @@ from rich.progress import Progress as Bar
 
 from tpext.experiments.cells import CELLS
 from tpext.experiments.config import Config
+from tpext.rules import Rule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -153,6 +154,8 @@ def describe(config: Config) -> str:
     'adding, T=30, 100 tanh units, backprop, sgd 0.001 momentum 0.9, batch 20, seed 1'
     >>> describe(make_config("spiral", rule="constrained-least-squares"))
     'spiral, 64-64-64 leaky_relu units, constrained-least-squares (target step 1), adam 0.003, batch 100, seed 1'
+    >>> describe(make_config("adding", preset="long-range")).partition("units, ")[2]  # doctest: +ELLIPSIS
+    'orthogonal weights, regularized-inverse (credit local, ... target step 1, slope reg 3, unit gain True), adam ...'
     """
     rule = config.rule_name
     fields = {field.name for field in dataclasses.fields(config.rule)}
@@ -161,12 +164,14 @@ def describe(config: Config) -> str:
         for name in ("credit", "correction", "dx", "update", "reg", "target_step", "noise")
         if name in fields and (value := getattr(config.rule, name)) is not None
     ]
+    options += [f"{name.replace('_', ' ')} {value}" for name, value in _changed(config.rule).items()]
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"
     if config.sizes is None:
         layers = f" x {config.layers} layers" if config.layers != 1 else ""
         several = config.cell is not None and len(CELLS[config.cell].nonlinearities) > 1
         units = config.nonlinearity if several else config.cell
-        network = [f"T={config.task.length}", f"{config.hidden_size} {units} units{layers}"]
+        constraint = ", orthogonal weights" if config.orthogonal else ""
+        network = [f"T={config.task.length}", f"{config.hidden_size} {units} units{layers}{constraint}"]
     else:
         tied = ", tied" if config.tied else ""
         network = [f"{'-'.join(map(str, config.sizes))} {config.nonlinearity} units{tied}"]
@@ -180,3 +185,11 @@ def describe(config: Config) -> str:
         f"seed {config.seed}",
     ]
     return ", ".join(parts)
+
+
+def _changed(rule: Rule) -> dict[str, Any]:
+    """What a line says of a rule only where it is not as it is by default."""
+    names = ("slope", "slope_reg", "unit_gain", "inverse", "gate_slope", "candidate_slope")
+    values = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.name in names}
+    defaults = {field.name: field.default for field in dataclasses.fields(rule)}
+    return {name: value for name, value in values.items() if value != defaults[name]}

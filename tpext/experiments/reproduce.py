@@ -58,7 +58,7 @@ def reproduce(
     planned, varied = plan(recipe.task, [methods.grid for methods in recipe.grids])
     with folder.locked() as lock:
         runs = folder.add([recipe.title], planned, varied)
-        carry_out(folder, runs, lock, jobs=jobs or default_jobs(runs), console=console)
+        carry_out(folder, runs, lock, jobs=jobs or default_jobs(runs), stack=None, console=console)
     failed = [run for run in runs if state_of(run) == "failed"]
     if failed:
         raise RunError(f"{len(failed)} of {len(runs)} runs failed, see {failed[0].failure} first")

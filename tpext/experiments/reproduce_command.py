@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -31,6 +31,8 @@ class Reproduce:
     """Table of runs, such as docs/results.csv, whose rows of the same tasks and methods are replaced."""
     quick: Switch = False
     """Fewer seeds and iterations, some minutes on two cores; what it shows is less."""
+    seed: Annotated[str | None, option("SEEDS", "the recipe's")] = None
+    """Seeds in place of its own, such as 1..10."""
     jobs: Annotated[Integer, option("INT", "as many as there are cores for")] = None
     """Runs side by side, of one thread each."""
     data_dir: DataFolder = None
@@ -43,6 +45,7 @@ class Reproduce:
         from tpext.experiments.recipes import RECIPES, read_recipe
         from tpext.experiments.reproduce import reproduce
         from tpext.experiments.sweep_plan import FILES
+        from tpext.experiments.sweep_values import expand
 
         if self.recipe is None:
             width = max(map(len, RECIPES))
@@ -56,11 +59,13 @@ class Reproduce:
             raise ConfigError(f"jobs must be an integer >= 1, got {self.jobs}")
         if self.quick and self.results is not None:
             raise ConfigError(f"results does not go with quick, whose runs are others, got {self.results}")
-        given = {
+        given: dict[str, Any] = {
             name: [(str(value.absolute()),)]
             for name, value in (("data_dir", self.data_dir), ("file", self.file))
             if value is not None
         }
+        if self.seed is not None:
+            given["seed"] = [(seed,) for seed in expand("seed", self.seed)]
         recipe = read_recipe(path, given, quick=self.quick)
         if self.quick:
             recipe = replace(recipe, title=f"{recipe.title} (quick)")

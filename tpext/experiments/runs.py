@@ -34,6 +34,9 @@ OUTCOME = (
 )
 """What a table says of a complete run, where its result has it."""
 
+PLACE = ("run", "folder", "state", "message")
+"""What a table has besides options and outcome."""
+
 
 def state_of(folder: AnyFolder) -> State:
     """Return how far a run is."""
@@ -72,13 +75,14 @@ def load_metrics(*paths: str | Path) -> pd.DataFrame:
                 rows[name] = [value] * len(rows)
         rows.insert(0, "folder", str(folder.path))
         frames.append(rows)
-    table: pd.DataFrame = pd.concat(frames, ignore_index=True)
+    table: pd.DataFrame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     return table
 
 
 def differing(frame: pd.DataFrame) -> list[str]:
     """Return the options in which the runs of :func:`load_runs` differ, but for how they are carried out."""
-    known = frame.attrs["options"]
+    # tables that were put together, or read from a file, have lost what load_runs knew
+    known = frame.attrs.get("options", [name for name in frame.columns if name not in (*PLACE, *OUTCOME)])
     return [name for name in known if name not in FREE_FIELDS and len({str(value) for value in frame[name]}) > 1]
 
 

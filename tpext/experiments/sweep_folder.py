@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -104,9 +106,11 @@ class SweepFolder:
                 _carry_out_differently(found, run.config)
             folders.append(found or self._create(run))
         commands, before = self._record()
+        # what one command varies does not tell its runs from those of another
+        options = [config.options() for folder in self.folders() if (config := folder.read_config()) is not None]
         record = {
             "commands": [*commands, *([] if list(command) in commands else [list(command)])],
-            "varied": list(dict.fromkeys([*before, *varied])),
+            "varied": _telling_apart(options, dict.fromkeys([*before, *varied])),
         }
         write_whole(self.record, as_json(record))
         return folders
@@ -142,6 +146,20 @@ class SweepFolder:
         if not folders:
             raise RunError(f"{self.path} holds no run")
         return write_table(self.table, folders, self.varied())
+
+
+def _telling_apart(runs: Sequence[Mapping[str, Any]], names: Iterable[str]) -> list[str]:
+    """Return options by which all runs differ: those named, and others in which runs that are alike in these differ."""
+    found = list(names)
+    for name in dict.fromkeys(itertools.chain.from_iterable(runs)):
+        if name in found or name in FREE_FIELDS:
+            continue
+        values: dict[tuple[str, ...], set[str]] = {}
+        for run in runs:
+            values.setdefault(tuple(str(run.get(known)) for known in found), set()).add(str(run.get(name)))
+        if any(len(several) > 1 for several in values.values()):
+            found.append(name)
+    return found
 
 
 def _by_numbers(path: Path) -> list[str | int]:

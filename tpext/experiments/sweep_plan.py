@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -26,7 +26,7 @@ from tpext.experiments.config import Config, make_config
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_defaults import make_image_config
 from tpext.experiments.images import ImageConfig
-from tpext.experiments.options import Switch
+from tpext.experiments.options import Switch, metavar
 from tpext.experiments.settings import FREE_FIELDS, ConfigError
 from tpext.experiments.sweep_values import expand
 from tpext.experiments.train_command import Train
@@ -253,6 +253,29 @@ def plan(task: str, grids: Sequence[Grid]) -> tuple[list[Planned], list[str]]:
     return list(runs.values()), varied
 
 
+def with_options(task: str, grids: Sequence[Grid], given: Grid) -> list[Grid]:
+    """Return grids with options in place of their own, but for those that only rules of other grids have.
+
+    Args:
+        task: as ``tpext train`` has it, or "images".
+        grids: of a file.
+        given: of the command line.
+    """
+    rules = [_rules(task, {**grid, **given}) for grid in grids]
+    known = set().union(*(options for of_grid in rules for options in of_grid.values()))
+    found: list[Grid] = []
+    for grid, of_grid in zip(grids, rules, strict=True):
+        others = known - set().union(*of_grid.values()) if of_grid else set()
+        found.append({**grid, **{name: words for name, words in given.items() if name not in others}})
+    return found
+
+
+def _rules(task: str, grid: Grid) -> dict[str, set[str]]:
+    """The rules that a grid names, each with its options."""
+    names = [words[0] for words in grid.get("rule", ()) if words]
+    return {name: set(rule_names.rule_options(name)) for name in names} if task != IMAGES else {}
+
+
 def identity(config: AnyConfig) -> str:
     """Return what runs share only if they compute the same."""
     values = {name: value for name, value in config.to_dict().items() if name not in FREE_FIELDS}
@@ -261,8 +284,7 @@ def identity(config: AnyConfig) -> str:
 
 def _combinations(task: str, grid: Grid) -> Iterator[dict[str, Words]]:
     """All combinations, the last option's values fastest."""
-    rules = [words[0] for words in grid.get("rule", ()) if words]
-    of_rules = {rule: set(rule_names.rule_options(rule)) for rule in rules} if task != IMAGES else {}
+    of_rules = _rules(task, grid)
     seen = set()
     for values in itertools.product(*grid.values()):
         combination = dict(zip(grid, values, strict=True))
@@ -334,6 +356,12 @@ def _read(task: str, name: str, words: Words) -> Any:
     parser = command if hint is None else make_dataclass(command.__name__, [(name, hint, field(default=None))])
     arguments = [*(before if hint is None else []), f"--{name.replace('_', '-')}", *words]
     return getattr(tyro.cli(parser, args=arguments, prog=prog), name)
+
+
+def takes_real(task: str, name: str) -> bool:
+    """Return whether an option of ``tpext train`` takes numbers with a fraction; of a user's own none is known to."""
+    hint = _hints(TrainImages if task == IMAGES else Train).get(name)
+    return hint is not None and "FLOAT" in metavar(get_args(hint)[0])
 
 
 @cache

@@ -93,7 +93,7 @@ class SweepProgress(LiveLine):
 
 
 def summarize(console: Console, table: pd.DataFrame, options: Sequence[str]) -> None:
-    """Print the mean over seeds of what the options are, the best first.
+    """Print the mean over seeds of what the options are, the best first; a run that diverged counts as zero.
 
     Args:
         console: where.
@@ -103,12 +103,13 @@ def summarize(console: Console, table: pd.DataFrame, options: Sequence[str]) -> 
     counts = table.state.value_counts()
     say(console, ", ".join(f"{number} {state}" for state, number in counts.items()))
     names = [name for name in options if name in table and name != "seed"]
-    if "accuracy" not in table or not names or not (table.state == "complete").any():
+    if "accuracy" not in table or len(table) < 2 or not (table.state == "complete").any():
         return
-    groups = table.groupby(names, sort=False, dropna=False)
+    counted = table.assign(accuracy=table.accuracy.mask(table.state == "diverged", 0.0))
+    groups = counted.groupby(names or counted.state.map(lambda state: ""), sort=False, dropna=False)
     means = groups.accuracy.agg(["mean", "min", "max", "count", "size"]).sort_values("mean", ascending=False)
     for key, row in means.head(SHOWN).iterrows():
-        values = zip(names, key if isinstance(key, tuple) else (key,), strict=True)
+        values = zip(names, key if isinstance(key, tuple) else (key,), strict=bool(names))
         label = ", ".join(f"{name} {value}" for name, value in values if not pd.isna(value))
         mean = f"{row['mean']:.2%}" if row["count"] else "-"
         spread = f" ({row['min']:.2%} to {row['max']:.2%})" if row["count"] > 1 else ""

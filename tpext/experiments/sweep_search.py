@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from tpext.experiments.progress import say
 from tpext.experiments.runs import AnyFolder, state_of
-from tpext.experiments.settings import ConfigError
+from tpext.experiments.settings import FREE_FIELDS, ConfigError
 from tpext.experiments.sweep_folder import SweepFolder
 from tpext.experiments.sweep_plan import (
     Words,
@@ -30,6 +30,7 @@ from tpext.experiments.sweep_plan import (
     options_of_arguments,
     options_of_file,
     plan,
+    takes_real,
 )
 from tpext.experiments.sweep_values import Range, read_range
 
@@ -82,11 +83,11 @@ def space_of(task: str, path: Path | None, arguments: Sequence[str]) -> Space:
         if len(values["grid"]) > 1:
             raise ConfigError(f"{path}: a search has one [[grid]], got {len(values['grid'])}")
         table = options_of_file({**values, **values["grid"][0]})
-        ranges = {name: found for name, value in table.items() if (found := _range(name, value)) is not None}
+        ranges = {name: found for name, value in table.items() if (found := _range(task, name, value)) is not None}
         grid = grid_of_table({name: value for name, value in table.items() if name not in ranges})
     options = []
     for name, words in options_of_arguments(arguments):
-        found = _range(name, words[0]) if len(words) == 1 else None
+        found = _range(task, name, words[0]) if len(words) == 1 else None
         if found is None:
             options.append((name, words))
             ranges.pop(name, None)
@@ -101,9 +102,11 @@ def space_of(task: str, path: Path | None, arguments: Sequence[str]) -> Space:
     return Space(task, fixed, ranges, choices)
 
 
-def _range(name: str, value: Any) -> Range | None:
+def _range(task: str, name: str, value: Any) -> Range | None:
     """The range that an option's value is; seeds are all run."""
-    return read_range(name, value) if isinstance(value, str) and name != "seed" else None
+    if not isinstance(value, str) or name == "seed":
+        return None
+    return read_range(name, value, real=takes_real(task, name))
 
 
 def search(
@@ -130,7 +133,7 @@ def search(
         console: where the best draw is shown.
 
     Raises:
-        ConfigError: Optuna is not installed.
+        ConfigError: Optuna is not installed, or the folder holds a search over other options.
     """
     try:
         optuna: Any = importlib.import_module("optuna")
@@ -149,13 +152,15 @@ def search(
     samplers = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
     study.sampler = samplers[sampler](seed=done)
     distributions = _distributions(optuna.distributions, space)
+    _check_same(space, study, folder)
     runs: list[AnyFolder] = []
+    failed: set[int] = set()
     while True:
-        asked = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+        asked = _open_trials(optuna, study, failed)
         more = min(count - len(study.trials), count if sampler == "random" else batch - len(asked))
         for _ in range(more):
             study.ask(distributions)
-        asked = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.RUNNING]
+        asked = _open_trials(optuna, study, failed)
         planned, varied = plan(space.task, [space.grid(trial.params) for trial in study.trials])
         runs = folder.add(command, planned, varied)
         if not asked:
@@ -165,12 +170,34 @@ def search(
         for trial in asked:
             own = [folders[identity(run.config)] for run in plan(space.task, [space.grid(trial.params)])[0]]
             value = _score(own)
-            state = optuna.trial.TrialState.FAIL if value is None else None
-            study.tell(trial.number, value, state=state)
+            if value is None:
+                failed.add(trial.number)  # it stays open: the next start tries it again
+            else:
+                study.tell(trial.number, value)
         if any(trial.value is not None for trial in study.trials):
             best = study.best_trial
             label = ", ".join(f"{name} {' '.join(space.grid(best.params)[name][0])}" for name in best.params)
             say(console, f"best of {len(study.trials)} draws: {best.value:.4g}  {label}")
+
+
+def _open_trials(optuna: Any, study: Any, failed: Collection[int]) -> list[Any]:
+    """Draws without a score, but for those that have failed in this call."""
+    running = optuna.trial.TrialState.RUNNING
+    return [trial for trial in study.trials if trial.state == running and trial.number not in failed]
+
+
+def _check_same(space: Space, study: Any, folder: SweepFolder) -> None:
+    """Draws are numbers of choices, and scores are of runs with all that is fixed: check that these are as before."""
+    fixed = {name: list(map(list, values)) for name, values in space.fixed.items() if name not in FREE_FIELDS}
+    choices = {name: list(map(list, values)) for name, values in space.choices.items()}
+    ranges = {name: list(span) for name, span in space.ranges.items()}
+    found = {"task": space.task, **fixed, **choices, **ranges}
+    before = study.user_attrs.get("space")
+    if before is None:
+        study.set_user_attr("space", found)
+    elif before != found:
+        names = [name for name in dict.fromkeys([*before, *found]) if before.get(name) != found.get(name)]
+        raise ConfigError(f"{folder.path} holds a search with other values of {', '.join(names)}: pass another --out")
 
 
 def _distributions(optuna: Any, space: Space) -> dict[str, Any]:

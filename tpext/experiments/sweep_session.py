@@ -16,7 +16,16 @@ from tpext.experiments.settings import ConfigError
 from tpext.experiments.sweep import carry_out, default_jobs
 from tpext.experiments.sweep_command import Sweep
 from tpext.experiments.sweep_folder import Lock, SweepFolder
-from tpext.experiments.sweep_plan import FILES, IMAGES, Planned, grid_of_arguments, load_file, plan, read_file
+from tpext.experiments.sweep_plan import (
+    FILES,
+    IMAGES,
+    Planned,
+    grid_of_arguments,
+    load_file,
+    plan,
+    read_file,
+    with_options,
+)
 from tpext.experiments.sweep_progress import summarize
 from tpext.experiments.sweep_search import search, space_of
 from tpext.tasks import TASKS
@@ -128,7 +137,7 @@ class Session:
             return SweepFolder(options.what), [], []
         given = grid_of_arguments(arguments)
         task, grids = (options.what, [{}]) if self.file is None else read_file(self.file)
-        planned, varied = plan(task, [{**grid, **given} for grid in grids])
+        planned, varied = plan(task, with_options(task, grids, given))
         return self._folder(), planned, varied
 
     def _folder(self) -> SweepFolder:

@@ -11,6 +11,8 @@ import numpy as np
 
 from tpext.experiments.settings import ConfigError
 
+MOST = 10_000
+"""Values of a range: more is a slip."""
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})(?::(\d+))?")
 
@@ -49,8 +51,13 @@ class Range(NamedTuple):
     integer: bool
 
 
-def read_range(name: str, text: str) -> Range | None:
+def read_range(name: str, text: str, *, real: bool = False) -> Range | None:
     """Return the range that a text is, of which a search draws; None if it is none, or has a number of values.
+
+    Args:
+        name: of the option, for errors.
+        text: its value.
+        real: whether the option takes numbers with a fraction; else two integers are a range of integers.
 
     Raises:
         ConfigError: it goes nowhere; names the option.
@@ -62,7 +69,7 @@ def read_range(name: str, text: str) -> Range | None:
     if matched is None or matched[3] is not None:
         return None
     low, high = float(matched[1]), float(matched[2])
-    integer = _is_integer(matched[1]) and _is_integer(matched[2])
+    integer = not real and _is_integer(matched[1]) and _is_integer(matched[2])
     if low >= high or not (integer or low > 0):
         raise ConfigError(f"{name} must be a range that goes up{'' if integer else ' from above 0'}, got {text}")
     return Range(low, high, integer)
@@ -77,6 +84,8 @@ def _part(name: str, text: str) -> list[str]:
         low, high = int(first), int(last)
         if low > high:
             raise ConfigError(f"{name} must be a range that goes up, got {text}")
+        if high - low >= MOST:
+            raise ConfigError(f"{name} must be a range of at most {MOST} integers, got {text}")
         return [str(value) for value in range(low, high + 1)]
     begin, end = float(first), float(last)
     if not 0 < begin < end:

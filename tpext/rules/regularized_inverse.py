@@ -12,7 +12,7 @@ from tpext._warnings import warn_user
 from tpext.ops._library import is_integer
 from tpext.ops._members import as_list
 from tpext.ops.regularized_inverse import regularized_inverse
-from tpext.rules.base import Kind, PerMember, number
+from tpext.rules.base import Kind, PerMember, check_flag, number
 from tpext.rules.gated_call import GatedWeights
 from tpext.rules.recurrent import Correction, Credit, GatedInverse, InputRule, RecurrentRule, Slope
 from tpext.rules.recurrent_pass import Sweep
@@ -117,6 +117,7 @@ class RegularizedInverse(RecurrentRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         name, steps = type(self).__name__, self.chebyshev_steps
+        check_flag(self, "unit_gain")
         if self.unit_gain and self.correction != "linearized":
             raise ValueError(f"{name}: unit_gain needs correction='linearized', got correction={self.correction!r}")
         if self.inverse == "jacobian" and not all(as_list(self.reg)):
@@ -138,6 +139,8 @@ class RegularizedInverse(RecurrentRule):
             if getattr(self, name) != default:
                 others = "gate_slope and candidate_slope" if gates > 1 else "slope"
                 raise ValueError(f"{kind}: {name} of a rule has no effect here, where there is {others}, got {self}")
+        if gates == 1 and self.slope != "inverse" and any(as_list(self.slope_reg)):
+            raise ValueError(f"{kind}: slope_reg of a rule belongs to slope='inverse', got {self}")
         if gates > 1 and self.unit_gain:
             ways = (self.inverse, self.gate_slope, self.candidate_slope)
             if ways != ("branch", "derivative", "derivative"):
@@ -152,7 +155,7 @@ class RegularizedInverse(RecurrentRule):
         if gates > 1 and self.gate_slope == "inverse" and not all(as_list(self.slope_reg)):
             warn_user(
                 f"{kind}: gate_slope='inverse', as published, divides by slopes of gates that are nearly shut; what "
-                "goes back explodes, and in our trials nothing was learned (docs/results.md). "
+                "goes back explodes, and in our trials what was learned was lost again (docs/results.md). "
                 "gate_slope='derivative' learns."
             )
 

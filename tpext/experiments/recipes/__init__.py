@@ -8,7 +8,7 @@ same ``panel`` together; or with ``axes = ["reg", "lr"]`` a heatmap of each labe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,11 @@ def read_recipe(path: Path, given: Mapping[str, Any] | None = None, *, quick: bo
         raise ConfigError(f"{path} must have a title, and a label in each [[grid]]")
     if quick and not isinstance(short, Mapping):
         raise ConfigError(f"{path} has no [quick] version")
-    axes = tuple(values.get("axes", ()))
-    if axes and (len(axes) != 2 or not all(isinstance(name, str) for name in axes)):
-        raise ConfigError(f"{path}: axes must be the names of two options, got {list(axes)}")
     shared = options_of_file(values)
     of_grids = {name for table in tables for name in table}
+    known = grid_of_table({**shared, **{name: value for table in tables for name, value in table.items()}})
+    _check_places(path, values, tables, known)
+    axes = tuple(values.get("axes", ()))
     grids = []
     for table in tables:
         own = {name: value for name, value in table.items() if name not in OF_RECIPES}
@@ -89,3 +89,16 @@ def read_recipe(path: Path, given: Mapping[str, Any] | None = None, *, quick: bo
     if len(set(names)) < len(names):
         raise ConfigError(f"{path} must have a label of its own in each [[grid]] of a panel")
     return Recipe(values["title"], values["task"], tuple(grids), axes)
+
+
+def _check_places(path: Path, values: Mapping[str, Any], tables: list[Any], options: Collection[str]) -> None:
+    """Check what says where runs show: the axes, the options to select of, the panels."""
+    axes = values.get("axes", [])
+    if axes and not (isinstance(axes, list) and len(axes) == 2 and all(name in options for name in axes)):
+        raise ConfigError(f"{path}: axes must be the names of two options of its grids, got {axes!r}")
+    for table in (values, *tables):
+        select, panel = table.get("select"), table.get("panel", "")
+        if select is not None and not (isinstance(select, str) and select in options):
+            raise ConfigError(f"{path}: select must be the name of an option of its grids, got {select!r}")
+        if not isinstance(panel, str) or "/" in panel:
+            raise ConfigError(f"{path}: panel must be a text without a slash, for the picture's name, got {panel!r}")
