@@ -312,11 +312,13 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"compare TP={tmp_path / 'regularized-inverse'} {tmp_path / 'backprop'} --out {picture}"
     assert call(line, capsys)[0] == 0
     assert picture.exists()
+    assert call(f"compare all={tmp_path} --out {picture}", capsys)[0] == 0  # a folder of many
     (tmp_path / "lr=0.1").symlink_to(tmp_path / "regularized-inverse")
     assert call(f"compare {tmp_path / 'lr=0.1'} A=B={tmp_path / 'lr=0.1'} --out {picture}", capsys)[0] == 0
     (tmp_path / "backprop" / "metrics.csv").write_text("iteration,train_loss,test_loss,accuracy,seconds\n")
+    (tmp_path / "none").mkdir()
     for arguments, message in (
-        (str(tmp_path), "holds no run"),
+        (str(tmp_path / "none"), "holds no run"),
         ("", "runs must name at least one folder"),
         ("A=nowhere", "A=nowhere: there is no such folder"),
         (str(tmp_path / "backprop"), "holds no run with an evaluation"),

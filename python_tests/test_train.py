@@ -669,7 +669,7 @@ def test_figures(tmp_path: Path) -> None:
         train(small(seed=seed), tmp_path / f"tp{seed}")
     train(small(rule="backprop"), tmp_path / "bp")
     runs = {"target propagation": [tmp_path / "tp1", tmp_path / "tp2"], "backprop": [tmp_path / "bp"]}
-    path = draw_comparison(runs, tmp_path / "new" / "all.png", title="three runs")
+    path = draw_comparison({**runs, "backprop": tmp_path / "bp"}, tmp_path / "new" / "all.png", title="three runs")
     assert path.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "bp" / "curve.png").unlink()
     assert draw_run(tmp_path / "bp").exists()

@@ -179,7 +179,7 @@ def test_only_the_last_files_missing(tmp_path: Path) -> None:
 
 def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     train(small(), tmp_path)
-    with pytest.raises(RunError, match=r"already holds a run: pass another --out .*--resume"):
+    with pytest.raises(RunError, match=r"already holds a run: take another folder .*--resume"):
         train(small(), tmp_path)
     with pytest.raises(RunError, match=r"hidden_size is 8 there, 9 was asked for\. Pass another --out"):
         train(small(hidden_size=9), tmp_path, resume=True)

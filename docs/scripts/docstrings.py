@@ -16,8 +16,9 @@ from griffe import Attribute, ExprCall, Extension, Object
 REFERENCE = Path(__file__).resolve().parents[1] / "reference"
 ROLE = re.compile(r":(?:class|func|meth|mod|data|attr):`([\w.]+)`")
 
-# What declares a field of a dataclass: its first argument is the default.
+# What declares a field of a dataclass: its first argument is the default, but of the last.
 DECLARATIONS = {"number", "option", "described"}
+WITHOUT_DEFAULT = "described"
 
 
 def documented() -> dict[str, str]:
@@ -45,10 +46,10 @@ class Docstrings(Extension):
             obj.docstring.value = self.markdown(obj.docstring.value)
 
     def on_attribute_instance(self, *, attr: Attribute, **kwargs: Any) -> None:
-        """Of a field with a range or a help text keep the default."""
+        """Of a field with a range or a help text keep the default, if it has one."""
         value = attr.value
         if isinstance(value, ExprCall) and str(value.function) in DECLARATIONS and value.arguments:
-            attr.value = value.arguments[0]
+            attr.value = value.arguments[0] if str(value.function) != WITHOUT_DEFAULT else None
 
     def markdown(self, text: str) -> str:
         text = ROLE.sub(self._link, text)

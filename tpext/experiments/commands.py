@@ -19,7 +19,6 @@ from rich.console import Console
 import tpext
 from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.image_commands import TrainImages
-from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import Interrupted
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.progress import say
@@ -40,7 +39,8 @@ class Compare:
     """Draw runs of one task side by side; runs with the same label are seeds of one method."""
 
     runs: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, each as DIR or LABEL=DIR; without a label, the rule and the settings in which the runs differ."""
+    """Run folders, or folders of many, such as a sweep's, each as DIR or LABEL=DIR; without a label, the rule and the
+    settings in which the runs differ."""
     out: Path = Path("comparison.png")
     """The picture."""
     title: str = ""
@@ -49,17 +49,18 @@ class Compare:
     def carry_out(self, console: Console) -> int:
         # here, as matplotlib and pandas take longer to load than a help text to print
         from tpext.experiments.figures import draw_comparison
+        from tpext.experiments.runs import folders_of
 
-        runs = [_split(run) for run in self.runs]
+        runs = [(label, run) for label, path in map(_split, self.runs) for run in folders_of(path)]
         configs: list[HasOptions] = []
-        for _, path in runs:
-            config = open_folder(path).read_config()
+        for _, run in runs:
+            config = run.read_config()
             if config is None:
-                raise RunError(f"{path} holds no run")
+                raise RunError(f"{run.path} holds no run")
             configs.append(config)
         groups: dict[str, list[str | Path]] = {}
-        for (label, path), default in zip(runs, default_labels(configs), strict=True):
-            groups.setdefault(label or default, []).append(path)
+        for (label, run), default in zip(runs, default_labels(configs), strict=True):
+            groups.setdefault(label or default, []).append(run.path)
         say(console, f"written: {draw_comparison(groups, self.out, title=self.title)}")
         return 0
 
@@ -81,6 +82,8 @@ def default_labels(configs: Sequence[HasOptions]) -> list[str]:
     """
     methods = [config.options() for config in configs]
     names = dict.fromkeys(name for method in methods for name in method if name not in ("rule", "seed", *FREE_FIELDS))
+    if all(method.get("head_lr") == method.get("lr") for method in methods):
+        names.pop("head_lr", None)  # it goes with lr
     differing = [name for name in names if len({method[name] for method in methods if name in method}) > 1]
     return [
         ", ".join([method["rule"], *(f"{name} {method[name]}" for name in differing if name in method)])

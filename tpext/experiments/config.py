@@ -425,6 +425,7 @@ def _of_task(task: str, given: dict[str, Any], own: Mapping[str, Any] | None) ->
         raise ConfigError("task_options belong to a task of your own, ours have options of their own names")
     found = {name: given.pop(name) for name in task_names.task_options() if name in given}
     if found and task not in TASKS:
+        task_names.find_task(task)  # a name that is none comes first
         name, value = next(iter(found.items()))
         raise ConfigError(
             f"{name} does not belong to {task}, whose options are task_options: --task-options {name}={value}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ LOOKS = cycler(ls=["-", "--", "-.", ":"]) * cycler(color=COLOURS)
 """Of curves side by side: the colours, then again with every other style of lines."""
 INK = "#333333"
 CHANCE_LABEL = "chance"
+WIDE = 55
+"""Characters of a label beyond which a legend has one column."""
 FADED = 1e-12
 """Of the largest displacement: below it all have one colour."""
 
@@ -151,12 +153,12 @@ def _draw_reconstructions(figure: Figure, model: Model, task: Task, config: Conf
         axes[0].set_ylabel(label, color=INK, fontsize=9)
 
 
-def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *, title: str = "") -> Path:
+def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: str | Path, *, title: str = "") -> Path:
     """Draw the test losses and accuracies of several groups of runs.
 
     Args:
-        runs: label -> the folders of its runs (different seeds). Each run is a thin line, the group's mean over the
-            iterations that all its runs evaluated a thick one.
+        runs: label -> the folder of its run, or the folders of its runs (different seeds). Each run is a thin line, the
+            group's mean over the iterations that all its runs evaluated a thick one.
         out: path of the picture; its suffix says the format.
         title: the picture's title; empty: the task.
 
@@ -167,7 +169,10 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
         ConfigError: no run, runs of different tasks or lengths, or a format that cannot be drawn.
         RunError: a folder holds no run with an evaluation.
     """
-    groups = {label: [_read_any(Path(folder)) for folder in folders] for label, folders in runs.items()}
+    groups = {
+        label: [_read_any(Path(one)) for one in ([folders] if isinstance(folders, (str, Path)) else folders)]
+        for label, folders in runs.items()
+    }
     groups = {label: members for label, members in groups.items() if members}
     if not groups:
         raise ConfigError("runs must name at least one folder, got none")
@@ -176,7 +181,8 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
         raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
     ((name, config),) = tasks.items()
     # beyond the third line the legend gets room of its own
-    figure = Figure(figsize=(10, 4.4 + 0.2 * max(0, (len(groups) + 1) // 2 - 3)), layout="constrained")
+    columns = 2 if max(map(len, groups)) <= WIDE else 1
+    figure = Figure(figsize=(10, 4.4 + 0.2 * max(0, -(-len(groups) // columns) - 3)), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
     for look, (label, members) in zip(LOOKS(), groups.items(), strict=False):
         mean = pd.concat([metrics for _, metrics, _ in members]).groupby("iteration").mean()
@@ -199,7 +205,7 @@ def draw_comparison(runs: Mapping[str, Sequence[str | Path]], out: str | Path, *
     figure.suptitle(title or name, fontsize=13, color=INK)
     handles, labels = accuracy.get_legend_handles_labels()
     kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != CHANCE_LABEL]
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 2, "frameon": False, "handlelength": 3}
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "frameon": False, "handlelength": 3}
     figure.legend([handle for handle, _ in kept], [label for _, label in kept], **place)
     return save(figure, out)
 

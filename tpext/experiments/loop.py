@@ -360,7 +360,9 @@ def begin(
         interrupts: of signals that somebody else catches, for all runs of a stack; None: catch them here.
     """
     require_figures()
-    console = console or Console(quiet=True)
+    console = Console(quiet=True) if console is None else console
+    if not isinstance(console, Console):
+        raise TypeError(f"console must be a rich.console.Console or None, got {type(console).__name__}")
     saved = folder.continued(config.options()) if resume else None
     if saved is None:
         folder.check_empty()

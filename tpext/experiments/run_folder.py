@@ -243,7 +243,8 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         for path in (self.config, self.metrics, self.checkpoint, self.result, self.curve):
             if path.exists() and self.config.exists():
                 raise RunError(
-                    f"{self.path} already holds a run: pass another --out for a new run, or --resume to continue it"
+                    f"{self.path} already holds a run: take another folder (--out) for a new run, or resume=True "
+                    "(--resume) to continue it"
                 )
             if path.exists():
                 raise RunError(

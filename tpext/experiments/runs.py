@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -58,7 +58,7 @@ def load_runs(*paths: str | Path) -> pd.DataFrame:
     Raises:
         RunError: there is no run, or one cannot be read.
     """
-    return _table(_folders(paths))
+    return _table(folders_of(*paths))
 
 
 def load_metrics(*paths: str | Path) -> pd.DataFrame:
@@ -68,7 +68,7 @@ def load_metrics(*paths: str | Path) -> pd.DataFrame:
         RunError: there is no run, or one cannot be read.
     """
     frames = []
-    for folder in _folders(paths):
+    for folder in folders_of(*paths):
         rows = pd.DataFrame([row._asdict() for row in folder.read_rows()])
         for name, value in _options(folder).items():
             if name not in rows:
@@ -80,10 +80,15 @@ def load_metrics(*paths: str | Path) -> pd.DataFrame:
 
 
 def differing(frame: pd.DataFrame) -> list[str]:
-    """Return the options in which the runs of :func:`load_runs` differ, but for how they are carried out."""
+    """Return the options in which the runs of :func:`load_runs` differ, but for how they are carried out.
+
+    What some of the runs do not have counts among the others alone: ``groupby(..., dropna=False)`` keeps these runs.
+    """
     # tables that were put together, or read from a file, have lost what load_runs knew
     known = frame.attrs.get("options", [name for name in frame.columns if name not in (*PLACE, *OUTCOME)])
-    return [name for name in known if name not in FREE_FIELDS and len({str(value) for value in frame[name]}) > 1]
+    return [
+        name for name in known if name not in FREE_FIELDS and len({str(value) for value in frame[name].dropna()}) > 1
+    ]
 
 
 def write_table(path: Path, folders: Sequence[AnyFolder], options: Sequence[str]) -> pd.DataFrame:
@@ -105,7 +110,12 @@ def in_one(value: Any) -> Any:
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def _folders(paths: Iterable[str | Path]) -> list[AnyFolder]:
+def folders_of(*paths: str | Path) -> list[AnyFolder]:
+    """Return the runs in folders, which may be runs' own, or hold any number of them at any depth.
+
+    Raises:
+        RunError: there is no run.
+    """
     found: dict[Path, AnyFolder] = {}
     for path in map(Path, paths):
         inside = sorted(file.parent for file in path.rglob("config.json"))

@@ -53,7 +53,7 @@ def train(
         config: the configuration.
         out: the run's folder; it must not hold a run yet, or hold this one with ``resume``.
         resume: continue from the last checkpoint, or start if there is none. A complete run is left as it is.
-        console: where the progress goes; None means nowhere.
+        console: where the progress goes, such as ``rich.console.Console()``; None means nowhere.
         stop: asked after each iteration; True ends the run as SIGTERM does.
         callback: called after each evaluation with its row and the model, which it must leave as it is; its random
             numbers are not the run's.

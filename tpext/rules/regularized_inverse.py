@@ -138,7 +138,9 @@ class RegularizedInverse(RecurrentRule):
         for name, default in slopes.items():
             if getattr(self, name) != default:
                 others = "gate_slope and candidate_slope" if gates > 1 else "slope"
-                raise ValueError(f"{kind}: {name} of a rule has no effect here, where there is {others}, got {self}")
+                raise ValueError(
+                    f"{kind}: {name} of a rule has no effect here, where there is {others}, got {self}; leave it out"
+                )
         if gates == 1 and self.slope != "inverse" and any(as_list(self.slope_reg)):
             raise ValueError(f"{kind}: slope_reg of a rule belongs to slope='inverse', got {self}")
         if gates > 1 and self.unit_gain:
