@@ -17,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
+from benchmark_rows import feed_forward, suite  # noqa: F401  (fixtures)
 from loading import load_module
 
 from tpext.ops import _library

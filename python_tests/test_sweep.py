@@ -296,7 +296,7 @@ def test_options_of_one_rule_leave_the_other_grids_of_a_file_alone(here: Path) -
         'task = "adding"\n[[grid]]\nrule = "backprop"\nlr = [1e-3, 1e-2]\n[[grid]]\nrule = "regularized-inverse"'
     )
     task, grids = read_file(Path("a.toml"))
-    given = grid_of_arguments(["--reg", "1,10", "--length", "9"])
+    given = grid_of_arguments(["--reg", "1,10", "--length", "12"])
     runs, _ = plan(task, with_options(task, grids, given))
     assert [run.name for run in runs] == [
         "rule=backprop,lr=0.001",
@@ -304,7 +304,7 @@ def test_options_of_one_rule_leave_the_other_grids_of_a_file_alone(here: Path) -
         "rule=regularized-inverse,reg=1",
         "rule=regularized-inverse,reg=10",
     ]
-    assert {run.config.task.length for run in runs} == {9}
+    assert {run.config.task.length for run in runs} == {12}
 
 
 def test_values_of_several_numbers_stand_in_the_table_as_on_the_command_line(

@@ -155,7 +155,7 @@ def describe(config: Config) -> str:
     >>> describe(make_config("spiral", rule="constrained-least-squares"))
     'spiral, 64-64-64 leaky_relu units, constrained-least-squares (target step 1), adam 0.003, batch 100, seed 1'
     >>> describe(make_config("adding", preset="long-range")).partition("units, ")[2]  # doctest: +ELLIPSIS
-    'orthogonal weights, regularized-inverse (credit local, ... target step 1, slope reg 3, unit gain True), adam ...'
+    'orthogonal weights, regularized-inverse (credit local, ... target step 1, slope reg 3.0, unit gain True), adam ...'
     """
     rule = config.rule_name
     fields = {field.name for field in dataclasses.fields(config.rule)}
