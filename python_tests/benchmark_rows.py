@@ -52,6 +52,15 @@ def step(test: str, rule: str, sizes: tuple[int, int, int, int], *, threads: int
     return timed(f"{test}[{threads}-{rule}-{sizes}]", **{**named, **extra})
 
 
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """``load(name)`` imports a module of the folder ``benchmarks``, which is no package."""
+    if not (ROOT / "benchmarks").is_dir():
+        pytest.skip("no folder benchmarks beside the tests")
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module
+
+
 @pytest.fixture(scope="module")
 def feed_forward() -> list[dict[str, Any]]:
     """Rows of feed-forward networks as their benchmarks say them, for made-up times."""

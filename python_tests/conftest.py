@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -17,7 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from benchmark_rows import feed_forward, suite  # noqa: F401  (fixtures)
+from benchmark_rows import ROOT, feed_forward, load, suite  # noqa: F401  (fixtures)
 from loading import load_module
 
 from tpext.ops import _library
@@ -25,7 +23,6 @@ from tpext.ops import _library
 # The assertions of these modules explain themselves as those in tests do.
 pytest.register_assert_rewrite("bindings_cases", "comparison", "mlp_cases", "runs", "target_networks")
 
-ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 NO_GPU = "needs a CUDA device, and torch sees none"
 NO_EMULATION = "needs TPEXT_EMULATED_MODULE, the path of the module that TPEXT_CUDA_EMULATION=ON builds"
@@ -128,12 +125,3 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder 'shared' is not beside the repository")
     return SHARED
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
-    """``load(name)`` imports a module of the folder ``benchmarks``, which is no package."""
-    if not (ROOT / "benchmarks").is_dir():
-        pytest.skip("no folder benchmarks beside the tests")
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    return importlib.import_module

@@ -1,13 +1,10 @@
-"""Small runs on images, and the command line."""
+"""Small runs on images."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from tpext.experiments import ImageConfig, make_image_config
-from tpext.experiments.cli import main
 from tpext.experiments.feedback_presets import METHODS
 
 SMALL: dict[str, Any] = {
@@ -28,9 +25,3 @@ def small(rule: str = "ldrl", network: str = "lenet", **options: Any) -> ImageCo
     start = {"feedback_start": 2} if "feedback_start" in method else {}
     start |= {"feedback_epochs": 0} if "feedback_epochs" in method else {}
     return make_image_config("digits", network, rule=rule, **{**SMALL, **hidden, **start, **options})
-
-
-def call(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main(line.split())
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tpext.experiments import Config, make_config
+from tpext.experiments.cli import main
 from tpext.experiments.image_folder import open_folder
 from tpext.experiments.loop import Run
 from tpext.experiments.run_folder import RunError
@@ -116,3 +117,10 @@ def assert_edits_are_named(
         assert message in text
         assert "\n" not in text
         path.write_bytes(whole)
+
+
+def call(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Status, output and errors of a command line of ``tpext``."""
+    status = main(line.split())
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import checkpoint
+from runs import call, checkpoint
 from test_tasks import write_mnist
 
 import tpext
@@ -35,12 +35,6 @@ from tpext.tasks import TASKS
 
 SMALL = "--length 10 --hidden-size 8 --batch-size 5 --test-size 40 --iterations 20 --eval-interval 10 --threads 1"
 MODULE_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(tpext.__file__).parents[1])}
-
-
-def call(line: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    status = main(line.split())
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from image_runs import HIDDEN, SMALL, call, small
-from runs import checkpoint
+from image_runs import HIDDEN, SMALL, small
+from runs import call, checkpoint
 
 import tpext
 from tpext.experiments import image_train as module

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from image_runs import call
-from runs import same
+from runs import call, same
 
 import tpext
 from tpext.diagnostics import feedback_angles, gradient_angles

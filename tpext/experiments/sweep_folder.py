@@ -94,22 +94,24 @@ class SweepFolder:
         Raises:
             RunError: a folder cannot be read or made.
         """
-        present = {}
+        present, options = {}, []
         for folder in self.folders():
             config = folder.read_config()
             if config is not None:
                 present[identity(config)] = folder
+                options.append(config.options())
         folders = []
         for run in planned:
             found = present.get(identity(run.config))
             if found is not None and not found.result.exists():
                 _carry_out_differently(found, run.config)
+            if found is None:
+                options.append(run.config.options())
             folders.append(found or self._create(run))
         commands, before = self._record()
-        # what one command varies does not tell its runs from those of another
-        options = [config.options() for folder in self.folders() if (config := folder.read_config()) is not None]
         record = {
             "commands": [*commands, *([] if list(command) in commands else [list(command)])],
+            # what one command varies does not tell its runs from those of another
             "varied": _telling_apart(options, dict.fromkeys([*before, *varied])),
         }
         write_whole(self.record, as_json(record))

@@ -50,9 +50,9 @@ def keep_orthogonal(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor],
     """Keep weights orthogonal: each step of the optimizer is followed by :func:`orthogonalize_`.
 
     The weights should begin orthogonal (``torch.nn.init.orthogonal_``). The optimizer's own averages and its
-    ``state_dict`` know nothing of it, so a resumed run calls this again, and so does
-    who copies the optimizer. ``torch.nn.utils.parametrizations.orthogonal``
-    keeps a weight orthogonal to the last bit instead, for a matrix exponential or a factorisation in each forward pass.
+    ``state_dict`` know nothing of it, so a resumed run calls this again, and so does who copies the optimizer.
+    ``torch.nn.utils.parametrizations.orthogonal`` keeps a weight orthogonal to the last bit instead, for a matrix
+    exponential or a factorisation in each forward pass.
 
     Args:
         optimizer: any of torch's kind.
