@@ -80,7 +80,7 @@ NO_ROWS = {
     "heatmap-performance": 180,
     "heatmap-reg-stepsize": 48,
     "kaczmarz-init": 27,
-    "sensitivity": 16,
+    "sensitivity": 36,
     "text-cells": 3,
 }
 """Runs of recipes of which docs/results.csv has no row: they ran before it was made of recipes, or ran reduced."""
@@ -125,6 +125,19 @@ def test_a_recipe_makes_a_table_and_a_picture(here: Path, capsys: pytest.Capture
     assert len(before) == 6
     assert tpext_command(command) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_packaged_recipe_shows_what_the_documents_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert tpext_command(["reproduce", "spiral", "--quick", "--jobs", "1", "--out", "spiral"]) == 0
+    assert "picture: spiral/curves.png" in capsys.readouterr().out
+    methods = pd.read_csv("spiral/methods.csv").set_index("method")
+    assert set(methods.index) == {"BP", "regularised least squares", "constrained least squares", "DTP"}
+    assert (methods.accuracy[["BP", "regularised least squares"]] > 0.98).all()
+    assert (methods.greatest > 0.5).all()
+    assert set(pd.read_csv("spiral/results.csv").method) == set(methods.index)
 
 
 def test_results_take_the_place_of_those_of_the_same_methods(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -120,6 +120,7 @@ def test_is_an_immutable_value(rule):
     assert pickle.loads(pickle.dumps(rule)) == rule == copy.deepcopy(rule) == type(rule)()
     assert hash(rule) == hash(type(rule)())
     assert eval(repr(rule)) == rule
+    assert repr(rule) == f"{type(rule).__name__}()"  # fields at their defaults are left out
     with pytest.raises(dataclasses.FrozenInstanceError):
         rule.reg = 2.0
 

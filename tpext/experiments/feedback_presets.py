@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tpext._names import did_you_mean
 from tpext.experiments.feedback_settings import (
     MEULEMANS_NETWORKS,
     Case,
@@ -279,7 +280,7 @@ def find_method(name: str, folder: str | None = None) -> Method:
     if not is_path(name):
         raise ConfigError(
             f"rule must be one of {', '.join(METHODS)}, or module:Class or file.py:Class for one of your own, "
-            f"got {name!r}"
+            f"got {name!r}{did_you_mean(name, METHODS)}"
         )
     kind = find_network_rule(name, folder)
 

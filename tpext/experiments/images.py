@@ -18,6 +18,7 @@ from typing import Any, Literal, get_type_hints
 import torch
 from torch import nn
 
+from tpext._names import did_you_mean
 from tpext.experiments.feedback_presets import METHODS, Method, find_method, set_layer_rule
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS
 from tpext.experiments.own import find_own, is_path
@@ -66,7 +67,7 @@ def find_image_set(name: str, folder: str | None = None) -> str | ImageSet:
     if not is_path(name):
         raise ConfigError(
             f"dataset must be one of {', '.join(IMAGE_SETS)}, or module:NAME or file.py:NAME for one of your own, "
-            f"got {name!r}"
+            f"got {name!r}{did_you_mean(name, IMAGE_SETS)}"
         )
     found = find_own("dataset", name, folder)
     if not isinstance(found, ImageSet):

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
+from tpext._names import did_you_mean
 from tpext.experiments.options import DataFolder, Integer, Switch, option
 from tpext.experiments.progress import say
 from tpext.experiments.settings import ConfigError
@@ -54,7 +55,8 @@ class Reproduce:
             return 0
         path = RECIPES.get(self.recipe, Path(self.recipe))
         if path.suffix not in FILES:
-            raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, or a file, got {self.recipe!r}")
+            near = did_you_mean(self.recipe, RECIPES)
+            raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, or a file, got {self.recipe!r}{near}")
         if self.jobs is not None and self.jobs < 1:
             raise ConfigError(f"jobs must be an integer >= 1, got {self.jobs}")
         if self.quick and self.results is not None:

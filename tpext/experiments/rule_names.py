@@ -9,6 +9,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import tpext.rules
+from tpext._names import did_you_mean
 from tpext.experiments.own import find_own, is_path, place_of
 from tpext.experiments.settings import ConfigError
 from tpext.rules import Rule
@@ -66,10 +67,10 @@ def find_rule(name: str, folder: str | None = None) -> type[Rule]:
     if name in RULES:
         return RULES[name]
     if not is_path(name):
-        former = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else ""
+        now = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else did_you_mean(name, RULES)
         raise ConfigError(
             f"rule must be one of {', '.join(RULES)}, or module:Class or file.py:Class for one of your own, "
-            f"got {name!r}{former}"
+            f"got {name!r}{now}"
         )
     return find_own_rule(name, {"recurrent": "RecurrentRule", "layer": "LayerRule"}, folder)
 

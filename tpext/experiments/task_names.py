@@ -31,7 +31,7 @@ def find_task(name: str, folder: str | None = None) -> Entry:
         try:
             return registry.find_task(name)
         except ValueError as error:
-            more = "" if "is called" in str(error) else "; or module:Class or file.py:Class for one of your own"
+            more = "" if ";" in str(error) else "; or module:Class or file.py:Class for one of your own"
             raise ConfigError(f"{error}{more}") from error
     kind = find_own("task", name, folder)
     if not isinstance(kind, type) or not issubclass(kind, Task) or not dataclasses.is_dataclass(kind):

@@ -137,6 +137,12 @@ class Rule:
             cls._is_prepared = True
         return super().__new__(cls)
 
+    def __repr__(self) -> str:
+        """The class and the fields that differ from their defaults, as torch's modules show themselves."""
+        shown = [(field.name, getattr(self, field.name), field) for field in dataclasses.fields(self) if field.repr]
+        changed = (f"{name}={value!r}" for name, value, field in shown if value != _default(field))
+        return f"{type(self).__name__}({', '.join(changed)})"
+
     def check(self, layer: nn.Module) -> None:
         """Raise ValueError if the rule cannot serve this layer of its kind, as it is."""
 
@@ -149,6 +155,8 @@ def _prepare(cls: type[Rule]) -> None:
             f"{cls.__name__}: a rule with fields must be decorated with @dataclasses.dataclass(frozen=True), got a "
             f"plain class with {', '.join(sorted(annotated))}"
         )
+    if hasattr(cls.__dict__.get("__repr__"), "__wrapped__"):  # dataclass's, which shows every field; not an author's
+        cls.__repr__ = Rule.__repr__  # type: ignore[method-assign]
     for field in dataclasses.fields(cls):
         own = cls.__dict__.get(field.name)
         if field.name not in annotated and field.name in cls.__dict__ and not isinstance(own, _Number):
@@ -163,6 +171,11 @@ def _prepare(cls: type[Rule]) -> None:
                 f"{cls.__name__}: {field.name} must be annotated float to be a number of a rule (or PerMember, to be "
                 f"one for each member of a recurrent layer too), got {field.type}"
             )
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _is_per_member(field: dataclasses.Field[Any]) -> bool:

@@ -59,7 +59,7 @@ class LearnedInverse(RecurrentRule):
     Neural Networks", JMLR 21(7), 2020.
 
     >>> LearnedInverse(noise=0.1)
-    LearnedInverse(target_step=1.0, credit='through_time', normalize=True, noise=0.1)
+    LearnedInverse(noise=0.1)
     """
 
     sources: ClassVar[tuple[str, ...]] = ("lee2015", "manchev2020")

@@ -104,7 +104,7 @@ class ConstrainedLeastSquares(_LeastSquares):
     Source: J. Seely, "tensorflow-target-prop", ``tprop_train.py``, error algorithm 1.
 
     >>> ConstrainedLeastSquares(target_step=0.5)
-    ConstrainedLeastSquares(target_step=0.5, margin=0.01, normalize=True, local_loss='post')
+    ConstrainedLeastSquares(target_step=0.5)
     """
 
     sources: ClassVar[tuple[str, ...]] = ("seely2017",)

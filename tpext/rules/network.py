@@ -162,7 +162,7 @@ class DifferenceTargets(NetworkRule):
     Difference Target Propagation by Learning Backprop Targets", ICML 2022.
 
     >>> DifferenceTargets(target_step=0.7)
-    DifferenceTargets(target_step=0.7, normalize=True, reduction='mean')
+    DifferenceTargets(target_step=0.7)
     """
 
     sources: ClassVar[tuple[str, ...]] = ("lee2015", "ernoult2022")

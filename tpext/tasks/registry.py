@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from tpext._names import did_you_mean
 from tpext.tasks.base import Task
 
 TaskT = TypeVar("TaskT", bound=Task)
@@ -97,8 +98,8 @@ def find_task(name: str) -> Entry:
         ValueError: there is none.
     """
     if name not in TASKS:
-        former = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else ""
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{former}")
+        now = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else did_you_mean(name, TASKS)
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{now}")
     return TASKS[name]
 
 
