@@ -83,9 +83,8 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> list[dict[str,
 
 
 def first_look(results: Results) -> str:
-    """README.md's part: a line and the picture."""
-    picture = "![How many times faster than torch.nn.RNN, over T and over H](docs/speed.png)"
-    return f"{headline(results)}\n\n{machine(results)}.\n\n{picture}"
+    """README.md's part; the picture stands above it, on the first screen."""
+    return f"{headline(results)}\n\n{machine(results)}."
 
 
 STEP_COLUMNS = (

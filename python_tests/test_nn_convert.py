@@ -300,3 +300,17 @@ def test_a_rule_of_feed_forward_layers_is_refused_even_where_nothing_is_to_conve
     expected = r"convert: rule must be for recurrent layers .* its kin here is tpext.RegularizedInverse"
     with pytest.raises(TypeError, match=expected):
         tpext.nn.convert(model, tpext.RegularizedLeastSquares())
+
+
+@pytest.mark.parametrize(
+    "name", ["RNNCell", "GRUCell", "LSTMCell", "Linear", "Sequential", "Conv2d", "Transformer", "Parameter"]
+)
+def test_names_of_torch_that_are_not_here_say_what_to_take(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"module 'tpext.nn' has no attribute '{name}': .*(torch\.nn\.{name}|a )"):
+        getattr(tpext.nn, name)
+
+
+@pytest.mark.parametrize("name", ["Perceptron", "__wrapped__", "_reduction"])
+def test_names_of_nothing_are_missing_as_python_says(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"module 'tpext.nn' has no attribute '{name}'$"):
+        getattr(tpext.nn, name)

@@ -425,6 +425,18 @@ def test_representation_and_the_way_to_torch_and_back(cell):
     torch.testing.assert_close(back(x)[0], plain(x)[0])
 
 
+def test_one_rule_serves_a_model_with_both_kinds_of_cells(cell):
+    rule = RegularizedInverse(slope="derivative")
+    model = tpext.nn.convert(nn.Sequential(nn.RNN(I, H), getattr(nn, cell)(I, H)), rule)
+    x, gradients = torch.randn(T, B, I), []
+    for each in (rule, RegularizedInverse()):
+        model[1].rule = each
+        model.zero_grad()
+        model[1](x)[0].square().sum().backward()
+        gradients.append(model[1].weight_hh_l0.grad.clone())
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize(
     ("rule", "text"),
     [
@@ -435,10 +447,12 @@ def test_representation_and_the_way_to_torch_and_back(cell):
             RegularizedInverse(slope="one"),
             "slope of a rule has no effect here, where there is gate_slope and candidate_s",
         ),
+        (RegularizedInverse(slope="derivative", gate_slope="one"), "slope of a rule has no effect here"),
+        (RegularizedInverse(slope="derivative", inverse="cell", slope_reg=1.0), "slope of a rule has no effect here"),
         (RegularizedInverse(slope_reg=0.1), "slope_reg of a rule belongs to inverse='cell' and to slopes 'inverse'"),
         (SweepsItself(), r"SweepsItself is for the simple cell"),
     ],
-    ids=["correction", "input_rule", "margin", "slope", "slope_reg", "a sweep of its own"],
+    ids=["correction", "input_rule", "margin", "slope", "other slopes", "other inverse", "slope_reg", "a sweep of its own"],
 )
 def test_rules_that_do_not_serve_gates(cell, rule, text):
     with pytest.raises(ValueError, match=rf"{cell}: .*{text}"):

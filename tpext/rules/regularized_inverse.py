@@ -58,7 +58,8 @@ class RegularizedInverse(RecurrentRule):
         slope: how the linearised correction passes the activation: by its inverse slope as published, its derivative,
             or not at all. ``D`` is for "inverse" ``a' / (a'^2 + slope_reg)``, as published ``1 / a'``, with ``a' = 1 -
             clip(h)^2`` for tanh, ``1[h > 0]`` for relu (where it is 0, ``D`` is 0), 1 for identity; for "derivative"
-            ``a'`` of the state itself, as in back-propagation; for "one" 1.
+            ``a'`` of the state itself, as in back-propagation; for "one" 1. Cells with gates have slopes of their own;
+            they take "derivative" where it is what theirs are, so that one rule serves a model with both.
         slope_reg: regularisation of slope "inverse", >= 0, as ``reg`` is the matrix's. Units near the edges of the
             range, whose exact inverse explodes, pass little. ``inverse="cell"`` needs it > 0.
         unit_gain: True scales the inverses such that what is orthogonal, and units of slope 1, pass displacements at
@@ -134,21 +135,23 @@ class RegularizedInverse(RecurrentRule):
         if gates is None:
             return
         kind = type(layer).__name__
-        slopes = {"slope": "inverse"} if gates > 1 else {"gate_slope": "derivative", "candidate_slope": "derivative"}
-        for name, default in slopes.items():
-            if getattr(self, name) != default:
+        derivatives = (self.inverse, self.gate_slope, self.candidate_slope) == ("branch", "derivative", "derivative")
+        # slope="derivative" says of the simple cell what holds of these gates, so one rule serves a model with both
+        slopes = {"slope": ("inverse", *["derivative"] * derivatives)}
+        if gates == 1:
+            slopes = {"gate_slope": ("derivative",), "candidate_slope": ("derivative",)}
+        for name, allowed in slopes.items():
+            if getattr(self, name) not in allowed:
                 others = "gate_slope and candidate_slope" if gates > 1 else "slope"
                 raise ValueError(
                     f"{kind}: {name} of a rule has no effect here, where there is {others}, got {self}; leave it out"
                 )
         if gates == 1 and self.slope != "inverse" and any(as_list(self.slope_reg)):
             raise ValueError(f"{kind}: slope_reg of a rule belongs to slope='inverse', got {self}")
-        if gates > 1 and self.unit_gain:
-            ways = (self.inverse, self.gate_slope, self.candidate_slope)
-            if ways != ("branch", "derivative", "derivative"):
-                raise ValueError(
-                    f"{kind}: unit_gain of a rule needs inverse='branch' and slopes 'derivative' here, got {self}"
-                )
+        if gates > 1 and self.unit_gain and not derivatives:
+            raise ValueError(
+                f"{kind}: unit_gain of a rule needs inverse='branch' and slopes 'derivative' here, got {self}"
+            )
         has_reg = self.inverse == "cell" or "inverse" in (self.gate_slope, self.candidate_slope)
         if gates > 1 and any(as_list(self.slope_reg)) and not has_reg:
             raise ValueError(
