@@ -452,7 +452,7 @@ def test_one_rule_serves_a_model_with_both_kinds_of_cells(cell):
         (RegularizedInverse(slope_reg=0.1), "slope_reg of a rule belongs to inverse='cell' and to slopes 'inverse'"),
         (SweepsItself(), r"SweepsItself is for the simple cell"),
     ],
-    ids=["correction", "input_rule", "margin", "slope", "other slopes", "other inverse", "slope_reg", "a sweep of its own"],
+    ids=["correction", "input_rule", "margin", "slope", "slopes", "inverse", "slope_reg", "a sweep of its own"],
 )
 def test_rules_that_do_not_serve_gates(cell, rule, text):
     with pytest.raises(ValueError, match=rf"{cell}: .*{text}"):
