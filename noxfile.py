@@ -5,6 +5,8 @@ Arguments after `--` go to the program. `nox -R` installs nothing anew.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["tests", "lint", "docs"]
@@ -34,9 +36,12 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation, into site/; every link must resolve. `nox -s docs -- serve` shows it."""
+    """The documentation, into site/; links resolve, public names have an entry. `nox -s docs -- serve` shows it."""
     session.install(*nox.project.dependency_groups(PROJECT, "docs"))
     session.run("mkdocs", *(session.posargs or ["build", "--strict"]), env={"NO_MKDOCS_2_WARNING": "1"})
+    if not session.posargs:
+        install(session)
+        session.run("pytest", "python_tests/test_docs.py", "-k", "reference or links")
 
 
 @nox.session
@@ -46,6 +51,23 @@ def slow(session: nox.Session) -> None:
     # One of them builds the module with sanitizers.
     session.install(*PROJECT["build-system"]["requires"])
     session.run(".ci/slow", *session.posargs, external=True)
+
+
+@nox.session
+def emulation(session: nox.Session) -> None:
+    """The CUDA kernels, compiled as C++ and run on the CPU, against their oracles."""
+    install(session)
+    session.install(*PROJECT["build-system"]["requires"])
+    # In the environment's folder: another Python has another build.
+    build = Path(session.virtualenv.location) / "emulation"
+    options = ["-G", "Ninja", "-DTPEXT_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={session.virtualenv.bin}/python"]
+    session.run("cmake", "-S", ".", "-B", str(build), *options)
+    session.run("cmake", "--build", str(build))
+    (module,) = build.rglob("_C_emulated*.so")
+    env = {"TPEXT_EMULATED_MODULE": str(module)}
+    session.run("pytest", "python_tests/test_cuda.py", "python_tests/test_cuda_gated.py", *session.posargs, env=env)
+    mixed = [f"python_tests/test_{name}.py" for name in ("counter_normal", "pooled_difference", "regularized_inverse")]
+    session.run("pytest", "-k", "emulated", *mixed, *session.posargs, env=env)
 
 
 @nox.session
