@@ -1,8 +1,8 @@
 """A network with a module of your own: give it a feedback, and learned feedback trains like any other.
 
 ``ChannelScale`` multiplies each channel by a learned factor. Its feedback multiplies by a learned factor too, and the
-difference reconstruction loss brings that to the forward one. Needs scikit-learn's digits only: ``pip install
-'tpext[experiments]'``, a few seconds.
+difference reconstruction loss brings that to the forward one. Needs scikit-learn's digits only, ``pip install
+'.[experiments]'`` in the checkout, and a few seconds.
 
 Run: python examples/own_module_feedback.py [EPOCHS]
 """

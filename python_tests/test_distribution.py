@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import http.server
@@ -33,7 +34,9 @@ needs_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no
 @needs_checkout
 def test_the_source_archive_is_complete(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
-    unwanted = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__", "runs", "site")
+    unwanted = shutil.ignore_patterns(
+        ".git*", ".nox", ".*_cache", ".*venv*", "build", "*.egg-info", "*.so", "__pycache__", "runs", "site"
+    )
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=unwanted)
     build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
@@ -47,11 +50,13 @@ def test_the_source_archive_is_complete(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / done.stdout.split()[-1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
         metadata = archive.extractfile(f"tpext-{VERSION}/PKG-INFO").read().decode()
-    for folder in ("tpext", "csrc", "python_tests", "benchmarks", "docs", "examples"):
+    for folder in ("tpext", "csrc", "python_tests", "benchmarks", "docs", "examples", ".ci"):
         for path in (source / folder).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts and "egg-info" not in str(path):
                 assert str(path.relative_to(source)) in names
     assert {"LICENSE", "README.md", "CMakeLists.txt", "setup.py", "pyproject.toml", "CITATION.cff"} <= names
+    # what CONTRIBUTING.md tells to use
+    assert {"CONTRIBUTING.md", "noxfile.py", "mkdocs.yml", ".pre-commit-config.yaml", ".clang-format"} <= names
     assert not [name for name in names if name.endswith((".so", ".pyc", ".o"))]
     assert {"License-File: LICENSE", "Author: The tpext developers"} <= set(metadata.splitlines())
     # an index page has no files beside it
@@ -67,19 +72,82 @@ def test_the_citation_has_the_version() -> None:
     assert str(citation["version"]) == VERSION
 
 
+REFUSED = {
+    *("eval", "exec", "os.system", "joblib.load", "marshal.load", "marshal.loads", "pandas.read_pickle", "shelve.open"),
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "yaml.load", "yaml.full_load", "yaml.unsafe_load"),
+}
+"""What runs code that a file or a text has."""
+REFUSED_METHODS = {"extractall", "exec_module", "read_pickle"}
+"""The same, of an object that the sources do not name."""
+ALLOWED = {
+    ("tpext/testing.py", "pickle.loads"): "of a rule or a task that it has pickled itself, to see whether it can be",
+    ("tpext/tasks/imagenet32.py", "pickle.Unpickler"): "its subclass there refuses all names but those of numbers",
+    ("tpext/experiments/own.py", "exec_module"): "of a file that the user names as his rule, task or data set",
+}
+"""File and what it uses: why it may."""
+
+
+def unsafe_uses(source: str) -> set[str]:
+    """What of the source is refused; names are followed through imports, and a mention counts as a call."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imported: dict[str, str] = {}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            imported |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+
+    def name_of(node: ast.AST) -> str:
+        if isinstance(node, ast.Attribute):
+            return f"{name_of(node.value)}.{node.attr}"
+        return imported.get(node.id, node.id) if isinstance(node, ast.Name) else ""
+
+    found = {name_of(node) for node in nodes} & REFUSED
+    found |= {node.attr for node in nodes if isinstance(node, ast.Attribute)} & REFUSED_METHODS
+    for call in [node for node in nodes if isinstance(node, ast.Call)]:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        if name_of(call.func) == "torch.load" and given.get("weights_only") != "True":
+            found.add("torch.load")
+        found |= {f"{name}=" for name in ("allow_pickle", "shell") if given.get(name, "False") != "False"}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch\ntorch.load(file, weights_only=True)", set()),
+        ("import torch\ntorch.load(file, weights_only=False)", {"torch.load"}),
+        ("from torch import load\nload(file)", {"torch.load"}),
+        ("import pickle as p\nread = p.load", {"pickle.load"}),
+        ("import subprocess\nsubprocess.run(command, shell=True)", {"shell="}),
+        ("import numpy as np\nnp.load(file, allow_pickle=mode)", {"allow_pickle="}),
+        ("import yaml\nyaml.safe_load(file)\nyaml.load(file)", {"yaml.load"}),
+        ("net.eval()\nwith open(file) as archive:\n    archive.extractall()", {"extractall"}),
+        ("eval(text)", {"eval"}),
+    ],
+)
+def test_unsafe_uses_are_found(source: str, found: set[str]) -> None:
+    assert unsafe_uses(source) == found
+
+
 def test_no_file_of_data_runs_code() -> None:
     """Checkpoints are loaded as weights alone, pickles by the restricted unpickler, no archive is unpacked."""
-    unsafe = re.compile(r"pickle\.loads?\(|Unpickler\((?!file|pickle\.Unpickler)|allow_pickle=True|extractall")
-    loads = 0
-    for path in PACKAGE.rglob("*.py"):
-        text = path.read_text()
-        for call in re.findall(r"torch\.load\(.*", text):
-            assert "weights_only=True" in call, path
-            loads += 1
-        assert not re.search(r"yaml\.(unsafe_|full_)?load\(", text), path
-        # that module pickles rules itself, to see whether they can be
-        assert path.name == "testing.py" or not unsafe.search(text), path
-    assert loads >= 2
+    folders = [PACKAGE, ROOT / "benchmarks", ROOT / "examples"]
+    files = {path.relative_to(folder.parent): path for folder in folders for path in folder.rglob("*.py")}
+    assert len(files) > 100
+    found = {(name.as_posix(), use) for name, path in files.items() for use in unsafe_uses(path.read_text())}
+    assert found == set(ALLOWED)
+
+
+@needs_checkout
+def test_all_lists_of_pythons_are_the_same() -> None:
+    """Classifiers, the wheels of the public CI and those of .ci/wheels; the oldest is ``requires-python``."""
+    project = (ROOT / "pyproject.toml").read_text()
+    classifiers = re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', project)
+    (cibuildwheel,) = re.findall(r'^build = "cp3\{([\d,]+)\}-', project, re.MULTILINE)
+    (wheels,) = re.findall(r"^  for minor in ([\d ]+); do$", (ROOT / ".ci" / "wheels").read_text(), re.MULTILINE)
+    assert classifiers == cibuildwheel.split(",") == wheels.split()
+    assert f'requires-python = ">=3.{classifiers[0]}"' in project
 
 
 class MakeFolder:
@@ -142,10 +210,10 @@ def test_what_is_run_for_contributors_is_there() -> None:
     for name in ("bug.yml", "idea.yml"):
         assert {"name", "description", "body"} <= set(files[name])
     sessions = set(re.findall(r"@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text()))
-    assert len(sessions) == 5
+    assert len(sessions) == 6
     steps = [step for job in files["ci.yml"]["jobs"].values() for step in job["steps"]]
     asked = [run.split()[2:] for run in (step.get("run", "") for step in steps) if run.startswith("nox -s ")]
-    assert len(asked) == 3
+    assert len(asked) == 4
     assert {name for names in asked for name in names} <= sessions
     (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     lint = re.search(r"^lint = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]

@@ -6,20 +6,33 @@ import importlib
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import tpext
+from tpext.experiments import make_config
+from tpext.experiments.commands import Compare, Info, Tasks
 from tpext.experiments.commands import run as tpext_command
+from tpext.experiments.feedback_figures import FigureCommand
+from tpext.experiments.image_commands import TrainImages
+from tpext.experiments.image_defaults import make_image_config
+from tpext.experiments.recipes import RECIPES
+from tpext.experiments.reproduce_command import Reproduce
+from tpext.experiments.sweep_command import Sweep
 from tpext.experiments.sweep_plan import grid_of_arguments, plan, read_file
+from tpext.experiments.sweep_search import space_of
+from tpext.experiments.train_command import Train
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md")])
+FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 REFERENCE = {
     "nn": ["tpext.nn", "tpext.nn.networks"],
     "rules": ["tpext.rules"],
@@ -78,29 +91,61 @@ def test_the_sweeps_of_a_page_are_sweeps(tmp_path: Path) -> None:
 
 
 def commands_of(page: Path) -> list[str]:
-    """Its whole commands ``tpext train``; those of a table of options are what stands above it, with each option."""
-    found = re.findall(r"(?:^|(By )?`)(tpext train [^`#\n]*)", page.read_text(), re.MULTILINE)
-    incomplete = re.compile(r"\.py\b|\b(?:DIR|FILE|NAME|TASK)\b|\.\.\.|--(?:help|resume|out)\b")
-    whole = [command.strip() for by, command in found if not by and not incomplete.search(command)]
-    for section in page.read_text().split("\n## "):
+    """Its command lines ``tpext ...``; those of a table of options are what stands above it, with each option."""
+    text = page.read_text()
+    lines = "".join(FENCE.findall(text)).replace("\\\n", " ")
+    found = re.findall(r"(?:^|&& )(tpext .*)", lines, re.MULTILINE)
+    found += re.findall(r"`!?(tpext [a-z][^`]*)`", FENCE.sub("", text))
+    for section in text.split("\n## "):
         for above in re.findall(r"By `(tpext train [^`]*)`", section):
+            found.remove(above)  # without an option it need not be a run
             for line in re.findall(r"^\| .*\|$", section, re.MULTILINE):
                 base = above.replace(" --preset published", "") if "without a published preset" in line else above
-                whole += [f"{base} {options}" for options in re.findall(r"`(--(?:rule|network) [^`]*)`", line)]
-    return whole
+                found += [f"{base} {options}" for options in re.findall(r"`(--(?:rule|network) [^`]*)`", line)]
+    # a command's name and a part of a command are no command lines
+    part = re.compile(r"tpext (?:train|sweep|compare|figure)(?: --.*)?|.*\.\.\. ?.*")
+    return [line for line in dict.fromkeys(found) if not part.fullmatch(line.partition("#")[0].strip())]
 
 
-# Not those of results.md, which are patterns, nor those of own-tasks.md, whose task is nowhere but on the page.
-WITH_COMMANDS = [
-    page for page in PAGES if page.is_file() and page.name not in ("results.md", "own-tasks.md") and commands_of(page)
-]
+PLACEHOLDERS = {"TASK": "temporal-order", "DIR": ".", "FILE": "text.txt", "NAME": "long-range", "N": "1"}
+COMMANDS = (Train, TrainImages, Sweep, Reproduce, Compare, FigureCommand, Tasks, Info)
+OF_THE_PAGE = {"recall"}
+"""Tasks that are nowhere but on a page, which says how to make them."""
+WITH_COMMANDS = [page for page in [PAGES[0], *sorted(DOCS.rglob("*.md"))] if page.is_file() and commands_of(page)]
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: page.name)
-def test_the_commands_of_a_page_are_commands(page: Path) -> None:
-    for command in commands_of(page):
-        _, _, task, *options = command.split()
-        assert len(plan(task, [grid_of_arguments(options)])[0]) == 1, command
+def test_the_commands_of_a_page_are_commands(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command's own parser reads them, and what they ask for can be; nothing is carried out."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("a text")
+    read: list[Any] = []
+    for kind in COMMANDS:
+        monkeypatch.setattr(kind, "carry_out", lambda self, console: read.append(self) or 0)
+    for line in commands_of(page):
+        words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True)[1:]]
+        if OF_THE_PAGE & set(words):
+            continue
+        assert tpext_command(words) == 0, line
+        if "--help" not in words and not re.search(r"\.py:|\.toml\b", line):  # files that are not there
+            check_asked(read.pop())
+
+
+def check_asked(command: Any) -> None:
+    """Raise if no recipe, run or sweep is what a command asks for."""
+    if isinstance(command, Reproduce):
+        assert command.recipe in {None, *RECIPES}
+    elif isinstance(command, Train):
+        make_config(**command.given())
+    elif isinstance(command, TrainImages):
+        make_image_config(**command.given())
+    elif isinstance(command, Sweep) and "/" not in command.what:
+        if command.search is None:
+            grid = grid_of_arguments(command.arguments)
+        else:
+            space = space_of(command.what, None, command.arguments)
+            grid = space.grid(space.first())
+        assert plan(command.what, [grid])[0]
 
 
 # The reference
@@ -139,6 +184,23 @@ def test_the_reference_has_every_name_of_the_package() -> None:
         owner, _, last = canonical.rpartition(".")
         assert getattr(tpext, name.rpartition(".")[2]) is getattr(importlib.import_module(owner), last)
     assert public_names(tpext) - {"tpext.__version__"} == {*rows, *entries("tpext")}
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+def test_the_links_of_what_is_not_on_the_site_resolve(name: str) -> None:
+    page = ROOT / name
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text())):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ROOT / path if path else page
+        assert target.exists(), f"{name}: {link}"
+        assert not anchor or anchor in anchors_of(target), f"{name}: {link}"
 
 
 def test_the_page_of_environment_variables_has_them_all() -> None:

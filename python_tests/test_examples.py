@@ -60,9 +60,13 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.skipif(not DOCS.is_dir(), reason="no folder docs beside the tests")
-def test_the_page_lists_every_example_once() -> None:
-    listed = re.findall(r"^\| `([\w.]+)` \|", (DOCS / "examples.md").read_text(), re.MULTILINE)
+def test_the_page_lists_every_example_once_and_shows_every_script() -> None:
+    page = (DOCS / "examples.md").read_text()
+    listed = re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.*"))
+    included = r'^\?\?\? example "(.*)"\n\n    ```python\n    --8<-- "examples/\1"\n    ```$'
+    shown = re.findall(included, page, re.MULTILINE)
+    assert shown == [name for name in listed if name.endswith(".py")]
 
 
 @pytest.mark.parametrize("name", LEAST)

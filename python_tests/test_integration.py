@@ -7,6 +7,8 @@ import dataclasses
 import datetime
 import itertools
 import os
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -750,3 +752,46 @@ def test_frozen_parameters_and_inputs():
         assert not rnn(torch.randn(T, B, I))[0].requires_grad
         with torch.inference_mode():
             assert rnn(torch.randn(T, B, I))[0].is_inference()
+
+
+WORKERS = """
+import sys
+
+import torch
+
+import tpext
+
+
+class Gradients(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, seed):
+        torch.manual_seed(seed)
+        rnn = tpext.nn.RNN(3, 64)
+        rnn(torch.randn(40, 32, 3))[0].square().mean().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in rnn.parameters()])
+
+
+def two_threads(worker):
+    torch.set_num_threads(2)
+
+
+if __name__ == "__main__":
+    two_threads(None)
+    expected = torch.stack([Gradients()[seed] for seed in range(2)])
+    torch.randn(400, 400) @ torch.randn(400, 400)
+    context, worker_init_fn = {"spawn": ("spawn", two_threads), "fork": ("fork", None)}[sys.argv[1]]
+    options = {"num_workers": 1, "batch_size": 2, "multiprocessing_context": context}
+    (found,) = torch.utils.data.DataLoader(Gradients(), worker_init_fn=worker_init_fn, **options)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected)
+"""
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_workers_compute_after_the_parent_has_on_several_threads(tmp_path: Path, start: str) -> None:
+    """Spawned they may have several threads, forked one, which is what a worker has by itself (docs/faq.md)."""
+    (tmp_path / "script.py").write_text(WORKERS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_WAIT_POLICY": "passive"}
+    subprocess.run([sys.executable, "script.py", start], cwd=tmp_path, env=environment, check=True, timeout=180)
