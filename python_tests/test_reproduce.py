@@ -80,7 +80,6 @@ NO_ROWS = {
     "heatmap-performance": 180,
     "heatmap-reg-stepsize": 48,
     "kaczmarz-init": 27,
-    "sensitivity": 36,
     "text-cells": 3,
 }
 """Runs of recipes of which docs/results.csv has no row: they ran before it was made of recipes, or ran reduced."""
