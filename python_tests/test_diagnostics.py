@@ -268,6 +268,9 @@ def test_displacement_norms_are_what_single_steps_hand_back(cell: str, rule: Any
 def test_displacement_norms_need_one_call_of_a_recurrent_layer() -> None:
     with pytest.raises(ValueError, match=r"displacement_norms: model must have a tpext\.nn\.RNN, GRU or LSTM"):
         displacement_norms(nn.Linear(2, 2), lambda net: torch.zeros(()))
+    ensemble = tpext.nn.Ensemble([tpext.nn.RNN(2, 2), tpext.nn.RNN(2, 2)])
+    with pytest.raises(ValueError, match="displacement_norms: model must have no Ensemble, got one as '0'"):
+        displacement_norms(nn.Sequential(ensemble), lambda net: torch.zeros(()))
     input = torch.randn(3, 2, 2, dtype=DOUBLE)
     with pytest.raises(ValueError, match="displacement_norms: loss must call each recurrent module once"):
         displacement_norms(tpext.nn.RNN(2, 2), lambda rnn: rnn(rnn(input)[0])[0].sum())

@@ -15,7 +15,7 @@ from tpext.experiments import ConfigError
 from tpext.experiments.figures import draw_gradients
 from tpext.experiments.gradients import read_gradients
 from tpext.experiments.loop import Interrupted
-from tpext.experiments.run_folder import Row, RunError
+from tpext.experiments.run_folder import Failure, Row, RunError, RunFolder
 from tpext.experiments.train import train
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -76,6 +76,12 @@ def test_gradients_are_drawn(tmp_path: Path) -> None:
     table.to_csv(tmp_path / "two" / "gradients.csv", index=False)
     runs = {name: tmp_path / name for name in ("one", "two")}
     assert draw_gradients(runs, tmp_path / "deep" / "a.png", title="Two").read_bytes().startswith(b"\x89PNG")
+    table.head(1).to_csv(tmp_path / "two" / "gradients.csv", index=False)
+    RunFolder(tmp_path / "two").write_failure(Failure(diverged=True, message="at once"))
+    (tmp_path / "two" / "result.json").unlink()
+    draw_gradients(runs, tmp_path / "b.png")
+    with pytest.raises(ConfigError, match="runs must name at least one folder, got none"):
+        draw_gradients({}, tmp_path / "a.png")
     (tmp_path / "one" / "gradients.csv").write_text("iteration,accuracy\n0,1\n")
     with pytest.raises(RunError, match="not a table of gradients, its columns are iteration, accuracy"):
         draw_gradients(runs, tmp_path / "a.png")

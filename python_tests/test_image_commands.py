@@ -210,8 +210,14 @@ def test_a_layer_rule_of_ones_own_is_that_of_the_linear_layers(own: Path) -> Non
         found = block.get_submodule("linear").weight.grad
         torch.testing.assert_close(found, layer.weight.grad)
         assert block is net.blocks[-1] or not torch.allclose(found, other.get_submodule("linear").weight.grad)
-    result = train_images(make_image_config("digits", "lenet", rule="mine.py:Pseudo", **SMALL, **HIDDEN), own / "run")
-    assert result.iterations == 6
+    seen: list[int] = []
+    result = train_images(
+        make_image_config("digits", "lenet", rule="mine.py:Pseudo", **SMALL, **HIDDEN),
+        own / "run",
+        callback=lambda row, model: seen.append(row.iteration),
+        stop=lambda: False,
+    )
+    assert result.iterations == 6 == seen[-1]
 
 
 def test_what_images_cannot_train_is_named(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

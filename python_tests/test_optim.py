@@ -212,3 +212,8 @@ def test_what_cannot_be_orthogonal_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             keep_orthogonal(optimizer, [weight], steps)
+    for weights, got in ((torch.zeros(3, 3), r"a tensor \[3, 3\]"), ([], "none")):
+        with pytest.raises(ValueError, match=f"weights must be a list of at least one tensor, got {got}"):
+            keep_orthogonal(optimizer, weights)
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got list"):
+        keep_orthogonal([], [torch.zeros(3, 3)])  # type: ignore[arg-type]

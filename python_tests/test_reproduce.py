@@ -140,7 +140,7 @@ def test_a_packaged_recipe_shows_what_the_documents_say(
 
 
 def test_results_take_the_place_of_those_of_the_same_methods(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    old = '"temporal-order, T=10","{}",1,9,0.12345,0.5,0.1\n'
+    old = '"temporal-order, T=10","{}",1,9,0.12345,0.5,,0.1\n'
     name = "second, lr 0.001"
     methods = ["other", name, "between", name, "last"]
     Path("all.csv").write_text(",".join(RESULTS) + "\n" + "".join(old.format(one) for one in methods))

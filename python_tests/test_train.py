@@ -324,11 +324,13 @@ def test_a_callback_sees_each_evaluation_and_changes_nothing(tmp_path: Path) -> 
     def callback(row: Row, model: torch.nn.Module) -> None:
         torch.rand(3)  # of its own
         seen.append((row.iteration, model.training, sum(float(p.detach().sum()) for p in model.parameters())))
+        model.eval()
 
     train(config, tmp_path / "watched", callback=callback)
     train(config, tmp_path / "alone")
     assert [iteration for iteration, *_ in seen] == [0, 6, 12, 18, 20]
     assert len({total for *_, total in seen}) == 5
+    assert all(training for _, training, _ in seen)
     assert_same_run(tmp_path / "watched", tmp_path / "alone")
 
 
@@ -675,6 +677,8 @@ def test_figures(tmp_path: Path) -> None:
     assert draw_run(tmp_path / "bp").exists()
     with pytest.raises(ValueError, match="runs must name at least one folder"):
         draw_comparison({}, tmp_path / "none.png")
+    with pytest.raises(ConfigError, match="runs must name at least one folder for 'nothing', got none"):
+        draw_comparison({**runs, "nothing": []}, tmp_path / "none.png")
     with pytest.raises(ConfigError, match="panels must have at least one table, got none"):
         draw_heatmaps({}, tmp_path / "none.png")
     for name in ("y.xyz", "y"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tpext.feedback.trainer import weight_alignment
+from tpext.nn.ensemble import Ensemble
 from tpext.nn.linear import TargetLinear
 from tpext.nn.recurrent import RecurrentLayers
 from tpext.nn.sequential import TargetSequential
@@ -282,7 +283,7 @@ def displacement_norms(model: nn.Module, loss: Callable[[nn.Module], Tensor]) ->
         ``weight_hh``: of the initial state, and of the state after each step in the order in which they are run.
 
     Raises:
-        ValueError: the model has no such layer, or one is called twice.
+        ValueError: the model has no such layer, or an Ensemble of them, or one is called twice.
         TypeError: ``model`` is no module.
 
     Cost: a backward pass in T calls.
@@ -300,6 +301,8 @@ def displacement_norms(model: nn.Module, loss: Callable[[nn.Module], Tensor]) ->
     copied = _recurrent_copy("displacement_norms", model)
     found: dict[str, list[Tensor]] = {}
     for name, module in copied.named_modules():
+        if isinstance(module, Ensemble):
+            raise ValueError(f"displacement_norms: model must have no Ensemble, got one as {name!r}; give it a member")
         if isinstance(module, RecurrentLayers):
             module.checkpoint_every = 1
             # past the setter, as above

@@ -12,6 +12,7 @@ figures need the extra: ``pip install "tpext[experiments]"``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,18 +23,25 @@ from tpext.experiments.settings import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch import nn
 
-    from tpext.experiments.image_folder import ImageResult
+    from tpext.experiments.image_folder import ImageResult, ImageRow
 
 
 def train_images(
-    config: ImageConfig, out: str | Path, *, resume: bool = False, console: Console | None = None
+    config: ImageConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    stop: Callable[[], bool] | None = None,
+    callback: Callable[[ImageRow, nn.Module], None] | None = None,
 ) -> ImageResult:
     """Run a configuration on images in a folder: see :func:`tpext.experiments.image_train.train_images`."""
     # here, as it needs the extra
     from tpext.experiments import image_train
 
-    return image_train.train_images(config, out, resume=resume, console=console)
+    return image_train.train_images(config, out, resume=resume, console=console, stop=stop, callback=callback)
 
 
 __all__ = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,9 @@ def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: 
         label: [_read_any(Path(one)) for one in ([folders] if isinstance(folders, (str, Path)) else folders)]
         for label, folders in runs.items()
     }
-    groups = {label: members for label, members in groups.items() if members}
-    if not groups:
-        raise ConfigError("runs must name at least one folder, got none")
+    empty = [label for label, members in groups.items() if not members]
+    if empty or not groups:
+        raise ConfigError(f"runs must name at least one folder{f' for {empty[0]!r}' if empty else ''}, got none")
     tasks = {config.title: config for members in groups.values() for config, _, _ in members}
     if len(tasks) > 1:
         raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
@@ -261,11 +262,16 @@ def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: st
         The path of the picture.
 
     Raises:
+        ConfigError: no run, or a format that cannot be drawn.
         RunError: a folder holds no gradients.csv.
     """
+    if not runs:
+        raise ConfigError("runs must name at least one folder, got none")
     tables = {}
     for label, folder in runs.items():
-        table = read_gradients(RunFolder(folder).gradients)
+        run = RunFolder(folder)
+        table = read_gradients(run.gradients)
+        label = f"{label} (diverged)" if state_of(run) == "diverged" else label
         tables[label] = table[table.weight == table.weight.iloc[-1]].set_index("iteration")
     displaced = {label: table.drop(columns=[*PLACE[1:]]) for label, table in tables.items()}
     # what faded altogether, or overflowed, has the first or last colour
@@ -276,6 +282,8 @@ def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: st
     panels = above.subplots(1, len(tables), sharey=True, squeeze=False)[0]
     for axes, (label, table) in zip(panels, displaced.items(), strict=True):
         steps = table.columns.astype(int)
+        if len(table) == 1:  # of one evaluation: a row has no height else
+            table = pd.concat([table, table.set_axis(table.index + 1)])
         image = axes.pcolormesh(
             steps, table.index, table.clip(*(colours.vmin, colours.vmax)), norm=colours, cmap="cividis", rasterized=True
         )
@@ -289,7 +297,8 @@ def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: st
         plots, PLACE[2:], ("norm of the recurrent layer's gradient", "spectral norm of weight_hh"), strict=True
     ):
         for look, (label, table) in zip(LOOKS(), tables.items(), strict=False):
-            axes.plot(table.index, table[column], **look, lw=1.6, label=label)
+            point = {"marker": "o"} if len(table) == 1 else {}
+            axes.plot(table.index, table[column], **look, **point, lw=1.6, label=label)
         style(axes)
         axes.set_ylabel(name, color=INK)
     plots[0].set_yscale("log")
@@ -299,9 +308,15 @@ def draw_gradients(runs: Mapping[str, str | Path], out: str | Path, *, title: st
     return save(figure, out)
 
 
-def as_text(value: float | str) -> str:
-    """Return an option's value as pictures and tables show it."""
-    return value if isinstance(value, str) else f"{value:g}"
+def as_text(value: object) -> str:
+    """Return an option's value as pictures and tables show it.
+
+    >>> as_text(1e-3), as_text((64, 32)), as_text(True), as_text(None)
+    ('0.001', '64 32', 'True', 'None')
+    """
+    if isinstance(value, (tuple, list)):
+        return " ".join(map(as_text, value))
+    return f"{value:g}" if isinstance(value, Real) and not isinstance(value, bool) else str(value)
 
 
 def draw_image_run(folder: str | Path) -> tuple[Path, Path]:

@@ -274,8 +274,9 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         progress.row(row)
         if self.callback is not None:
             # it may draw random numbers, or leave the model in another mode
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
                 self.callback(row, self.model)
+            self.model.train()
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started

@@ -19,8 +19,8 @@ from tpext.experiments.sweep_plan import Planned, identity, plan
 
 SOLVED = 0.99
 """The accuracy from which on a task counts as solved: when a method first gets there is in the table."""
-RESULTS = ("task", "method", "seed", "iterations", "accuracy", "best_accuracy", "test_loss")
-"""The columns of results.csv."""
+RESULTS = ("task", "method", "seed", "iterations", "accuracy", "best_accuracy", "solved_at", "test_loss")
+"""The columns of results.csv; ``solved_at`` is the iteration of the first evaluation with at least 99 %."""
 
 
 class Product(NamedTuple):
@@ -77,7 +77,7 @@ def write_results(path: Path, frame: pd.DataFrame) -> None:
         RunError: there is another table.
     """
     rows = frame.assign(method=frame.name, accuracy=frame.accuracy.mask(frame.diverged))[list(RESULTS)]
-    rows = rows.astype({"iterations": "Int64"}).round(5)
+    rows = rows.astype({"iterations": "Int64", "solved_at": "Int64"}).round(5)
     if path.exists():
         try:
             before = pd.read_csv(path, dtype=str)
@@ -104,8 +104,8 @@ def _write_methods(recipe: Recipe, out: Path, frame: pd.DataFrame) -> tuple[Path
             least=("accuracy", "min"),
             greatest=("accuracy", "max"),
             area=("area", "mean"),
-            solved=("solved", "count"),
-            solved_at=("solved", "mean"),
+            solved=("solved_at", "count"),
+            solved_at=("solved_at", "mean"),
             seconds=("seconds", "mean"),
         )
         .reset_index()
@@ -153,7 +153,7 @@ def runs_of(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Planned]]:
         several = [name for name in varied if name not in ("seed", methods.select, *recipe.axes)]
         for planned in runs:
             options = planned.config.options()
-            method = [methods.label, *(f"{name} {in_one(options[name])}" for name in several)]
+            method = [methods.label, *(f"{name} {as_text(options[name])}" for name in several)]
             selected = None if methods.select is None else in_one(options.get(methods.select))
             value = "" if selected is None else f"{methods.select} {as_text(selected)}"
             at = [f"{name} {as_text(options[name])}" for name in recipe.axes if name in options]
@@ -162,7 +162,7 @@ def runs_of(recipe: Recipe) -> Iterator[tuple[dict[str, Any], Planned]]:
                 # a heatmap may go over lengths, which titles have
                 "task": recipe.task if recipe.axes else planned.config.title,
                 "method": ", ".join(method),
-                **{name: options.get(name) for name in recipe.axes},
+                **{name: in_one(options.get(name)) for name in recipe.axes},
                 "select": methods.select or "",
                 "selected": 0.0 if selected is None else selected,
                 "name": ", ".join(part for part in (methods.panel, *method, *at, value) if part),
@@ -188,7 +188,7 @@ def _rows(recipe: Recipe, folders: Mapping[str, AnyFolder]) -> Iterator[dict[str
             # a run that diverged has learned nothing, whatever it had before
             "accuracy": 0.0 if result is None else result.accuracy,
             "area": 0.0 if diverged else sum(row.accuracy for row in later) / len(later),
-            "solved": None if diverged or not reached else reached[0],
+            "solved_at": None if diverged or not reached else reached[0],
             "seconds": rows[-1].seconds,
             **{name: getattr(result, name, None) for name in ("iterations", "best_accuracy", "test_loss")},
         }

@@ -51,7 +51,10 @@ class Reproduce:
         if self.recipe is None:
             width = max(map(len, RECIPES))
             for name, path in RECIPES.items():
-                say(console, f"{name:<{width}}  {read_recipe(path).title}")
+                recipe = read_recipe(path)
+                lengths = dict.fromkeys(one for methods in recipe.grids for one in methods.grid.get("length", ()))
+                about = ", ".join([recipe.task, *(f"T={'/'.join(length)}" for length in lengths)])
+                say(console, f"{name:<{width}}  {recipe.title} ({about})")
             return 0
         path = RECIPES.get(self.recipe, Path(self.recipe))
         if path.suffix not in FILES:

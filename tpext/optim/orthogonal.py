@@ -63,7 +63,8 @@ def keep_orthogonal(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor],
         A handle whose ``remove()`` ends it.
 
     Raises:
-        ValueError: a weight's shape or dtype, or the number of steps.
+        ValueError: no weights, a weight's shape or dtype, or the number of steps.
+        TypeError: ``optimizer`` is none.
 
     >>> import tpext
     >>> rnn = tpext.nn.RNN(3, 8)
@@ -71,7 +72,11 @@ def keep_orthogonal(optimizer: torch.optim.Optimizer, weights: Iterable[Tensor],
     >>> optimizer = torch.optim.SGD(rnn.parameters(), lr=1e-2)
     >>> _ = keep_orthogonal(optimizer, [rnn.weight_hh_l0])
     """
-    kept = list(weights)
+    if isinstance(weights, Tensor) or not (kept := list(weights)):
+        got = f"a tensor {list(weights.shape)}" if isinstance(weights, Tensor) else "none"
+        raise ValueError(f"keep_orthogonal: weights must be a list of at least one tensor, got {got}")
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"keep_orthogonal: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     for weight in kept:
         _check(weight, steps)
 

@@ -1,4 +1,4 @@
-"""Settings of our own, by which local targets reach over hundreds of steps; nobody has published them.
+"""Settings of our own, by which local targets reach over some hundred steps; nobody has published them.
 
 What a local rule sends back must neither fade nor explode on its way. So the recurrent weights stay orthogonal, their
 inverse is not regularised (``reg = 0`` makes ``P = W``), and the activation is passed by its damped inverse slope at
@@ -40,7 +40,7 @@ def _values(case: Case) -> dict[str, Any] | None:
 
 PRESET = Preset(
     "long-range",
-    "local targets over hundreds of steps, on orthogonal recurrent weights; ours",
+    "local targets over some hundred steps, on orthogonal recurrent weights; ours",
     _values,
     published=False,
 )
