@@ -77,8 +77,6 @@ NO_ROWS = {
     "feedback-mnist-lenet": 5,
     "feedback-mnist-mlp": 8,
     "feedback-training": 27,
-    "heatmap-performance": 180,
-    "heatmap-reg-stepsize": 48,
     "kaczmarz-init": 27,
     "text-cells": 3,
 }
