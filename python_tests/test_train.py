@@ -22,6 +22,7 @@ import tpext
 from tpext.experiments import Config, ConfigError, make_config
 from tpext.experiments import train as train_module
 from tpext.experiments.figures import draw_comparison, draw_heatmaps, draw_run
+from tpext.experiments.loop import Interrupted
 from tpext.experiments.model import SequenceModel, make_model
 from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
 from tpext.experiments.run_folder import Failure, Row, RunError, RunFolder, differences
@@ -332,6 +333,17 @@ def test_a_callback_sees_each_evaluation_and_changes_nothing(tmp_path: Path) -> 
     assert len({total for *_, total in seen}) == 5
     assert all(training for _, training, _ in seen)
     assert_same_run(tmp_path / "watched", tmp_path / "alone")
+
+
+@pytest.mark.gpu
+def test_noise_drawn_on_a_gpu_goes_on_after_a_stop(tmp_path: Path) -> None:
+    config = small(rule="learned-inverse", noise=0.1, device="cuda")
+    calls = iter(range(1, 100))
+    with pytest.raises(Interrupted):
+        train(config, tmp_path / "parts", stop=lambda: next(calls) == 7)
+    train(config, tmp_path / "parts", resume=True)
+    train(config, tmp_path / "whole", callback=lambda row, model: torch.rand(3, device="cuda").sum().item())
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("rule", ["regularized-inverse", "learned-inverse"])

@@ -11,13 +11,14 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import FrameType, MappingProxyType
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import tpext
 from tpext.experiments import passes
@@ -298,6 +299,8 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         state |= {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
         rows = [[*row] for row in self.rows]
         state |= {"random_state": torch.get_rng_state(), "rows": rows, "seconds": self._seconds()}
+        if self.device.type == "cuda":  # where noise is drawn
+            state["device_random_state"] = torch.cuda.get_rng_state(self.device)
         self.folder.save_checkpoint(state)
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -319,12 +322,15 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
             check_integer("iteration of the last of rows", self.rows[-1].iteration, self.iteration)
         check_number("seconds", field(state, "seconds"))
         self.seconds_before = state["seconds"]
-        try:
-            torch.set_rng_state(field(state, "random_state"))
-        except (AttributeError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"random_state must be a state of torch's generator, got {shown(state['random_state'])}"
-            ) from error
+        random: dict[str, Callable[[Tensor], None]] = {"random_state": torch.set_rng_state}
+        if self.device.type == "cuda":
+            random["device_random_state"] = partial(torch.cuda.set_rng_state, device=self.device)
+        for name, put in random.items():
+            value = field(state, name)
+            try:
+                put(value)
+            except (AttributeError, RuntimeError, TypeError) as error:
+                raise ValueError(f"{name} must be a state of torch's generator, got {shown(value)}") from error
 
 
 def carry_out(
