@@ -30,6 +30,7 @@ from tpext.experiments.config import Config, make_config
 from tpext.experiments.model import make_model, split_parameters
 from tpext.experiments.rule_names import RULES, SEQUENCE_RULES, rule_options
 from tpext.experiments.run_folder import RunFolder
+from tpext.experiments.settings import ConfigError
 from tpext.experiments.task_names import task_options
 from tpext.tasks import TASKS
 
@@ -716,6 +717,28 @@ class Echo(SyntheticTask):
         symbols = random.integers(3, size=(self.length, size))
         return Batch(torch.eye(3)[torch.from_numpy(symbols)], torch.from_numpy(symbols[0]))
 """
+
+
+@pytest.mark.parametrize("rule", [*SEQUENCE_RULES])
+def test_a_task_names_its_optimizer_for_every_rule(rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = OWN_TASK.replace('"lr": 0.05', '"optimizer": "adam", "lr": 0.05, "slope": "derivative"')
+    Path("tasks.py").write_text(own)
+    config = make_config("tasks.py:Echo", rule=rule)
+    typed = make_config("temporal-order", rule=rule, optimizer="adam", lr=0.05)
+    assert (config.optimizer, config.lr, config.head_lr, config.momentum) == ("adam", 0.05, 0.05, 0.0)
+    assert config.reverse_lr == typed.reverse_lr
+    assert config.rule == (typed.rule if rule != "regularized-inverse" else replace(typed.rule, slope="derivative"))
+    assert getattr(make_config("tasks.py:Echo", rule="regularized-inverse", slope="one").rule, "slope", "") == "one"
+
+
+def test_defaults_of_a_task_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tasks.py").write_text(OWN_TASK.replace('"lr": 0.05', '"hiden_size": 8'))
+    with pytest.raises(
+        ConfigError, match=r"defaults of task tasks\.py:Echo .* got 'hiden_size'; did you mean 'hidden_size'"
+    ):
+        make_config("tasks.py:Echo")
 
 
 def test_a_task_from_a_file_trains_and_resumes(

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
+from tpext._names import did_you_mean
 from tpext.experiments import rule_names, task_names
 from tpext.experiments.cells import CELLS
-from tpext.experiments.defaults import FEED_FORWARD, RATE, RUN, SEQUENCE, starting_values
+from tpext.experiments.defaults import FEED_FORWARD, RUN, SEQUENCE, other_optimizer, starting_values
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, RULES, SEQUENCE_RULES, find_rule
 from tpext.experiments.settings import (
@@ -377,11 +378,11 @@ def make_config(
         rule = DEFAULT_RULE if made.length is not None else DEFAULT_LAYER_RULE
     kind = find_rule(rule)
     _check_rule(task, made, kind)
-    for_rule = _of_rule(rule, given, rule_options)
+    for_rule = {**_defaults_of_rule(task, made, rule), **_of_rule(rule, given, rule_options)}
     batch_size = given.get("batch_size", 0)
     check_integer("batch_size", batch_size, 0)
     case = Case(task, made, kind, int(batch_size), str(given.get("cell", SEQUENCE["cell"])))
-    values = starting_values(case)
+    values = {name: value for name, value in starting_values(case).items() if name not in _only_of_rules()}
     if preset != "default":
         values |= _preset(preset, case)
     of_preset = {name: values.pop(name) for name in task_names.task_options() if name in values}
@@ -405,8 +406,7 @@ def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return a preset's values with those given, and what follows from them."""
     optimizer = given.get("optimizer", values["optimizer"])
     if optimizer != values["optimizer"]:
-        momentum = 0.9 if optimizer == "centred-rmsprop" else 0.0
-        values = {**values, "lr": RATE, "head_lr": RATE, "reverse_lr": RATE, "momentum": momentum}
+        values = {**values, **other_optimizer(optimizer)}
     rates = {name: values.get(name, values["lr"]) for name in ("head_lr", "reverse_lr")}
     if "lr" in given:
         rates["head_lr"] = given["lr"]
@@ -431,6 +431,22 @@ def _of_task(task: str, given: dict[str, Any], own: Mapping[str, Any] | None) ->
             f"{name} does not belong to {task}, whose options are task_options: --task-options {name}={value}"
         )
     return {**found, **(own or {})}
+
+
+def _defaults_of_rule(name: str, task: Task, rule: str) -> dict[str, Any]:
+    """Return what a task's defaults say of this rule's options; those of other rules are passed over."""
+    known = _only_of_rules() | get_type_hints(Config).keys() - {"task", "rule", "preset"}
+    for option in task.defaults:
+        if option not in known:
+            near = did_you_mean(option, known)
+            raise ConfigError(f"defaults of task {name} must be of options of a run or a rule, got {option!r}{near}")
+    of_it = _only_of_rules() & {*rule_names.rule_options(rule)} if rule in RULES else set()
+    return {option: value for option, value in task.defaults.items() if option in of_it}
+
+
+def _only_of_rules() -> set[str]:
+    """The options of the package's rules that are no fields of a configuration."""
+    return {option for rule in RULES for option in rule_names.rule_options(rule)} - get_type_hints(Config).keys()
 
 
 def _of_rule(rule: str, given: dict[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:

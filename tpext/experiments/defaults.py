@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from typing import Any
 
 from tpext.experiments.presets import Case, roulet
@@ -115,13 +116,24 @@ def starting_values(case: Case) -> dict[str, Any]:
         published = roulet.nearest(case)
         values = {**RUN, **SEQUENCE, **(published or {"optimizer": "adam"})}
         values["iterations"] = SEQUENCE["iterations"]
-        values |= task.defaults
+        own = task.defaults
+        if own.get("optimizer", values["optimizer"]) != values["optimizer"]:
+            values |= other_optimizer(str(own["optimizer"]))
+            if "normalize" in {field.name for field in fields(case.rule)} and "rule" in values:
+                values["rule"] = replace(values["rule"], normalize=True)
+        values |= {"head_lr": own["lr"], **own} if "lr" in own else own
     else:
         values = {**RUN, **FEED_FORWARD, **({} if task.has_epochs else DRAWN), **RULES.get(case.rule, {})}
         values |= task.defaults
         if case.rule.solves_weights:
             values |= SOLVES
     return {**values, "test_size": task.default_test_size}
+
+
+def other_optimizer(name: str) -> dict[str, Any]:
+    """Return where rates and momentum start with another optimizer than that of the settings so far."""
+    momentum = 0.9 if name == "centred-rmsprop" else 0.0
+    return {"lr": RATE, "head_lr": RATE, "reverse_lr": RATE, "momentum": momentum}
 
 
 def shown_default(name: str) -> str | None:

@@ -83,7 +83,8 @@ class Task(ABC):
     default_test_size: ClassVar[int] = 1000
 
     defaults: ClassVar[Mapping[str, object]] = MappingProxyType({})
-    """Where options of ``tpext train`` start, if elsewhere than for all tasks, by their names: ``{"lr": 3e-3}``."""
+    """Where options of ``tpext train`` start, if elsewhere than for all tasks, by their names: ``{"lr": 3e-3}``. Those
+    of a rule count for that rule; an optimizer does what the option does, published rates and momentum go."""
     max_threads: ClassVar[int] = 1
     """Most CPU threads of a run that names none. A step of a synthetic task takes a few milliseconds: a second thread
     gains little there on an idle machine, and on a busy one the waits for it made such a run four times slower."""
