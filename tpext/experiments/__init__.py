@@ -12,8 +12,6 @@ figures need the extra: ``pip install "tpext[experiments]"``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tpext.experiments.config import Config, make_config
@@ -22,27 +20,7 @@ from tpext.experiments.images import ImageConfig
 from tpext.experiments.settings import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from torch import nn
-
-    from tpext.experiments.image_folder import ImageResult, ImageRow
-
-
-def train_images(
-    config: ImageConfig,
-    out: str | Path,
-    *,
-    resume: bool = False,
-    console: Console | None = None,
-    stop: Callable[[], bool] | None = None,
-    callback: Callable[[ImageRow, nn.Module], None] | None = None,
-) -> ImageResult:
-    """Run a configuration on images in a folder: see :func:`tpext.experiments.image_train.train_images`."""
-    # here, as it needs the extra
-    from tpext.experiments import image_train
-
-    return image_train.train_images(config, out, resume=resume, console=console, stop=stop, callback=callback)
-
+    from tpext.experiments.image_train import train_images
 
 __all__ = [
     "Config",
@@ -52,3 +30,13 @@ __all__ = [
     "make_image_config",
     "train_images",
 ]
+
+if not TYPE_CHECKING:  # which would take every name for one that is here
+
+    def __getattr__(name: str) -> object:
+        """``train_images`` at its first use, as it needs the extra."""
+        if name != "train_images":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from tpext.experiments import image_train
+
+        return image_train.train_images

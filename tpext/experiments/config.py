@@ -6,6 +6,7 @@ preset and the values that differ from it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 from tpext._names import did_you_mean
 from tpext.experiments import rule_names, task_names
 from tpext.experiments.cells import CELLS
-from tpext.experiments.defaults import FEED_FORWARD, RUN, SEQUENCE, other_optimizer, starting_values
+from tpext.experiments.defaults import FEED_FORWARD, RUN, SEQUENCE, starting_values, with_optimizer
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, RULES, SEQUENCE_RULES, find_rule
 from tpext.experiments.settings import (
@@ -382,16 +383,14 @@ def make_config(
     batch_size = given.get("batch_size", 0)
     check_integer("batch_size", batch_size, 0)
     case = Case(task, made, kind, int(batch_size), str(given.get("cell", SEQUENCE["cell"])))
-    values = {name: value for name, value in starting_values(case).items() if name not in _only_of_rules()}
+    of_rules = _only_of_rules()
+    values = {name: value for name, value in starting_values(case).items() if name not in of_rules}
     if preset != "default":
         values |= _preset(preset, case)
     of_preset = {name: values.pop(name) for name in task_names.task_options() if name in values}
     if of_preset:
         made = task_names.make_task(task, {**of_preset, **for_task})
-    known = "normalize" in rule_names.rule_options(rule)
-    if known and made.length is not None and given.get("optimizer", values["optimizer"]) != values["optimizer"]:
-        for_rule.setdefault("normalize", True)
-    values = _merged(values, given)
+    values = _merged(with_optimizer(values, given.get("optimizer"), case), given)
     if "std" in for_rule and values["init"] != "torch":
         raise ConfigError(f"std is that of init=torch, got std={for_rule['std']}, init={values['init']}")
     start = values.pop("rule", None)
@@ -404,9 +403,6 @@ def make_config(
 
 def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Return a preset's values with those given, and what follows from them."""
-    optimizer = given.get("optimizer", values["optimizer"])
-    if optimizer != values["optimizer"]:
-        values = {**values, **other_optimizer(optimizer)}
     rates = {name: values.get(name, values["lr"]) for name in ("head_lr", "reverse_lr")}
     if "lr" in given:
         rates["head_lr"] = given["lr"]
@@ -416,7 +412,7 @@ def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     elif "iterations" in given:
         duration["epochs"] = None
     merged = {**values, **rates, **duration, **given}
-    return {"nesterov": optimizer == "sgd" and merged["momentum"] != 0, **merged}
+    return {"nesterov": merged["optimizer"] == "sgd" and merged["momentum"] != 0, **merged}
 
 
 def _of_task(task: str, given: dict[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -435,18 +431,20 @@ def _of_task(task: str, given: dict[str, Any], own: Mapping[str, Any] | None) ->
 
 def _defaults_of_rule(name: str, task: Task, rule: str) -> dict[str, Any]:
     """Return what a task's defaults say of this rule's options; those of other rules are passed over."""
-    known = _only_of_rules() | get_type_hints(Config).keys() - {"task", "rule", "preset"}
+    of_rules = _only_of_rules()
+    known = of_rules | get_type_hints(Config).keys() - {"task", "rule", "preset"}
     for option in task.defaults:
         if option not in known:
             near = did_you_mean(option, known)
             raise ConfigError(f"defaults of task {name} must be of options of a run or a rule, got {option!r}{near}")
-    of_it = _only_of_rules() & {*rule_names.rule_options(rule)} if rule in RULES else set()
+    of_it = of_rules & {*rule_names.rule_options(rule)} if rule in RULES else set()
     return {option: value for option, value in task.defaults.items() if option in of_it}
 
 
-def _only_of_rules() -> set[str]:
+@functools.cache
+def _only_of_rules() -> frozenset[str]:
     """The options of the package's rules that are no fields of a configuration."""
-    return {option for rule in RULES for option in rule_names.rule_options(rule)} - get_type_hints(Config).keys()
+    return frozenset(one for rule in RULES for one in rule_names.rule_options(rule)) - get_type_hints(Config).keys()
 
 
 def _of_rule(rule: str, given: dict[str, Any], own: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -117,10 +117,7 @@ def starting_values(case: Case) -> dict[str, Any]:
         values = {**RUN, **SEQUENCE, **(published or {"optimizer": "adam"})}
         values["iterations"] = SEQUENCE["iterations"]
         own = task.defaults
-        if own.get("optimizer", values["optimizer"]) != values["optimizer"]:
-            values |= other_optimizer(str(own["optimizer"]))
-            if "normalize" in {field.name for field in fields(case.rule)} and "rule" in values:
-                values["rule"] = replace(values["rule"], normalize=True)
+        values = with_optimizer(values, own.get("optimizer"), case)
         values |= {"head_lr": own["lr"], **own} if "lr" in own else own
     else:
         values = {**RUN, **FEED_FORWARD, **({} if task.has_epochs else DRAWN), **RULES.get(case.rule, {})}
@@ -130,10 +127,18 @@ def starting_values(case: Case) -> dict[str, Any]:
     return {**values, "test_size": task.default_test_size}
 
 
-def other_optimizer(name: str) -> dict[str, Any]:
-    """Return where rates and momentum start with another optimizer than that of the settings so far."""
+def with_optimizer(values: dict[str, Any], name: Any, case: Case) -> dict[str, Any]:
+    """Return settings for an optimizer; None, or that which they are for, leaves them as they are.
+
+    Rates start at :data:`RATE`, and the rule of a sequence has gradients of full size.
+    """
+    if name in (None, values["optimizer"]):
+        return values
     momentum = 0.9 if name == "centred-rmsprop" else 0.0
-    return {"lr": RATE, "head_lr": RATE, "reverse_lr": RATE, "momentum": momentum}
+    values = {**values, "optimizer": name, "lr": RATE, "head_lr": RATE, "reverse_lr": RATE, "momentum": momentum}
+    if case.task.length is not None and "rule" in values and "normalize" in {one.name for one in fields(case.rule)}:
+        values["rule"] = replace(values["rule"], normalize=True)
+    return values
 
 
 def shown_default(name: str) -> str | None:

@@ -67,10 +67,9 @@ def find_rule(name: str, folder: str | None = None) -> type[Rule]:
     if name in RULES:
         return RULES[name]
     if not is_path(name):
-        now = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else did_you_mean(name, RULES)
         raise ConfigError(
             f"rule must be one of {', '.join(RULES)}, or module:Class or file.py:Class for one of your own, "
-            f"got {name!r}{now}"
+            f"got {name!r}{did_you_mean(name, RULES, FORMER_NAMES)}"
         )
     return find_own_rule(name, {"recurrent": "RecurrentRule", "layer": "LayerRule"}, folder)
 

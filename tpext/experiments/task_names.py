@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tpext._names import did_you_mean
 from tpext.experiments.own import find_own, hints_of, is_path, place_of
 from tpext.experiments.settings import ConfigError, choices_of
 from tpext.tasks import TASKS, Task, registry
@@ -31,7 +32,8 @@ def find_task(name: str, folder: str | None = None) -> Entry:
         try:
             return registry.find_task(name)
         except ValueError as error:
-            more = "" if ";" in str(error) else "; or module:Class or file.py:Class for one of your own"
+            near = did_you_mean(name, TASKS, registry.FORMER_NAMES)
+            more = "" if near else "; or module:Class or file.py:Class for one of your own"
             raise ConfigError(f"{error}{more}") from error
     kind = find_own("task", name, folder)
     if not isinstance(kind, type) or not issubclass(kind, Task) or not dataclasses.is_dataclass(kind):

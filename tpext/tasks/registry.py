@@ -98,8 +98,8 @@ def find_task(name: str) -> Entry:
         ValueError: there is none.
     """
     if name not in TASKS:
-        now = f"; {name} is called {FORMER_NAMES[name]} now" if name in FORMER_NAMES else did_you_mean(name, TASKS)
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{now}")
+        near = did_you_mean(name, TASKS, FORMER_NAMES)
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}{near}")
     return TASKS[name]
 
 
