@@ -621,6 +621,22 @@ def test_a_rule_from_a_file_trains_and_resumes(
     assert "mine.py:Pseudo (target step 1)" in out
 
 
+def test_an_error_in_ones_own_code_is_shown_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wrong = "class Wrong(Pseudo):\n    def propagate(self, call, displacement):\n        raise"
+    Path("mine.py").write_text(f"{OWN}\n{wrong}")
+    status, _, err = call("train spiral --rule mine.py:Wrong --iterations 20 --threads 1", capsys)
+    lines = err.splitlines()
+    assert status == 1
+    assert "mine.py" in lines[lines.index("Traceback (most recent call last):") + 1]
+    assert "experiments/train.py" not in err
+    assert lines[-2:] == [
+        "RuntimeError: No active exception to reraise", "tpext: stopped by this error in code of your own"
+    ]  # fmt: skip
+
+
 def test_options_of_ones_own_show_their_help(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -236,7 +236,7 @@ def test_members_must_be_networks_of_ours() -> None:
             RuntimeError,
             "Expected hidden size (1, 5, 6), got [2, 5, 6]",
         ),
-        ((torch.zeros(T, B, I), None, torch.ones(B)), ValueError, "lengths must be int64 [B=5]"),
+        ((torch.zeros(T, B, I), None, torch.ones(B)), ValueError, "lengths must be integers"),
         (([0.0],), TypeError, "Ensemble: input must be"),
     ],
 )

@@ -71,6 +71,12 @@ def test_help_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--rule magic", 1, "rule must be one of ldrl"),
         ("--rule backprop --noise 1", 1, "noise does not belong to rule=backprop"),
+        (
+            "--rule backprop --iterations 9",
+            1,
+            "iterations does not belong to rule=backprop (options of",
+        ),
+        ("--rule backprop --iterations 9", 1, "how long a run takes is --epochs."),
         ("--iterations 1 2", 1, "iterations must be one number or one for each of the 3 layers"),
         ("--augment --no-augment", 1, "augment and no_augment exclude each other"),
         ("--speed 3", 2, "--speed"),

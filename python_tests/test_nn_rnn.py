@@ -213,17 +213,32 @@ def test_a_row_of_length_zero_keeps_its_state():
 @pytest.mark.parametrize(
     ("lengths", "text"),
     [
-        (torch.tensor([3, 6, 1]), r"RNN: lengths must be int64 \[B=4\], got torch.int64 \[3\]"),
-        (torch.tensor([[3, 6, 1, 4]]), r"RNN: lengths must be int64 \[B=4\], got torch.int64 \[1, 4\]"),
-        (torch.tensor([3, 6, 1, 4], dtype=torch.int32), r"RNN: lengths must be int64 \[B=4\], got torch.int32 \[4\]"),
-        (torch.tensor([3, 7, 1, 4]), r"lengths.*7"),
-        (torch.tensor([3, 6, -1, 4]), r"lengths.*-1"),
+        (
+            torch.tensor([3, 6, 1]),
+            r"RNN: lengths must be \[B=4\] as input \(\[T, B, I\], without batch_first\), got \[3\]",
+        ),
+        (torch.tensor([[3, 6, 1, 4]]), r"RNN: lengths must be \[B=4\] as input.*, got \[1, 4\]"),
+        (torch.tensor([3.0, 6.0, 1.0, 4.0]), r"RNN: lengths must be integers, got torch.float32 \[4\]"),
+        ([True, False, True, True], r"RNN: lengths must be integers, got torch.bool \[4\]"),
+        (torch.tensor([3, 7, 1, 4]), r"RNN: lengths must lie in 0..T=6, got \[3, 7, 1, 4\]"),
+        ([3, 6, -1, 4], r"RNN: lengths must lie in 0..T=6, got \[3, 6, -1, 4\]"),
     ],
 )
 @pytest.mark.parametrize("rule", [Backprop(), RegularizedInverse(), LearnedInverse()])
 def test_bad_lengths(rule, lengths, text):
     with pytest.raises(ValueError, match=text):
         tpext.nn.RNN(I, H, rule=rule)(torch.randn(T, B, I), None, lengths)
+
+
+@pytest.mark.parametrize("as_given", [list, tuple, lambda lengths: torch.tensor(lengths, dtype=torch.int32)])
+def test_lengths_are_integers_in_any_form(as_given):
+    rnn, x = tpext.nn.RNN(I, H), torch.randn(T, B, I)
+    expected, expected_final = rnn(x, None, torch.tensor(LENGTHS))
+    output, final = rnn(x, None, as_given(LENGTHS))
+    assert torch.equal(output, expected)
+    assert torch.equal(final, expected_final)
+    with pytest.raises(TypeError, match=r"RNN: lengths must be a Tensor \[B\] or a list of integers, got 'four'"):
+        rnn(x, None, "four")
 
 
 def test_lengths_have_one_source():

@@ -55,6 +55,23 @@ def test_rules_pass_their_check(rule: tpext.rules.Rule) -> None:
     check_rule(rule)
 
 
+class Misspelt(PseudoInverseTargets):
+    takes_unit = True
+    share = 0.5
+
+    def propagates(self) -> None:
+        """Nothing calls it."""
+
+
+def test_a_name_that_no_layer_asks_for_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"check_rule: Misspelt\.\w+ is a name that no layer asks for") as told:
+        check_rule(Misspelt())
+    assert [str(one.message).partition("; ")[2] for one in told if one.category is UserWarning] == [
+        "takes_units is one",
+        "propagate is one",
+    ]
+
+
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
 @pytest.mark.parametrize(
     "rule",

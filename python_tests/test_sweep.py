@@ -384,6 +384,7 @@ def test_a_process_that_dies_takes_no_other_run_with_it(here: Path, jobs: str) -
         "trouble=killed,seed=2": "failed",
     }
     assert "its process was killed" in out
+    assert "a process was killed (out of memory?)" in out
 
 
 LONG = words_of(iterations=600, checkpoint_interval=1)

@@ -6,6 +6,7 @@ import os
 import platform
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import tpext
 from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.loop import Interrupted
+from tpext.experiments.own import from_own_code
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.progress import say
 from tpext.experiments.reproduce_command import Reproduce
@@ -202,11 +204,16 @@ def run(arguments: Sequence[str]) -> int:
     except (ConfigError, RunError, tpext.SingularError, OSError) as error:
         print(f"tpext: {error}", file=sys.stderr)
         return 1
-    except (MemoryError, RuntimeError) as error:
+    except Exception as error:
         # torch has no type of its own for an allocation that failed on the CPU.
-        if isinstance(error, RuntimeError) and "allocate memory" not in str(error):
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+            print(f"tpext: out of memory: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+        trace = from_own_code(error)
+        if trace is None:
             raise
-        print(f"tpext: out of memory: {' '.join(str(error).split())}", file=sys.stderr)
+        traceback.print_exception(type(error), error, trace)
+        print("tpext: stopped by this error in code of your own", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
         more = "; the same command with --resume continues from the last checkpoint"

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from tpext.experiments.config import OptionValue
 from tpext.experiments.feedback_presets import METHODS, Method, find_method, find_network_rule
 from tpext.experiments.feedback_settings import Case, Values, is_small
+from tpext.experiments.field_help import help_of
 from tpext.experiments.images import (
     HIDDEN_NETWORKS,
     METHOD_OPTIONS,
@@ -102,7 +103,8 @@ def _check_given(given: Values, rule: str, method: Method) -> None:
             raise ConfigError(f"unknown option {name}")
         if name in METHOD_OPTIONS and name not in method.options:
             own = ", ".join(method.options) or "none"
-            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own})")
+            what = help_of(ImageConfig, name)
+            raise ConfigError(f"{name} does not belong to rule={rule} (options of that rule: {own}). {name}: {what}")
     for name in _TUPLES:
         if name in given:
             given[name] = tuple(given[name]) if isinstance(given[name], (list, tuple)) else (given[name],)

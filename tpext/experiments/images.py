@@ -103,7 +103,7 @@ class ImageConfig:
     damping: float | None = described("Of the pseudo-inverse of the Jacobian (rule gnt).")
     feedback_units: int | None = described("Units of the fixed hidden layer (rule ddtp-rhl).")
     iterations: tuple[int, ...] | None = described(
-        "Steps of the feedback a batch; of rule running-ldrl, draws of noise."
+        "Steps of the feedback a batch (of rule running-ldrl, draws of noise); how long a run takes is --epochs."
     )
     feedback_scale: float | None = described("Factor of --iterations, such as 0.1; the results are rounded up.")
     noise: tuple[float, ...] | None = described("Standard deviation of the noise that trains the feedback.")

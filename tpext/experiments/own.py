@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType, UnionType
+from types import ModuleType, TracebackType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from tpext.experiments.field_help import help_of
@@ -62,6 +62,15 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
         _FOUND[key] = found
         _PLACES[id(found)] = Place(name, str(base))
     return _FOUND[key]
+
+
+def from_own_code(error: BaseException) -> TracebackType | None:
+    """Return an error's traceback from where it enters a file that :func:`find_own` has read; None if it does not."""
+    own = {file for file, _ in _FOUND}
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename not in own:
+        trace = trace.tb_next
+    return trace
 
 
 def place_of(found: object) -> Place | None:

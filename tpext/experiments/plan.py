@@ -33,6 +33,11 @@ class Plan:
             batches = task.epoch_length(config.batch_size)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        if batches is not None and batches < 1:
+            raise ConfigError(
+                f"{config.task_name}: epoch_length must be >= 1, the whole batches of {config.batch_size} samples, "
+                f"got {batches}"
+            )
         alternating = config.schedule == "alternating"
         epoch = (batches or 0) * (2 if alternating else 1)
         iterations = config.iterations if config.epochs is None else config.epochs * epoch

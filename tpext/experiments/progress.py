@@ -189,7 +189,7 @@ def describe(config: Config) -> str:
 
 def _changed(rule: Rule) -> dict[str, Any]:
     """What a line says of a rule only where it is not as it is by default."""
-    names = ("slope", "slope_reg", "unit_gain", "inverse", "gate_slope", "candidate_slope")
+    names = ("normalize", "slope", "slope_reg", "unit_gain", "inverse", "gate_slope", "candidate_slope")
     values = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.name in names}
     defaults = {field.name: field.default for field in dataclasses.fields(rule)}
     return {name: value for name, value in values.items() if value != defaults[name]}

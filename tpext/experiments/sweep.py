@@ -80,7 +80,7 @@ def carry_out(
         SweepProgress(console, runs, jobs) as progress,
         _watching(folder, lock, interrupts, progress),
     ):
-        missing = _carry_out_all(stacks, lock, jobs, engine, address, interrupts)
+        missing = _carry_out_all(stacks, lock, jobs, engine, address, interrupts, progress)
     if interrupts:
         raise Interrupted(interrupts[0], "runs that were begun have a checkpoint; the same command goes on from there")
     if missing:
@@ -133,6 +133,7 @@ def _carry_out_all(
     engine: Engine,
     address: str | None,
     interrupts: list[int],
+    progress: SweepProgress,
 ) -> list[str]:
     """Carry out runs, and return what data is missing, for each that waits for some."""
     missing: list[str] = []
@@ -150,6 +151,7 @@ def _carry_out_all(
             suspects = [run for run in runs if state_of(run) in OPEN and run.begun.exists()]
             if not suspects:
                 raise RunError(f"a process died before it began a run: {in_one_line(died)}") from died
+            progress.say_that_one_died(len(suspects))
             for run in suspects:
                 try:
                     missing += itertools.chain.from_iterable(carry_out_several([[run]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -11,12 +12,16 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.progress import LiveLine, say
+from tpext.experiments.run_folder import RunError
 from tpext.experiments.runs import AnyFolder, State, state_of
 
 SHOWN = 10
 """Methods in the summary."""
 ENDED: tuple[State, ...] = ("complete", "diverged", "failed")
+QUIET_SECONDS = 60.0
+"""After which a pipe gets a line though no run has ended: those of a stack end together, and late."""
 
 
 class SweepProgress(LiveLine):
@@ -32,8 +37,13 @@ class SweepProgress(LiveLine):
         self.console = console
         self.runs = runs
         self.states: dict[str, State] = {run.path.name: state_of(run) for run in runs}
-        self.before = self._ended()
-        self.started = time.monotonic()
+        self.sizes: dict[str, int] = {}
+        """Of the files metrics.csv that shares were read of."""
+        self.shares: dict[str, float] = {}
+        for run in runs:
+            self._read_share(run)
+        self.before = sum(self.shares.values())
+        self.started = self.told = time.monotonic()
         counts = Counter(self.states.values())
         known = ", ".join(f"{number} {state}" for state, number in counts.items() if state != "waiting")
         say(
@@ -42,12 +52,12 @@ class SweepProgress(LiveLine):
         )
         if console.is_terminal and not console.quiet:
             self.bar = Bar(
-                TextColumn("{task.completed:.0f}/{task.total:.0f} runs"),
+                TextColumn("{task.fields[ended]}/{task.total:.0f} runs"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[numbers]}"),
                 console=console,
             )
-            self.line = self.bar.add_task("", total=len(runs), completed=self.before, numbers="")
+            self.line = self.bar.add_task("", total=len(runs), ended=self._ended(), numbers="")
 
     def look(self) -> bool:
         """Look at the folders, show what is new, and return whether a run has ended or begun."""
@@ -60,24 +70,42 @@ class SweepProgress(LiveLine):
             if state != self.states[name]:
                 self.states[name] = state
                 changed = True
-                if state in ENDED:
-                    self._tell(run, state)
+            self._read_share(run)
+            if state in ENDED:
+                self._tell(run, state)
+        begun = f"{sum(state == 'started' for state in self.states.values())} begun"
         if self.bar is not None:
-            busy = sum(state == "started" for state in self.states.values())
-            text = f"{busy} begun  {self.left()}"
-            self.bar.update(self.line, completed=self._ended(), numbers=text)
+            numbers = f"{begun}  {self.left()}"
+            self.bar.update(self.line, completed=sum(self.shares.values()), ended=self._ended(), numbers=numbers)
+        elif time.monotonic() - self.told >= QUIET_SECONDS:
+            self._say(f"{begun}  {self.left()}")
         return changed
 
+    def say_that_one_died(self, suspects: int) -> None:
+        """Say that a process was killed, and that runs which it may have been at are tried anew, one by one."""
+        self._say(f"a process was killed (out of memory?): {suspects} runs that were begun go on one by one")
+
     def left(self) -> str:
-        """Return the time that is left, at the pace of this sweep's ended runs so far; nothing is known before one."""
-        all_ended = self._ended()
-        ended, left = all_ended - self.before, len(self.runs) - all_ended
-        if ended == 0 or left == 0:
+        """Return the time that is left, at the pace of this sweep so far; nothing is known before an evaluation."""
+        done = sum(self.shares.values())
+        if done <= self.before or self._ended() == len(self.runs):
             return ""
-        seconds = (time.monotonic() - self.started) / ended * left
+        seconds = (time.monotonic() - self.started) / (done - self.before) * (len(self.runs) - done)
         if seconds < 90:
             return f"about {seconds:.0f} s left"
         return f"about {seconds / 60:.0f} min left" if seconds < 5400 else f"about {seconds / 3600:.1f} h left"
+
+    def _read_share(self, run: AnyFolder) -> None:
+        """Keep how much of a run is done."""
+        name, state = run.path.name, self.states[run.path.name]
+        self.shares.setdefault(name, 0.0)
+        if state != "started":
+            self.shares[name] = float(state in ENDED)
+            return
+        with contextlib.suppress(OSError, RunError):  # its folder is gone, or it has no evaluation yet
+            size = run.metrics.stat().st_size
+            if size != self.sizes.get(name):
+                self.shares[name], self.sizes[name] = share_done(run), size
 
     def _ended(self) -> int:
         return sum(state in ENDED for state in self.states.values())
@@ -89,7 +117,25 @@ class SweepProgress(LiveLine):
         else:
             message = "" if failure is None else failure.message
             outcome = message if state == "diverged" else f"{state}: {message}"
-        say(self.console, f"{self._ended():>5}/{len(self.runs)}  {run.path.name}: {outcome}  {self.left()}".rstrip())
+        self._say(f"{run.path.name}: {outcome}  {self.left()}")
+
+    def _say(self, text: str) -> None:
+        self.told = time.monotonic()
+        say(self.console, f"{self._ended():>5}/{len(self.runs)}  {text}".rstrip())
+
+
+def share_done(run: AnyFolder) -> float:
+    """Return how much of a run is done, 0..1, by its last evaluation; 0 where its options do not say."""
+    if isinstance(run, ImageFolder):
+        images, of_images = run.read_config(), run.read_rows()
+        return of_images[-1].epoch / images.epochs if images is not None and of_images else 0.0
+    config, rows = run.read_config(), run.read_rows()
+    if config is None or not rows:
+        return 0.0
+    if config.iterations is not None:
+        return rows[-1].iteration / config.iterations
+    # without an interval there is an evaluation before the first epoch, and one after each
+    return (len(rows) - 1) / config.epochs if config.epochs and config.eval_interval is None else 0.0
 
 
 def summarize(console: Console, table: pd.DataFrame, options: Sequence[str]) -> None:

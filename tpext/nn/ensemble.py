@@ -130,7 +130,7 @@ class Ensemble(nn.Module):
         self,
         input: Tensor,
         hx: Tensor | tuple[Tensor, Tensor] | None = None,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | None, Tensor | tuple[Tensor, Tensor]]:
         """Run the networks.
 
@@ -139,7 +139,8 @@ class Ensemble(nn.Module):
                 ``[B, T, I]`` or ``[N, B, T, I]``. The parameters' dtype, or any floating one under autocast. To the
                 gradient of a shared input every member adds.
             hx: initial states ``[N, num_layers * D, B, H]``, for LSTMs a pair of these; None means zeros.
-            lengths: ``[B]`` int64, 0..T: the valid steps of each row, the same for all members; None: all T.
+            lengths: ``[B]`` integers, a tensor or a list, 0..T: the valid steps of each row, the same for all members;
+                None: all T.
 
         Returns:
             ``output [N, T, B, D*H]`` (batch first ``[N, B, T, D*H]``), None with ``return_sequence=False``, and
@@ -167,7 +168,7 @@ class Ensemble(nn.Module):
         self,
         input: Tensor,
         hx: Tensor | tuple[Tensor, Tensor] | None = None,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         *,
         noise: float | None = None,
     ) -> Tensor:
@@ -186,7 +187,7 @@ class Ensemble(nn.Module):
             return loss_of_members(layers, self._rule(), rows.to(dtype), starts, lengths, noise)
 
     def _time_major(
-        self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | None
+        self, input: Tensor, states: tuple[Tensor, ...] | None, lengths: Tensor | Sequence[int] | None
     ) -> tuple[Tensor, Sequence[tuple[Tensor, ...]], Tensor | None]:
         """Rows ``[N or 1, T, B, I]``, each layer's initial states ``[N*D, B, H]``, and the lengths; checked."""
         first, count = self._layers()[0], len(self.members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -117,7 +118,7 @@ class GRU(GatedLayers):
 
     @overload
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None
+        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -126,7 +127,7 @@ class GRU(GatedLayers):
     ) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | None = None
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the network over a batch of sequences; arguments, results and errors are :meth:`tpext.nn.RNN.forward`'s.
 
@@ -134,7 +135,7 @@ class GRU(GatedLayers):
             input: ``[T, B, I]`` (``[B, T, I]`` with ``batch_first``), ``[T, I]`` for a single sequence, or a
                 ``PackedSequence``.
             hx: initial states ``[num_layers * D, B, H]``; None means zeros.
-            lengths: ``[B]`` int64, the valid steps of each row of a padded batch; None: all T.
+            lengths: ``[B]`` integers, a tensor or a list: the valid steps of each row of a padded batch; None: all T.
 
         Returns:
             ``output [T, B, D*H]``, or None with ``return_sequence=False``, and ``h_n [num_layers * D, B, H]``.

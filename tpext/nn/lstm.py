@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import overload
 
 import torch
@@ -10,7 +11,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from tpext.nn.gated import GatedLayers
 from tpext.nn.recurrent_parameters import check_replaceable, sharing_parameters
-from tpext.ops._library import check_lengths
 from tpext.rules import RecurrentRule
 
 
@@ -143,7 +143,6 @@ class LSTM(GatedLayers):
         if lengths is None:
             output, *final = torch.lstm(input, states, weights, *options, False)
             return output, tuple(final)
-        check_lengths("LSTM", lengths, input.size(0))
         if not bool((lengths > 0).all()):
             raise ValueError(f"LSTM: lengths must be at least 1 with proj_size, got {lengths.tolist()}")
         packed = pack_padded_sequence(input, lengths.cpu(), enforce_sorted=False)
@@ -171,7 +170,7 @@ class LSTM(GatedLayers):
 
     @overload
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]: ...
 
     @overload
@@ -183,7 +182,7 @@ class LSTM(GatedLayers):
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         """Run the network over a batch of sequences; arguments, results and errors are :meth:`tpext.nn.RNN.forward`'s.
 
@@ -192,7 +191,7 @@ class LSTM(GatedLayers):
                 ``PackedSequence``.
             hx: initial states ``(h_0, c_0)``, ``[num_layers * D, B, H]`` each (``h_0`` of a projection ``[.., P]``);
                 None means zeros.
-            lengths: ``[B]`` int64, the valid steps of each row of a padded batch; None: all T.
+            lengths: ``[B]`` integers, a tensor or a list: the valid steps of each row of a padded batch; None: all T.
 
         Returns:
             ``output [T, B, D*H]``, or None with ``return_sequence=False``, and ``(h_n, c_n)``,

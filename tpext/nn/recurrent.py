@@ -52,7 +52,7 @@ class RecurrentLayers(RecurrentParameters):
     __prepare_scriptable__ = refuse_script
 
     def _forward(
-        self, input: Tensor | PackedSequence, states: tuple[Tensor, ...] | None, lengths: Tensor | None
+        self, input: Tensor | PackedSequence, states: tuple[Tensor, ...] | None, lengths: Tensor | Sequence[int] | None
     ) -> tuple[Tensor | PackedSequence | None, tuple[Tensor, ...]]:
         """What ``forward`` does: outputs (None unless wanted) and final states, in the form of the input."""
         refuse_trace(self)
@@ -115,7 +115,7 @@ class RecurrentLayers(RecurrentParameters):
         self,
         input: Tensor | PackedSequence,
         hx: Tensor | tuple[Tensor, ...] | None = None,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         *,
         noise: float | None = None,
     ) -> Tensor:

@@ -6,6 +6,7 @@ Errors are those of ``torch.nn``'s modules where these have one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ def time_major(
     layers: RecurrentParameters,
     input: Tensor | PackedSequence,
     states: tuple[Tensor, ...] | None,
-    lengths: Tensor | None,
+    lengths: Tensor | Sequence[int] | None,
 ) -> TimeMajor:
     """Check the arguments of a forward pass and bring them to the form that the layers run on."""
     kind = layers._kind
@@ -45,33 +46,45 @@ def time_major(
         check_tensor(kind, "input", input, "[T, B, I] or [T, I], or a PackedSequence")
     for name, state in zip(_STATES, states or (), strict=False):
         check_tensor(kind, name, state, "[num_layers * D, B, H]")
-    if lengths is not None:
-        check_tensor(kind, "lengths", lengths, "[B]")
     if isinstance(input, PackedSequence):
         if lengths is not None:
             raise ValueError(f"{kind}: lengths must be None with a PackedSequence, which has its own")
         _check_input(layers, input.data, dim=2)
         # without the indices, the rows stay in the sorted order of the packed data
-        padded, lengths = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
-        lengths = lengths.to(padded.device, non_blocking=True)
+        padded, of_rows = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
+        valid: Tensor | None = of_rows
         if states is not None and input.sorted_indices is not None:
             states = _select_rows(states, input.sorted_indices)
     else:
-        padded, states = _batched(layers, input, states, lengths)
+        valid = None if lengths is None else _as_integers(kind, lengths)
+        padded, states = _batched(layers, input, states, valid)
         _check_input(layers, padded, dim=3)
     _check_states(layers, padded, states)
     steps, batch, _ = padded.shape
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if lengths is not None:
-        if lengths.dtype != torch.int64 or lengths.shape != (batch,):
-            raise ValueError(f"{kind}: lengths must be int64 [B={batch}], got {lengths.dtype} {list(lengths.shape)}")
-        if lengths.is_cpu and padded.is_cuda:
-            if are_plain((lengths,)):
-                check_lengths(kind, lengths, steps)
-            lengths = lengths.to(padded.device, non_blocking=True)
-        check_device("lengths", lengths, padded)
-    return TimeMajor(padded, states, lengths)
+    if valid is not None:
+        if valid.shape != (batch,):
+            first = "" if layers.batch_first else " ([T, B, I], without batch_first)"
+            raise ValueError(f"{kind}: lengths must be [B={batch}] as input{first}, got {list(valid.shape)}")
+        if valid.is_cpu and are_plain((valid,)):
+            check_lengths(kind, valid, steps)
+        if valid.is_cpu and padded.is_cuda:
+            valid = valid.to(padded.device, non_blocking=True)
+        check_device("lengths", valid, padded)
+    return TimeMajor(padded, states, valid)
+
+
+def _as_integers(kind: str, lengths: Tensor | Sequence[int]) -> Tensor:
+    """The lengths as int64; a list is as good as a tensor."""
+    if not isinstance(lengths, Tensor):
+        try:
+            lengths = torch.tensor(lengths)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{kind}: lengths must be a Tensor [B] or a list of integers, got {lengths!r}") from error
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"{kind}: lengths must be integers, got {lengths.dtype} {list(lengths.shape)}")
+    return lengths.to(torch.int64)
 
 
 def as_given(

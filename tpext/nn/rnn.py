@@ -140,7 +140,7 @@ class RNN(RecurrentLayers):
 
     @overload
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | None = None
+        self, input: Tensor, hx: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor]: ...
 
     @overload
@@ -149,7 +149,7 @@ class RNN(RecurrentLayers):
     ) -> tuple[PackedSequence, Tensor]: ...
 
     def forward(
-        self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | None = None
+        self, input: Tensor | PackedSequence, hx: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None
     ) -> tuple[Tensor | PackedSequence, Tensor]:
         """Run the network over a batch of sequences.
 
@@ -159,12 +159,12 @@ class RNN(RecurrentLayers):
             hx: initial states ``[num_layers * D, B, H]`` (``[num_layers * D, H]`` for a single sequence), D directions;
                 None means zeros. Credit ``"through_time"`` ends here: for a later part of the same sequence hand on
                 ``h_n.detach()``.
-            lengths: ``[B]`` int64, 0..T: the valid steps of each row of a padded batch; None: all T. The result is
-                that of the packed batch: outputs beyond are zero, the second direction starts at the last valid step,
-                ``h_n`` is the state after the last valid step (``hx`` for a row of length 0). Unlike a
-                ``PackedSequence`` it compiles. The padding may hold anything. For an input on a GPU it may be on the
-                CPU, where its range is checked (but not while a CUDA graph is captured), or there too, where it is
-                brought into range without a word.
+            lengths: ``[B]`` integers, a tensor or a list, 0..T: the valid steps of each row of a padded batch; None:
+                all T. The result is that of the packed batch: outputs beyond are zero, the second direction starts at
+                the last valid step, ``h_n`` is the state after the last valid step (``hx`` for a row of length 0).
+                Unlike a ``PackedSequence`` it compiles. The padding may hold anything. For an input on a GPU it may be
+                on the CPU, where its range is checked (but not while a CUDA graph is captured), or there too, where it
+                is brought into range without a word.
 
         Returns:
             ``output``: ``[T, B, D*H]`` (as ``input``: batch first, single or packed), the last layer's states, or None

@@ -29,6 +29,7 @@ from tpext.tasks.imagenet32 import load_imagenet32
 from tpext.tasks.images import Digits, FlatCifar10, FlatMnist, ImageTask, MnistAutoencoder, load_cifar10, load_digits
 from tpext.tasks.registry import TASKS, find_task, make_task, option, register
 from tpext.tasks.sequential_images import SequentialCifar10, SequentialImages, SequentialMnist
+from tpext.tasks.stored import Samples, StoredTask
 from tpext.tasks.synthetic import Adding, RandomPermutation, TemporalOrder
 from tpext.tasks.text import Text
 from tpext.tasks.toys import ToySet
@@ -54,10 +55,12 @@ __all__ = [
     "Normalization",
     "Order",
     "RandomPermutation",
+    "Samples",
     "SequentialCifar10",
     "SequentialImages",
     "SequentialMnist",
     "Split",
+    "StoredTask",
     "SyntheticTask",
     "Task",
     "TemporalOrder",

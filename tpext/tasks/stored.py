@@ -1,0 +1,207 @@
+"""Samples of one's own, kept in arrays: sequences, or points for feed-forward networks."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from abc import abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from tpext.tasks.base import (
+    NOT_ASKED,
+    SPLIT_STREAM,
+    Batch,
+    Criterion,
+    Order,
+    Task,
+    epoch_batches,
+    epoch_rows,
+    random_generator,
+)
+
+
+class Samples(NamedTuple):
+    """Training and test samples, each with the number of samples ``N`` in front.
+
+    Inputs are ``[N, T, I]`` for sequences, ``[N, I]`` for feed-forward networks. Targets are ``[N]`` classes 0, 1, ..;
+    ``[N, O]`` numbers, or ``[N]`` for one number, with the criterion "mse"; ``[N, O]`` in [0, 1] with
+    "sigmoid_cross_entropy". Of a task that judges every step they are ``[N, T]`` and ``[N, T, O]``.
+    """
+
+    train_input: ArrayLike | Tensor
+    train_target: ArrayLike | Tensor
+    test_input: ArrayLike | Tensor
+    test_target: ArrayLike | Tensor
+
+    @classmethod
+    def split(cls, input: ArrayLike | Tensor, target: ArrayLike | Tensor, test_share: float = 0.2) -> Samples:
+        """Return samples of which a share, drawn at random but always the same, is kept for the test.
+
+        Args:
+            input, target: all samples.
+            test_share: 0 < share < 1.
+
+        Raises:
+            ValueError: another number of targets than of inputs, or one of both parts is empty.
+
+        >>> samples = Samples.split(np.zeros((50, 8, 3)), np.arange(50) % 2)
+        >>> samples.train_input.shape, samples.test_input.shape
+        (torch.Size([40, 8, 3]), torch.Size([10, 8, 3]))
+        """
+        inputs, targets = _tensor("Samples.split: input", input), _tensor("Samples.split: target", target)
+        count = _same_count("Samples.split: input", inputs, "target", targets)
+        if not 0 < test_share < 1 or not 0 < (tests := round(test_share * count)) < count:
+            raise ValueError(f"Samples.split: test_share must leave both parts a sample of {count}, got {test_share}")
+        order = torch.from_numpy(random_generator(0, SPLIT_STREAM).permutation(count))
+        kept, test = order[tests:], order[:tests]
+        return cls(inputs[kept], targets[kept], inputs[test], targets[test])
+
+
+class StoredTask(Task):
+    """A task whose samples are arrays: a subclass says how to load them, and nothing else if they have classes.
+
+    Training batches run through epochs, each in an order of its own, fixed by (seed, epoch); samples left over at an
+    epoch's end are dropped. Sizes, and whether the network is recurrent, are those of the arrays. A run resumes on the
+    same numbers only. The test set is the first ``size`` test samples, all if there are no more.
+
+    Args:
+        order: see :data:`tpext.tasks.Order`; a subclass that makes it a field lets runs choose.
+
+    Raises (when data is first asked for):
+        ValueError: arrays that do not go together, or with the criterion, named.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class Parity(StoredTask):
+    ...     def load(self):
+    ...         bits = np.random.default_rng(1).integers(2, size=(100, 6, 1))
+    ...         return Samples.split(bits, bits.sum(axis=(1, 2)) % 2)
+    >>> task = Parity()
+    >>> task.length, task.input_size, task.output_size, task.epoch_length(20)
+    (6, 1, 2, 4)
+    >>> task.batch(seed=1, iteration=0, batch_size=20).input.shape
+    torch.Size([6, 20, 1])
+    """
+
+    criterion: ClassVar[Criterion] = "cross_entropy"
+    correct_when: ClassVar[str] = "the largest output is the class"
+    # all samples of most sets
+    default_test_size: ClassVar[int] = 100_000
+
+    order: Order = "shuffled"
+
+    @abstractmethod
+    def load(self) -> Samples:
+        """Return the samples; called once, when data is first asked for."""
+
+    @functools.cached_property
+    def data(self) -> tuple[Batch, Batch]:
+        """Training and test samples as tensors, each with the number of samples in front."""
+        loaded: object = self.load()
+        if not isinstance(loaded, tuple) or len(loaded) != 4:
+            raise ValueError(f"{type(self).__name__}: load must return Samples, got {type(loaded).__name__}")
+        samples = Samples(*loaded)
+        train = self._part("train", samples.train_input, samples.train_target)
+        test = self._part("test", samples.test_input, samples.test_target)
+        for name, first, second in (("input", train.input, test.input), ("target", train.target, test.target)):
+            if first.shape[1:] != second.shape[1:]:
+                shape = ", ".join(map(str, first.shape[1:]))
+                raise ValueError(
+                    f"{type(self).__name__}: test_{name} must be [N, {shape}] as train_{name}, got {list(second.shape)}"
+                )
+        return train, test
+
+    def _part(self, part: str, input: ArrayLike | Tensor, target: ArrayLike | Tensor) -> Batch:
+        """Training or test samples as tensors that go with the criterion."""
+        names = tuple(f"{type(self).__name__}: {part}_{what}" for what in ("input", "target"))
+        inputs, targets = (_tensor(name, value) for name, value in zip(names, (input, target), strict=True))
+        _same_count(names[0], inputs, f"{part}_target", targets)
+        inputs = inputs.to(torch.float32)
+        if inputs.dim() not in ((3,) if self.every_step else (2, 3)) or 0 in inputs.shape:
+            others = "" if self.every_step else ", or [N, I] for feed-forward networks"
+            images = "; images for convolutional networks are an ImageSet" if inputs.dim() == 4 else ""
+            raise ValueError(
+                f"{names[0]} must be [N, T, I] for sequences{others}, no size 0, got {list(inputs.shape)}{images}"
+            )
+        if not bool(inputs.isfinite().all()):
+            raise ValueError(f"{names[0]} must be finite, got {int((~inputs.isfinite()).sum())} numbers that are not")
+        outputs = inputs.shape[:2] if self.every_step else inputs.shape[:1]
+        if self.criterion == "cross_entropy":
+            return Batch(inputs, _classes(names[1], targets, outputs, self.every_step))
+        if targets.shape == outputs:
+            targets = targets.unsqueeze(-1)
+        if targets.shape[:-1] != outputs:
+            sizes = ", ".join(map(str, outputs))
+            raise ValueError(f"{names[1]} must be [{sizes}, O] for {self.criterion!r}, got {list(targets.shape)}")
+        return Batch(inputs, targets.to(torch.float32))
+
+    @property
+    def input_size(self) -> int:
+        return self.data[0].input.shape[-1]
+
+    @property
+    def output_size(self) -> int:
+        targets = [part.target for part in self.data]
+        if self.criterion != "cross_entropy":
+            return targets[0].shape[-1]
+        return max(int(one.max()) for one in targets) + 1
+
+    @property
+    def length(self) -> int | None:  # type: ignore[override]  # of the arrays, where others have a field
+        return self.data[0].input.shape[1] if self.data[0].input.dim() == 3 else None
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of all samples."""
+        digest = hashlib.sha256()
+        for tensor in (*self.data[0], *self.data[1]):
+            digest.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def epoch_length(self, batch_size: int) -> int:
+        return epoch_batches(batch_size, len(self.data[0].input))
+
+    def batch(self, seed: int, iteration: int, batch_size: int) -> Batch:
+        train = self.data[0]
+        return self._in_steps(train, epoch_rows(seed, iteration, batch_size, len(train.input), self.order))
+
+    def test_set(self, seed: int, size: int) -> Batch:
+        return self._in_steps(self.data[1], slice(size))
+
+    def _in_steps(self, samples: Batch, rows: Tensor | slice) -> Batch:
+        """Take rows; those of sequences get the steps in front."""
+        input, target = samples.input[rows], samples.target[rows]
+        if self.length is not None:
+            input = input.transpose(0, 1).contiguous()
+        return Batch(input, target.transpose(0, 1).contiguous() if self.every_step else target)
+
+
+def _tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}: {error}") from error
+
+
+def _same_count(first: str, inputs: Tensor, second: str, targets: Tensor) -> int:
+    if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
+        raise ValueError(
+            f"{first} and {second} must have the same number of samples in front, "
+            f"got {list(inputs.shape)} and {list(targets.shape)}"
+        )
+    return len(inputs)
+
+
+def _classes(name: str, targets: Tensor, shape: torch.Size, every_step: bool) -> Tensor:
+    if targets.is_floating_point() or targets.is_complex():
+        raise ValueError(f"{name} must be classes 0, 1, .. as integers, got {targets.dtype}")
+    if targets.shape != shape:
+        raise ValueError(f"{name} must be classes {list(shape)}, got {list(targets.shape)}")
+    classes = targets.to(torch.int64)
+    wrong = classes[(classes < 0) & (classes != NOT_ASKED)] if every_step else classes[classes < 0]
+    if len(wrong):
+        raise ValueError(f"{name} must be classes 0, 1, .., got {int(wrong[0])}")
+    return classes
