@@ -30,7 +30,10 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Lint, format and types: the hooks of .pre-commit-config.yaml on all files."""
-    install(session, "lint")
+    # not the package itself, whose C++ takes minutes to build: types are checked in the sources
+    packages = PROJECT["project"]
+    needed = [*packages["dependencies"], *packages["optional-dependencies"]["experiments"]]
+    session.install(*needed, *nox.project.dependency_groups(PROJECT, "lint"))
     session.run("pre-commit", "run", "--all-files", *session.posargs)
 
 
