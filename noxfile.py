@@ -5,8 +5,6 @@ Arguments after `--` go to the program. `nox -R` installs nothing anew.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import nox
 
 nox.options.sessions = ["tests", "lint", "docs"]
@@ -61,16 +59,8 @@ def emulation(session: nox.Session) -> None:
     """The CUDA kernels, compiled as C++ and run on the CPU, against their oracles."""
     install(session)
     session.install(*PROJECT["build-system"]["requires"])
-    # In the environment's folder: another Python has another build.
-    build = Path(session.virtualenv.location) / "emulation"
-    options = ["-G", "Ninja", "-DTPEXT_CUDA_EMULATION=ON", f"-DPython_EXECUTABLE={session.virtualenv.bin}/python"]
-    session.run("cmake", "-S", ".", "-B", str(build), *options)
-    session.run("cmake", "--build", str(build))
-    (module,) = build.rglob("_C_emulated*.so")
-    env = {"TPEXT_EMULATED_MODULE": str(module)}
-    session.run("pytest", "python_tests/test_cuda.py", "python_tests/test_cuda_gated.py", *session.posargs, env=env)
-    mixed = [f"python_tests/test_{name}.py" for name in ("counter_normal", "pooled_difference", "regularized_inverse")]
-    session.run("pytest", "-k", "emulated", *mixed, *session.posargs, env=env)
+    # the build in the environment's folder: another Python has another
+    session.run(".ci/emulation", f"{session.virtualenv.location}/emulation", *session.posargs, external=True)
 
 
 @nox.session
