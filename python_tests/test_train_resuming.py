@@ -66,7 +66,7 @@ def test_resuming_changes_nothing(
 
 def test_kill_9_in_mid_run_changes_nothing(tmp_path: Path) -> None:
     """Two kills at arbitrary moments of a process that checkpoints at every iteration, many of them while it writes."""
-    options = {**SMALL, "iterations": 1000, "eval_interval": 10, "checkpoint_interval": 1, "noise": 0.1}
+    options = {**SMALL, "iterations": 500, "eval_interval": 10, "checkpoint_interval": 1, "noise": 0.1}
     train(make_config("temporal-order", rule="learned-inverse", **options), tmp_path / "whole")
 
     folder = tmp_path / "killed"
@@ -75,7 +75,7 @@ def test_kill_9_in_mid_run_changes_nothing(tmp_path: Path) -> None:
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
     environment = {**os.environ, "PYTHONPATH": str(Path(tpext.__file__).parents[1])}
-    for rows in (20, 60):
+    for rows in (10, 30):
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, cwd=tmp_path) as process:
             deadline = time.monotonic() + 120
             table = folder / "metrics.csv"
