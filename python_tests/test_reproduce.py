@@ -73,12 +73,10 @@ def test_every_recipe_has_runs(name: str, quick: bool, tmp_path: Path) -> None:
 
 
 NO_ROWS = {
-    "convergence-120": 20,
     "feedback-mnist-lenet": 5,
     "feedback-mnist-mlp": 8,
     "feedback-training": 27,
     "kaczmarz-init": 27,
-    "text-cells": 3,
 }
 """Runs of recipes of which docs/results.csv has no row: they ran before it was made of recipes, or ran reduced."""
 
