@@ -64,8 +64,8 @@ class Misspelt(PseudoInverseTargets):
 
 
 def test_a_name_that_no_layer_asks_for_is_told() -> None:
-    with pytest.warns(UserWarning, match=r"check_rule: Misspelt\.\w+ is a name that no layer asks for") as told:
-        check_rule(Misspelt())
+    with pytest.warns(UserWarning, match=r"Misspelt\.\w+ is a name that no layer asks for") as told:
+        Misspelt()
     assert [str(one.message).partition("; ")[2] for one in told if one.category is UserWarning] == [
         "takes_units is one",
         "propagate is one",

@@ -149,6 +149,9 @@ class _Parts:
         (Given, parts(train_input=np.zeros((40, 1, 8, 8))), r"got \[40, 1, 8, 8\]; images for .* are an ImageSet"),
         (Given, parts(train_input=np.zeros((40, 0, 3))), r"no size 0, got \[40, 0, 3\]"),
         (Given, parts(train_input=STEPS[:40] * np.nan), "train_input must be finite, got 840 numbers that are not"),
+        (Numbers, parts(test_target=np.full(10, np.inf)), "test_target must be finite, got 10 numbers that are not"),
+        (Given, parts(train_target=CLASSES[:40] / 2), '; for numbers the criterion is "mse"'),
+        (Given, parts(train_target=sums(STEPS[:40])), "; for one of every step set every_step = True"),
         (Given, parts(test_input=STEPS[40:, 1:]), r"test_input must be \[N, 7, 3\] as train_input, got \[10, 6, 3\]"),
         (
             Given,
@@ -194,6 +197,19 @@ class Readings(StoredTask):
         return Samples.split(arrays["x"], arrays["y"])
 
 
+@dataclass(frozen=True)
+class Broadcasts(Readings):
+    criterion = "mse"
+
+    def correct(self, output, target):
+        return (output[:, 0] - target).abs() < 0.5
+
+
+class Floats(Readings):
+    def load(self):
+        return Samples.split(np.zeros((10, 3)), np.zeros(10))
+
+
 class Empty(Readings):
     def epoch_length(self, batch_size):
         return 0
@@ -219,3 +235,15 @@ def test_a_run_trains_on_arrays_and_resumes_on_them_only(
     assert (status, "batch_size must be at most 400 (the training samples), got 401" in err) == (1, True), err
     status, _, err = call("train mine.py:Empty --batch-size 20 --out other", capsys)
     assert (status, "epoch_length must be >= 1, the whole batches of 20 samples, got 0" in err) == (1, True), err
+    status, _, err = call("train mine.py:Broadcasts --batch-size 20 --epochs 1 --out other", capsys)
+    assert (status, "correct must return [100], one for each output, got [100, 100]" in err) == (1, True), err
+    status, _, err = call("train mine.py:Floats --batch-size 20 --epochs 1 --out other", capsys)
+    assert status == 1
+    assert err.startswith("tpext: Floats: train_target must be classes 0, 1, .. as integers, got torch.float64")
+
+
+def test_a_criterion_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Wrong: criterion must be one of .*, got 'crossentropy'"):
+
+        class Wrong(Given):
+            criterion = "crossentropy"  # type: ignore[assignment]

@@ -171,6 +171,14 @@ def test_names_of_folders_are_short_safe_and_differ(here: Path) -> None:
     assert len(set(names)) == 3
 
 
+def test_options_of_ones_own_rule_are_left_out_for_others(here: Path) -> None:
+    words = ["--rule", "own.py:Troubled,backprop", "--rule-options", "trouble=none,error", "--lr", "1e-3"]
+    runs, _ = plan("temporal-order", [grid_of_arguments([*FIXED, *words])])
+    assert [run.name for run in runs] == ["rule=Troubled,trouble=none", "rule=Troubled,trouble=error", "rule=backprop"]
+    with pytest.raises(ConfigError, match="rule_options belong to a rule of your own"):
+        plan("temporal-order", [grid_of_arguments([*FIXED, "--rule", "backprop", "--rule-options", "trouble=none"])])
+
+
 def test_a_combination_that_is_no_run_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^cell=gru,lr=1e-2: forget_bias belongs to a cell with a forget gate"):
         plan("temporal-order", [grid_of_arguments(["--cell", "lstm,gru", "--lr", "1e-2,1", "--forget-bias", "1"])])

@@ -10,6 +10,7 @@ from runs import SMALL
 
 from tpext.experiments import ConfigError
 from tpext.experiments.commands import run as tpext_command
+from tpext.experiments.sweep_plan import plan
 from tpext.experiments.sweep_search import space_of
 from tpext.experiments.sweep_values import Range
 
@@ -45,6 +46,17 @@ def test_what_is_drawn_and_what_is_fixed(here: Path) -> None:
     space = space_of("adding", Path("a.toml"), ["--reg", "1e-1..1e1"])
     assert set(space.ranges) == {"lr", "reg"}
     assert space.choices == {}
+
+
+def test_a_draw_has_the_options_of_its_rule() -> None:
+    words = ["--rule", "backprop,regularized-inverse", "--reg", "0.1..10", "--credit", "local", "--lr", "1e-3"]
+    space = space_of("temporal-order", None, words)
+    runs = [plan("temporal-order", [space.grid({"rule": rule, "reg": 2.0})])[0] for rule in range(2)]
+    (first,), (second,) = runs
+    assert first.config.options()["rule"] == "backprop"
+    assert {name: second.config.options()[name] for name in ("rule", "reg", "credit")} == {
+        "rule": "regularized-inverse", "reg": 2.0, "credit": "local"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])

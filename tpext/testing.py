@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tpext._warnings import warn_user
 from tpext.nn import GRU, LSTM, MLP, RNN, TargetSequential
 from tpext.nn.linear import as_activation
 from tpext.ops import Activation, Units
@@ -34,8 +32,6 @@ from tpext.tasks import ImageClasses
 from tpext.tasks.base import NOT_ASKED, Batch, Task
 
 _STEPS, _BATCH = 7, 4
-_NEAR = 0.85
-"""Of difflib's ratio, from which on a name looks like a slip of another."""
 _CELLS: dict[str, Any] = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
 
 
@@ -69,8 +65,6 @@ def check_rule(
         nonlinearity: of the simple recurrent cell, None means "tanh".
         activation: of the feed-forward layers, None means "tanh" ("relu" for a rule that ``takes_units``).
 
-    A name of the rule's own that is a letter away from one that layers ask for brings a warning.
-
     Raises:
         AssertionError: what does not hold. TypeError: ``rule`` is none. ValueError: another argument that is none, or
         does not belong to the rule.
@@ -93,23 +87,9 @@ def check_rule(
         if "layer" not in rule.kinds:
             raise ValueError(f"check_rule: activation belongs to rules of feed-forward layers, got {rule}")
         activation = as_activation(activation)
-    _warn_of_near_names(rule)
     with torch.random.fork_rng(devices=[]):
         for name, check in _rule_checks(rule, recurrent, activation):
             _run(rule, name, check)
-
-
-def _warn_of_near_names(rule: Rule) -> None:
-    """Warn of names in the rule's own classes that look like those which layers ask for."""
-    classes = type(rule).__mro__
-    own = [kind for kind in classes if kind.__module__.partition(".")[0] != "tpext" and issubclass(kind, Rule)]
-    asked = {name for kind in classes if kind not in own for name in vars(kind) if not name.startswith("_")}
-    options = {field.name for field in dataclasses.fields(rule)}
-    for kind in own:
-        for name in vars(kind):
-            near = difflib.get_close_matches(name, asked, n=1, cutoff=_NEAR)
-            if near and name not in asked | options and not name.startswith("_"):
-                warn_user(f"check_rule: {kind.__name__}.{name} is a name that no layer asks for; {near[0]} is one")
 
 
 class _MismatchError(Exception):
@@ -481,6 +461,8 @@ def _check_samples(task: Task, draw: Callable[[int], Batch], by_iteration: bool)
     steps = (task.length or 1,) if task.every_step else ()
     shape = (*steps, _BATCH) if classes else (*steps, _BATCH, task.output_size)
     _expect(target.shape == shape, f"target {list(shape)} for {task.criterion}", list(target.shape))
+    for name, numbers in (("input", input), ("target", target)):
+        _expect(bool(numbers.isfinite().all()), f"finite numbers in {name}", numbers)
     dtype = torch.int64 if classes else torch.float32
     _expect(target.dtype == dtype, f"target in {dtype} for {task.criterion}", target.dtype)
     if classes:

@@ -13,10 +13,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias, get_args, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -39,6 +39,7 @@ else:
 Words: TypeAlias = tuple[str, ...]
 Grid: TypeAlias = Mapping[str, Sequence[Words]]
 AnyConfig: TypeAlias = Config | ImageConfig
+T = TypeVar("T")
 
 IMAGES = "images"
 """What stands in a task's place where ``tpext train images`` is swept."""
@@ -261,7 +262,7 @@ def with_options(task: str, grids: Sequence[Grid], given: Grid) -> list[Grid]:
         grids: of a file.
         given: of the command line.
     """
-    rules = [_rules(task, {**grid, **given}) for grid in grids]
+    rules = [options_of_rules(task, {**grid, **given}) for grid in grids]
     known = set().union(*(options for of_grid in rules for options in of_grid.values()))
     found: list[Grid] = []
     for grid, of_grid in zip(grids, rules, strict=True):
@@ -270,10 +271,21 @@ def with_options(task: str, grids: Sequence[Grid], given: Grid) -> list[Grid]:
     return found
 
 
-def _rules(task: str, grid: Grid) -> dict[str, set[str]]:
-    """The rules that a grid names, each with its options."""
-    names = [words[0] for words in grid.get("rule", ()) if words]
-    return {name: set(rule_names.rule_options(name)) for name in names} if task != IMAGES else {}
+def options_of_rules(task: str, grid: Grid) -> dict[str, set[str]]:
+    """Return the rules that a grid names, each with its options."""
+    found: dict[str, set[str]] = {}
+    if task != IMAGES:
+        for name in [words[0] for words in grid.get("rule", ()) if words]:
+            kind = rule_names.find_rule(name)
+            own = {f"rule_options.{field.name}" for field in fields(kind)} if rule_names.is_own(kind) else set()
+            found[name] = {*rule_names.rule_options(name), *own}
+    return found
+
+
+def of_one_rule(rule: str, of_rules: Mapping[str, set[str]], given: Mapping[str, T]) -> dict[str, T]:
+    """Return options without those that others of the rules have, and this one does not."""
+    others = set().union(*of_rules.values()) - of_rules[rule]
+    return {name: value for name, value in given.items() if name not in others}
 
 
 def identity(config: AnyConfig) -> str:
@@ -284,14 +296,12 @@ def identity(config: AnyConfig) -> str:
 
 def _combinations(task: str, grid: Grid) -> Iterator[dict[str, Words]]:
     """All combinations, the last option's values fastest."""
-    of_rules = _rules(task, grid)
+    of_rules = options_of_rules(task, grid)
     seen = set()
     for values in itertools.product(*grid.values()):
         combination = dict(zip(grid, values, strict=True))
         if len(of_rules) > 1:
-            known = of_rules[combination["rule"][0]]
-            others = set().union(*of_rules.values()) - known
-            combination = {name: words for name, words in combination.items() if name not in others}
+            combination = of_one_rule(combination["rule"][0], of_rules, combination)
         key = tuple(combination.items())
         if key not in seen:
             seen.add(key)
@@ -324,7 +334,7 @@ def _config(task: str, combination: Mapping[str, Words]) -> AnyConfig:
         group, dot, _ = name.partition(".")
         of_it = _given(task, group if dot else name, words, rule if group == "rule_options" else None)
         for key, value in of_it.items():
-            given[key] = {**given.get(key, {}), **value} if key in OWN else value
+            given[key] = {**given.get(key, {}), **value} if isinstance(value, Mapping) else value
     config: AnyConfig = make_image_config(**given) if task == IMAGES else make_config(task, **given)
     # workers may run elsewhere, and share the cores
     data_dir = None if config.data_dir is None else str(Path(config.data_dir).absolute())

@@ -27,8 +27,10 @@ from tpext.experiments.sweep_plan import (
     grid_of_table,
     identity,
     load_file,
+    of_one_rule,
     options_of_arguments,
     options_of_file,
+    options_of_rules,
     plan,
     takes_real,
 )
@@ -67,7 +69,9 @@ class Space:
                 own[name] = [(str(value) if self.ranges[name].integer else f"{value:.{DIGITS}g}",)]
             else:
                 own[name] = [self.choices[name][value]]
-        return {**self.fixed, **own}
+        grid = {**self.fixed, **own}
+        of_rules = options_of_rules(self.task, self.choices)
+        return of_one_rule(grid["rule"][0][0], of_rules, grid) if of_rules else grid
 
 
 def space_of(task: str, path: Path | None, arguments: Sequence[str]) -> Space:
@@ -176,7 +180,8 @@ def search(
                 study.tell(trial.number, value)
         if any(trial.value is not None for trial in study.trials):
             best = study.best_trial
-            label = ", ".join(f"{name} {' '.join(space.grid(best.params)[name][0])}" for name in best.params)
+            values = {name: words for name, words in space.grid(best.params).items() if name in best.params}
+            label = ", ".join(f"{name} {' '.join(words[0])}" for name, words in values.items())
             say(console, f"best of {len(study.trials)} draws: {best.value:.4g}  {label}")
 
 

@@ -289,7 +289,13 @@ class TrainingRun(Run[Config, Row, Result]):
             input, target = self._move(batch)
             output, count = self._output(input), task.judged(target)
             loss += self.criterion(output, target).item() * count
-            correct += task.correct(output, target).sum().item()
+            right = task.correct(output, target)
+            if right.shape != output.shape[:-1]:
+                raise ConfigError(
+                    f"{self.config.task_name}: correct must return {list(output.shape[:-1])}, one for each output, "
+                    f"got {list(right.shape)}"
+                )
+            correct += right.sum().item()
             judged += count
         self.model.train()
         return loss / judged, correct / judged

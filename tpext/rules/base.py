@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import itertools
 import math
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tpext._warnings import warn_user
 from tpext.ops._library import autocast_outputs, autocasts, cast, on_cuda
 from tpext.ops._members import as_list
 
@@ -134,6 +136,7 @@ class Rule:
         """Prepare the class before its first instance, so that a rule's author needs no decorator but dataclass's."""
         if "_is_prepared" not in cls.__dict__:
             _prepare(cls)
+            _warn_of_near_names(cls)
             cls._is_prepared = True
         return super().__new__(cls)
 
@@ -145,6 +148,17 @@ class Rule:
 
     def check(self, layer: nn.Module) -> None:
         """Raise ValueError if the rule cannot serve this layer of its kind, as it is."""
+
+
+def _warn_of_near_names(kind: type[Rule]) -> None:
+    """Warn of a name of a user's rule that looks like a slip of one that layers ask for."""
+    own = vars(kind) if kind.__module__.partition(".")[0] != "tpext" else {}
+    asked = {name for base in kind.__mro__[1:] for name in vars(base) if not name.startswith("_")}
+    options = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
+    for name in own:
+        near = difflib.get_close_matches(name, asked, n=1, cutoff=0.85)
+        if near and name not in asked | options and not name.startswith("_"):
+            warn_user(f"{kind.__name__}.{name} is a name that no layer asks for; {near[0]} is one")
 
 
 def _prepare(cls: type[Rule]) -> None:

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -94,6 +94,13 @@ class Task(ABC):
 
     length: int | None = None
     """Number of steps T; None for a feed-forward task, whose input has no dimension T."""
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        criterion = vars(cls).get("criterion", get_args(Criterion)[0])
+        if isinstance(criterion, str) and criterion not in get_args(Criterion):
+            known = ", ".join(map(repr, get_args(Criterion)))
+            raise ValueError(f"{cls.__name__}: criterion must be one of {known}, got {criterion!r}")
 
     @property
     def picture(self) -> Picture | None:

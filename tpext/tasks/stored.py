@@ -120,15 +120,13 @@ class StoredTask(Task):
         names = tuple(f"{type(self).__name__}: {part}_{what}" for what in ("input", "target"))
         inputs, targets = (_tensor(name, value) for name, value in zip(names, (input, target), strict=True))
         _same_count(names[0], inputs, f"{part}_target", targets)
-        inputs = inputs.to(torch.float32)
+        inputs = _finite(names[0], inputs.to(torch.float32))
         if inputs.dim() not in ((3,) if self.every_step else (2, 3)) or 0 in inputs.shape:
             others = "" if self.every_step else ", or [N, I] for feed-forward networks"
             images = "; images for convolutional networks are an ImageSet" if inputs.dim() == 4 else ""
             raise ValueError(
                 f"{names[0]} must be [N, T, I] for sequences{others}, no size 0, got {list(inputs.shape)}{images}"
             )
-        if not bool(inputs.isfinite().all()):
-            raise ValueError(f"{names[0]} must be finite, got {int((~inputs.isfinite()).sum())} numbers that are not")
         outputs = inputs.shape[:2] if self.every_step else inputs.shape[:1]
         if self.criterion == "cross_entropy":
             return Batch(inputs, _classes(names[1], targets, outputs, self.every_step))
@@ -137,7 +135,7 @@ class StoredTask(Task):
         if targets.shape[:-1] != outputs:
             sizes = ", ".join(map(str, outputs))
             raise ValueError(f"{names[1]} must be [{sizes}, O] for {self.criterion!r}, got {list(targets.shape)}")
-        return Batch(inputs, targets.to(torch.float32))
+        return Batch(inputs, _finite(names[1], targets.to(torch.float32)))
 
     @property
     def input_size(self) -> int:
@@ -195,11 +193,19 @@ def _same_count(first: str, inputs: Tensor, second: str, targets: Tensor) -> int
     return len(inputs)
 
 
+def _finite(name: str, numbers: Tensor) -> Tensor:
+    if not bool(numbers.isfinite().all()):
+        raise ValueError(f"{name} must be finite, got {int((~numbers.isfinite()).sum())} numbers that are not")
+    return numbers
+
+
 def _classes(name: str, targets: Tensor, shape: torch.Size, every_step: bool) -> Tensor:
     if targets.is_floating_point() or targets.is_complex():
-        raise ValueError(f"{name} must be classes 0, 1, .. as integers, got {targets.dtype}")
+        more = 'for numbers the criterion is "mse"'
+        raise ValueError(f"{name} must be classes 0, 1, .. as integers, got {targets.dtype}; {more}")
     if targets.shape != shape:
-        raise ValueError(f"{name} must be classes {list(shape)}, got {list(targets.shape)}")
+        more = "" if every_step or targets.dim() != 2 else "; for one of every step set every_step = True"
+        raise ValueError(f"{name} must be classes {list(shape)}, got {list(targets.shape)}{more}")
     classes = targets.to(torch.int64)
     wrong = classes[(classes < 0) & (classes != NOT_ASKED)] if every_step else classes[classes < 0]
     if len(wrong):
