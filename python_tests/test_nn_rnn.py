@@ -219,7 +219,7 @@ def test_a_row_of_length_zero_keeps_its_state():
         ),
         (torch.tensor([[3, 6, 1, 4]]), r"RNN: lengths must be \[B=4\] as input.*, got \[1, 4\]"),
         (torch.tensor([3.0, 6.0, 1.0, 4.0]), r"RNN: lengths must be integers, got torch.float32 \[4\]"),
-        ([True, False, True, True], r"RNN: lengths must be integers, got torch.bool \[4\]"),
+        (torch.ones(4, dtype=torch.bool), r"RNN: lengths must be integers, got torch.bool \[4\]"),
         (torch.tensor([3, 7, 1, 4]), r"RNN: lengths must lie in 0..T=6, got \[3, 7, 1, 4\]"),
         ([3, 6, -1, 4], r"RNN: lengths must lie in 0..T=6, got \[3, 6, -1, 4\]"),
     ],
@@ -237,8 +237,9 @@ def test_lengths_are_integers_in_any_form(as_given):
     output, final = rnn(x, None, as_given(LENGTHS))
     assert torch.equal(output, expected)
     assert torch.equal(final, expected_final)
-    with pytest.raises(TypeError, match=r"RNN: lengths must be a Tensor \[B\] or a list of integers, got 'four'"):
-        rnn(x, None, "four")
+    for wrong, got in (("four", "str"), ([3, 6, None, 4], "list"), ([True] * 4, "list of torch.bool")):
+        with pytest.raises(TypeError, match=rf"RNN: lengths must be a tensor \[B\] or a list of integers, got {got}$"):
+            rnn(x, None, wrong)
 
 
 def test_lengths_have_one_source():

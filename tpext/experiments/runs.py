@@ -64,6 +64,11 @@ def load_runs(*paths: str | Path) -> pd.DataFrame:
 def load_metrics(*paths: str | Path) -> pd.DataFrame:
     """Return one row for each evaluation of runs in folders: ``folder``, the columns of metrics.csv, the options.
 
+    Those columns are ``iteration``; ``train_loss``, the mean since the row before; ``test_loss``; ``accuracy`` in 0..1;
+    ``seconds`` since the start of the run; ``running_accuracy`` of the training batches, of rule "kaczmarz" alone;
+    ``validation_loss`` of a task that has a validation set. Of ``tpext train images`` they are those of its
+    metrics.csv, where angles are tuples with one for each block, in degrees.
+
     Raises:
         RunError: there is no run, or one cannot be read.
     """

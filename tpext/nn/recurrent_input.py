@@ -78,13 +78,20 @@ def time_major(
 def _as_integers(kind: str, lengths: Tensor | Sequence[int]) -> Tensor:
     """The lengths as int64; a list is as good as a tensor."""
     if not isinstance(lengths, Tensor):
+        expected = f"{kind}: lengths must be a tensor [B] or a list of integers, got {type(lengths).__name__}"
         try:
             lengths = torch.tensor(lengths)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"{kind}: lengths must be a Tensor [B] or a list of integers, got {lengths!r}") from error
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+            raise TypeError(expected) from error
+        if not _are_integers(lengths):
+            raise TypeError(f"{expected} of {lengths.dtype}")
+    if not _are_integers(lengths):
         raise ValueError(f"{kind}: lengths must be integers, got {lengths.dtype} {list(lengths.shape)}")
     return lengths.to(torch.int64)
+
+
+def _are_integers(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def as_given(
