@@ -557,7 +557,7 @@ def test_vmap_over_a_backward_pass(rule: tpext.Rule) -> None:
 @pytest.mark.parametrize("lengths", [[6, 1], [2, -1]])
 def test_checkpoints_do_not_hide_lengths_out_of_range(lengths: list[int]) -> None:
     rnn = tpext.nn.RNN(3, 4, return_sequence=False, checkpoint_every=2)
-    with pytest.raises(ValueError, match=r"rnn_layer: lengths must lie in 0\.\.T=5, got "):
+    with pytest.raises(ValueError, match=r"RNN: lengths must lie in 0\.\.T=5, got "):
         rnn(torch.randn(5, 2, 3), lengths=torch.tensor(lengths))
 
 

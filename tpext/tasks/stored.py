@@ -48,6 +48,7 @@ class Samples(NamedTuple):
         Raises:
             ValueError: another number of targets than of inputs, or one of both parts is empty.
 
+        >>> import numpy as np
         >>> samples = Samples.split(np.zeros((50, 8, 3)), np.arange(50) % 2)
         >>> samples.train_input.shape, samples.test_input.shape
         (torch.Size([40, 8, 3]), torch.Size([10, 8, 3]))
@@ -75,6 +76,7 @@ class StoredTask(Task):
         ValueError: arrays that do not go together, or with the criterion, named.
 
     >>> from dataclasses import dataclass
+    >>> import numpy as np
     >>> @dataclass(frozen=True)
     ... class Parity(StoredTask):
     ...     def load(self):
