@@ -87,7 +87,7 @@ def test_shares(tmp_path: Path, options: dict[str, Any], iterations: tuple[int, 
     folder = RunFolder(tmp_path)
     folder.create(make_config(**options) if options else small())
     evaluated(folder, *iterations)
-    assert share_done(folder) == share
+    assert share_done(folder, folder.read_config()) == share
 
 
 def test_the_share_of_images_is_that_of_their_epochs(tmp_path: Path) -> None:
@@ -96,6 +96,6 @@ def test_the_share_of_images_is_that_of_their_epochs(tmp_path: Path) -> None:
     folder.create(config)
     none = (None,) * len(config.block_names)
     folder.write_rows([ImageRow(30, 3, 1.0, 1.0, 0.5, None, 0.1, 1.0, none, none)])
-    assert share_done(folder) == 0.3
+    assert share_done(folder, folder.read_config()) == 0.3
     folder.path.joinpath("metrics.csv").unlink()
-    assert share_done(folder) == 0.0
+    assert share_done(folder, folder.read_config()) == 0.0

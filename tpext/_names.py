@@ -19,5 +19,10 @@ def did_you_mean(name: object, names: Iterable[str], former: Mapping[str, str] =
     """
     if name in former:
         return f"; {name} is called {former[str(name)]} now"
-    near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, names) if isinstance(name, str) else None
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
+def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the nearest name, None if none is as near as ``cutoff``, of difflib's ratio."""
+    return next(iter(difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)

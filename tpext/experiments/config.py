@@ -457,12 +457,11 @@ def _of_rule(rule: str, given: dict[str, Any], own: Mapping[str, Any] | None) ->
         if name not in of_rules and name not in get_type_hints(Config):
             raise ConfigError(f"unknown option {name}")
         if name in of_rules and name not in known:
-            options = ", ".join(known) or "none"
-            if rule not in RULES:
-                options = ", ".join(field.name for field in fields(rule_names.find_rule(rule)))
-                options = f"its own go into rule_options: {options or 'it has none'}"
+            if rule in RULES:
+                options = f"options of that rule: {', '.join(known) or 'none'}"
             else:
-                options = f"options of that rule: {options}"
+                own_fields = ", ".join(field.name for field in fields(find_rule(rule)))
+                options = f"its own go into rule_options: {own_fields or 'it has none'}"
             raise ConfigError(f"{name} does not belong to rule={rule} ({options})")
     return {**{name: given.pop(name) for name in known if name in given and name != "reverse_lr"}, **(own or {})}
 

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.images import ImageConfig
 from tpext.experiments.progress import LiveLine, say
 from tpext.experiments.run_folder import RunError
 from tpext.experiments.runs import AnyFolder, State, state_of
+from tpext.experiments.sweep_plan import AnyConfig
 
 SHOWN = 10
 """Methods in the summary."""
@@ -37,6 +38,8 @@ class SweepProgress(LiveLine):
         self.console = console
         self.runs = runs
         self.states: dict[str, State] = {run.path.name: state_of(run) for run in runs}
+        self.configs: dict[str, AnyConfig | None] = {}
+        """Of the runs that are under way; reading one may read a task's data."""
         self.sizes: dict[str, int] = {}
         """Of the files metrics.csv that shares were read of."""
         self.shares: dict[str, float] = {}
@@ -104,8 +107,10 @@ class SweepProgress(LiveLine):
             return
         with contextlib.suppress(OSError, RunError):  # its folder is gone, or it has no evaluation yet
             size = run.metrics.stat().st_size
+            if name not in self.configs:
+                self.configs[name] = run.read_config()
             if size != self.sizes.get(name):
-                self.shares[name], self.sizes[name] = share_done(run), size
+                self.shares[name], self.sizes[name] = share_done(run, self.configs[name]), size
 
     def _ended(self) -> int:
         return sum(state in ENDED for state in self.states.values())
@@ -124,14 +129,13 @@ class SweepProgress(LiveLine):
         say(self.console, f"{self._ended():>5}/{len(self.runs)}  {text}".rstrip())
 
 
-def share_done(run: AnyFolder) -> float:
+def share_done(run: AnyFolder, config: AnyConfig | None) -> float:
     """Return how much of a run is done, 0..1, by its last evaluation; 0 where its options do not say."""
-    if isinstance(run, ImageFolder):
-        images, of_images = run.read_config(), run.read_rows()
-        return of_images[-1].epoch / images.epochs if images is not None and of_images else 0.0
-    config, rows = run.read_config(), run.read_rows()
+    rows = run.read_rows()
     if config is None or not rows:
         return 0.0
+    if isinstance(config, ImageConfig):
+        return rows[-1].epoch / config.epochs  # type: ignore[union-attr]  # an evaluation of images has it
     if config.iterations is not None:
         return rows[-1].iteration / config.iterations
     # without an interval there is an evaluation before the first epoch, and one after each

@@ -10,7 +10,7 @@ from typing import Any
 from tpext._names import did_you_mean
 from tpext.experiments.own import find_own, hints_of, is_path, place_of
 from tpext.experiments.settings import ConfigError, choices_of
-from tpext.tasks import TASKS, StoredTask, Task, registry
+from tpext.tasks import TASKS, Task, registry
 from tpext.tasks.registry import Entry
 
 # A run's own, as a resumed one may change it.
@@ -52,8 +52,7 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
     entry = find_task(name)
     try:
         task = entry.make(name, options)
-        if isinstance(task, StoredTask):
-            _ = task.data  # its sizes are those of its arrays
+        _ = task.length  # that of a task from arrays is theirs, which are read and checked
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
     check_types(task)

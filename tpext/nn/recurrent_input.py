@@ -52,7 +52,7 @@ def time_major(
         _check_input(layers, input.data, dim=2)
         # without the indices, the rows stay in the sorted order of the packed data
         padded, of_rows = pad_packed_sequence(PackedSequence(input.data, input.batch_sizes))
-        valid: Tensor | None = of_rows
+        valid: Tensor | None = of_rows.to(padded.device, non_blocking=True)
         if states is not None and input.sorted_indices is not None:
             states = _select_rows(states, input.sorted_indices)
     else:
@@ -60,19 +60,25 @@ def time_major(
         padded, states = _batched(layers, input, states, valid)
         _check_input(layers, padded, dim=3)
     _check_states(layers, padded, states)
-    steps, batch, _ = padded.shape
-    if steps == 0:
+    if padded.size(0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    if valid is not None:
-        if valid.shape != (batch,):
-            first = "" if layers.batch_first else " ([T, B, I], without batch_first)"
-            raise ValueError(f"{kind}: lengths must be [B={batch}] as input{first}, got {list(valid.shape)}")
-        if valid.is_cpu and are_plain((valid,)):
-            check_lengths(kind, valid, steps)
-        if valid.is_cpu and padded.is_cuda:
-            valid = valid.to(padded.device, non_blocking=True)
-        check_device("lengths", valid, padded)
+    if lengths is not None and valid is not None:
+        valid = _beside(layers, valid, padded)
     return TimeMajor(padded, states, valid)
+
+
+def _beside(layers: RecurrentParameters, lengths: Tensor, padded: Tensor) -> Tensor:
+    """A user's lengths on the input's device, checked; those of a packed batch are right."""
+    steps, batch, _ = padded.shape
+    if lengths.shape != (batch,):
+        first = "" if layers.batch_first else " ([T, B, I], without batch_first)"
+        raise ValueError(f"{layers._kind}: lengths must be [B={batch}] as input{first}, got {list(lengths.shape)}")
+    if lengths.is_cpu and are_plain((lengths,)):
+        check_lengths(layers._kind, lengths, steps)
+    if lengths.is_cpu and padded.is_cuda:
+        lengths = lengths.to(padded.device, non_blocking=True)
+    check_device("lengths", lengths, padded)
+    return lengths
 
 
 def _as_integers(kind: str, lengths: Tensor | Sequence[int]) -> Tensor:

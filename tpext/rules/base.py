@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import itertools
 import math
@@ -15,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from tpext._names import nearest
 from tpext._warnings import warn_user
 from tpext.ops._library import autocast_outputs, autocasts, cast, on_cuda
 from tpext.ops._members import as_list
@@ -156,9 +156,10 @@ def _warn_of_near_names(kind: type[Rule]) -> None:
     asked = {name for base in kind.__mro__[1:] for name in vars(base) if not name.startswith("_")}
     options = {field.name for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else set()
     for name in own:
-        near = difflib.get_close_matches(name, asked, n=1, cutoff=0.85)
-        if near and name not in asked | options and not name.startswith("_"):
-            warn_user(f"{kind.__name__}.{name} is a name that no layer asks for; {near[0]} is one")
+        if name.startswith("_") or name in asked | options:
+            continue
+        if near := nearest(name, asked, cutoff=0.85):
+            warn_user(f"{kind.__name__}.{name} is a name that no layer asks for; {near} is one")
 
 
 def _prepare(cls: type[Rule]) -> None:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tpext.ops._library import check_choice
+
 Criterion = Literal["cross_entropy", "mse", "sigmoid_cross_entropy"]
 Picture = Literal["decision", "reconstruction"]
 """Decision regions of points in the plane, or images beside what the network makes of them."""
@@ -97,10 +99,9 @@ class Task(ABC):
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
-        criterion = vars(cls).get("criterion", get_args(Criterion)[0])
-        if isinstance(criterion, str) and criterion not in get_args(Criterion):
-            known = ", ".join(map(repr, get_args(Criterion)))
-            raise ValueError(f"{cls.__name__}: criterion must be one of {known}, got {criterion!r}")
+        criterion = vars(cls).get("criterion")
+        if isinstance(criterion, str):
+            check_choice(cls.__name__, "criterion", criterion, get_args(Criterion))
 
     @property
     def picture(self) -> Picture | None:
