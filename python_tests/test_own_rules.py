@@ -479,12 +479,15 @@ def test_tasks_pass_their_check(tmp_path: Path) -> None:
     ("task", "says"),
     [
         (Twice(), "batch: expected other samples for another iteration, got the same"),
-        (FlatTargets(), "batch: expected target [4, 1] for mse, got [4]"),
-        (DoubleTargets(), "batch: expected target in torch.float32 for mse, got torch.float64"),
-        (BatchFirst(length=30), "batch: expected input [30, 4, 2], got [4, 30, 2]"),
+        (FlatTargets(), "batch: FlatTargets: target of batch must be [B, O] = [4, 1] for 'mse', got [4]"),
+        (DoubleTargets(), "batch: expected numbers in float32, got torch.float64"),
+        (
+            BatchFirst(length=30),
+            "batch: BatchFirst: input of batch must be [T, B, I] = [30, 4, 2], got [4, 30, 2]",
+        ),
         (Changed(), "batch: expected no error, got NotImplementedError: unset"),
         (Unjudged(), "batch: expected no error, got NotImplementedError: Unjudged: criterion 'mse' needs a method"),
-        (FlatImages("digits"), "batch: expected input [4, 1, 8, 8], got [4, 64]"),
+        (FlatImages("digits"), "batch: FlatImages: input of batch must be [B, C, H, W] = [4, 1, 8, 8], got [4, 64]"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -242,6 +242,34 @@ def test_a_run_trains_on_arrays_and_resumes_on_them_only(
     assert err.startswith("tpext: Floats: train_target must be classes 0, 1, .. as integers, got torch.float64")
 
 
+def test_classes_without_a_sample_are_told_of() -> None:
+    with pytest.warns(UserWarning, match=r"Given: train_target has no sample of class 0, of 0 \.\. 4; .*count from 0"):
+        _ = Given(Samples.split(POINTS, CLASSES + 1)).data
+    with pytest.warns(UserWarning, match=r"no sample of class 0, 1, 2, 3, 4, \.\., of 0 \.\. 1000000001;"):
+        _ = Given(Samples.split(POINTS, CLASSES % 2 + 10**9)).data
+    steps = np.where(sums(STEPS) == 1, NOT_ASKED, sums(STEPS))
+    with pytest.warns(UserWarning, match=r"EveryStep: train_target has no sample of class 1, of 0 \.\. 2;"):
+        _ = EveryStep(Samples.split(STEPS, steps)).data
+
+
+def test_a_command_reads_arrays_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    count = "        with open('loads', 'a') as log:\n            log.write(f'{os.getpid()}\\n')\n"
+    begin = "    def load(self):\n"
+    Path("mine.py").write_text(f"import os\n{OWN.replace(begin, begin + count, 1)}")
+    x = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32)
+    np.savez("readings.npz", x=x, y=(x[:, 0] > 0).astype(np.int64))
+    line = "mine.py:Readings --batch-size 20 --epochs 1 --threads 1 --sizes 10"
+    status, _, err = call(f"train {line} --out run", capsys)
+    assert (status, len(Path("loads").read_text().split())) == (0, 1), err
+    # a process that is planning alone
+    status, out, err = call(f"sweep {line} --seed 1..20 --dry-run", capsys)
+    assert (status, len(Path("loads").read_text().split())) == (0, 2), err
+    assert "seed=20" in out
+
+
 def test_a_criterion_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Wrong: criterion must be one of .*, got 'crossentropy'"):
 

@@ -28,8 +28,8 @@ from tpext.ops.act_inverse import ActivationName
 from tpext.ops.units import UnitsName
 from tpext.rules import Backprop, LayerRule, RecurrentRule
 from tpext.rules.base import Kind, Rule, not_an_instance, of_each
-from tpext.tasks import ImageClasses
-from tpext.tasks.base import NOT_ASKED, Batch, Task
+from tpext.tasks.base import Batch, Task
+from tpext.tasks.checks import check_samples
 
 _STEPS, _BATCH = 7, 4
 _CELLS: dict[str, Any] = {"rnn": RNN, "gru": GRU, "lstm": LSTM}
@@ -431,7 +431,7 @@ def check_task(task: Task) -> None:
     }
     _run(task, "value", partial(_check_task_value, task))
     for name, draw in draws.items():
-        _run(task, name, partial(_check_samples, task, draw, name == "batch"))
+        _run(task, name, partial(_check_samples, task, name, draw))
 
 
 def _check_task_value(task: Task) -> None:
@@ -439,37 +439,22 @@ def _check_task_value(task: Task) -> None:
     _expect(copied == task, "a pickled copy that equals the task", copied)
 
 
-def _check_samples(task: Task, draw: Callable[[int], Batch], by_iteration: bool) -> None:
-    first, again = draw(3), draw(3)
-    same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+def _check_samples(task: Task, method: str, draw: Callable[[int], Batch]) -> None:
+    first = draw(3)
+    try:
+        check_samples(task, method, first, _BATCH)
+    except ValueError as error:
+        raise _MismatchError(str(error)) from None
+    same = all(torch.equal(a, b) for a, b in zip(first, draw(3), strict=True))
     _expect(same, "the same samples for the same arguments", "others")
-    if by_iteration:
+    if method == "batch":
         _expect(not torch.equal(draw(4).input, first.input), "other samples for another iteration", "the same")
-    input, target = first
-    if task.length is not None:
-        with torch.random.fork_rng(devices=[]):
-            input = task.make_embedding()(input)
-    shape: tuple[int, ...] = (_BATCH, task.input_size)
-    if isinstance(task, ImageClasses):
-        shape = (_BATCH, *task.shape)
-    elif task.length is not None:
-        shape = (task.length, _BATCH, task.input_size)
-    _expect(input.shape == shape, f"input {list(shape)}", list(input.shape))
-    _expect(input.dtype == torch.float32, "input in float32", input.dtype)
-    classes = task.criterion == "cross_entropy"
-    # of another shape the loss would broadcast, and be another one
+    # a run converts numbers, a loop of one's own may not
+    numbers = [first.input] if task.criterion == "cross_entropy" else [*first]
+    for one in numbers:
+        _expect(one.dtype in (torch.float32, torch.int64), "numbers in float32", one.dtype)
     steps = (task.length or 1,) if task.every_step else ()
-    shape = (*steps, _BATCH) if classes else (*steps, _BATCH, task.output_size)
-    _expect(target.shape == shape, f"target {list(shape)} for {task.criterion}", list(target.shape))
-    for name, numbers in (("input", input), ("target", target)):
-        _expect(bool(numbers.isfinite().all()), f"finite numbers in {name}", numbers)
-    dtype = torch.int64 if classes else torch.float32
-    _expect(target.dtype == dtype, f"target in {dtype} for {task.criterion}", target.dtype)
-    if classes:
-        allowed = (target >= 0) | (target == NOT_ASKED) if task.every_step else target >= 0
-        inside = bool((allowed & (target < task.output_size)).all())
-        _expect(inside, f"classes in 0..{task.output_size - 1}", target.tolist())
     output = torch.zeros(*steps, _BATCH, task.output_size)
-    loss, correct = task.loss(output, target), task.correct(output, target)
+    loss, correct = task.loss(output, first.target), task.correct(output, first.target)
     _expect(loss.dim() == 0 and bool(loss.isfinite()), "a finite scalar for loss", loss)
     _expect(tuple(correct.shape) == (*steps, _BATCH), f"correct {[*steps, _BATCH]}", list(correct.shape))

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 import tpext
+from tpext.experiments import train_help
 from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.loop import Interrupted
@@ -32,6 +33,7 @@ from tpext.experiments.rule_names import (
 from tpext.experiments.run_folder import HasOptions, RunError
 from tpext.experiments.settings import FREE_FIELDS, ConfigError
 from tpext.experiments.sweep_command import Sweep, parse_sweep
+from tpext.experiments.task_names import shared_tasks
 from tpext.experiments.train_command import Train
 from tpext.tasks import IMAGE_SETS, TASKS, MissingDataError, Task, make_task
 
@@ -178,26 +180,14 @@ def run(arguments: Sequence[str]) -> int:
     That is 0, 1 for an error, 2 for wrong arguments, 3 for a run that diverged, and for an interrupted one 130 for
     Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
-    command: Any
+    command: Any = None
     try:
-        if list(arguments[:2]) == ["train", "images"]:
-            command = tyro.cli(TrainImages, args=list(arguments[2:]), prog="tpext train images")
-        elif list(arguments[:1]) == ["sweep"]:
-            command = parse_sweep(arguments[1:])
-        else:
-            command = tyro.cli(
-                Command,
-                args=list(arguments),
-                prog="tpext",
-                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-            )
-    except SystemExit as stop:  # tyro has shown its help or the error
-        return stop.code if isinstance(stop.code, int) else 2
-    try:
-        _check_not_empty(arguments)
-        status: int = command.carry_out(Console())
+        with shared_tasks():
+            command = _parse(arguments)
+            _check_not_empty(arguments)
+            status: int = command.carry_out(Console())
         return status
-    except SystemExit as stop:  # of the options of a sweep's runs
+    except SystemExit as stop:  # tyro has shown its help or the error, also of the options of a sweep's runs
         return stop.code if isinstance(stop.code, int) else 2
     except BrokenPipeError:
         raise  # for the caller, who knows that nothing is left to say
@@ -219,6 +209,23 @@ def run(arguments: Sequence[str]) -> int:
         more = "; the same command with --resume continues from the last checkpoint"
         _last_words(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, (Train, TrainImages))}")
         return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
+
+
+def _parse(arguments: Sequence[str]) -> Any:
+    """Return the command that a command line asks for, or leave with its help."""
+    first, rest = arguments[:1], list(arguments[1:])
+    if list(arguments[:2]) == ["train", "images"]:
+        return tyro.cli(TrainImages, args=rest[1:], prog="tpext train images")
+    if list(first) == ["sweep"]:
+        return parse_sweep(rest)
+    if list(first) == ["train"] and (asked := train_help.asked_for(rest)) is not None:
+        return tyro.cli(train_help.command_for(*asked), args=["--help"], prog=f"tpext train {rest[0]}")
+    return tyro.cli(
+        Command,
+        args=list(arguments),
+        prog="tpext",
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
 
 
 def _check_not_empty(arguments: Sequence[str]) -> None:

@@ -52,10 +52,12 @@ class Config:
     task: Task
     rule: Rule
     preset: str
-    cell: str | None = described(f"What recurrent layers are made of: {', '.join(CELLS)}.")
-    hidden_size: int | None = described("Units of a recurrent layer.")
-    layers: int | None = described("Number of recurrent layers.")
-    sizes: tuple[int, ...] | None = described("Units of each hidden layer of a feed-forward network.")
+    cell: str | None = described(f"What recurrent layers are made of: {', '.join(CELLS)}.", network="recurrent")
+    hidden_size: int | None = described("Units of a recurrent layer.", network="recurrent")
+    layers: int | None = described("Number of recurrent layers.", network="recurrent")
+    sizes: tuple[int, ...] | None = described(
+        "Units of each hidden layer of a feed-forward network.", network="feed-forward"
+    )
     nonlinearity: Nonlinearity = described(
         "Activation of the hidden layers; sigmoid and leaky_relu are feed-forward only."
     )
@@ -64,18 +66,22 @@ class Config:
         "normal, see --std). xavier: uniform (feed-forward)."
     )
     forget_bias: float | None = described(
-        "Bias that forget gates start with, in place of what --init gives; 1 keeps them open (cell lstm)."
+        "Bias that forget gates start with, in place of what --init gives; 1 keeps them open (cell lstm).",
+        network="recurrent",
     )
     orthogonal: bool = described(
         "Keep recurrent weights orthogonal, those of each gate by themselves: two Newton-Schulz steps after each step "
-        "(init orthogonal)."
+        "(init orthogonal).",
+        network="recurrent",
     )
     reference_compat: bool = described(
-        "Inverses of activations as in Seely's code, which does not solve for them (feed-forward)."
+        "Inverses of activations as in Seely's code, which does not solve for them (feed-forward).",
+        network="feed-forward",
     )
     tied: bool = described(
         "Tie the decoder's weights to the encoder's, the last layer's to the first's and so on; they learn at --lr "
-        "(mnist-autoencoder; not under rules with an ordinary head, --reduction sum only)."
+        "(mnist-autoencoder; not under rules with an ordinary head, --reduction sum only).",
+        network="feed-forward",
     )
     optimizer: Optimizer = described(
         "With another optimizer than the preset's, rates start at 1e-3, and of sequences --normalize at True. Rule "
@@ -95,7 +101,8 @@ class Config:
     clip_grad_norm: float | None = described("Bound on the norm of all gradients together, above 0.")
     reduction: Reduction = described(
         "How local losses are averaged (feed-forward): sum: half the sum of squares; batch: their mean over the batch, "
-        "as in Lee's code; element: half their mean over batch and units, as in Seely's."
+        "as in Lee's code; element: half their mean over batch and units, as in Seely's.",
+        network="feed-forward",
     )
     schedule: Schedule = described(
         "Reverse layers learn at every step, or an epoch before the others (rules that learn)."
@@ -112,7 +119,8 @@ class Config:
     threads: int | None = described("CPU threads.", "1 for digits and drawn samples, up to 4 for images")
     data_dir: str | None = described("Folder with the image task's files; without it MNIST is downloaded once.")
     gradients: bool = described(
-        "Write gradients.csv too: at each evaluation, on one batch, norms of gradients and displacements (recurrent)."
+        "Write gradients.csv too: at each evaluation, on one batch, norms of gradients and displacements (recurrent).",
+        network="recurrent",
     )
     tensorboard: bool = described("Write TensorBoard events too.")
 
@@ -126,7 +134,7 @@ class Config:
         margin, least = getattr(self.rule, "margin", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
         if min(as_list(margin)) < least:
             raise ConfigError(f"margin must be at least {least:.3g} with precision={self.precision}, got {margin}")
-        _check_rule(self.task_name, self.task, type(self.rule))
+        check_rule(self.task_name, self.task, type(self.rule))
         self._check_network()
         self._check_layer()
         if self.rule.solves_weights:
@@ -163,27 +171,22 @@ class Config:
 
     def _check_network(self) -> None:
         """Check the options that one kind of network has and the other has not."""
-        kind = FEED_FORWARD if self.feed_forward else SEQUENCE
-        for name in ("cell", "hidden_size", "layers", "sizes"):
-            if kind[name] is None:
-                self._check_belongs(name, None)
-            elif name not in ("cell", "sizes"):
-                check_integer(name, getattr(self, name), 1)
+        values, other = (FEED_FORWARD, "recurrent") if self.feed_forward else (SEQUENCE, "feed-forward")
+        for field in fields(self):
+            if field.metadata.get("network") == other:
+                self._check_belongs(field.name, {**RUN, **values}[field.name])
         if self.feed_forward:
             if not isinstance(self.sizes, tuple) or not self.sizes:
                 raise ConfigError(f"sizes must be the sizes of at least one hidden layer, got {self.sizes!r}")
             for size in self.sizes:
                 check_integer("sizes", size, 1)
-            self._check_belongs("forget_bias", None)
-            self._check_belongs("orthogonal", False)
-            self._check_belongs("gradients", False)
             if self.precision == "bf16":
                 raise ConfigError(f"precision of {self.task_name} must be 32 or 64, got bf16")
             if self.tied:
                 self._check_tied()
             return
-        for name in ("reference_compat", "tied", "reduction"):
-            self._check_belongs(name, RUN[name])
+        for name in ("hidden_size", "layers"):
+            check_integer(name, getattr(self, name), 1)
         if self.cell not in CELLS:
             raise ConfigError(f"cell must be one of {', '.join(CELLS)}, got {self.cell!r}")
         known = CELLS[self.cell].nonlinearities
@@ -378,7 +381,7 @@ def make_config(
     if rule is None:
         rule = DEFAULT_RULE if made.length is not None else DEFAULT_LAYER_RULE
     kind = find_rule(rule)
-    _check_rule(task, made, kind)
+    check_rule(task, made, kind)
     for_rule = {**_defaults_of_rule(task, made, rule), **_of_rule(rule, given, rule_options)}
     batch_size = given.get("batch_size", 0)
     check_integer("batch_size", batch_size, 0)
@@ -481,7 +484,7 @@ def _preset(name: str, case: Case) -> dict[str, Any]:
     return found
 
 
-def _check_rule(name: str, task: Task, kind: type[Rule]) -> None:
+def check_rule(name: str, task: Task, kind: type[Rule]) -> None:
     """Raise ConfigError unless a rule is for the network of a task."""
     sequence = task.length is not None
     base, rules = ("RecurrentRule", SEQUENCE_RULES) if sequence else ("LayerRule", LAYER_RULES)

@@ -53,15 +53,16 @@ class Option:
         hints: the annotations of the fields; choices are put together.
         help: its line of help.
         default: what is shown.
+        values: how its values show, if not as the annotations have it.
     """
 
-    def __init__(self, hints: Iterable[Any], help: str, default: str) -> None:
+    def __init__(self, hints: Iterable[Any], help: str, default: str, values: str | None = None) -> None:
         self.hint = functools.reduce(operator.or_, hints) | None
-        self.help, self.default = help, default
+        self.help, self.default, self.values = help, default, values
 
     def field(self, name: str) -> tuple[str, Any, Any]:
         """Return it as a field of a command's dataclass."""
-        shown = option(metavar(self.hint), self.default, self.help)
+        shown = option(self.values or metavar(self.hint), self.default, self.help)
         return name, Annotated[self.hint, shown], field(default=None)
 
 
@@ -85,9 +86,18 @@ def options_of(
     }
 
 
-def command(name: str, base: type[Any], options: Mapping[str, Option]) -> Any:
-    """Return a command's dataclass: the fields of ``base``, then the options."""
-    made = make_dataclass(name, [one.field(key) for key, one in options.items()], bases=(base,), frozen=True)
+def command(name: str, base: type[Any], options: Mapping[str, Option], hidden: Iterable[str] = ()) -> Any:
+    """Return a command's dataclass: the fields of ``base``, then the options.
+
+    Args:
+        name: of the class.
+        base: its fields that are no options.
+        options: those of the same name take a field's place.
+        hidden: fields that the help does not show.
+    """
+    own: list[tuple[str, Any, Any]] = [(one, Annotated[Any, tyro.conf.Suppress], field(default=None)) for one in hidden]
+    own += [one.field(key) for key, one in options.items()]
+    made = make_dataclass(name, own, bases=(base,), frozen=True)
     made.__doc__ = base.__doc__
     return made
 

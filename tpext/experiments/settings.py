@@ -20,18 +20,22 @@ def free_fields(asked: Mapping[str, Any]) -> dict[str, Any]:
     return {name: asked[name] for name in FREE_FIELDS if name in asked}
 
 
+Network = Literal["recurrent", "feed-forward"]
+
+
 class ConfigError(ValueError):
     """A setting that is unknown, out of its range, or in conflict with another."""
 
 
-def described(help: str, default: str | None = None) -> Any:
+def described(help: str, default: str | None = None, network: Network | None = None) -> Any:
     """Declare a field of a configuration by its line of the command line's help.
 
     Args:
         help: the line.
         default: what it shows as the default, where that is no value of the tables.
+        network: which networks have it, where others have not.
     """
-    return dataclasses.field(metadata={"help": help, "default": default})
+    return dataclasses.field(metadata={"help": help, "default": default, "network": network})
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from tpext.experiments.loop import DivergedError
 from tpext.experiments.run_folder import BusyError, Failure, RunError, RunFolder
 from tpext.experiments.runs import AnyFolder
 from tpext.experiments.sweep_folder import is_held
+from tpext.experiments.task_names import shared_tasks
 from tpext.experiments.train import train, train_together
 from tpext.tasks import MissingDataError
 
@@ -57,9 +58,10 @@ def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | Non
     for folder in folders:
         folder.begun.touch()
     try:
-        alone = folders if len(folders) == 1 else _carry_out_stack(folders, lambda: not wanted.is_set(), missing)
-        for folder in alone:
-            _carry_out_alone(folder, lambda: not wanted.is_set(), missing)
+        with shared_tasks():
+            alone = folders if len(folders) == 1 else _carry_out_stack(folders, lambda: not wanted.is_set(), missing)
+            for folder in alone:
+                _carry_out_alone(folder, lambda: not wanted.is_set(), missing)
     finally:
         for folder in folders:
             folder.begun.unlink(missing_ok=True)

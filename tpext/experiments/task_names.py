@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tpext._names import did_you_mean
-from tpext.experiments.own import find_own, hints_of, is_path, place_of
+from tpext.experiments.own import find_own, from_own_code, hints_of, is_path, place_of
 from tpext.experiments.settings import ConfigError, choices_of
 from tpext.tasks import TASKS, Task, registry
 from tpext.tasks.registry import Entry
@@ -43,6 +44,30 @@ def find_task(name: str, folder: str | None = None) -> Entry:
     return Entry(kind, {})
 
 
+_SHARED: list[dict[object, Task]] = []
+
+
+@contextlib.contextmanager
+def shared_tasks() -> Iterator[None]:
+    """Let configurations of equal tasks, made or read meanwhile in any thread, have one: a user's arrays are read once.
+
+    It is for what lasts as long as a command: arrays that change in between are not read again.
+    """
+    _SHARED.append({})
+    try:
+        yield
+    finally:
+        _SHARED.pop()
+
+
+def _shared(task: Task) -> Task:
+    """The task, or one like it that has been shared."""
+    if not _SHARED:
+        return task
+    options = {name: getattr(task, name) for name in entry_of(task).options}
+    return _SHARED[-1].setdefault((type(task), repr(options)), task)
+
+
 def make_task(name: str, options: Mapping[str, Any]) -> Task:
     """Return a task with its options; None leaves one as it is.
 
@@ -51,9 +76,15 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
     """
     entry = find_task(name)
     try:
-        task = entry.make(name, options)
-        _ = task.length  # that of a task from arrays is theirs, which are read and checked
+        task = _shared(entry.make(name, options))
     except (TypeError, ValueError) as error:
+        raise ConfigError(str(error)) from error
+    try:
+        _ = task.length  # that of a task from arrays is theirs, which are read and checked
+    except ValueError as error:
+        # one from a user's file is shown with its place there
+        if from_own_code(error) is not None:
+            raise
         raise ConfigError(str(error)) from error
     check_types(task)
     return task
@@ -140,6 +171,6 @@ def task_from_dict(values: Mapping[str, Any]) -> Task:
         KeyError, TypeError, ValueError: other values than were written.
     """
     name = values["name"]
-    task = find_task(name, values.get("folder")).make(name, values["options"])
+    task = _shared(find_task(name, values.get("folder")).make(name, values["options"]))
     check_types(task)
     return task

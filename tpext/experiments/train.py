@@ -14,9 +14,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from tpext.experiments import rule_names
 from tpext.experiments.config import Config
 from tpext.experiments.loop import DivergedError, Run, begin, carry_out, catch_interrupts, torch_state
 from tpext.experiments.model import Model, SequenceModel, local_scales, make_model, split_parameters
+from tpext.experiments.own import from_own_code
 from tpext.experiments.passes import Course, Pass, carry_out_together
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
@@ -26,6 +28,7 @@ from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz_train import running_accuracy
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop, keep_orthogonal
 from tpext.tasks import Batch, Task
+from tpext.tasks.checks import check_samples
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -155,10 +158,16 @@ class TrainingRun(Run[Config, Row, Result]):
         self.iterations = self.plan.iterations
         self.description = describe(config)
         try:
-            task.batch(config.seed, 0, config.batch_size)
+            check_samples(task, "batch", task.batch(config.seed, 0, config.batch_size), config.batch_size)
             self.test_set = task.test_set(config.seed, config.test_size)
+            check_samples(task, "test_set", self.test_set)
             self.validation_set = task.validation_set(config.seed, config.test_size)
+            if self.validation_set is not None:
+                check_samples(task, "validation_set", self.validation_set)
         except ValueError as error:
+            # one from a user's file is shown with its place there
+            if from_own_code(error) is not None:
+                raise
             raise ConfigError(str(error)) from error
         self.writer: SummaryWriter | None = None
 
@@ -220,9 +229,12 @@ class TrainingRun(Run[Config, Row, Result]):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.losses.append(value.item())
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             # The regularised inverse refuses NaN and infinite weights; any other refusal is the caller's to see.
             self._check_parameters(error)
+            if rule_names.is_own(type(self.config.rule)) and from_own_code(error) is None:
+                # of what the rule has returned
+                raise ConfigError(f"rule {self.config.rule_name}: {error}") from error
             raise
 
     def _train_reverse(self, optimizer: torch.optim.Optimizer, input: Tensor) -> None:

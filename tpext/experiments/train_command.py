@@ -89,7 +89,7 @@ def _task_options() -> dict[str, Option]:
 
 
 @dataclass(frozen=True)
-class _Train:
+class BaseTrain:
     """Train a network, recurrent for sequences, else feed-forward; by target propagation unless told otherwise.
 
     `tpext train images` trains convolutional and other networks on images; it has options of its own.
@@ -177,7 +177,7 @@ class _Train:
 # The options of tasks, rules and runs are fields of the command; each says of itself what it is.
 Train = make_command(
     "Train",
-    _Train,
+    BaseTrain,
     {
         **_task_options(),
         **_rule_options(),

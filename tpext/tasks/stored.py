@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
+import warnings
 from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
@@ -22,6 +24,7 @@ from tpext.tasks.base import (
     epoch_rows,
     random_generator,
 )
+from tpext.tasks.checks import finite
 
 
 class Samples(NamedTuple):
@@ -115,6 +118,8 @@ class StoredTask(Task):
                 raise ValueError(
                     f"{type(self).__name__}: test_{name} must be [N, {shape}] as train_{name}, got {list(second.shape)}"
                 )
+        if self.criterion == "cross_entropy":
+            _warn_of_gaps(f"{type(self).__name__}: train_target", train.target)
         return train, test
 
     def _part(self, part: str, input: ArrayLike | Tensor, target: ArrayLike | Tensor) -> Batch:
@@ -122,7 +127,7 @@ class StoredTask(Task):
         names = tuple(f"{type(self).__name__}: {part}_{what}" for what in ("input", "target"))
         inputs, targets = (_tensor(name, value) for name, value in zip(names, (input, target), strict=True))
         _same_count(names[0], inputs, f"{part}_target", targets)
-        inputs = _finite(names[0], inputs.to(torch.float32))
+        inputs = finite(names[0], inputs.to(torch.float32))
         if inputs.dim() not in ((3,) if self.every_step else (2, 3)) or 0 in inputs.shape:
             others = "" if self.every_step else ", or [N, I] for feed-forward networks"
             images = "; images for convolutional networks are an ImageSet" if inputs.dim() == 4 else ""
@@ -137,7 +142,7 @@ class StoredTask(Task):
         if targets.shape[:-1] != outputs:
             sizes = ", ".join(map(str, outputs))
             raise ValueError(f"{names[1]} must be [{sizes}, O] for {self.criterion!r}, got {list(targets.shape)}")
-        return Batch(inputs, _finite(names[1], targets.to(torch.float32)))
+        return Batch(inputs, finite(names[1], targets.to(torch.float32)))
 
     @property
     def input_size(self) -> int:
@@ -195,12 +200,6 @@ def _same_count(first: str, inputs: Tensor, second: str, targets: Tensor) -> int
     return len(inputs)
 
 
-def _finite(name: str, numbers: Tensor) -> Tensor:
-    if not bool(numbers.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {int((~numbers.isfinite()).sum())} numbers that are not")
-    return numbers
-
-
 def _classes(name: str, targets: Tensor, shape: torch.Size, every_step: bool) -> Tensor:
     if targets.is_floating_point() or targets.is_complex():
         more = 'for numbers the criterion is "mse"'
@@ -213,3 +212,19 @@ def _classes(name: str, targets: Tensor, shape: torch.Size, every_step: bool) ->
     if len(wrong):
         raise ValueError(f"{name} must be classes 0, 1, .., got {int(wrong[0])}")
     return classes
+
+
+def _warn_of_gaps(name: str, classes: Tensor) -> None:
+    """Warn of classes below the largest that have no sample, as where they are counted from 1."""
+    used = set(classes[classes != NOT_ASKED].tolist())
+    highest = max(used, default=0)
+    # not all: a number that is no class may be large
+    gaps = list(itertools.islice((one for one in range(highest) if one not in used), 6))
+    if gaps:
+        shown = ", ".join(map(str, gaps[:5])) + ", .." * (len(gaps) > 5)
+        warnings.warn(
+            f"{name} has no sample of class {shown}, of 0 .. {highest}; the network gets an output for each. "
+            "Classes count from 0",
+            UserWarning,
+            stacklevel=3,
+        )
