@@ -682,6 +682,7 @@ def test_figures(tmp_path: Path) -> None:
     for seed in (1, 2):
         train(small(seed=seed), tmp_path / f"tp{seed}")
     train(small(rule="backprop"), tmp_path / "bp")
+    assert draw_comparison({"all": tmp_path}, tmp_path / "all.png").exists(), "a folder of many"
     runs = {"target propagation": [tmp_path / "tp1", tmp_path / "tp2"], "backprop": [tmp_path / "bp"]}
     path = draw_comparison({**runs, "backprop": tmp_path / "bp"}, tmp_path / "new" / "all.png", title="three runs")
     assert path.read_bytes().startswith(b"\x89PNG")

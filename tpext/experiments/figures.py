@@ -24,7 +24,7 @@ from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import Model, make_model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
-from tpext.experiments.runs import State, state_of
+from tpext.experiments.runs import State, folders_of, state_of
 from tpext.experiments.saved_state import field, load
 from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
@@ -158,8 +158,8 @@ def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: 
     """Draw the test losses and accuracies of several groups of runs.
 
     Args:
-        runs: label -> the folder of its run, or the folders of its runs (different seeds). Each run is a thin line, the
-            group's mean over the iterations that all its runs evaluated a thick one.
+        runs: label -> the folder of its run, or of many, such as a sweep's; or several such folders. Each run is a thin
+            line, the group's mean over the iterations that all its runs evaluated a thick one.
         out: path of the picture; its suffix says the format.
         title: the picture's title; empty: the task.
 
@@ -171,8 +171,8 @@ def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: 
         RunError: a folder holds no run with an evaluation.
     """
     groups = {
-        label: [_read_any(Path(one)) for one in ([folders] if isinstance(folders, (str, Path)) else folders)]
-        for label, folders in runs.items()
+        label: [_read_any(run.path) for run in folders_of(*([those] if isinstance(those, (str, Path)) else those))]
+        for label, those in runs.items()
     }
     empty = [label for label, members in groups.items() if not members]
     if empty or not groups:

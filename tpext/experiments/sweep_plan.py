@@ -263,12 +263,12 @@ def with_options(task: str, grids: Sequence[Grid], given: Grid) -> list[Grid]:
         given: of the command line.
     """
     rules = [options_of_rules(task, {**grid, **given}) for grid in grids]
-    known = set().union(*(options for of_grid in rules for options in of_grid.values()))
-    found: list[Grid] = []
-    for grid, of_grid in zip(grids, rules, strict=True):
-        others = known - set().union(*of_grid.values()) if of_grid else set()
-        found.append({**grid, **{name: words for name, words in given.items() if name not in others}})
-    return found
+    every = set().union(*(options for of_grid in rules for options in of_grid.values()))
+    return [
+        # a grid that names no rule leaves it to the task
+        {**grid, **(_without(every - set().union(*of_grid.values()), given) if of_grid else given)}
+        for grid, of_grid in zip(grids, rules, strict=True)
+    ]
 
 
 def options_of_rules(task: str, grid: Grid) -> dict[str, set[str]]:
@@ -284,8 +284,11 @@ def options_of_rules(task: str, grid: Grid) -> dict[str, set[str]]:
 
 def of_one_rule(rule: str, of_rules: Mapping[str, set[str]], given: Mapping[str, T]) -> dict[str, T]:
     """Return options without those that others of the rules have, and this one does not."""
-    others = set().union(*of_rules.values()) - of_rules[rule]
-    return {name: value for name, value in given.items() if name not in others}
+    return _without(set().union(*of_rules.values()) - of_rules[rule], given)
+
+
+def _without(names: set[str], given: Mapping[str, T]) -> dict[str, T]:
+    return {name: value for name, value in given.items() if name not in names}
 
 
 def identity(config: AnyConfig) -> str:
