@@ -227,7 +227,7 @@ BROKEN = [
     Broken(Unfrozen(), "value", "expected a frozen dataclass, got an assignment of credit", alone=False),
     Broken(LeaksIntoOwned(), "gradients (layer, torch.float32)", "no gradient of 0.shift, which the rule owns"),
     Broken(ForgetsTheBias(), "gradients (layer, torch.float32)", "a gradient of 0.bias, got none", alone=False),
-    Broken(Wrong("dtype"), "gradients (recurrent, torch.float32)", "no error, got ValueError: Wrong.feed", alone=False),
+    Broken(Wrong("dtype"), "gradients (recurrent, torch.float32)", "no error, got ResultError: Wrong.fee", alone=False),
     Broken(WrongLayer("value"), "gradients (layer, torch.float32)", "finite gradient of the input, got ", alone=False),
     Broken(ScalesTheWeights(), "given tensors (recurrent)", "as they are, got a change of weight_hh_l0", alone=False),
     Broken(ClampsTheWeights(), "given tensors (layer)", "as they are, got a change of 0.weight", alone=False),

@@ -194,6 +194,24 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "noise is 0.0 there, 0.5 was asked for" in err
 
 
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("--version", capsys)[:2] == (0, f"tpext {tpext.__version__}\n")
+
+
+def test_inputs_that_saturate_units_are_told_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("beside.py").write_text("SCALE = 1e3\n")
+    large = "class Large(Adding):\n    def sample(self, random, size):\n        batch = super().sample(random, size)\n"
+    large += "        return batch._replace(input=SCALE * batch.input)\n"
+    Path("mine.py").write_text(f"from beside import SCALE\nfrom tpext.tasks import Adding\n\n\n{large}")
+    status, _, err = call("train mine.py:Large --optimizer adam --iterations 2 --test-size 20", capsys)
+    assert status == 3
+    assert "--slope derivative, smaller rates (--lr, --head-lr), a larger --reg, or inputs scaled to numbers" in err
+    assert call("train mine.py:Large --optimizer adam --iterations 2 --slope derivative --out ok", capsys)[0] == 0
+
+
 def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rule in ("backprop", "regularized-inverse"):
         line = f"train adding {SMALL} --rule {rule} --nonlinearity relu --lr 1e30 --out {tmp_path / rule}"
@@ -799,6 +817,9 @@ def test_a_task_from_a_file_trains_and_resumes(
     Path("hidden.py").write_text(hidden)
     status, _, err = call("train hidden.py:Echo", capsys)
     assert (status, "annotations of Echo cannot be read: name 'Steps' is not defined" in err) == (1, True), err
+    Path("plain.py").write_text(OWN_TASK.replace("@dataclass(frozen=True)\n", ""))
+    status, _, err = call("train plain.py:Echo", capsys)
+    assert (status, "Echo must be a dataclass: write @dataclass(frozen=True) above it" in err) == (1, True), err
     status, _, err = call("train tasks.py:np", capsys)
     assert (status, "np must be a dataclass that subclasses tpext.tasks.Task" in err) == (1, True), err
 

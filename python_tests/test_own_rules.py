@@ -480,7 +480,7 @@ def test_tasks_pass_their_check(tmp_path: Path) -> None:
     [
         (Twice(), "batch: expected other samples for another iteration, got the same"),
         (FlatTargets(), "batch: FlatTargets: target of batch must be [B, O] = [4, 1] for 'mse', got [4]"),
-        (DoubleTargets(), "batch: expected numbers in float32, got torch.float64"),
+        (DoubleTargets(), "batch: expected target in torch.float32, got torch.float64"),
         (
             BatchFirst(length=30),
             "batch: BatchFirst: input of batch must be [T, B, I] = [30, 4, 2], got [4, 30, 2]",

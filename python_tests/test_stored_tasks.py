@@ -144,7 +144,11 @@ class _Parts:
         (Given, {"x": 1}, "Given: load must return Samples, got dict"),
         (Given, parts(train_input=STEPS), "Given: train_input and train_target must have the same number of samples"),
         (Given, parts(test_target=CLASSES), "Given: test_input and test_target must have the same number of samples"),
-        (Given, parts(train_input="text"), "Given: train_input must be an array of numbers, got str"),
+        (
+            Given,
+            parts(train_input="text"),
+            "must be an array of numbers, got <U4; names of classes become numbers by",
+        ),
         (Given, parts(train_input=np.zeros(40)), r"train_input must be \[N, T, I\] for sequences, or .*, got \[40\]"),
         (Given, parts(train_input=np.zeros((40, 1, 8, 8))), r"got \[40, 1, 8, 8\]; images for .* are an ImageSet"),
         (Given, parts(train_input=np.zeros((40, 0, 3))), r"no size 0, got \[40, 0, 3\]"),
@@ -230,7 +234,7 @@ def test_a_run_trains_on_arrays_and_resumes_on_them_only(
     Path("run/result.json").unlink()
     np.savez("readings.npz", x=x + 1, y=(x[:, 0] > 0).astype(np.int64))
     status, _, err = call(f"{line} --epochs 20 --resume", capsys)
-    assert (status, "the data must be what the run began with" in err) == (1, True), err
+    assert (status, "3 numbers, 2 classes) must be what the run began with" in err) == (1, True), err
     status, _, err = call("train mine.py:Readings --batch-size 401 --out other", capsys)
     assert (status, "batch_size must be at most 400 (the training samples), got 401" in err) == (1, True), err
     status, _, err = call("train mine.py:Empty --batch-size 20 --out other", capsys)
@@ -268,6 +272,37 @@ def test_a_command_reads_arrays_once(
     status, out, err = call(f"sweep {line} --seed 1..20 --dry-run", capsys)
     assert (status, len(Path("loads").read_text().split())) == (0, 2), err
     assert "seed=20" in out
+
+
+IN_FOLDER = """
+@dataclass(frozen=True)
+class InFolder(Readings):
+    data_dir: Path = Path("nowhere")
+
+    def load(self):
+        with open("loads", "a") as log:
+            log.write(f"{self.data_dir}\\n")
+        arrays = np.load(self.data_dir / "readings.npz")
+        return Samples.split(arrays["x"], arrays["y"])
+"""
+
+
+def test_arrays_are_read_from_the_folder_that_a_run_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN + IN_FOLDER)
+    x = np.random.default_rng(1).normal(size=(50, 3)).astype(np.float32)
+    for name in ("one", "two"):
+        Path(name).mkdir()
+        np.savez(f"{name}/readings.npz", x=x, y=(x[:, 0] > 0).astype(np.int64))
+    line = "train mine.py:InFolder --batch-size 20 --epochs 1 --threads 1 --sizes 10 --out run"
+    status, out, err = call(f"{line} --data-dir one", capsys)
+    assert (status, Path("loads").read_text().split()) == (0, ["one"]), err
+    assert "mine.py:InFolder, 40 + 10 samples of 3 numbers, 2 classes, 10 tanh units" in out
+    status, _, err = call(f"{line} --data-dir two --resume", capsys)
+    assert status == 0, err
+    assert "nowhere" not in Path("loads").read_text()
 
 
 def test_a_criterion_that_is_none_is_refused() -> None:

@@ -403,7 +403,7 @@ def test_a_run_resumes_on_its_text_wherever_that_is(
         text.write("a")
     capsys.readouterr()
     assert main([*line.split(), "--resume", "--file", "moved.txt"]) == 1
-    assert "moved.txt by characters must be what the run began with, and has changed" in capsys.readouterr().err
+    assert "moved.txt by characters) must be what the run began with, and has changed" in capsys.readouterr().err
 
 
 def test_command_line(file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from tpext.experiments.loop import Interrupted
 from tpext.experiments.model import SequenceModel, make_model
 from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
 from tpext.experiments.run_folder import Failure, Row, RunError, RunFolder, differences
+from tpext.experiments.runs import load_model
 from tpext.experiments.train import DivergedError, train
 from tpext.tasks import make_task
 from tpext.tasks.toys import ToyName
@@ -702,6 +703,22 @@ def test_figures(tmp_path: Path) -> None:
         train(other, folder)
         with pytest.raises(ConfigError, match="runs of different tasks cannot share a figure: temporal-order, T=10; "):
             draw_comparison({**runs, "other": [folder]}, tmp_path / "y.png")
+
+
+def test_the_trained_network_is_loaded_with_its_task(tmp_path: Path) -> None:
+    config = small(iterations=20)
+    accuracy = train(config, tmp_path / "run").accuracy
+    before = torch.get_rng_state()
+    network, task = load_model(tmp_path / "run")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not network.training
+    input, target = task.test_set(config.seed, config.test_size)
+    assert float(task.correct(network(input), target).double().mean()) == accuracy
+    with pytest.raises(RunError, match=r"holds no run$"):
+        load_model(tmp_path)
+    (tmp_path / "run" / "checkpoint.pt").unlink()
+    with pytest.raises(RunError, match=r"checkpoint\.pt is missing"):
+        load_model(tmp_path / "run")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from runs import call
 
-from tpext.experiments import make_config
+from tpext.experiments import ConfigError, make_config
 from tpext.experiments.config import Config
 from tpext.experiments.rule_names import LAYER_RULES, SEQUENCE_RULES
 from tpext.experiments.train_command import Train
@@ -20,11 +20,13 @@ from tpext.tasks import make_task
 pytestmark = pytest.mark.usefixtures("unrendered")
 
 # Those of runs that a task, or the machine, has values of its own for.
-NOT_COMPARED = {"threads", "data_dir", "eval_interval", "epochs", "iterations"}
+NOT_COMPARED = {"threads", "eval_interval"}
+NOT_SHOWN = {"data_dir", "tensorboard", "preset", "task"}
 CASES = [
     (task, rule)
-    for task in ("adding", "temporal-order", "spiral", "digits-mlp")
-    for rule in (LAYER_RULES if make_task(task).length is None else SEQUENCE_RULES)
+    for task in ("adding", "temporal-order --length 120", "adding --cell lstm --optimizer adam", "spiral", "digits-mlp")
+    for rule in (LAYER_RULES if make_task(task.split()[0]).length is None else SEQUENCE_RULES)
+    if (task, rule) != ("adding --cell lstm --optimizer adam", "learned-inverse")
 ]
 
 
@@ -46,37 +48,44 @@ def text_of(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-@pytest.mark.parametrize(("task", "rule"), CASES)
-def test_the_defaults_are_those_of_a_run(task: str, rule: str) -> None:
-    config = make_config(task, rule=rule)
+@pytest.mark.parametrize(("line", "rule"), CASES)
+def test_the_defaults_are_those_of_a_run(line: str, rule: str) -> None:
+    task, *words = line.split()
+    given: dict[str, Any] = {name[2:]: value for name, value in zip(words[::2], words[1::2], strict=True)}
+    config = make_config(task, rule=rule, **{name: int(v) if v.isdigit() else v for name, v in given.items()})
     values = config.options()
-    found = defaults(command_for(task, rule))
-    compared = [name for name in found if name in values and name not in NOT_COMPARED]
-    assert {"rule", "lr", "optimizer", "batch_size", "seed"} <= {*compared}
-    assert {field.name for field in fields(config.rule)} <= {*compared}
-    for name in compared:
+    found = defaults(command_for([task, *words, "--rule", rule, "--help"]))
+    other = "recurrent" if config.feed_forward else "feed-forward"
+    left_out = {field.name for field in fields(Config) if field.metadata.get("network") == other} | NOT_SHOWN
+    if not config.task.has_epochs:
+        left_out |= {"epochs", "schedule"}
+    assert values.keys() - found.keys() == left_out & values.keys() - found.keys(), "all others are shown"
+    for name in found.keys() & values.keys() - NOT_COMPARED - NOT_SHOWN:
         value, text = values[name], found[name]
         same = float(text) == pytest.approx(value) if type(value) is float else text == text_of(value)
         assert same, (name, value, text)
 
 
-@pytest.mark.parametrize("task", ["adding", "digits-mlp", "spiral", "text", "mnist-autoencoder"])
+@pytest.mark.parametrize("task", ["adding", "digits-mlp", "spiral"])
 def test_what_it_leaves_out_is_refused_anyway(task: str) -> None:
-    """A task without options of another kind of network; every option that stays is one of the whole help."""
-    kept = {field.name for field in fields(command_for(task)) if field.default is None}
-    options = {field.name for field in fields(Train)}
-    assert kept <= options
-    other = "recurrent" if make_task(task).length is None else "feed-forward"
-    for field in fields(Config):
-        assert (field.metadata.get("network") == other) <= (field.name not in defaults(command_for(task)))
+    shown_there = {field.name for field in fields(command_for([task, "-h"])) if field.default is None}
+    assert shown_there <= {field.name for field in fields(Train)}
+    options = {
+        "cell": "gru", "hidden_size": 3, "layers": 2, "sizes": (3,), "forget_bias": 1.0, "orthogonal": True,
+        "reference_compat": True, "tied": True, "reduction": "batch", "schedule": "alternating", "epochs": 1,
+        "gradients": True, "data_dir": "x", "chunk": 2, "level": "word", "dx": "mean",
+    }  # fmt: skip
+    for name in options.keys() - defaults(command_for([task, "-h"])).keys():
+        with pytest.raises(ConfigError, match=f"^{name}(=alternating needs a task| does not belong to)"):
+            make_config(task, **{name: options[name]})
 
 
 def test_values_that_differ_between_rules_name_them(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = call("train adding --help", capsys)
     text = shown(out)
     assert status == 0
-    assert "(default: 0.001 (backprop); 0.0005 (learned-inverse); 0.1 (regularized-inverse))" in text
-    assert "--rule {backprop,learned-inverse,regularized-inverse,FILE.py:CLASS}" in text
+    assert "(default: 0.1 (regularized-inverse); 0.001 (backprop); 0.0005 (learned-inverse))" in text
+    assert "--rule {regularized-inverse,backprop,learned-inverse,FILE.py:CLASS}" in text
     assert "usage: tpext train adding [-h] [OPTIONS]" in text
     assert not {"--sizes", "--file", "--dx-reg", "--epochs", "--data-dir", "--task-options"} & {*text.split()}
     _, whole, _ = call("train --help", capsys)
@@ -118,8 +127,7 @@ def test_ones_own_show_their_options(
     Path("mine.py").write_text(OWN)
     text = shown(call("train mine.py:Sums --rule mine.py:Half --help", capsys)[1])
     assert (
-        "--task-options NAME=VALUE ... Options of Sums: length=30 (Number of steps.); terms=2 (Numbers to add.)."
-        in text
+        "--task-options NAME=VALUE ... Options of Sums: length=30 (Number of steps); terms=2 (Numbers to add)." in text
     )
     assert "Options of Half:" in text
     assert "share=0.5 (Of the weights)" in text
@@ -127,8 +135,28 @@ def test_ones_own_show_their_options(
     assert "(default: 0.25)" in text
     text = shown(call("train mine.py:Sums --rule regularized-inverse --help", capsys)[1])
     assert "--slope {inverse,derivative,one} How the linearised" in text
-    assert "or not at all. (default: derivative)" in text
+    assert "or not at all (rules regularized-inverse). (default: derivative)" in text
     assert "--rule-options" not in text
+
+
+def test_a_task_whose_data_is_not_there_shows_its_own_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asks = "    path: str = option(None, 'The file.')\n\n    def load(self):\n        return open(self.path)\n"
+    head = "from dataclasses import dataclass\nfrom tpext.tasks import StoredTask, option\n\n"
+    Path("mine.py").write_text(f"{head}@dataclass(frozen=True)\nclass Asks(StoredTask):\n{asks}")
+    status, out, err = call("train mine.py:Asks --task-options path=none.npz --help", capsys)
+    text = shown(out)
+    assert status == 0, err
+    assert "Options of Asks: path=None (The file)." in text
+    assert "No such file or directory: 'none.npz'" in text
+
+
+def test_help_of_rules_that_a_task_has_no_runs_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ",kaczmarz," in shown(call("train mnist-mlp --help", capsys)[1])
+    assert ",kaczmarz," not in shown(call("train mnist-autoencoder --help", capsys)[1])
+    assert "--rule {backprop,learned-inverse," in shown(call("train adding --rule backprop -h", capsys)[1])
 
 
 def test_help_for_what_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.image_train import make_optimizer
 from tpext.experiments.loop import DivergedError
 from tpext.experiments.run_folder import RunError
+from tpext.experiments.runs import load_model
 from tpext.feedback import LDRL, DifferenceReconstruction, FeedbackTrainer, GradientTrainer
 
 pytestmark = pytest.mark.usefixtures("unrendered")
@@ -88,6 +89,9 @@ def test_it_learns(tmp_path: Path) -> None:
     assert [float(row["epoch"]) for row in read] == [0, 1, 2, 3, 4]
     assert float(read[-1]["gradient_angle_fc1"]) < 5
     best = ImageFolder(tmp_path).load_best()
+    network, task = load_model(tmp_path)
+    input, target = task.test_set(1, task.split_size("test"))
+    assert float((network(input).argmax(dim=1) == target).double().mean()) == result.accuracy
     assert best["iteration"] == result.best_iteration
     assert best["accuracy"] == result.best_evaluation == max(float(row["accuracy"]) for row in read[1:])
 

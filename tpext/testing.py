@@ -28,6 +28,7 @@ from tpext.ops.act_inverse import ActivationName
 from tpext.ops.units import UnitsName
 from tpext.rules import Backprop, LayerRule, RecurrentRule
 from tpext.rules.base import Kind, Rule, not_an_instance, of_each
+from tpext.tasks import ImageClasses
 from tpext.tasks.base import Batch, Task
 from tpext.tasks.checks import check_samples
 
@@ -441,18 +442,20 @@ def _check_task_value(task: Task) -> None:
 
 def _check_samples(task: Task, method: str, draw: Callable[[int], Batch]) -> None:
     first = draw(3)
-    try:
-        check_samples(task, method, first, _BATCH)
-    except ValueError as error:
-        raise _MismatchError(str(error)) from None
+    shape = task.shape if isinstance(task, ImageClasses) else None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            check_samples(task, method, first, size=_BATCH, shape=shape, embed=task.make_embedding().eval())
+        except ValueError as error:
+            raise _MismatchError(str(error)) from None
     same = all(torch.equal(a, b) for a, b in zip(first, draw(3), strict=True))
     _expect(same, "the same samples for the same arguments", "others")
     if method == "batch":
         _expect(not torch.equal(draw(4).input, first.input), "other samples for another iteration", "the same")
     # a run converts numbers, a loop of one's own may not
-    numbers = [first.input] if task.criterion == "cross_entropy" else [*first]
-    for one in numbers:
-        _expect(one.dtype in (torch.float32, torch.int64), "numbers in float32", one.dtype)
+    for name, one in zip(("input", "target"), first, strict=True):
+        exact = torch.float32 if one.is_floating_point() else torch.int64
+        _expect(one.dtype == exact, f"{name} in {exact}", one.dtype)
     steps = (task.length or 1,) if task.every_step else ()
     output = torch.zeros(*steps, _BATCH, task.output_size)
     loss, correct = task.loss(output, first.target), task.correct(output, first.target)

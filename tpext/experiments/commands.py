@@ -213,13 +213,16 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> Any:
     """Return the command that a command line asks for, or leave with its help."""
+    if list(arguments) == ["--version"]:
+        print(f"tpext {tpext.__version__}")
+        raise SystemExit(0)
     first, rest = arguments[:1], list(arguments[1:])
     if list(arguments[:2]) == ["train", "images"]:
         return tyro.cli(TrainImages, args=rest[1:], prog="tpext train images")
     if list(first) == ["sweep"]:
         return parse_sweep(rest)
-    if list(first) == ["train"] and (asked := train_help.asked_for(rest)) is not None:
-        return tyro.cli(train_help.command_for(*asked), args=["--help"], prog=f"tpext train {rest[0]}")
+    if list(first) == ["train"] and train_help.asks(rest):
+        return tyro.cli(train_help.command_for(rest), args=["--help"], prog=f"tpext train {rest[0]}")
     return tyro.cli(
         Command,
         args=list(arguments),

@@ -107,7 +107,7 @@ class Config:
     schedule: Schedule = described(
         "Reverse layers learn at every step, or an epoch before the others (rules that learn)."
     )
-    epochs: int | None = described("Passes through the training images, in place of --iterations.")
+    epochs: int | None = described("Passes through the training samples, in place of --iterations.")
     iterations: int | None = described("Number of training steps.")
     batch_size: int = described("Samples per step.")
     test_size: int = described("Samples of the test set, and of the validation set of a text.", "the task's")
@@ -130,6 +130,8 @@ class Config:
         if self.preset not in ("default", *PRESETS):
             raise ConfigError(f"preset must be one of default, {', '.join(PRESETS)}, got {self.preset!r}")
         self._check_types()
+        # with its folder of data, which arrays of a user's may need for their sizes
+        object.__setattr__(self, "task", task_names.with_data(self.task, self.data_dir))
         self._check_optimizer()
         margin, least = getattr(self.rule, "margin", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
         if min(as_list(margin)) < least:
@@ -140,7 +142,6 @@ class Config:
         if self.rule.solves_weights:
             self._check_weight_solves()
         self._check_duration()
-        self.make_task()
 
     def _check_types(self) -> None:
         for name, hint in get_type_hints(Config).items():
@@ -172,9 +173,10 @@ class Config:
     def _check_network(self) -> None:
         """Check the options that one kind of network has and the other has not."""
         values, other = (FEED_FORWARD, "recurrent") if self.feed_forward else (SEQUENCE, "feed-forward")
+        why = "; the task has no length, so the network is feed-forward" if self.feed_forward else ""
         for field in fields(self):
             if field.metadata.get("network") == other:
-                self._check_belongs(field.name, {**RUN, **values}[field.name])
+                self._check_belongs(field.name, {**RUN, **values}[field.name], why)
         if self.feed_forward:
             if not isinstance(self.sizes, tuple) or not self.sizes:
                 raise ConfigError(f"sizes must be the sizes of at least one hidden layer, got {self.sizes!r}")
@@ -201,9 +203,9 @@ class Config:
         if self.init == "xavier":
             raise ConfigError(f"init of {self.task_name} must be orthogonal or torch, got xavier")
 
-    def _check_belongs(self, name: str, only: object) -> None:
+    def _check_belongs(self, name: str, only: object, why: str = "") -> None:
         if getattr(self, name) != only:
-            raise ConfigError(f"{name} does not belong to {self.task_name}, got {getattr(self, name)!r}")
+            raise ConfigError(f"{name} does not belong to {self.task_name}, got {getattr(self, name)!r}{why}")
 
     def _check_layer(self) -> None:
         """Let the rule say whether it can serve such a layer."""
@@ -289,7 +291,7 @@ class Config:
 
     def make_task(self) -> Task:
         """Return the task with its data folder; it reads no data yet."""
-        return task_names.with_data(self.task, self.data_dir)
+        return self.task
 
     def options(self) -> dict[str, Any]:
         """Return the value of every option of :func:`make_config` by its name, the task's and the rule's beside the
@@ -429,6 +431,8 @@ def _of_task(task: str, given: dict[str, Any], own: Mapping[str, Any] | None) ->
         raise ConfigError(
             f"{name} does not belong to {task}, whose options are task_options: --task-options {name}={value}"
         )
+    if "data_dir" in given and "data_dir" in task_names.find_task(task).options:
+        found["data_dir"] = given["data_dir"]
     return {**found, **(own or {})}
 
 

@@ -21,11 +21,10 @@ from tpext.experiments.config import Config
 from tpext.experiments.gradients import PLACE, read_gradients
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.images import ImageConfig
-from tpext.experiments.model import Model, make_model
+from tpext.experiments.model import Model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
-from tpext.experiments.runs import State, folders_of, state_of
-from tpext.experiments.saved_state import field, load
+from tpext.experiments.runs import State, folders_of, load_model, state_of
 from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
 
@@ -93,20 +92,12 @@ def draw_task(folder: str | Path) -> Path | None:
     config = run.read_config()
     if config is None:
         raise RunError(f"{folder} holds no run")
-    task = config.make_task()
-    if task.picture is None:
+    if config.make_task().picture is None:
         return None
+    model: Any
+    model, task = load_model(folder)
     images = task.picture == "reconstruction"
-    state = run.load_checkpoint()
-    if state is None:
-        raise RunError(f"{folder} holds no run with a checkpoint")
-    with torch.random.fork_rng(devices=[]):
-        model = make_model(config, task)
-    try:
-        load(state, "model", model)
-        iteration = field(state, "iteration")
-    except ValueError as error:
-        raise RunError(f"{run.checkpoint}: not a checkpoint of this run: {error}") from error
+    iteration = run.read_rows()[-1].iteration
     title, _, settings = describe(config).partition(", ")
     figure = Figure(figsize=(10, 2.1) if images else (6, 5.6), layout="constrained")
     figure.suptitle(f"{title}, iteration {iteration}", fontsize=13, color=INK)

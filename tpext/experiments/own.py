@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType, TracebackType, UnionType
@@ -73,19 +74,38 @@ def from_own_code(error: BaseException) -> TracebackType | None:
     return trace
 
 
+@contextlib.contextmanager
+def as_config_errors() -> Iterator[None]:
+    """Make ValueErrors those of a setting; but one from a user's file stays, to be shown with its place there."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        if from_own_code(error) is not None:
+            raise
+        raise ConfigError(str(error)) from error
+
+
 def place_of(found: object) -> Place | None:
     """Return where something of a user's is; None for what :func:`find_own` has not found."""
     return _PLACES.get(id(found))
 
 
 def _import(base: Path, place: str) -> ModuleType:
-    # A console script, other than `python -m`, does not look in the current folder. Only for this import: what stays in
-    # the path, processes that are started later inherit.
-    sys.path.insert(0, str(base))
-    try:
+    # A console script, other than `python -m`, does not look in the current folder.
+    with _in_path(base):
         return importlib.import_module(place)
+
+
+@contextlib.contextmanager
+def _in_path(folder: Path) -> Iterator[None]:
+    """Look for modules in a folder, for an import only: what stays in the path, processes started later inherit."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
     finally:
-        sys.path.remove(str(base))
+        sys.path.remove(str(folder))
 
 
 def _run_file(base: Path, here: Path, place: str) -> ModuleType:
@@ -102,7 +122,9 @@ def _run_file(base: Path, here: Path, place: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        # other files beside it, as Python has it of a script
+        with _in_path(path.parent):
+            spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise

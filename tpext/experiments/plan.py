@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tpext.experiments.config import Config
+from tpext.experiments.own import as_config_errors
 from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
 
@@ -29,10 +30,8 @@ class Plan:
             ConfigError: a batch is larger than the training set, or another option does not go with the data.
             MissingDataError: the task's data is not there.
         """
-        try:
+        with as_config_errors():
             batches = task.epoch_length(config.batch_size)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
         if batches is not None and batches < 1:
             raise ConfigError(
                 f"{config.task_name}: epoch_length must be >= 1, the whole batches of {config.batch_size} samples, "

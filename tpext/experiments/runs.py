@@ -1,4 +1,4 @@
-"""Runs read as tables: one row a run, or one row an evaluation.
+"""What runs leave: tables of one row a run, or one row an evaluation, and their trained networks.
 
 >>> frame = load_runs("sweeps/adding")  # doctest: +SKIP
 >>> frame.groupby(["rule", "lr"]).accuracy.agg(["mean", "min", "max"])  # doctest: +SKIP
@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import pandas as pd
+import torch
+from torch import nn
 
+from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageFolder, open_folder
+from tpext.experiments.model import make_model
 from tpext.experiments.run_folder import RunError, RunFolder, write_whole
+from tpext.experiments.saved_state import load
 from tpext.experiments.settings import FREE_FIELDS
+from tpext.tasks import Task
 
 State = Literal["waiting", "started", "complete", "diverged", "failed"]
 OPEN: tuple[State, ...] = ("waiting", "started")
@@ -113,6 +119,38 @@ def write_table(path: Path, folders: Sequence[AnyFolder], options: Sequence[str]
 def in_one(value: Any) -> Any:
     """Return an option's value with several numbers as one text, as on a command line."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def load_model(folder: str | Path) -> tuple[nn.Module, Task]:
+    """Return the network of a run as its last checkpoint has it, on the CPU in eval mode, and the task that it is for.
+
+    ``network(input)`` are the outputs for an input of ``task.test_set(seed, size)``. A model of your own loads the same
+    weights by ``load_state_dict(network.state_dict())``.
+
+    Args:
+        folder: of one run.
+
+    Raises:
+        RunError: it holds no run, or none with a checkpoint of this version.
+        MissingDataError: the task's data is not there, and says the network's sizes.
+    """
+    run = open_folder(Path(folder))
+    config = run.read_config()
+    if config is None:
+        raise RunError(f"{folder} holds no run")
+    task = config.make_task()
+    state = run.load_checkpoint()
+    if state is None:
+        raise RunError(f"{folder} holds no run with a checkpoint")
+    with torch.random.fork_rng(devices=[]):
+        name, network = (
+            ("model", make_model(config, task)) if isinstance(config, Config) else ("network", config.make_network())
+        )
+    try:
+        load(state, name, network)
+    except ValueError as error:
+        raise RunError(f"{run.checkpoint}: not a checkpoint of this run: {error}") from error
+    return network.eval(), task
 
 
 def folders_of(*paths: str | Path) -> list[AnyFolder]:

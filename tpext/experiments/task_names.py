@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tpext._names import did_you_mean
-from tpext.experiments.own import find_own, from_own_code, hints_of, is_path, place_of
+from tpext.experiments.own import as_config_errors, find_own, hints_of, is_path, place_of
 from tpext.experiments.settings import ConfigError, choices_of
 from tpext.tasks import TASKS, Task, registry
 from tpext.tasks.registry import Entry
@@ -37,14 +37,15 @@ def find_task(name: str, folder: str | None = None) -> Entry:
             more = "" if near else "; or module:Class or file.py:Class for one of your own"
             raise ConfigError(f"{error}{more}") from error
     kind = find_own("task", name, folder)
-    if not isinstance(kind, type) or not issubclass(kind, Task) or not dataclasses.is_dataclass(kind):
-        raise ConfigError(
-            f"task {name}: {name.rpartition(':')[2]} must be a dataclass that subclasses tpext.tasks.Task, got {kind!r}"
-        )
+    what = f"task {name}: {name.rpartition(':')[2]}"
+    if not isinstance(kind, type) or not issubclass(kind, Task):
+        raise ConfigError(f"{what} must be a dataclass that subclasses tpext.tasks.Task, got {kind!r}")
+    if not dataclasses.is_dataclass(kind):
+        raise ConfigError(f"{what} must be a dataclass: write @dataclass(frozen=True) above it")
     return Entry(kind, {})
 
 
-_SHARED: list[dict[object, Task]] = []
+_shared: dict[object, Task] | None = None
 
 
 @contextlib.contextmanager
@@ -53,19 +54,22 @@ def shared_tasks() -> Iterator[None]:
 
     It is for what lasts as long as a command: arrays that change in between are not read again.
     """
-    _SHARED.append({})
+    global _shared
+    before = _shared
+    _shared = {} if before is None else before
     try:
         yield
     finally:
-        _SHARED.pop()
+        _shared = before
 
 
-def _shared(task: Task) -> Task:
+def _as_shared(task: Task) -> Task:
     """The task, or one like it that has been shared."""
-    if not _SHARED:
+    known = _shared
+    if known is None:
         return task
     options = {name: getattr(task, name) for name in entry_of(task).options}
-    return _SHARED[-1].setdefault((type(task), repr(options)), task)
+    return known.setdefault((type(task), repr(options)), task)
 
 
 def make_task(name: str, options: Mapping[str, Any]) -> Task:
@@ -76,16 +80,11 @@ def make_task(name: str, options: Mapping[str, Any]) -> Task:
     """
     entry = find_task(name)
     try:
-        task = _shared(entry.make(name, options))
+        task = _as_shared(entry.make(name, options))
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error)) from error
-    try:
+    with as_config_errors():
         _ = task.length  # that of a task from arrays is theirs, which are read and checked
-    except ValueError as error:
-        # one from a user's file is shown with its place there
-        if from_own_code(error) is not None:
-            raise
-        raise ConfigError(str(error)) from error
     check_types(task)
     return task
 
@@ -153,7 +152,7 @@ def with_data(task: Task, data_dir: str | None) -> Task:
         return task
     if "data_dir" not in entry_of(task).options:
         raise ConfigError(f"data_dir does not belong to {name_of(task)}")
-    return dataclasses.replace(task, data_dir=Path(data_dir))  # type: ignore[type-var]
+    return _as_shared(dataclasses.replace(task, data_dir=Path(data_dir)))  # type: ignore[type-var]
 
 
 def task_to_dict(task: Task) -> dict[str, Any]:
@@ -171,6 +170,6 @@ def task_from_dict(values: Mapping[str, Any]) -> Task:
         KeyError, TypeError, ValueError: other values than were written.
     """
     name = values["name"]
-    task = _shared(find_task(name, values.get("folder")).make(name, values["options"]))
+    task = _as_shared(find_task(name, values.get("folder")).make(name, values["options"]))
     check_types(task)
     return task

@@ -14,11 +14,10 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from tpext.experiments import rule_names
 from tpext.experiments.config import Config
 from tpext.experiments.loop import DivergedError, Run, begin, carry_out, catch_interrupts, torch_state
 from tpext.experiments.model import Model, SequenceModel, local_scales, make_model, split_parameters
-from tpext.experiments.own import from_own_code
+from tpext.experiments.own import as_config_errors
 from tpext.experiments.passes import Course, Pass, carry_out_together
 from tpext.experiments.plan import Plan
 from tpext.experiments.progress import describe
@@ -27,6 +26,7 @@ from tpext.experiments.settings import ConfigError
 from tpext.nn import HotTargetLoss
 from tpext.ops.kaczmarz_train import running_accuracy
 from tpext.optim import CentredRMSprop, TensorFlowRMSprop, keep_orthogonal
+from tpext.rules.base import ResultError
 from tpext.tasks import Batch, Task
 from tpext.tasks.checks import check_samples
 
@@ -62,7 +62,8 @@ def train(
             numbers are not the run's.
 
     Raises:
-        ConfigError: the data, the device or an installed package does not allow the run; no folder is made.
+        ConfigError: the data, the device or an installed package does not allow the run, and no folder is made; or what
+            a method of the rule returns does not fit the layer. A ValueError from a user's task stays as it is.
         RunError: the folder holds a run already, one that another process is at, or (with ``resume``) one that is
             broken or of another configuration: names the field.
         DivergedError: a non-finite loss, gradient or parameter; the last good checkpoint and the metrics stay.
@@ -157,21 +158,18 @@ class TrainingRun(Run[Config, Row, Result]):
         self.plan = Plan.of(config, task)
         self.iterations = self.plan.iterations
         self.description = describe(config)
-        try:
-            check_samples(task, "batch", task.batch(config.seed, 0, config.batch_size), config.batch_size)
+        with as_config_errors():
+            first = task.batch(config.seed, 0, config.batch_size)
             self.test_set = task.test_set(config.seed, config.test_size)
-            check_samples(task, "test_set", self.test_set)
             self.validation_set = task.validation_set(config.seed, config.test_size)
-            if self.validation_set is not None:
-                check_samples(task, "validation_set", self.validation_set)
-        except ValueError as error:
-            # one from a user's file is shown with its place there
-            if from_own_code(error) is not None:
-                raise
-            raise ConfigError(str(error)) from error
         self.writer: SummaryWriter | None = None
 
         self.model = make_model(config, task).to(self.device, self.dtype)
+        with as_config_errors():
+            check_samples(task, "batch", first, size=config.batch_size, embed=self._embed)
+            check_samples(task, "test_set", self.test_set)
+            if self.validation_set is not None:
+                check_samples(task, "validation_set", self.validation_set)
         hidden, head, reverse = split_parameters(self.model)
         self.trained = hidden + head
         self.scales = local_scales(self.model, config)
@@ -205,7 +203,8 @@ class TrainingRun(Run[Config, Row, Result]):
         # checkpoints of earlier versions have none
         super()._take_over({"data": own, **state})
         if self.data != own:
-            raise ValueError(f"{self.task.subject or 'the data'} must be what the run began with, and has changed")
+            what = f" ({self.task.subject})" if self.task.subject else ""
+            raise ValueError(f"the data{what} must be what the run began with, and has changed")
 
     def course(self, interrupts: list[int], stop: Callable[[], bool]) -> Course[Result]:
         try:
@@ -229,13 +228,23 @@ class TrainingRun(Run[Config, Row, Result]):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 self.losses.append(value.item())
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             # The regularised inverse refuses NaN and infinite weights; any other refusal is the caller's to see.
             self._check_parameters(error)
-            if rule_names.is_own(type(self.config.rule)) and from_own_code(error) is None:
-                # of what the rule has returned
+            if isinstance(error, ResultError):
                 raise ConfigError(f"rule {self.config.rule_name}: {error}") from error
             raise
+
+    @torch.no_grad()
+    def _embed(self, input: Tensor) -> Tensor:
+        """What recurrent layers read of a batch's input."""
+        moved = self._move(Batch(input, input)).input
+        if not isinstance(self.model, SequenceModel):
+            return moved
+        self.model.eval()
+        embedded: Tensor = self.model.embedding(moved)
+        self.model.train()
+        return embedded
 
     def _train_reverse(self, optimizer: torch.optim.Optimizer, input: Tensor) -> None:
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -39,9 +40,8 @@ from tpext.experiments.rule_names import (
 )
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.settings import choices_of, of_text
-from tpext.experiments.task_names import NOT_OPTIONS, find_task, task_options
+from tpext.experiments.task_names import NOT_OPTIONS, find_task, is_own, task_options
 from tpext.experiments.train import train
-from tpext.rules import Rule
 from tpext.tasks import TASKS
 
 _PRESETS = "; ".join(
@@ -61,30 +61,38 @@ REMEDIES = {
 """What helps a run that diverged, by the options that its rule has."""
 
 
-def _rule_options() -> dict[str, Option]:
-    kinds: dict[str, list[type[Rule]]] = {}
-    for kind in RULES.values():
-        for field in fields(kind):
-            kinds.setdefault(field.name, []).append(kind)
-    found = {}
-    for name, those in kinds.items():
-        hints = list(dict.fromkeys(of_text(get_type_hints(kind)[name]) for kind in those))
-        defaults = {field.default for kind in those for field in fields(kind) if field.name == name}
+def rule_option_of(name: str, rules: Sequence[str], default: str | None = None) -> Option:
+    """Return the option of a field that some of the package's rules have.
+
+    Args:
+        name: of the field.
+        rules: their names.
+        default: what is shown; None: what they share, if presets have no numbers of their own.
+    """
+    kinds = [RULES[rule] for rule in rules]
+    hints = list(dict.fromkeys(of_text(get_type_hints(kind)[name]) for kind in kinds))
+    if default is None:
+        defaults = {field.default for kind in kinds for field in fields(kind) if field.name == name}
         # of the numbers presets have their own
         default = str(*defaults) if len(defaults) == 1 and all(map(choices_of, hints)) else DEFAULT
-        names = ", ".join(rule for rule, kind in RULES.items() if kind in those)
-        found[name] = Option(hints, f"{help_of(those[0], name) or 'Of the rule'} (rules {names}).", default)
-    return found
+    return Option(hints, f"{help_of(kinds[0], name) or 'Of the rule'} (rules {', '.join(rules)}).", default)
 
 
-def _task_options() -> dict[str, Option]:
-    found = {}
-    for name, tasks in task_options().items():
-        entries = [TASKS[task] for task in tasks]
-        hints = list(dict.fromkeys(get_type_hints(entry.kind)[name] for entry in entries))
-        defaults = dict.fromkeys(str(entry.options[name].default) for entry in entries)
-        help = entries[0].options[name].metadata.get("help", "Of the task.")
-        found[name] = Option(hints, f"{help} ({', '.join(tasks)})", " or ".join(defaults))
+def task_option_of(name: str, tasks: Sequence[str], default: str | None = None) -> Option:
+    """Return the option of a field that some of the package's tasks have; arguments as for :func:`rule_option_of`."""
+    entries = [TASKS[task] for task in tasks]
+    hints = list(dict.fromkeys(get_type_hints(entry.kind)[name] for entry in entries))
+    if default is None:
+        default = " or ".join(dict.fromkeys(str(entry.options[name].default) for entry in entries))
+    help = entries[0].options[name].metadata.get("help", "Of the task.")
+    return Option(hints, f"{help} ({', '.join(tasks)})", default)
+
+
+def _rules_by_option() -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for rule, kind in RULES.items():
+        for field in fields(kind):
+            found.setdefault(field.name, []).append(rule)
     return found
 
 
@@ -179,8 +187,8 @@ Train = make_command(
     "Train",
     BaseTrain,
     {
-        **_task_options(),
-        **_rule_options(),
+        **{name: task_option_of(name, tasks) for name, tasks in task_options().items()},
+        **{name: rule_option_of(name, rules) for name, rules in _rules_by_option().items()},
         **options_of(Config, ("task", "rule", "preset", *NOT_OPTIONS, "tensorboard"), shown_default),
     },
 )
@@ -189,8 +197,14 @@ Train = make_command(
 def _remedy(config: Config) -> str:
     """What helps a run that diverged."""
     own = {field.name for field in fields(config.rule)}
-    found = [text for name, text in REMEDIES.items() if name in own]
+    found = []
+    if (config.cell, config.nonlinearity, getattr(config.rule, "slope", None)) == ("rnn", "tanh", "inverse"):
+        # saturated units have slopes of nearly zero
+        found.append("--slope derivative")
     if not config.rule.solves_weights:
         rates = "--lr, --head-lr, --reverse-lr" if config.rule.learns else "--lr, --head-lr"
-        found.insert(0, f"smaller rates ({rates})")
+        found.append(f"smaller rates ({rates})")
+    found += [text for name, text in REMEDIES.items() if name in own]
+    if is_own(config.task):
+        found.append("inputs scaled to numbers around 1")
     return found[0] if len(found) == 1 else f"{', '.join(found[:-1])}, or {found[-1]}"

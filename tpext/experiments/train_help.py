@@ -2,155 +2,153 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
 
+import tyro
+
 from tpext.experiments import rule_names, task_names
-from tpext.experiments.config import Config, check_rule
-from tpext.experiments.defaults import starting_values
+from tpext.experiments.config import Config, make_config
 from tpext.experiments.field_help import help_of
 from tpext.experiments.options import DEFAULT, Option, command
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, SEQUENCE_RULES
-from tpext.experiments.settings import of_text
-from tpext.experiments.train_command import BaseTrain
-from tpext.rules import Rule
-from tpext.tasks import Task
+from tpext.experiments.settings import ConfigError
+from tpext.experiments.train_command import BaseTrain, Train, rule_option_of, task_option_of
+from tpext.tasks import TASKS, MissingDataError
 
+HELP = ("-h", "--help")
 _WITH_EPOCHS = ("epochs", "schedule")
+_OWN = "FILE.py:CLASS"
+_RULES = dict.fromkeys([DEFAULT_RULE, DEFAULT_LAYER_RULE, *SEQUENCE_RULES, *LAYER_RULES])
+"""By name, each kind's default first."""
 
 
-def asked_for(arguments: Sequence[str]) -> tuple[str, str | None] | None:
-    """Return the task, and the rule if there is one, that ``tpext train`` is asked to help with; None if with none.
+def asks(arguments: Sequence[str]) -> bool:
+    """Return whether ``tpext train`` is asked for help on a task.
 
-    >>> asked_for(["adding", "--rule", "backprop", "--help"])
-    ('adding', 'backprop')
-    >>> asked_for(["--help"])
+    >>> asks(["adding", "--rule", "backprop", "--help"]), asks(["--help"])
+    (True, False)
     """
-    if not arguments or arguments[0].startswith("-") or not {"-h", "--help"} & {*arguments}:
-        return None
-    words = [word for argument in arguments for word in argument.split("=", 1)]
-    rule = words[words.index("--rule") + 1] if "--rule" in words[:-1] else None
-    return arguments[0], rule
+    return bool(arguments) and not arguments[0].startswith("-") and any(word in HELP for word in arguments)
 
 
-def command_for(name: str, rule: str | None = None) -> Any:
-    """Return the command with the options of one task, and of one rule or of all that train it.
+def command_for(arguments: Sequence[str]) -> Any:
+    """Return the command with the options that go with a task and the other words of its command line.
+
+    Args:
+        arguments: those of ``tpext train``; the values that options start from are those that such a run has.
 
     Raises:
-        ConfigError: there is no such task or rule, or they do not go together.
+        ConfigError: there is no such task or rule, or no run has these options.
     """
-    task = task_names.make_task(name, {})
-    rules: Mapping[str, type[Rule]] = SEQUENCE_RULES if task.length is not None else LAYER_RULES
-    default = DEFAULT_RULE if task.length is not None else DEFAULT_LAYER_RULE
-    own = "FILE.py:CLASS"
-    known = f"{{{','.join([*rules, own])}}}"
-    if rule is not None:
-        rules, default = {rule: rule_names.find_rule(rule)}, rule
-        check_rule(name, task, rules[rule])
-    of_rules = {one: _Start(name, task, one, kind) for one, kind in rules.items()}
+    asked = tyro.cli(Train, args=[word for word in arguments if word not in HELP], prog="tpext train")
+    entry = task_names.find_task(asked.task)  # before anything that says less
+    try:
+        configs = _configs(asked)
+    except (MissingDataError, OSError, ConfigError) as error:
+        # a user's data may not be there yet
+        if asked.task in TASKS:
+            raise
+        made = command("Train", BaseTrain, _own("task", entry.kind), hidden={"task"})
+        made.__doc__ = f"Train a network on {asked.task}, whose other options depend on its data: {error}."
+        return made
+    default, config = next(iter(configs.items()))
+    rules = [*(configs if len(configs) > 1 else LAYER_RULES if config.feed_forward else SEQUENCE_RULES), _OWN]
     options = {
-        "rule": Option([str], f"What the backward pass is; {own} is one of your own.", default, known),
-        "preset": _preset_option(Case(name, task, one) for one in rules.values()),
-        **_own("task", type(task), task_names.is_own(task)),
-        **_own("rule", rules[default], rule_names.is_own(rules[default])),
-        **_task_options(task),
-        **_rule_options(of_rules),
-        **_run_options(task, of_rules),
+        "rule": Option([str], f"What the backward pass is; {_OWN} is one of your own.", default, _choices(rules)),
+        "preset": _preset_option(asked.task, configs),
+        **(_own("task", entry.kind) if task_names.is_own(config.task) else _task_options(config)),
+        **(_own("rule", type(config.rule)) if rule_names.is_own(type(config.rule)) else _rule_options(configs)),
+        **_run_options(configs),
     }
-    hidden = {"task"}
-    if "data_dir" not in task_names.entry_of(task).options:
+    hidden = {"task", *({"task_options", "rule_options"} - options.keys())}
+    if "data_dir" not in entry.options:
         hidden.add("data_dir")
-    hidden |= {f"{what}_options" for what in ("task", "rule")} - options.keys()
-    kind = "feed-forward" if task.length is None else "recurrent"
     made = command("Train", BaseTrain, options, hidden)
-    made.__doc__ = (
-        f"Train a {kind} network on {name}. An option that has another value under each rule shows these. "
-        "`tpext train --help` has the options of all tasks."
-    )
+    kind = "feed-forward" if config.feed_forward else "recurrent"
+    several = " An option that has another value under each rule shows these." * (len(configs) > 1)
+    all_options = "`tpext train --help` has the options of all tasks."
+    made.__doc__ = f"Train a {kind} network on {asked.task}.{several} {all_options}"
     return made
 
 
-class _Start:
-    """Where the options of a run of one task under one rule start."""
+def _configs(asked: Any) -> dict[str, Config]:
+    """The runs that a command line may mean, by their rules, the default one first.
 
-    def __init__(self, name: str, task: Task, rule: str, kind: type[Rule]) -> None:
-        self.kind = kind
-        self.own = rule_names.is_own(kind)
-        self.values = starting_values(Case(name, task, kind))
-        self.rule = self.values.pop("rule", None)
-        self.values.setdefault("head_lr", self.values["lr"])
-        if kind.learns:
-            self.values.setdefault("reverse_lr", self.values["lr"])
-
-    def rule_value(self, field: Field[Any]) -> object:
-        """Of a field of the rule; MISSING where it has no default."""
-        at_first = field.default if self.rule is None else getattr(self.rule, field.name)
-        return self.values.get(field.name, at_first)
-
-
-def _preset_option(cases: Iterable[Case]) -> Option:
-    names = dict.fromkeys(name for case in cases for name in presets_of(case))
-    known = "; ".join(f"{name}: {PRESETS[name].summary}" for name in names)
-    help = f"Where the options start. {known}." if known else "Where the options start; none are published for this."
-    return Option([str], help, "default", f"{{{','.join(['default', *names])}}}")
-
-
-def _task_options(task: Task) -> dict[str, Option]:
-    if task_names.is_own(task):
-        return {}
-    hints, entry = get_type_hints(type(task)), task_names.entry_of(task)
-    return {
-        name: Option([hints[name]], field.metadata.get("help", "Of the task."), _text(field.default))
-        for name, field in entry.options.items()
-        if name not in task_names.NOT_OPTIONS
-    }
-
-
-def _rule_options(starts: Mapping[str, _Start]) -> dict[str, Option]:
-    having: dict[str, dict[str, tuple[_Start, Field[Any]]]] = {}
-    for rule, start in starts.items():
-        for field in () if start.own else fields(start.kind):
-            having.setdefault(field.name, {})[rule] = start, field
-    found = {}
-    for name, those in having.items():
-        hints = dict.fromkeys(of_text(get_type_hints(start.kind)[name]) for start, _ in those.values())
-        first = next(iter(those.values()))[0].kind
-        of_which = f" (rules {', '.join(those)})" if len(starts) > 1 else ""
-        values = {rule: start.rule_value(field) for rule, (start, field) in those.items()}
-        found[name] = Option(hints, f"{help_of(first, name) or 'Of the rule'}{of_which}.", _by_rule(values))
+    Raises:
+        ConfigError: there is none.
+    """
+    given = asked.given()
+    found: dict[str, Config] = {}
+    first = None
+    for rule in [given.pop("rule")] if "rule" in given else _RULES:
+        try:
+            found[rule] = make_config(**given, rule=rule)
+        except ConfigError as error:
+            first = first or error
+    if not found:
+        assert first is not None
+        raise first
     return found
 
 
-def _run_options(task: Task, starts: Mapping[str, _Start]) -> dict[str, Option]:
-    hints = get_type_hints(Config)
-    other = "recurrent" if task.length is None else "feed-forward"
+def _choices(names: Sequence[str]) -> str:
+    return f"{{{','.join(names)}}}"
+
+
+def _preset_option(task: str, configs: Mapping[str, Config]) -> Option:
+    names: dict[str, None] = {}
+    for config in configs.values():
+        case = Case(task, config.task, type(config.rule), config.batch_size, config.cell or "rnn")
+        names |= dict.fromkeys(presets_of(case))
+    known = "; ".join(f"{name}: {PRESETS[name].summary}" for name in names)
+    help = f"Where the options start. {known}." if known else "Where the options start; none are published for this."
+    return Option([str], help, "default", _choices(["default", *names]))
+
+
+def _task_options(config: Config) -> dict[str, Option]:
+    values = task_names.options_of(config.task)
+    return {name: task_option_of(name, [config.task_name], _text(value)) for name, value in values.items()}
+
+
+def _rule_options(configs: Mapping[str, Config]) -> dict[str, Option]:
+    having: dict[str, dict[str, object]] = {}
+    for rule, config in configs.items():
+        for field in fields(config.rule):
+            having.setdefault(field.name, {})[rule] = getattr(config.rule, field.name)
+    return {name: rule_option_of(name, list(values), _by_rule(values)) for name, values in having.items()}
+
+
+def _run_options(configs: Mapping[str, Config]) -> dict[str, Option]:
+    config = next(iter(configs.values()))
+    hints, shown = get_type_hints(Config), [one.options() for one in configs.values()]
+    other = "recurrent" if config.feed_forward else "feed-forward"
     found = {}
     for field in fields(Config):
         name, metadata = field.name, field.metadata
         if name in BaseTrain.__dataclass_fields__ or not metadata or metadata["network"] == other:
             continue
-        if name in _WITH_EPOCHS and not task.has_epochs:
+        if name in _WITH_EPOCHS and not config.task.has_epochs:
             continue
-        values = {rule: start.values[name] for rule, start in starts.items() if name in start.values}
-        if not values:  # no rule learns
-            continue
-        shown = metadata["default"] if set(values.values()) == {None} else None
-        found[name] = Option([hints[name]], metadata["help"], shown or _by_rule(values))
+        values = {rule: of_it[name] for rule, of_it in zip(configs, shown, strict=True) if name in of_it}
+        # reverse_lr, where no rule learns
+        if values:
+            default = metadata["default"] if {*values.values()} == {None} else None
+            found[name] = Option([hints[name]], metadata["help"], default or _by_rule(values))
     return found
 
 
-def _own(what: str, kind: type[Any], own: bool) -> dict[str, Option]:
+def _own(what: str, kind: type[Any]) -> dict[str, Option]:
     """The option that takes those of a user's task or rule."""
-    if not own:
-        return {}
-    lines = [
-        f"{field.name}={'' if field.default is MISSING else _text(field.default)}"
-        + (f" ({help})" if (help := help_of(kind, field.name)) else "")
-        for field in fields(kind)
-        if field.init
-    ]
+    lines = []
+    for field in fields(kind):
+        if field.init:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            text = field.name if default is MISSING else f"{field.name}={_text(default)}"
+            help = help_of(kind, field.name)
+            lines.append(f"{text} ({help.rstrip('.')})" if help else text)
     help = f"Options of {kind.__name__}: {'; '.join(lines) or 'none'}."
     return {f"{what}_options": Option([tuple[str, ...]], help, "its own defaults", "NAME=VALUE ...")}
 

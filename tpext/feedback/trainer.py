@@ -252,9 +252,11 @@ class FeedbackTrainer(ABC):
             block = blocks[index]
             steps = linear_steps(block, feedback)
             if steps is None or not all(step.feedback.elementwise for step in steps[2]):
+                inside = ", ".join(type(one).__name__ for one in block.children())
+                kind = f"{type(block).__name__}({inside})" if inside else type(block).__name__
                 raise ValueError(
                     f"{type(self).__name__}: {what} needs blocks of a linear layer or convolution, then activations "
-                    f"and max-pooling; block {index} is another, a {type(block).__name__}"
+                    f"and max-pooling; block {index} is another, a {kind}"
                 )
 
     def _choose_pixels(self, pixels: Pixels) -> Pixels:

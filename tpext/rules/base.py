@@ -270,15 +270,19 @@ def check_positive(rule: object, name: str, high: float = math.inf) -> None:
         raise ValueError(f"{type(rule).__name__}: {name} must be a finite number > 0{bound}, got {value!r}")
 
 
+class ResultError(TypeError, ValueError):
+    """What a method of a rule has returned is not what its layer needs."""
+
+
 def require_result(rule: object, method: str, result: object, like: Tensor) -> None:
-    """Raise unless what a rule's method returned is a tensor of the shape, dtype and device of ``like``."""
+    """Raise ResultError unless what a rule's method returned is a tensor of the shape, dtype and device of ``like``."""
     where = f"{type(rule).__name__}.{method}"
     if not isinstance(result, Tensor):
-        raise TypeError(f"{where} must return a tensor, got {type(result).__name__}")
+        raise ResultError(f"{where} must return a tensor, got {type(result).__name__}")
     if result.shape != like.shape:
-        raise ValueError(f"{where} must return {list(like.shape)}, got {list(result.shape)}")
+        raise ResultError(f"{where} must return {list(like.shape)}, got {list(result.shape)}")
     if result.dtype != like.dtype or result.device != like.device:
-        raise ValueError(f"{where} must return {like.dtype} on {like.device}, got {result.dtype} on {result.device}")
+        raise ResultError(f"{where} must return {like.dtype} on {like.device}, got {result.dtype} on {result.device}")
 
 
 def apply_node(

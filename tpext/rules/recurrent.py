@@ -25,7 +25,16 @@ from tpext.ops._library import (
 )
 from tpext.ops._members import as_list
 from tpext.ops._rnn_products import input_projection
-from tpext.rules.base import Kind, PerMember, Rule, check_flag, check_positive, of_each, require_result
+from tpext.rules.base import (
+    Kind,
+    PerMember,
+    ResultError,
+    Rule,
+    check_flag,
+    check_positive,
+    of_each,
+    require_result,
+)
 from tpext.rules.gated_call import GatedHowBack, GatedWeights, run_gated_backward
 from tpext.rules.recurrent_call import HowBack, LayerWeights, run_backward
 from tpext.rules.recurrent_pass import Gradients, Piece, State, StateOrNone, Sweep, run_pass
@@ -258,7 +267,7 @@ class RecurrentRule(Rule, ABC):
         elif weight.is_cpu and are_plain((matrix,)) and not _is_finite(matrix):
             if not bool(given.isfinite().all()):
                 raise ValueError(f"{type(self).__name__}: the layer's weights must be finite, got NaN or infinity")
-            raise ValueError(wrong)
+            raise ResultError(wrong)
         return matrix.to(weight.dtype)  # type: ignore[no-any-return]
 
     def composite(self, call: CellCall) -> tuple[Tensor, ...]:

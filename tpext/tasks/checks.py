@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from tpext.tasks.base import NOT_ASKED, Batch, Task
-from tpext.tasks.image_sets import ImageClasses
 
 
-def check_samples(task: Task, method: str, samples: object, size: int | None = None) -> None:
+def check_samples(
+    task: Task,
+    method: str,
+    samples: object,
+    *,
+    size: int | None = None,
+    shape: tuple[int, ...] | None = None,
+    embed: Callable[[Tensor], Tensor] | None = None,
+) -> None:
     """Check that samples go with what the task says of itself: layout, kind of numbers, range of classes.
 
     Targets of a task with a ``loss`` of its own are that loss's to judge.
@@ -18,7 +27,9 @@ def check_samples(task: Task, method: str, samples: object, size: int | None = N
         task: any task.
         method: the one of it that returned the samples, for errors.
         samples: a :class:`tpext.tasks.Batch`.
-        size: number of samples; None takes that of the input.
+        size: number of samples; None takes that of the targets.
+        shape: of the input of one sample, or of one step of it; None is ``(input_size,)``.
+        embed: what :meth:`tpext.tasks.Task.make_embedding` made, applied to the input; None leaves out what that gives.
 
     Raises:
         ValueError: names the task, the method, what was expected and what came.
@@ -29,49 +40,70 @@ def check_samples(task: Task, method: str, samples: object, size: int | None = N
     for part, one in zip(("input", "target"), samples, strict=True):
         if not isinstance(one, Tensor):
             raise ValueError(f"{name}: {part} of {method} must be a tensor, got {type(one).__name__}")
-    input_name, target_name = (f"{name}: {part} of {method}" for part in ("input", "target"))
-    count = _check_input(task, input_name, samples.input, size)
+    target = samples.target
+    if size is None:
+        axis = 1 if task.every_step else 0
+        size = target.shape[axis] if target.dim() > axis else 0
+        if size == 0:
+            raise ValueError(f"{name}: target of {method} must have at least one sample, got {list(target.shape)}")
+    _check_input(task, f"{name}: input of {method}", samples.input, size, shape or (task.input_size,), embed)
     if type(task).loss is Task.loss:
-        _check_target(task, target_name, samples.target, count)
+        _check_target(task, f"{name}: target of {method}", target, size)
+    if task.judged(target) == 0:
+        raise ValueError(f"{name}: target of {method} must ask for at least one output, got {NOT_ASKED} everywhere")
 
 
-def _check_input(task: Task, name: str, input: Tensor, size: int | None) -> int:
-    """Check an input and return its number of samples."""
-    steps = task.length
-    before = () if steps is None else (steps,)
-    count = size if size is not None else input.shape[len(before)] if input.dim() > len(before) else 0
-    if steps is not None and input.shape[:2] == (steps, count):
-        # one sample says what the embedding makes of all; a run's random numbers stay as they are
-        with torch.random.fork_rng(devices=[]):
-            sample = task.make_embedding()(input[:, :1])
-        found = (*sample.shape[:1], count, *sample.shape[2:])
-    else:
-        sample, found = input, tuple(input.shape)
-    of_one = task.shape if isinstance(task, ImageClasses) else (task.input_size,)
-    layout = "[T, B, I]" if steps is not None else "[B, C, H, W]" if isinstance(task, ImageClasses) else "[B, I]"
-    expected = (*before, count, *of_one)
-    if found != expected:
-        turned = steps is not None and found == (count, steps, *of_one)
-        more = "; the steps come first: input.transpose(0, 1)" if turned else ""
-        raise ValueError(f"{name} must be {layout} = {list(expected)}, got {list(found)}{more}")
-    if not sample.is_floating_point():
-        raise ValueError(f"{name} must be floating point, such as float32, got {sample.dtype}")
+def _check_input(
+    task: Task,
+    name: str,
+    input: Tensor,
+    size: int,
+    shape: tuple[int, ...],
+    embed: Callable[[Tensor], Tensor] | None,
+) -> None:
+    before = (size,) if task.length is None else (task.length, size)
+    axes = ["B"] if task.length is None else ["T", "B"]
     finite(name, input)
-    return count
+    if type(task).make_embedding is not Task.make_embedding:
+        _check_layout(task, name, input.shape[: len(before)], before, [*axes, "..."])
+        if embed is None:
+            return
+        try:
+            input = embed(input)
+        except Exception as error:
+            # of whatever module a user makes
+            raise ValueError(f"{name} must go through make_embedding, got {type(error).__name__}: {error}") from error
+        name = f"{name}, embedded,"
+    axes += ["I"] if len(shape) == 1 else ["C", "H", "W"]
+    _check_layout(task, name, input.shape, (*before, *shape), axes)
+    if not input.is_floating_point():
+        raise ValueError(f"{name} must be floating point, such as float32, got {input.dtype}")
 
 
-def _check_target(task: Task, name: str, target: Tensor, count: int) -> None:
+def _check_layout(task: Task, name: str, found: torch.Size, expected: tuple[int, ...], axes: list[str]) -> None:
+    if found == expected:
+        return
+    more = ""
+    if task.length is None:
+        if len(found) == len(expected) + 1:
+            more = f"; {type(task).__name__} has no length, so its network is feed-forward"
+    elif found == (expected[1], expected[0], *expected[2:]):
+        more = "; the steps come first: input.transpose(0, 1)"
+    raise ValueError(f"{name} must be [{', '.join(axes)}] = {list(expected)}, got {list(found)}{more}")
+
+
+def _check_target(task: Task, name: str, target: Tensor, size: int) -> None:
     steps = (task.length or 1,) if task.every_step else ()
     judged = f"[{'T, ' * len(steps)}B"
     if task.criterion != "cross_entropy":
         # of another shape the loss would broadcast, and be another one
-        _check_target_shape(name, f"{judged}, O]", target, (*steps, count, task.output_size), task.criterion)
+        _check_target_shape(name, f"{judged}, O]", target, (*steps, size, task.output_size), task.criterion)
         finite(name, target)
         if task.criterion == "sigmoid_cross_entropy" and not bool(((target >= 0) & (target <= 1)).all()):
             low, high = float(target.min()), float(target.max())
             raise ValueError(f"{name} must be in [0, 1] for {task.criterion!r}, got {low:g} .. {high:g}")
         return
-    _check_target_shape(name, f"{judged}]", target, (*steps, count), task.criterion)
+    _check_target_shape(name, f"{judged}]", target, (*steps, size), task.criterion)
     if target.dtype != torch.int64:
         raise ValueError(f"{name} must be classes in int64 for {task.criterion!r}, got {target.dtype}")
     asked = target[target != NOT_ASKED] if task.every_step else target
@@ -95,8 +127,10 @@ def finite(name: str, numbers: Tensor) -> Tensor:
     """Return numbers that are finite.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they are not; says where the first is.
     """
-    if not bool(numbers.isfinite().all()):
-        raise ValueError(f"{name} must be finite, got {int((~numbers.isfinite()).sum())} numbers that are not")
+    wrong = ~numbers.isfinite()
+    if bool(wrong.any()):
+        first = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{name} must be finite, got {int(wrong.sum())} numbers that are not, the first at {first}")
     return numbers

@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import warnings
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -65,6 +66,10 @@ class Samples(NamedTuple):
         return cls(inputs[kept], targets[kept], inputs[test], targets[test])
 
 
+_WARNED: dict[Any, Any] = {}
+"""Of :meth:`StoredTask._warn_of_gaps`, so that one process says the same once."""
+
+
 class StoredTask(Task):
     """A task whose samples are arrays: a subclass says how to load them, and nothing else if they have classes.
 
@@ -119,8 +124,23 @@ class StoredTask(Task):
                     f"{type(self).__name__}: test_{name} must be [N, {shape}] as train_{name}, got {list(second.shape)}"
                 )
         if self.criterion == "cross_entropy":
-            _warn_of_gaps(f"{type(self).__name__}: train_target", train.target)
+            self._warn_of_gaps(train.target, highest=max(int(train.target.max()), int(test.target.max())))
         return train, test
+
+    def _warn_of_gaps(self, classes: Tensor, highest: int) -> None:
+        """Warn of classes up to the highest that have no sample, as where they are counted from 1."""
+        used = set(torch.unique(classes).tolist())
+        # not all: a number that is no class may be large
+        gaps = list(itertools.islice((one for one in range(highest + 1) if one not in used), 6))
+        if gaps:
+            shown = ", ".join(map(str, gaps[:5])) + ", .." * (len(gaps) > 5)
+            text = (
+                f"{type(self).__name__}: train_target has no sample of class {shown}, of 0 .. {highest}; the network "
+                "gets an output for each. Classes count from 0"
+            )
+            # at the user's method, which is no caller of this one
+            place = self.load.__code__
+            warnings.warn_explicit(text, UserWarning, place.co_filename, place.co_firstlineno, registry=_WARNED)
 
     def _part(self, part: str, input: ArrayLike | Tensor, target: ArrayLike | Tensor) -> Batch:
         """Training or test samples as tensors that go with the criterion."""
@@ -159,6 +179,14 @@ class StoredTask(Task):
     def length(self) -> int | None:  # type: ignore[override]  # of the arrays, where others have a field
         return self.data[0].input.shape[1] if self.data[0].input.dim() == 3 else None
 
+    @property
+    def subject(self) -> str:
+        train, test = self.data
+        outputs = "classes" if self.criterion == "cross_entropy" else "numbers"
+        step = "" if self.length is None else " a step"
+        sizes = f"{len(train.input)} + {len(test.input)} samples of {self.input_size} numbers{step}"
+        return f"{sizes}, {self.output_size} {outputs}"
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of all samples."""
         digest = hashlib.sha256()
@@ -185,6 +213,9 @@ class StoredTask(Task):
 
 
 def _tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
+    if not isinstance(value, Tensor) and (array := np.asarray(value)).dtype.kind in "USO":
+        more = "; names of classes become numbers by names, classes = np.unique(.., return_inverse=True)"
+        raise ValueError(f"{name} must be an array of numbers, got {array.dtype}{more}")
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -212,19 +243,3 @@ def _classes(name: str, targets: Tensor, shape: torch.Size, every_step: bool) ->
     if len(wrong):
         raise ValueError(f"{name} must be classes 0, 1, .., got {int(wrong[0])}")
     return classes
-
-
-def _warn_of_gaps(name: str, classes: Tensor) -> None:
-    """Warn of classes below the largest that have no sample, as where they are counted from 1."""
-    used = set(classes[classes != NOT_ASKED].tolist())
-    highest = max(used, default=0)
-    # not all: a number that is no class may be large
-    gaps = list(itertools.islice((one for one in range(highest) if one not in used), 6))
-    if gaps:
-        shown = ", ".join(map(str, gaps[:5])) + ", .." * (len(gaps) > 5)
-        warnings.warn(
-            f"{name} has no sample of class {shown}, of 0 .. {highest}; the network gets an output for each. "
-            "Classes count from 0",
-            UserWarning,
-            stacklevel=3,
-        )
