@@ -410,11 +410,10 @@ LONG = words_of(iterations=300, checkpoint_interval=1)
 SWEEP = ["temporal-order", *LONG, "--seed", "1..4", "--jobs", "2", "--out", "all"]
 
 
-def begin(folder: Path) -> subprocess.Popen[str]:
-    """A sweep of four runs, two of which are under way, in a session of its own as in a terminal."""
-    started = command(*SWEEP)
-    process = subprocess.Popen(
-        started,
+def start(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """A sweep of four runs, in a session of its own as in a terminal."""
+    return subprocess.Popen(
+        command(*SWEEP, *more),
         env=ENVIRONMENT,
         cwd=folder,
         stdout=subprocess.PIPE,
@@ -422,6 +421,25 @@ def begin(folder: Path) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def test_ctrl_c_while_the_processes_start_is_one_line(here: Path) -> None:
+    with start(here, "--stack", "1") as process:
+        assert process.stdout is not None
+        while "2 at a time" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(1)  # they import torch
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in out.splitlines() if "/4" not in line] == [
+        "tpext: interrupted; runs that were begun have a checkpoint; the same command goes on from there"
+    ]
+
+
+def begin(folder: Path) -> subprocess.Popen[str]:
+    """A sweep of four runs, two of which are under way."""
+    process = start(folder)
     deadline = time.monotonic() + 120
     while len([path for path in folder.glob("all/runs/*/metrics.csv") if path.read_text().count("\n") > 3]) < 2:
         assert process.poll() is None, process.communicate()[0]

@@ -1,4 +1,4 @@
-"""What carries out the runs of a sweep: joblib's processes, a Ray or a Dask cluster."""
+"""What carries out the runs of a sweep: loky's processes, as joblib has them, a Ray or a Dask cluster."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, TypeAlias
 
 import joblib
@@ -30,29 +31,40 @@ CarryOut: TypeAlias = Callable[[Sequence[Stack]], list[list[str]]]
 runs keep theirs to themselves."""
 
 IDLE_SECONDS = 300
-"""After which a process ends that has nothing to do, as joblib's do."""
+"""After which a process ends that has nothing to do."""
+
+
+def _by_processes(stacks: Sequence[Stack], lock: Lock, jobs: int) -> list[list[str]]:
+    # the processes of an earlier call serve again, unless they have other variables or another folder
+    env = {**os.environ, "PWD": os.getcwd()}
+    with warnings.catch_warnings():
+        # the runs are hours long where that of joblib's tuning is seconds
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
+        executor = loky.get_reusable_executor(max_workers=jobs, timeout=IDLE_SECONDS, env=env)
+        # now, as its own start lets signals through again
+        resource_tracker.ensure_running()
+        # a terminal's Ctrl-C is the sweep's, from the processes' start on
+        with _blocked(signal.SIGINT):
+            tasks = [executor.submit(carry_out_runs, *_arguments(stack, lock), os.getpid()) for stack in stacks]
+        concurrent.futures.wait(tasks)
+    return [task.result() for task in tasks]
+
+
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Let processes that are started meanwhile not hear of a signal; this one hears of it, if later."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _by_joblib(stacks: Sequence[Stack], lock: Lock, jobs: int, backend: str) -> list[list[str]]:
-    parent = os.getpid() if backend == "loky" else None
-    tasks = [joblib.delayed(carry_out_runs)(*_arguments(stack, lock), parent) for stack in stacks]
-    with warnings.catch_warnings(), joblib.parallel_config(backend=backend, n_jobs=jobs):
-        # the runs are hours long where that of joblib's tuning is seconds
-        warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
+    tasks = [joblib.delayed(carry_out_runs)(*_arguments(stack, lock), None) for stack in stacks]
+    with joblib.parallel_config(backend=backend, n_jobs=jobs):
         missing: list[list[str]] = joblib.Parallel(batch_size=1)(tasks)
     return missing
-
-
-def _in_one_process(stacks: Sequence[Stack], lock: Lock) -> list[list[str]]:
-    """As joblib's processes, which it has for two jobs and more: one it carries out in this process, and a run that is
-    killed would kill the sweep.
-    """
-    # the process of an earlier call serves again, unless it has other variables or another folder
-    env = {**os.environ, "PWD": os.getcwd()}
-    executor = loky.get_reusable_executor(max_workers=1, timeout=IDLE_SECONDS, env=env)
-    tasks = [executor.submit(carry_out_runs, *_arguments(stack, lock), os.getpid()) for stack in stacks]
-    concurrent.futures.wait(tasks)
-    return [task.result() for task in tasks]
 
 
 def _arguments(stack: Stack, lock: Lock) -> tuple[list[str], str, str]:
@@ -61,10 +73,7 @@ def _arguments(stack: Stack, lock: Lock) -> tuple[list[str], str, str]:
 
 @contextlib.contextmanager
 def _processes(address: str | None, jobs: int, lock: Lock) -> Iterator[CarryOut]:
-    if jobs == 1:
-        yield lambda stacks: _in_one_process(stacks, lock)
-    else:
-        yield lambda stacks: _by_joblib(stacks, lock, jobs, "loky")
+    yield lambda stacks: _by_processes(stacks, lock, jobs)
 
 
 @contextlib.contextmanager
