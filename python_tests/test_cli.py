@@ -817,6 +817,9 @@ def test_a_task_from_a_file_trains_and_resumes(
     Path("hidden.py").write_text(hidden)
     status, _, err = call("train hidden.py:Echo", capsys)
     assert (status, "annotations of Echo cannot be read: name 'Steps' is not defined" in err) == (1, True), err
+    Path("broken.py").write_text("import math\n\nmath.nothing\n")
+    status, _, err = call("train broken.py:Echo", capsys)
+    assert (status, "module 'math' has no attribute 'nothing' (line 3)" in err) == (1, True), err
     Path("plain.py").write_text(OWN_TASK.replace("@dataclass(frozen=True)\n", ""))
     status, _, err = call("train plain.py:Echo", capsys)
     assert (status, "Echo must be a dataclass: write @dataclass(frozen=True) above it" in err) == (1, True), err

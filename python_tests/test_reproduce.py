@@ -251,6 +251,9 @@ def test_cells_of_a_heatmap_say_their_values(tmp_path: Path, monkeypatch: pytest
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert tpext_command(["reproduce"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(RECIPES)
+    *listed, where = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == list(RECIPES)
+    folder = Path(where.removeprefix("their files are in "))
+    assert {path.stem for path in folder.glob("*.toml")} == {*RECIPES}
     assert tpext_command(["reproduce", "nothing"]) == 1
     assert f"recipe must be one of {', '.join(RECIPES)}, or a file, got 'nothing'" in capsys.readouterr().err

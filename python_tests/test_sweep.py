@@ -181,6 +181,17 @@ def test_names_of_folders_are_short_safe_and_differ(here: Path) -> None:
     assert len(set(names)) == 3
 
 
+def test_other_optimizers_are_told_of(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["sweep", "adding", "--rule", "own.py:Troubled,regularized-inverse", "--length", "12", "--dry-run"]
+    told = (
+        "optimizers differ (adam: own.py:Troubled; sgd: regularized-inverse); with --optimizer all runs have the same"
+    )
+    assert tpext_command(words) == 0
+    assert told in capsys.readouterr().out
+    assert tpext_command([*words, "--optimizer", "adam"]) == 0
+    assert "optimizers differ" not in capsys.readouterr().out
+
+
 def test_options_of_ones_own_rule_are_left_out_for_others(here: Path) -> None:
     words = ["--rule", "own.py:Troubled,backprop", "--rule-options", "trouble=none,error", "--lr", "1e-3"]
     runs, _ = plan("temporal-order", [grid_of_arguments([*FIXED, *words])])

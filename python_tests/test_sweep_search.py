@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -46,6 +47,47 @@ def test_what_is_drawn_and_what_is_fixed(here: Path) -> None:
     space = space_of("adding", Path("a.toml"), ["--reg", "1e-1..1e1"])
     assert set(space.ranges) == {"lr", "reg"}
     assert space.choices == {}
+
+
+OWN_RULE = """
+from dataclasses import dataclass
+
+from tpext.rules import RecurrentRule
+
+
+@dataclass(frozen=True)
+class Scaled(RecurrentRule):
+    scale: float = 0.5
+    kind: str = "a"
+    parts: int = 1
+
+    def feedback(self, weight_hh):
+        return self.scale * weight_hh
+"""
+
+
+def test_options_of_ones_own_are_drawn_too(here: Path) -> None:
+    Path("mine.py").write_text(OWN_RULE)
+    fixed = ["--rule", "mine.py:Scaled", "--lr", "1e-3"]
+    space = space_of("adding", None, [*fixed, "--rule-options", "scale=0.2..1.5", "kind=a,b", "parts=1..3"])
+    assert space.ranges == {
+        "rule_options.scale": Range(0.2, 1.5, False), "rule_options.parts": Range(1, 3, True)
+    }  # fmt: skip
+    assert space.choices == {"rule_options.kind": [("kind=a",), ("kind=b",)]}
+    drawn = {"rule_options.scale": 0.123456, "rule_options.parts": 2, "rule_options.kind": 1}
+    (run,) = plan("adding", [space.grid(drawn)])[0]
+    rule: Any = run.config.rule
+    assert (rule.scale, rule.kind, rule.parts) == (0.1235, "b", 2)
+    assert space_of("adding", None, [*fixed, "--rule-options", "scale=1..2"]).ranges == {
+        "rule_options.scale": Range(1, 2, False)
+    }  # fmt: skip
+    table = 'task = "adding"\nrule = "mine.py:Scaled"\nrule_options = {scale = "0.1..1", kind = "b"}\n'
+    Path("a.toml").write_text(table)
+    space = space_of("adding", Path("a.toml"), [])
+    assert space.ranges == {"rule_options.scale": Range(0.1, 1, False)}
+    assert space.fixed["rule_options.kind"] == [("kind=b",)]
+    space = space_of("adding", Path("a.toml"), ["--rule-options", "scale=2", "--lr", "1e-3..1e-1"])
+    assert (set(space.ranges), space.fixed["rule_options.scale"]) == ({"lr"}, [("scale=2",)])
 
 
 def test_a_draw_has_the_options_of_its_rule() -> None:

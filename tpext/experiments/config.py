@@ -462,7 +462,7 @@ def _of_rule(rule: str, given: dict[str, Any], own: Mapping[str, Any] | None) ->
     of_rules = {option for name in RULES for option in rule_names.rule_options(name)}
     for name in given:
         if name not in of_rules and name not in get_type_hints(Config):
-            raise ConfigError(f"unknown option {name}")
+            raise ConfigError(f"unknown option {name}{did_you_mean(name, {*of_rules, *get_type_hints(Config)})}")
         if name in of_rules and name not in known:
             if rule in RULES:
                 options = f"options of that rule: {', '.join(known) or 'none'}"

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -54,7 +55,8 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
         module = _run_file(base, here, place) if place.endswith(".py") else _import(base, place)
     # whatever a user's file raises
     except Exception as error:
-        raise ConfigError(f"{what} {name}: {place} cannot be imported: {type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {error}{_line_of(error, place)}"
+        raise ConfigError(f"{what} {name}: {place} cannot be imported: {why}") from error
     key = (getattr(module, "__file__", None) or place, attribute)
     if key not in _FOUND:
         if not hasattr(module, attribute):
@@ -63,6 +65,13 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
         _FOUND[key] = found
         _PLACES[id(found)] = Place(name, str(base))
     return _FOUND[key]
+
+
+def _line_of(error: BaseException, place: str) -> str:
+    """Where an error came from in the file that was imported."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(place).name]
+    return f" (line {lines[-1]})" if lines else ""
 
 
 def from_own_code(error: BaseException) -> TracebackType | None:

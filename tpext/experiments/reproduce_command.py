@@ -55,6 +55,7 @@ class Reproduce:
                 lengths = dict.fromkeys(one for methods in recipe.grids for one in methods.grid.get("length", ()))
                 about = ", ".join([recipe.task, *(f"T={'/'.join(length)}" for length in lengths)])
                 say(console, f"{name:<{width}}  {recipe.title} ({about})")
+            say(console, f"their files are in {next(iter(RECIPES.values())).parent}")
             return 0
         path = RECIPES.get(self.recipe, Path(self.recipe))
         if path.suffix not in FILES:

@@ -27,8 +27,9 @@ from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.image_defaults import make_image_config
 from tpext.experiments.images import ImageConfig
 from tpext.experiments.options import Switch, metavar
-from tpext.experiments.settings import FREE_FIELDS, ConfigError
+from tpext.experiments.settings import FREE_FIELDS, ConfigError, of_text
 from tpext.experiments.sweep_values import expand
+from tpext.experiments.task_names import find_task
 from tpext.experiments.train_command import Train
 
 if sys.version_info >= (3, 11):
@@ -371,8 +372,18 @@ def _read(task: str, name: str, words: Words) -> Any:
     return getattr(tyro.cli(parser, args=arguments, prog=prog), name)
 
 
-def takes_real(task: str, name: str) -> bool:
-    """Return whether an option of ``tpext train`` takes numbers with a fraction; of a user's own none is known to."""
+def takes_real(task: str, name: str, rules: Sequence[str] = ()) -> bool:
+    """Return whether an option of ``tpext train`` takes numbers with a fraction.
+
+    Args:
+        task: as ``tpext train`` has it, or "images".
+        name: of the option; ``rule_options.NAME`` and ``task_options.NAME`` are those of a user's class.
+        rules: which such options may belong to.
+    """
+    group, dot, option = name.partition(".")
+    if dot:
+        kinds = [find_task(task).kind] if group == "task_options" else [rule_names.find_rule(rule) for rule in rules]
+        return any(of_text(get_type_hints(kind).get(option)) in (float, float | None) for kind in kinds)
     hint = _hints(TrainImages if task == IMAGES else Train).get(name)
     return hint is not None and "FLOAT" in metavar(get_args(hint)[0])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tpext.experiments.runs import AnyFolder, state_of
 from tpext.experiments.settings import FREE_FIELDS, ConfigError
 from tpext.experiments.sweep_folder import SweepFolder
 from tpext.experiments.sweep_plan import (
+    OWN,
     Words,
     grid_of_options,
     grid_of_table,
@@ -66,7 +67,9 @@ class Space:
         own: dict[str, Sequence[Words]] = {}
         for name, value in drawn.items():
             if name in self.ranges:
-                own[name] = [(str(value) if self.ranges[name].integer else f"{value:.{DIGITS}g}",)]
+                text = str(value) if self.ranges[name].integer else f"{value:.{DIGITS}g}"
+                _, dot, option = name.partition(".")
+                own[name] = [(f"{option}={text}" if dot else text,)]
             else:
                 own[name] = [self.choices[name][value]]
         grid = {**self.fixed, **own}
@@ -80,24 +83,37 @@ def space_of(task: str, path: Path | None, arguments: Sequence[str]) -> Space:
     Raises:
         ConfigError: there is nothing to draw, or more than one grid.
     """
-    ranges: dict[str, Range] = {}
-    grid: dict[str, list[Words]] = {}
+    table: dict[str, Any] = {}
     if path is not None:
         values = load_file(path)
         if len(values["grid"]) > 1:
             raise ConfigError(f"{path}: a search has one [[grid]], got {len(values['grid'])}")
         table = options_of_file({**values, **values["grid"][0]})
-        ranges = {name: found for name, value in table.items() if (found := _range(task, name, value)) is not None}
-        grid = grid_of_table({name: value for name, value in table.items() if name not in ranges})
-    options = []
-    for name, words in options_of_arguments(arguments):
-        found = _range(task, name, words[0]) if len(words) == 1 else None
-        if found is None:
-            options.append((name, words))
-            ranges.pop(name, None)
+    given = options_of_arguments(arguments)
+    named = grid_of_table({name: value for name, value in table.items() if name == "rule"})
+    named |= grid_of_options([(name, words) for name, words in given if name == "rule"])
+    rules = [words[0] for words in named.get("rule", [])]
+    ranges: dict[str, Range] = {}
+    rest: dict[str, Any] = {}
+    for group, option, value in _each_of_table(table):
+        name = f"{group}.{option}" if option else group
+        if (found := _range(task, name, value, rules)) is not None:
+            ranges[name] = found
+        elif option:
+            rest.setdefault(group, {})[option] = value
         else:
+            rest[group] = value
+    grid = grid_of_table(rest)
+    options = []
+    for group, option, words in _each_given(given):
+        name = f"{group}.{option}" if option else group
+        found = _range(task, name, words[0], rules) if len(words) == 1 else None
+        if found is not None:
             ranges[name] = found
             grid.pop(name, None)
+        else:
+            options.append((group, [f"{option}={words[0]}"] if option else words))
+            ranges.pop(name, None)
     grid |= grid_of_options(options)
     choices = {name: values for name, values in grid.items() if len(values) > 1 and name != "seed"}
     if not ranges and not choices:
@@ -106,11 +122,29 @@ def space_of(task: str, path: Path | None, arguments: Sequence[str]) -> Space:
     return Space(task, fixed, ranges, choices)
 
 
-def _range(task: str, name: str, value: Any) -> Range | None:
+def _each_of_table(table: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """The options of a file, those of a user's task or rule each, as their group, their name in it, and the value."""
+    for group, value in table.items():
+        if group in OWN and isinstance(value, Mapping):
+            yield from ((group, option, of_it) for option, of_it in value.items())
+        else:
+            yield group, "", value
+
+
+def _each_given(given: Sequence[tuple[str, list[str]]]) -> Iterator[tuple[str, str, list[str]]]:
+    """The same of a command line, with the words."""
+    for group, words in given:
+        if group in OWN:
+            yield from ((group, option, [value]) for option, _, value in (word.partition("=") for word in words))
+        else:
+            yield group, "", words
+
+
+def _range(task: str, name: str, value: Any, rules: Sequence[str]) -> Range | None:
     """The range that an option's value is; seeds are all run."""
     if not isinstance(value, str) or name == "seed":
         return None
-    return read_range(name, value, real=takes_real(task, name))
+    return read_range(name, value, real=takes_real(task, name, rules))
 
 
 def search(
@@ -181,7 +215,9 @@ def search(
         if any(trial.value is not None for trial in study.trials):
             best = study.best_trial
             values = {name: words for name, words in space.grid(best.params).items() if name in best.params}
-            label = ", ".join(f"{name} {' '.join(words[0])}" for name, words in values.items())
+            label = ", ".join(
+                " ".join(words[0] if "." in name else [name, *words[0]]) for name, words in values.items()
+            )
             say(console, f"best of {len(study.trials)} draws: {best.value:.4g}  {label}")
 
 

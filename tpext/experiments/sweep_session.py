@@ -58,6 +58,7 @@ class Session:
             return self._search(options.search)
         folder, planned, varied = self._planned()
         self._check_devices(planned)
+        self._tell_of_optimizers(planned, varied)
         if options.dry_run:
             for run in planned:
                 say(self.console, run.name)
@@ -151,6 +152,16 @@ class Session:
                 "another --out"
             )
         return folder
+
+    def _tell_of_optimizers(self, planned: Sequence[Planned], varied: Sequence[str]) -> None:
+        """Say so where the rules of a sweep start from other optimizers, so that their rates are not alike."""
+        found: dict[str, dict[str, None]] = {}
+        for run in planned:
+            options = run.config.options()
+            found.setdefault(str(options.get("optimizer")), {})[str(options["rule"])] = None
+        if len(found) > 1 and "optimizer" not in varied:
+            shown = "; ".join(f"{optimizer}: {', '.join(rules)}" for optimizer, rules in found.items())
+            say(self.console, f"optimizers differ ({shown}); with --optimizer all runs have the same")
 
     def _check_devices(self, planned: Sequence[Planned]) -> None:
         if self.options.address is None:

@@ -240,7 +240,10 @@ def joined(rules: Sequence[_AnyRule], directions: int) -> _AnyRule:
     for other in rules[1:]:
         for own, theirs in zip(shared_part(first), shared_part(other), strict=False):
             if own != theirs:
-                raise ValueError(f"rules must differ in their numbers alone, got {own} and {theirs}")
+                raise ValueError(
+                    f"rules must differ in their numbers alone, got {own} and {theirs}; a field that each member may "
+                    "have a number of its own for is annotated tpext.rules.PerMember"
+                )
     changed: dict[str, tuple[float, ...]] = {}
     for field in filter(_is_per_member, dataclasses.fields(first)):
         values = [getattr(rule, field.name) for rule in rules]
