@@ -90,6 +90,13 @@ def test_options_of_ones_own_are_drawn_too(here: Path) -> None:
     assert (set(space.ranges), space.fixed["rule_options.scale"]) == ({"lr"}, [("scale=2",)])
 
 
+def test_rules_on_images_have_names_of_their_own(here: Path) -> None:
+    words = ["--rule", "mine.py:Net", "--rule-options", "scale=0.1..1", "--lr", "1e-3..1e-1"]
+    assert space_of("images", None, words).ranges == {
+        "rule_options.scale": Range(0.1, 1, False), "lr": Range(1e-3, 1e-1, False)
+    }  # fmt: skip
+
+
 def test_a_draw_has_the_options_of_its_rule() -> None:
     words = ["--rule", "backprop,regularized-inverse", "--reg", "0.1..10", "--credit", "local", "--lr", "1e-3"]
     space = space_of("temporal-order", None, words)

@@ -24,7 +24,7 @@ from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import Model
 from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
-from tpext.experiments.runs import State, folders_of, load_model, state_of
+from tpext.experiments.runs import State, folders_of, read_trained, state_of
 from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
 
@@ -95,9 +95,8 @@ def draw_task(folder: str | Path) -> Path | None:
     if config.make_task().picture is None:
         return None
     model: Any
-    model, task = load_model(folder)
+    model, task, iteration = read_trained(folder)
     images = task.picture == "reconstruction"
-    iteration = run.read_rows()[-1].iteration
     title, _, settings = describe(config).partition(", ")
     figure = Figure(figsize=(10, 2.1) if images else (6, 5.6), layout="constrained")
     figure.suptitle(f"{title}, iteration {iteration}", fontsize=13, color=INK)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import pandas as pd
 import torch
@@ -19,7 +19,7 @@ from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.model import make_model
 from tpext.experiments.run_folder import RunError, RunFolder, write_whole
-from tpext.experiments.saved_state import load
+from tpext.experiments.saved_state import field, load
 from tpext.experiments.settings import FREE_FIELDS
 from tpext.tasks import Task
 
@@ -134,6 +134,19 @@ def load_model(folder: str | Path) -> tuple[nn.Module, Task]:
         RunError: it holds no run, or none with a checkpoint of this version.
         MissingDataError: the task's data is not there, and says the network's sizes.
     """
+    return read_trained(folder)[:2]
+
+
+class Trained(NamedTuple):
+    """What a run's last checkpoint holds of its network."""
+
+    network: nn.Module
+    task: Task
+    iteration: int
+
+
+def read_trained(folder: str | Path) -> Trained:
+    """Return what :func:`load_model` does, and the iteration."""
     run = open_folder(Path(folder))
     config = run.read_config()
     if config is None:
@@ -148,9 +161,10 @@ def load_model(folder: str | Path) -> tuple[nn.Module, Task]:
         )
     try:
         load(state, name, network)
+        iteration = field(state, "iteration")
     except ValueError as error:
         raise RunError(f"{run.checkpoint}: not a checkpoint of this run: {error}") from error
-    return network.eval(), task
+    return Trained(network.eval(), task, iteration)
 
 
 def folders_of(*paths: str | Path) -> list[AnyFolder]:

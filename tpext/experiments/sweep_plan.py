@@ -373,7 +373,7 @@ def _read(task: str, name: str, words: Words) -> Any:
 
 
 def takes_real(task: str, name: str, rules: Sequence[str] = ()) -> bool:
-    """Return whether an option of ``tpext train`` takes numbers with a fraction.
+    """Return whether an option of ``tpext train`` is known to take numbers with a fraction.
 
     Args:
         task: as ``tpext train`` has it, or "images".
@@ -381,6 +381,8 @@ def takes_real(task: str, name: str, rules: Sequence[str] = ()) -> bool:
         rules: which such options may belong to.
     """
     group, dot, option = name.partition(".")
+    if dot and task == IMAGES:  # whose rules have names of their own
+        return False
     if dot:
         kinds = [find_task(task).kind] if group == "task_options" else [rule_names.find_rule(rule) for rule in rules]
         return any(of_text(get_type_hints(kind).get(option)) in (float, float | None) for kind in kinds)
