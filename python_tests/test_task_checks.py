@@ -212,11 +212,16 @@ class Row(RecurrentRule):
 """
 
 
-def test_a_run_refuses_before_it_has_a_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file with what is a user's, in the folder that we are in."""
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(OWN)
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    return file
+
+
+def test_a_run_refuses_before_it_has_a_folder(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = "--iterations 2 --threads 1 --test-size 20 --out run"
     # numbers of numpy's float64 are converted
     assert call(f"train mine.py:Signs {small}", capsys)[0] == 0
@@ -232,11 +237,9 @@ def test_a_run_refuses_before_it_has_a_folder(
     assert not Path("runx").exists()
 
 
-def test_an_error_that_users_code_raises_is_shown_with_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_an_error_in_code_of_a_user_is_shown_with_its_place(
+    mine: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(OWN)
     status, _, err = call("train mine.py:Signs --task-options change=.numpy().reshape(3,7) --out run", capsys)
     assert status == 1
     assert "mine.py" in err.splitlines()[1]
@@ -247,23 +250,17 @@ def test_an_error_that_users_code_raises_is_shown_with_its_place(
     assert "ValueError: my own trouble" in err
 
 
-def test_errors_of_a_task_are_not_blamed_on_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(OWN)
+def test_errors_of_a_task_are_not_blamed_on_a_rule(mine: Path) -> None:
     config = make_config("mine.py:Second", rule="mine.py:Halves", iterations=3, test_size=20)
     with pytest.raises(ValueError, match=r"^Expected input batch_size \(20\) to match target batch_size \(19\)"):
-        train(config, tmp_path / "run")
+        train(config, mine.parent / "run")
 
 
-def test_what_a_rule_must_not_return_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(OWN)
+def test_what_a_rule_must_not_return_is_one_line(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = "train adding --length 12 --iterations 2 --threads 1 --test-size 20 --hidden-size 8 --rule mine.py:Row"
     status, _, err = call(line, capsys)
     assert (status, err) == (1, "tpext: rule mine.py:Row: Row.feedback must return [1, 8, 8], got [8, 8]\n")
     config = make_config("adding", rule="mine.py:Row", length=12, iterations=2, test_size=20, hidden_size=8)
     with pytest.raises(ConfigError, match=r"Row\.feedback must return") as error:
-        train(config, tmp_path / "other")
+        train(config, mine.parent / "other")
     assert isinstance(error.value.__cause__, ValueError)

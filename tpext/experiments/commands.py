@@ -213,21 +213,18 @@ def run(arguments: Sequence[str]) -> int:
 
 def _parse(arguments: Sequence[str]) -> Any:
     """Return the command that a command line asks for, or leave with its help."""
-    if list(arguments) == ["--version"]:
+    words = list(arguments)
+    if words == ["--version"]:
         print(f"tpext {tpext.__version__}")
         raise SystemExit(0)
-    first, rest = arguments[:1], list(arguments[1:])
-    if list(arguments[:2]) == ["train", "images"]:
-        return tyro.cli(TrainImages, args=rest[1:], prog="tpext train images")
-    if list(first) == ["sweep"]:
-        return parse_sweep(rest)
-    if list(first) == ["train"] and train_help.asks(rest):
-        return tyro.cli(train_help.command_for(rest), args=["--help"], prog=f"tpext train {rest[0]}")
+    if words[:2] == ["train", "images"]:
+        return tyro.cli(TrainImages, args=words[2:], prog="tpext train images")
+    if words[:1] == ["sweep"]:
+        return parse_sweep(words[1:])
+    if words[:1] == ["train"] and train_help.asks(words[1:]):
+        return tyro.cli(train_help.command_for(words[1:]), args=["--help"], prog=f"tpext train {words[1]}")
     return tyro.cli(
-        Command,
-        args=list(arguments),
-        prog="tpext",
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+        Command, args=words, prog="tpext", config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
     )
 
 

@@ -136,7 +136,7 @@ class Config:
         margin, least = getattr(self.rule, "margin", 1.0), 2.0**-52 if self.precision == "64" else 2.0**-23
         if min(as_list(margin)) < least:
             raise ConfigError(f"margin must be at least {least:.3g} with precision={self.precision}, got {margin}")
-        check_rule(self.task_name, self.task, type(self.rule))
+        _check_rule(self.task_name, self.task, type(self.rule))
         self._check_network()
         self._check_layer()
         if self.rule.solves_weights:
@@ -290,7 +290,7 @@ class Config:
         return ", ".join(part for part in parts if part)
 
     def make_task(self) -> Task:
-        """Return the task with its data folder; it reads no data yet."""
+        """Return the task, with its data folder."""
         return self.task
 
     def options(self) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def make_config(
     if rule is None:
         rule = DEFAULT_RULE if made.length is not None else DEFAULT_LAYER_RULE
     kind = find_rule(rule)
-    check_rule(task, made, kind)
+    _check_rule(task, made, kind)
     for_rule = {**_defaults_of_rule(task, made, rule), **_of_rule(rule, given, rule_options)}
     batch_size = given.get("batch_size", 0)
     check_integer("batch_size", batch_size, 0)
@@ -488,7 +488,7 @@ def _preset(name: str, case: Case) -> dict[str, Any]:
     return found
 
 
-def check_rule(name: str, task: Task, kind: type[Rule]) -> None:
+def _check_rule(name: str, task: Task, kind: type[Rule]) -> None:
     """Raise ConfigError unless a rule is for the network of a task."""
     sequence = task.length is not None
     base, rules = ("RecurrentRule", SEQUENCE_RULES) if sequence else ("LayerRule", LAYER_RULES)

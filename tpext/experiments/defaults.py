@@ -147,13 +147,14 @@ def shown_default(name: str) -> str | None:
         return None
     own = ", or the task's" if any(name in entry.kind.defaults for entry in TASKS.values()) else ""
     if name not in SEQUENCE:
-        return _text(RUN[name]) + own
+        return value_text(RUN[name]) + own
     sequence, feed_forward = SEQUENCE[name], FEED_FORWARD[name]
     if sequence is None:
-        return _text(feed_forward) + own
-    more = "" if feed_forward in (None, sequence) else f"; feed-forward {_text(feed_forward)}"
-    return f"{_text(sequence)}{more}{own}"
+        return value_text(feed_forward) + own
+    more = "" if feed_forward in (None, sequence) else f"; feed-forward {value_text(feed_forward)}"
+    return f"{value_text(sequence)}{more}{own}"
 
 
-def _text(value: object) -> str:
+def value_text(value: object) -> str:
+    """Return a value as the help shows it."""
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

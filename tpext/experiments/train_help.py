@@ -10,8 +10,9 @@ import tyro
 
 from tpext.experiments import rule_names, task_names
 from tpext.experiments.config import Config, make_config
+from tpext.experiments.defaults import value_text
 from tpext.experiments.field_help import help_of
-from tpext.experiments.options import DEFAULT, Option, command
+from tpext.experiments.options import Option, command
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, SEQUENCE_RULES
 from tpext.experiments.settings import ConfigError
@@ -157,13 +158,11 @@ def _by_rule(values: Mapping[str, object]) -> str:
     """The value under each rule, or the one that they share."""
     shared: dict[str, list[str]] = {}
     for rule, value in values.items():
-        shared.setdefault(DEFAULT if value is MISSING else _text(value), []).append(rule)
+        shared.setdefault(_text(value), []).append(rule)
     if len(shared) == 1:
         return next(iter(shared))
     return "; ".join(f"{text} ({', '.join(rules)})" for text, rules in shared.items())
 
 
 def _text(value: object) -> str:
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else value_text(value)
