@@ -237,9 +237,7 @@ def test_a_run_refuses_before_it_has_a_folder(mine: Path, capsys: pytest.Capture
     assert not Path("runx").exists()
 
 
-def test_an_error_in_code_of_a_user_is_shown_with_its_place(
-    mine: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_in_code_of_a_user_is_shown_with_its_place(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, err = call("train mine.py:Signs --task-options change=.numpy().reshape(3,7) --out run", capsys)
     assert status == 1
     assert "mine.py" in err.splitlines()[1]
