@@ -75,6 +75,7 @@ def sums(steps: np.ndarray) -> np.ndarray:
 def test_sizes_are_those_of_the_arrays(kind: type[Given], input: Any, target: Any, sizes: tuple[Any, ...]) -> None:
     task = kind(Samples.split(input, target))
     assert (task.length, task.input_size, task.output_size) == sizes
+    assert task.default_test_size == len(task.data[1].input)
     assert task.epoch_length(15) == 2  # of 40 training samples
     check_task(task)
     assert len(task.test_set(1, 1000).input if task.length is None else task.test_set(1, 1000).input[0]) == 10

@@ -26,7 +26,7 @@ from tpext.experiments.loop import Interrupted
 from tpext.experiments.model import SequenceModel, make_model
 from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
 from tpext.experiments.run_folder import Failure, Row, RunError, RunFolder, differences
-from tpext.experiments.runs import load_model
+from tpext.experiments.runs import load_model, load_runs
 from tpext.experiments.train import DivergedError, train
 from tpext.tasks import make_task
 from tpext.tasks.toys import ToyName
@@ -719,6 +719,14 @@ def test_the_trained_network_is_loaded_with_its_task(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoint.pt").unlink()
     with pytest.raises(RunError, match=r"checkpoint\.pt is missing"):
         load_model(tmp_path / "run")
+
+
+def test_folders_of_another_form(tmp_path: Path) -> None:
+    folders: Any = [str(tmp_path)]
+    with pytest.raises(TypeError, match="each an argument of its own, got a list"):
+        load_runs(folders)
+    with pytest.raises(TypeError, match="runs must be a mapping of labels to folders, got a list"):
+        draw_comparison(folders, tmp_path / "all.png")
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -71,10 +71,23 @@ def test_what_it_leaves_out_is_refused_anyway(task: str) -> None:
     shown_there = {field.name for field in fields(command_for([task, "-h"])) if field.default is None}
     assert shown_there <= {field.name for field in fields(Train)}
     options = {
-        "cell": "gru", "hidden_size": 3, "layers": 2, "sizes": (3,), "forget_bias": 1.0, "orthogonal": True,
-        "reference_compat": True, "tied": True, "reduction": "batch", "schedule": "alternating", "epochs": 1,
-        "gradients": True, "data_dir": "x", "chunk": 2, "level": "word", "dx": "mean",
-    }  # fmt: skip
+        "cell": "gru",
+        "hidden_size": 3,
+        "layers": 2,
+        "sizes": (3,),
+        "forget_bias": 1.0,
+        "orthogonal": True,
+        "reference_compat": True,
+        "tied": True,
+        "reduction": "batch",
+        "schedule": "alternating",
+        "epochs": 1,
+        "gradients": True,
+        "data_dir": "x",
+        "chunk": 2,
+        "level": "word",
+        "dx": "mean",
+    }
     for name in options.keys() - defaults(command_for([task, "-h"])).keys():
         with pytest.raises(ConfigError, match=f"^{name}(=alternating needs a task| does not belong to)"):
             make_config(task, **{name: options[name]})
@@ -135,8 +148,32 @@ def test_ones_own_show_their_options(
     assert "(default: 0.25)" in text
     text = shown(call("train mine.py:Sums --rule regularized-inverse --help", capsys)[1])
     assert "--slope {inverse,derivative,one} How the linearised" in text
-    assert "or not at all (rules regularized-inverse). (default: derivative)" in text
+    assert "or not at all (rule regularized-inverse). (default: derivative)" in text
     assert "--rule-options" not in text
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("train mine.py:Sums --terms 3", ["terms is an option of task mine.py:Sums: --task-options terms=VALUE"]),
+        ("train adding --rule mine.py:Half --share=1", ["rule mine.py:Half: --rule-options share=VALUE"]),
+        ("train mine.py:Sums --rule=mine.py:Half --share 1 --terms 3", ["of task", "of rule"]),
+        ("train mine.py:Sums --other 3 --length 4", []),
+        ("train mine.py:None --terms 3", []),
+    ],
+)
+def test_ones_own_options_typed_as_the_commands(
+    line: str, says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    status, _, err = call(line, capsys)
+    assert status == 2
+    assert "Unrecognized options" in err
+    hints = [text for text in err.splitlines() if text.startswith("tpext: ")]
+    assert len(hints) == len(says)
+    for hint, part in zip(hints, says, strict=True):
+        assert part in hint
 
 
 def test_a_task_whose_data_is_not_there_shows_its_own_options(

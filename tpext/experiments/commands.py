@@ -223,9 +223,15 @@ def _parse(arguments: Sequence[str]) -> Any:
         return parse_sweep(words[1:])
     if words[:1] == ["train"] and train_help.asks(words[1:]):
         return tyro.cli(train_help.command_for(words[1:]), args=["--help"], prog=f"tpext train {words[1]}")
-    return tyro.cli(
-        Command, args=words, prog="tpext", config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
-    )
+    try:
+        return tyro.cli(
+            Command, args=words, prog="tpext", config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes)
+        )
+    except SystemExit as stop:
+        if stop.code and words[:1] == ["train"]:
+            for line in train_help.typed_alone(words[1:]):
+                print(f"tpext: {line}", file=sys.stderr)
+        raise
 
 
 def _check_not_empty(arguments: Sequence[str]) -> None:

@@ -157,9 +157,12 @@ def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: 
         The path of the picture.
 
     Raises:
+        TypeError: ``runs`` is no mapping.
         ConfigError: no run, runs of different tasks or lengths, or a format that cannot be drawn.
         RunError: a folder holds no run with an evaluation.
     """
+    if not isinstance(runs, Mapping):
+        raise TypeError(f"runs must be a mapping of labels to folders, got a {type(runs).__name__}")
     groups = {
         label: [_read_any(run.path) for run in folders_of(*([those] if isinstance(those, (str, Path)) else those))]
         for label, those in runs.items()

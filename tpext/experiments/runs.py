@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -174,7 +175,10 @@ def folders_of(*paths: str | Path) -> list[AnyFolder]:
         RunError: there is no run.
     """
     found: dict[Path, AnyFolder] = {}
-    for path in map(Path, paths):
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"folders must be paths, each an argument of its own, got a {type(path).__name__}")
+        path = Path(path)
         inside = sorted(file.parent for file in path.rglob("config.json"))
         if not inside:
             raise RunError(f"{path} holds no run")

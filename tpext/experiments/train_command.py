@@ -75,7 +75,8 @@ def rule_option_of(name: str, rules: Sequence[str], default: str | None = None) 
         defaults = {field.default for kind in kinds for field in fields(kind) if field.name == name}
         # of the numbers presets have their own
         default = str(*defaults) if len(defaults) == 1 and all(map(choices_of, hints)) else DEFAULT
-    return Option(hints, f"{help_of(kinds[0], name) or 'Of the rule'} (rules {', '.join(rules)}).", default)
+    having = f"{'rule' if len(rules) == 1 else 'rules'} {', '.join(rules)}"
+    return Option(hints, f"{help_of(kinds[0], name) or 'Of the rule'} ({having}).", default)
 
 
 def task_option_of(name: str, tasks: Sequence[str], default: str | None = None) -> Option:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, get_type_hints
@@ -13,6 +15,7 @@ from tpext.experiments.config import Config, make_config
 from tpext.experiments.defaults import value_text
 from tpext.experiments.field_help import help_of
 from tpext.experiments.options import Option, command
+from tpext.experiments.own import is_path
 from tpext.experiments.presets import PRESETS, Case, presets_of
 from tpext.experiments.rule_names import DEFAULT_LAYER_RULE, DEFAULT_RULE, LAYER_RULES, SEQUENCE_RULES
 from tpext.experiments.settings import ConfigError
@@ -73,6 +76,26 @@ def command_for(arguments: Sequence[str]) -> Any:
     all_options = "`tpext train --help` has the options of all tasks."
     made.__doc__ = f"Train a {kind} network on {asked.task}.{several} {all_options}"
     return made
+
+
+def typed_alone(arguments: Sequence[str]) -> list[str]:
+    """Return what to say of options of a user's task or rule that were typed as if they were the command's.
+
+    Args:
+        arguments: those of ``tpext train``.
+    """
+    names = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in arguments if word.startswith("--")}
+    known, lines = {field.name for field in fields(Train)}, []
+    values = dict(itertools.pairwise(arguments))
+    values |= dict(word.split("=", 1) for word in arguments if word.startswith("--rule="))
+    for what, name in (("task", arguments[0] if arguments else ""), ("rule", values.get("--rule", ""))):
+        if not is_path(name):
+            continue
+        with contextlib.suppress(ConfigError):
+            kind: type[Any] = task_names.find_task(name).kind if what == "task" else rule_names.find_rule(name)
+            own = [field.name for field in fields(kind) if field.init and field.name in names - known]
+            lines += [f"{one} is an option of {what} {name}: --{what}-options {one}=VALUE" for one in own]
+    return lines
 
 
 def _configs(asked: Any) -> dict[str, Config]:

@@ -99,9 +99,6 @@ class StoredTask(Task):
 
     criterion: ClassVar[Criterion] = "cross_entropy"
     correct_when: ClassVar[str] = "the largest output is the class"
-    # all samples of most sets
-    default_test_size: ClassVar[int] = 100_000
-
     order: Order = "shuffled"
 
     @abstractmethod
@@ -174,6 +171,10 @@ class StoredTask(Task):
         if self.criterion != "cross_entropy":
             return targets[0].shape[-1]
         return max(int(one.max()) for one in targets) + 1
+
+    @property
+    def default_test_size(self) -> int:  # type: ignore[override]  # all of them
+        return len(self.data[1].input)
 
     @property
     def length(self) -> int | None:  # type: ignore[override]  # of the arrays, where others have a field
