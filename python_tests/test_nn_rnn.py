@@ -449,7 +449,7 @@ def test_identity_nonlinearity():
 
 
 def test_extra_repr():
-    assert repr(tpext.nn.RNN(3, 4)) == "RNN(3, 4)"
+    assert repr(tpext.nn.RNN(3, 4)) == "RNN(3, 4, rule=RegularizedInverse())"
     text = repr(tpext.nn.RNN(3, 4, 2, "relu", False, True, 0.5, True, rule=Backprop()))
     assert text == (
         "RNN(3, 4, num_layers=2, nonlinearity=relu, bias=False, batch_first=True, dropout=0.5, bidirectional=True, "

@@ -178,7 +178,7 @@ def test_wrong_options_of_the_outputs(options, kind, text):
 
 def test_options_of_the_outputs_are_shown_and_copied():
     rnn = tpext.nn.RNN(I, H, return_sequence=False, checkpoint_every=4)
-    assert repr(rnn) == "RNN(3, 5, return_sequence=False, checkpoint_every=4)"
+    assert repr(rnn) == "RNN(3, 5, return_sequence=False, checkpoint_every=4, rule=RegularizedInverse())"
     x = torch.randn(T, B, I)
     for twin in (copy.deepcopy(rnn), pickle.loads(pickle.dumps(rnn)), tpext.nn.convert(rnn, RegularizedInverse())):
         assert repr(twin) == repr(rnn)

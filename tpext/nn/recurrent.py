@@ -18,7 +18,7 @@ from tpext.nn.recurrent_input import as_given, check_device, time_major
 from tpext.nn.recurrent_parameters import RecurrentParameters
 from tpext.nn.torchscript import refuse_script, refuse_trace
 from tpext.ops._library import full_precision
-from tpext.rules import GatedCall, RecurrentCall, RecurrentRule, RegularizedInverse
+from tpext.rules import GatedCall, RecurrentCall, RecurrentRule
 from tpext.rules.recurrent_pass import comes_of_a_pass
 
 
@@ -160,7 +160,7 @@ class RecurrentLayers(RecurrentParameters):
             return loss_of_members([self], self._rule, rows.unsqueeze(0), starts, lengths, noise)
 
     def extra_repr(self) -> str:
-        """Sizes and every option that differs from its default."""
+        """Sizes, every option that differs from its default, and the rule, which tells it from torch.nn's."""
         parts = [str(self.input_size), str(self.hidden_size)]
         options: dict[str, object] = {
             "num_layers": 1,
@@ -170,7 +170,6 @@ class RecurrentLayers(RecurrentParameters):
             "dropout": 0.0,
             "bidirectional": False,
             "proj_size": 0,
-            "rule": RegularizedInverse(),
             "return_sequence": True,
             "checkpoint_every": None,
         }
@@ -179,7 +178,7 @@ class RecurrentLayers(RecurrentParameters):
             value = getattr(self, name, default)
             if value != default:
                 parts.append(f"{name}={value}")
-        return ", ".join(parts)
+        return ", ".join([*parts, f"rule={self._rule}"])
 
 
 def zero_states(layers: RecurrentLayers, rows: Tensor, count: int) -> list[tuple[Tensor, ...]]:
