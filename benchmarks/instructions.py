@@ -1,7 +1,8 @@
 """Instruction counts of the kernels under callgrind, against the committed ones: a regression check without noise.
 
-``python benchmarks/instructions.py`` builds ``instructions.cpp`` with the kernels (CMake, build/kernel_driver), counts
-each kernel on one thread for the instruction sets that valgrind knows (not AVX-512), and compares the counts with
+``python benchmarks/instructions.py [BUILD]`` links ``instructions.cpp`` with the kernels that a build of the module has
+(``pip install .`` leaves it in build/temp.*; by default they are built anew, in build/kernel_driver), counts each kernel
+on one thread for the instruction sets that valgrind knows (not AVX-512), and compares the counts with
 results/instructions.json; ``--update`` writes that file. Counts belong to a compiler: those of another name or version
 are only printed. Exit status 1 if a count grew by more than 2 %.
 """
@@ -14,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,16 +59,21 @@ class Counts(NamedTuple):
     counts: dict[str, int]  # "instruction set, kernel" -> instructions
 
 
-def build() -> Path:
-    """The driver, built anew where a source changed."""
+def build(module: Path | None) -> Path:
+    """The driver, built anew where a source changed; of a module's objects, where they were built in that folder."""
+    folder = module or BUILD
+    options = ["-DTPEXT_KERNEL_DRIVER=ON"]
+    if module is not None:
+        # as in setup.py: those of pip's isolated environment are gone
+        options = ["-U*Python*", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
     for command in (
-        ["cmake", "-S", ROOT, "-B", BUILD, "-DTPEXT_KERNEL_DRIVER=ON"],
-        ["cmake", "--build", BUILD, "--parallel"],
+        ["cmake", "-S", ROOT, "-B", folder, *options],
+        ["cmake", "--build", folder, "--parallel", "--target", "kernel_driver"],
     ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}")
-    return BUILD / "kernel_driver"
+    return folder / "kernel_driver"
 
 
 def count(driver: Path, capability: str, kernel: str) -> int | None:
@@ -121,13 +128,14 @@ def compare(old: Counts, new: Counts) -> tuple[list[str], bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="record the counts instead of comparing them")
-    update = parser.parse_args().update
+    parser.add_argument("build", nargs="?", type=Path, help="a folder that CMake built the module in")
+    arguments = parser.parse_args()
     for tool in ("valgrind", "cmake"):
         if shutil.which(tool) is None:
             print(f"instruction counts skipped: no {tool}")
             return 0
-    new = measure(build())
-    if update:
+    new = measure(build(arguments.build))
+    if arguments.update:
         RECORD.write_text(json.dumps(new._asdict(), indent=1) + "\n")
         print(*(f"{name}: {counted:,}" for name, counted in new.counts.items()), sep="\n")
         return 0

@@ -41,6 +41,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.write_line(f"gpu tests skipped: {len(skipped)}" + (f" ({NO_GPU})" if skipped else ""))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call() -> Iterator[None]:
+    """Hide the variable that names the running test: the processes of a sweep serve the next only with equal variables."""
+    name = os.environ.pop("PYTEST_CURRENT_TEST", None)
+    try:
+        return (yield)  # type: ignore[return-value]
+    finally:
+        if name is not None:
+            os.environ["PYTEST_CURRENT_TEST"] = name
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Every test starts from the same random state of torch, so that its outcome does not depend on the others."""

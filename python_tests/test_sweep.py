@@ -416,7 +416,7 @@ def test_a_process_that_dies_takes_no_other_run_with_it(here: Path, jobs: str) -
     assert "a process was killed (out of memory?)" in out
 
 
-LONG = words_of(iterations=300, checkpoint_interval=1)
+LONG = words_of(iterations=150, checkpoint_interval=1)
 """So that it can be stopped in mid run."""
 SWEEP = ["temporal-order", *LONG, "--seed", "1..4", "--jobs", "2", "--out", "all"]
 

@@ -21,7 +21,7 @@ from tpext.experiments.runs import AnyFolder
 from tpext.experiments.settings import ConfigError
 from tpext.experiments.sweep_command import Engine
 from tpext.experiments.sweep_folder import Lock
-from tpext.experiments.sweep_worker import carry_out_runs
+from tpext.experiments.sweep_worker import Parent, carry_out_runs
 
 Stack: TypeAlias = Sequence[AnyFolder]
 """Runs that go together; one alone is a stack too."""
@@ -35,8 +35,8 @@ IDLE_SECONDS = 300
 
 
 def _by_processes(stacks: Sequence[Stack], lock: Lock, jobs: int) -> list[list[str]]:
-    # the processes of an earlier call serve again, unless they have other variables or another folder
-    env = {**os.environ, "PWD": os.getcwd()}
+    # the processes of an earlier call serve again, unless they have other variables
+    env = dict(os.environ)
     with warnings.catch_warnings():
         # the runs are hours long where that of joblib's tuning is seconds
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")
@@ -45,7 +45,8 @@ def _by_processes(stacks: Sequence[Stack], lock: Lock, jobs: int) -> list[list[s
         resource_tracker.ensure_running()
         # a terminal's Ctrl-C is the sweep's, from the processes' start on
         with _blocked(signal.SIGINT):
-            tasks = [executor.submit(carry_out_runs, *_arguments(stack, lock), os.getpid()) for stack in stacks]
+            parent = Parent(os.getpid(), os.getcwd())
+            tasks = [executor.submit(carry_out_runs, *_arguments(stack, lock), parent) for stack in stacks]
         concurrent.futures.wait(tasks)
     return [task.result() for task in tasks]
 

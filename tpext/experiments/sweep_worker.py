@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tpext.experiments.image_folder import ImageFolder, open_folder
 from tpext.experiments.image_train import train_images
@@ -27,7 +28,14 @@ BUSY_SECONDS = 60.0
 """How long a worker waits for one of an earlier sweep to leave the run."""
 
 
-def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | None) -> list[str]:
+class Parent(NamedTuple):
+    """A sweep's process, to one that it has started."""
+
+    pid: int
+    folder: str
+
+
+def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: Parent | None) -> list[str]:
     """Carry out runs to their ends, their failures, or the end of the sweep; what came of them is in their folders.
 
     Returns what data is missing, for each run that waits for some.
@@ -35,7 +43,8 @@ def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | Non
     Args:
         paths: of the runs' folders; several are a stack, and run together.
         lock, word: of the sweep.
-        parent: the sweep's process, where it is this one's parent; without it, this one ends too.
+        parent: the sweep's process, where it is this one's parent: its working directory is this one's too, and without
+            it this one ends.
     """
     wanted = threading.Event()
     wanted.set()
@@ -51,6 +60,7 @@ def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | Non
     if not is_held(Path(lock), word) or not folders:
         return []
     if parent is not None:
+        os.chdir(parent.folder)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep has the terminal's Ctrl-C too, and lets the lock go
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -67,7 +77,7 @@ def carry_out_runs(paths: Sequence[str], lock: str, word: str, parent: int | Non
             folder.begun.unlink(missing_ok=True)
         ended.set()
         watcher.join()
-        if parent is not None and os.getppid() != parent:
+        if parent is not None and os.getppid() != parent.pid:
             os._exit(0)  # joblib's would wait for more for minutes
     return missing
 
