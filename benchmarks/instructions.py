@@ -1,8 +1,8 @@
 """Instruction counts of the kernels under callgrind, against the committed ones: a regression check without noise.
 
 ``python benchmarks/instructions.py [BUILD]`` links ``instructions.cpp`` with the kernels that a build of the module has
-(``pip install .`` leaves it in build/temp.*; by default they are built anew, in build/kernel_driver), counts each kernel
-on one thread for the instruction sets that valgrind knows (not AVX-512), and compares the counts with
+(``pip install .`` leaves it in build/temp.*; by default they are built anew, in build/kernel_driver), counts each
+kernel on one thread for the instruction sets that valgrind knows (not AVX-512), and compares the counts with
 results/instructions.json; ``--update`` writes that file. Counts belong to a compiler: those of another name or version
 are only printed. Exit status 1 if a count grew by more than 2 %.
 """
@@ -65,7 +65,11 @@ def build(module: Path | None) -> Path:
     options = ["-DTPEXT_KERNEL_DRIVER=ON"]
     if module is not None:
         # as in setup.py: those of pip's isolated environment are gone
-        options = ["-U*Python*", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
+        options = [
+            "-U*Python*",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+        ]
     for command in (
         ["cmake", "-S", ROOT, "-B", folder, *options],
         ["cmake", "--build", folder, "--parallel", "--target", "kernel_driver"],

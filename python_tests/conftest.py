@@ -43,7 +43,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call() -> Iterator[None]:
-    """Hide the variable that names the running test: the processes of a sweep serve the next only with equal variables."""
+    """Hide the variable that names the test: the processes of a sweep serve the next one only with equal variables."""
     name = os.environ.pop("PYTEST_CURRENT_TEST", None)
     try:
         return (yield)  # type: ignore[return-value]
