@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -148,8 +149,14 @@ class _Parts:
         (
             Given,
             parts(train_input="text"),
-            "must be an array of numbers, got <U4; names of classes become numbers by",
+            "must be an array of numbers, got str: dtype <U4; names of classes become numbers by",
         ),
+        (Given, parts(train_target=["a", "b"] * 20), "got list: dtype <U1; names of classes become numbers by"),
+        (Given, parts(train_input=[np.zeros((3, 1)), np.zeros((4, 1))]), "got list: .*; sequences of several lengths"),
+        (Given, parts(train_input=None), "train_input must be an array of numbers, got NoneType: dtype object$"),
+        (Given, parts(train_target=CLASSES[:40, None]), r"got \[40, 1\]; target\[..., 0\] is$"),
+        (Given, parts(train_target=np.eye(4)[CLASSES[:40]]), r"got \[40, 4\]; one-hot targets become classes by"),
+        (EveryStep, parts(train_target=np.zeros((40, 7, 1))), r"got \[40, 7, 1\]; target\[..., 0\] is$"),
         (Given, parts(train_input=np.zeros(40)), r"train_input must be \[N, T, I\] for sequences, or .*, got \[40\]"),
         (Given, parts(train_input=np.zeros((40, 1, 8, 8))), r"got \[40, 1, 8, 8\]; images for .* are an ImageSet"),
         (Given, parts(train_input=np.zeros((40, 0, 3))), r"no size 0, got \[40, 0, 3\]"),
@@ -184,6 +191,50 @@ def test_arrays_that_do_not_go_together(kind: type[Given], samples: Any, text: s
 def test_a_split_leaves_both_parts_something(share: float) -> None:
     with pytest.raises(ValueError, match="test_share must leave both parts a sample of 50"):
         Samples.split(POINTS, CLASSES, test_share=share)
+
+
+def test_positions_in_a_split_are_those_of_the_arrays() -> None:
+    steps, numbers = STEPS.copy(), STEPS.sum(axis=(1, 2))
+    steps[5, 2, 1], numbers[7] = np.nan, np.inf
+    with pytest.raises(ValueError, match=r"split: input must be finite, got 1 .*, the first at \[5, 2, 1\]$"):
+        Samples.split(steps, CLASSES)
+    with pytest.raises(ValueError, match=r"split: target must be finite, got 1 .*, the first at \[7\]$"):
+        Samples.split(STEPS, numbers)
+
+
+@pytest.mark.parametrize("input", [STEPS, POINTS], ids=["steps", "points"])
+def test_inputs_are_standardized_by_the_training_samples(input: np.ndarray) -> None:
+    raw = np.concatenate([1e3 + 50 * input[..., :2], np.full_like(input[..., :1], 0.1)], axis=-1)
+    train, _, test, targets = made = Samples(raw[:40], CLASSES[:40], raw[40:], CLASSES[40:]).standardized()
+    axes = tuple(range(input.ndim - 1))
+    mean, deviation = raw[:40].mean(axis=axes), raw[:40].std(axis=axes)
+    deviation[2] = 1
+    for one, of_it in ((train, raw[:40]), (test, raw[40:])):
+        assert isinstance(one, Tensor)
+        torch.testing.assert_close(one, torch.tensor((of_it - mean) / deviation, dtype=torch.float32))
+    assert isinstance(train, Tensor)
+    assert train[..., 2].abs().max() < 1e-6
+    assert targets is made.test_target
+    assert np.array_equal(np.asarray(targets), CLASSES[40:])
+
+
+@dataclass(frozen=True)
+class Symbols(Given):
+    def make_embedding(self) -> torch.nn.Module:
+        return torch.nn.Embedding(50, 3)
+
+
+def test_large_numbers_are_told_of() -> None:
+    large = np.add(STEPS, [0, 120, 0])
+    with pytest.warns(UserWarning, match="Given: train_input has large numbers: number 1 of 3 has mean 120 and"):
+        _ = Given(Samples.split(large, CLASSES)).data
+    with pytest.warns(UserWarning, match="Numbers: train_target has large numbers: number 0 of 1 has mean 30"):
+        _ = Numbers(Samples.split(STEPS, 300 + STEPS[:, 0, 0])).data
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _ = Given(Samples.split(large, CLASSES).standardized()).data
+        _ = Symbols(Samples.split(np.full((N, T, 1), 40), CLASSES)).data
+        _ = Given(Samples.split(STEPS, CLASSES)).data
 
 
 OWN = """

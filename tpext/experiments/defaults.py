@@ -68,15 +68,18 @@ FEED_FORWARD: dict[str, Any] = {
 }
 """Of feed-forward ones."""
 
+OWN: dict[str, Any] = {"optimizer": "adam", "lr": RATE}
+"""Of recurrent networks for a task of a user's own, of which nothing is published."""
+
 EVERY_STEP: dict[str, Any] = {"optimizer": "adam", "lr": 3e-3}
-"""Of recurrent networks that are judged at every step. What was published for a text learns too slowly under
-back-propagation, and diverges in the first iteration under the regularised inverse."""
+"""Of those that are judged at every step. What was published for a text learns too slowly under back-propagation, and
+diverges in the first iteration under the regularised inverse."""
 
 # Inverse slopes of saturated units blow displacements up: from the last of 64 steps they overflow float32.
-EVERY_STEP_RULES: dict[type[Rule], dict[str, Any]] = {
+DERIVATIVE_SLOPE: dict[type[Rule], dict[str, Any]] = {
     RegularizedInverse: {"rule": RegularizedInverse(slope="derivative")},
 }
-"""Of those by their rules, with the simple cell: cells with gates go by slopes of their own, "derivative" anyway."""
+"""Of both by their rules, with the simple cell: cells with gates go by slopes of their own, "derivative" anyway."""
 
 DRAWN: dict[str, Any] = {"epochs": None, "iterations": 3_000, "eval_interval": 100}
 """Of feed-forward ones whose task draws its samples."""
@@ -105,16 +108,16 @@ SOLVES: dict[str, Any] = {
 def starting_values(case: Case) -> dict[str, Any]:
     """Return the fields of a configuration that the default preset sets, without ``rule`` if that is the rule's own.
 
-    A sequence starts from the nearest published rates, for fewer iterations; but one that is judged at every step, for
-    which these do not work, does not.
+    A sequence starts from the nearest published rates, for fewer iterations; but one of a user's own, or one that is
+    judged at every step, for which these do not work, does not.
     """
     task = case.task
+    of_rule = DERIVATIVE_SLOPE.get(case.rule, {}) if case.cell == "rnn" else {}
     if task.every_step:
-        of_rule = EVERY_STEP_RULES.get(case.rule, {}) if case.cell == "rnn" else {}
         values = {**RUN, **SEQUENCE, **EVERY_STEP, **of_rule, **task.defaults}
     elif task.length is not None:
-        published = roulet.nearest(case)
-        values = {**RUN, **SEQUENCE, **(published or {"optimizer": "adam"})}
+        published = (roulet.nearest(case) or {"optimizer": "adam"}) if case.name in TASKS else {**OWN, **of_rule}
+        values = {**RUN, **SEQUENCE, **published}
         values["iterations"] = SEQUENCE["iterations"]
         own = task.defaults
         values = with_optimizer(values, own.get("optimizer"), case)

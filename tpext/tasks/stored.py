@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -50,14 +51,18 @@ class Samples(NamedTuple):
             test_share: 0 < share < 1.
 
         Raises:
-            ValueError: another number of targets than of inputs, or one of both parts is empty.
+            ValueError: another number of targets than of inputs, one that is not finite, or one of both parts is empty.
 
         >>> import numpy as np
         >>> samples = Samples.split(np.zeros((50, 8, 3)), np.arange(50) % 2)
         >>> samples.train_input.shape, samples.test_input.shape
         (torch.Size([40, 8, 3]), torch.Size([10, 8, 3]))
         """
-        inputs, targets = _tensor("Samples.split: input", input), _tensor("Samples.split: target", target)
+        # before the order changes, so that an error's positions are those of the arrays
+        inputs, targets = (
+            finite(f"Samples.split: {name}", _tensor(f"Samples.split: {name}", value))
+            for name, value in (("input", input), ("target", target))
+        )
         count = _same_count("Samples.split: input", inputs, "target", targets)
         if not 0 < test_share < 1 or not 0 < (tests := round(test_share * count)) < count:
             raise ValueError(f"Samples.split: test_share must leave both parts a sample of {count}, got {test_share}")
@@ -65,9 +70,37 @@ class Samples(NamedTuple):
         kept, test = order[tests:], order[:tests]
         return cls(inputs[kept], targets[kept], inputs[test], targets[test])
 
+    def standardized(self) -> Samples:
+        """Return samples whose inputs have mean 0 and variance 1, each of the ``I`` numbers by itself.
+
+        Both are those of the training samples, and the test samples change by the same numbers, so that nothing is
+        learned from the test. A number that never changes becomes 0. Targets stay as they are.
+
+        Raises:
+            ValueError: an input is no array of numbers.
+
+        >>> import numpy as np
+        >>> samples = Samples.split(np.random.default_rng(1).normal(120, 30, size=(50, 8, 3)), np.arange(50) % 2)
+        >>> train = samples.standardized().train_input
+        >>> train.mean(dim=(0, 1)).abs().max() < 1e-6, train.std(dim=(0, 1), correction=0)
+        (tensor(True), tensor([1., 1., 1.]))
+        """
+        train, test = (
+            _tensor(f"Samples.standardized: {name}", getattr(self, name)).to(torch.float64)
+            for name in ("train_input", "test_input")
+        )
+        mean, deviation = _moments(train)
+        # rounding leaves a constant some deviation
+        scale = torch.where(deviation > 1e-12 * mean.abs(), deviation, 1.0)
+        inputs = (((one - mean) / scale).to(torch.float32) for one in (train, test))
+        return self._replace(**dict(zip(("train_input", "test_input"), inputs, strict=True)))
+
+
+LARGE = 10.0
+"""Root mean square beyond which numbers are told to be far from those that train well."""
 
 _WARNED: dict[Any, Any] = {}
-"""Of :meth:`StoredTask._warn_of_gaps`, so that one process says the same once."""
+"""Of :meth:`StoredTask._warn`, so that one process says the same once."""
 
 
 class StoredTask(Task):
@@ -122,6 +155,14 @@ class StoredTask(Task):
                 )
         if self.criterion == "cross_entropy":
             self._warn_of_gaps(train.target, highest=max(int(train.target.max()), int(test.target.max())))
+        elif self.criterion == "mse":
+            self._warn_of_scale(
+                "target", train.target, "outputs start near 0: scale the targets, and correct with them"
+            )
+        # those of an embedding are symbols
+        if type(self).make_embedding is Task.make_embedding:
+            more = "inputs with mean 0 and variance 1 train well, as Samples.split(..).standardized() has them"
+            self._warn_of_scale("input", train.input, more)
         return train, test
 
     def _warn_of_gaps(self, classes: Tensor, highest: int) -> None:
@@ -131,13 +172,26 @@ class StoredTask(Task):
         gaps = list(itertools.islice((one for one in range(highest + 1) if one not in used), 6))
         if gaps:
             shown = ", ".join(map(str, gaps[:5])) + ", .." * (len(gaps) > 5)
-            text = (
-                f"{type(self).__name__}: train_target has no sample of class {shown}, of 0 .. {highest}; the network "
-                "gets an output for each. Classes count from 0"
+            self._warn(
+                f"train_target has no sample of class {shown}, of 0 .. {highest}; the network gets an output for each. "
+                "Classes count from 0"
             )
-            # at the user's method, which is no caller of this one
-            place = self.load.__code__
-            warnings.warn_explicit(text, UserWarning, place.co_filename, place.co_firstlineno, registry=_WARNED)
+
+    def _warn_of_scale(self, what: str, numbers: Tensor, more: str) -> None:
+        mean, deviation = _moments(numbers.to(torch.float64))
+        size = (mean**2 + deviation**2).sqrt()
+        if float(size.max()) > LARGE:
+            one = int(size.argmax())
+            self._warn(
+                f"train_{what} has large numbers: number {one} of {len(size)} has mean {float(mean[one]):.3g} and "
+                f"standard deviation {float(deviation[one]):.3g}; {more}"
+            )
+
+    def _warn(self, text: str) -> None:
+        """Warn at the user's method, which is no caller of this one."""
+        place = self.load.__code__
+        text = f"{type(self).__name__}: {text}"
+        warnings.warn_explicit(text, UserWarning, place.co_filename, place.co_firstlineno, registry=_WARNED)
 
     def _part(self, part: str, input: ArrayLike | Tensor, target: ArrayLike | Tensor) -> Batch:
         """Training or test samples as tensors that go with the criterion."""
@@ -153,7 +207,7 @@ class StoredTask(Task):
             )
         outputs = inputs.shape[:2] if self.every_step else inputs.shape[:1]
         if self.criterion == "cross_entropy":
-            return Batch(inputs, _classes(names[1], targets, outputs, self.every_step))
+            return Batch(inputs, _classes(names[1], targets, outputs, inputs.shape[1:-1]))
         if targets.shape == outputs:
             targets = targets.unsqueeze(-1)
         if targets.shape[:-1] != outputs:
@@ -213,14 +267,29 @@ class StoredTask(Task):
         return Batch(input, target.transpose(0, 1).contiguous() if self.every_step else target)
 
 
+def _moments(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each number of the last axis."""
+    rows = numbers.reshape(-1, numbers.size(-1)) if numbers.dim() > 1 else numbers.reshape(-1, 1)
+    return rows.mean(dim=0), rows.std(dim=0, correction=0)
+
+
 def _tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
-    if not isinstance(value, Tensor) and (array := np.asarray(value)).dtype.kind in "USO":
-        more = "; names of classes become numbers by names, classes = np.unique(.., return_inverse=True)"
-        raise ValueError(f"{name} must be an array of numbers, got {array.dtype}{more}")
     try:
-        return torch.as_tensor(value)
+        if isinstance(value, Tensor):
+            return value
+        array = np.asarray(value)
+        if array.dtype.kind in "USO":
+            raise TypeError(f"dtype {array.dtype}")
+        return torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}: {error}") from error
+        more, first = "", value
+        if isinstance(value, (list, tuple, np.ndarray)) and np.size(np.asarray(value, dtype=object)):
+            first = value[0]
+        if isinstance(first, str):
+            more = "; names of classes become numbers by names, classes = np.unique(.., return_inverse=True)"
+        elif isinstance(first, (list, tuple, np.ndarray)):
+            more = "; sequences of several lengths are for a loop of your own, padded and with lengths"
+        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}: {error}{more}") from error
 
 
 def _same_count(first: str, inputs: Tensor, second: str, targets: Tensor) -> int:
@@ -232,13 +301,22 @@ def _same_count(first: str, inputs: Tensor, second: str, targets: Tensor) -> int
     return len(inputs)
 
 
-def _classes(name: str, targets: Tensor, shape: torch.Size, every_step: bool) -> Tensor:
+def _classes(name: str, targets: Tensor, shape: torch.Size, steps: Sequence[int]) -> Tensor:
+    """Classes of that shape; ``steps`` is ``[T]`` of sequences, else empty."""
+    every_step = len(shape) == 2
+    more = ""
+    if targets.dim() == len(shape) + 1 and targets.shape[:-1] == shape:
+        if targets.size(-1) == 1:
+            more = "; target[..., 0] is"
+        elif bool(((targets == 0) | (targets == 1)).all()) and bool((targets.sum(dim=-1) == 1).all()):
+            more = "; one-hot targets become classes by target.argmax(-1)"
+        elif [*targets.shape[1:]] == [*steps]:
+            more = "; for one of every step set every_step = True"
+    if targets.shape != shape:
+        raise ValueError(f"{name} must be classes {list(shape)}, got {list(targets.shape)}{more}")
     if targets.is_floating_point() or targets.is_complex():
         more = 'for numbers the criterion is "mse"'
         raise ValueError(f"{name} must be classes 0, 1, .. as integers, got {targets.dtype}; {more}")
-    if targets.shape != shape:
-        more = "" if every_step or targets.dim() != 2 else "; for one of every step set every_step = True"
-        raise ValueError(f"{name} must be classes {list(shape)}, got {list(targets.shape)}{more}")
     classes = targets.to(torch.int64)
     wrong = classes[(classes < 0) & (classes != NOT_ASKED)] if every_step else classes[classes < 0]
     if len(wrong):
