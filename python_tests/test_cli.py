@@ -32,6 +32,7 @@ from tpext.experiments.rule_names import RULES, SEQUENCE_RULES, rule_options
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.settings import ConfigError
 from tpext.experiments.task_names import task_options
+from tpext.rules import RegularizedInverse
 from tpext.tasks import TASKS
 
 SMALL = "--length 10 --hidden-size 8 --batch-size 5 --test-size 40 --iterations 20 --eval-interval 10 --threads 1"
@@ -58,7 +59,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"(default: {default})" in shown
     assert "least squares, regularized-least-squares)." in shown.replace("- ", "-").replace("-squares,", " squares,")
     assert "Number of steps. (temporal-order, temporal-order-3bit, adding, random-permutation, text)" in shown
-    assert "What the layer below receives, always in gradient units (rules regularized-inverse)." in shown
+    assert "What the layer below receives, always in gradient units (rule regularized-inverse)." in shown
     assert "Of the rule" not in shown, "every field of our rules is told of in its docstring"
 
 
@@ -206,10 +207,10 @@ def test_inputs_that_saturate_units_are_told_what_helps(
     large = "class Large(Adding):\n    def sample(self, random, size):\n        batch = super().sample(random, size)\n"
     large += "        return batch._replace(input=SCALE * batch.input)\n"
     Path("mine.py").write_text(f"from beside import SCALE\nfrom tpext.tasks import Adding\n\n\n{large}")
-    status, _, err = call("train mine.py:Large --optimizer adam --iterations 2 --test-size 20", capsys)
+    status, _, err = call("train mine.py:Large --slope inverse --iterations 2 --test-size 20", capsys)
     assert status == 3
     assert "--slope derivative, smaller rates (--lr, --head-lr), a larger --reg, or inputs scaled to numbers" in err
-    assert call("train mine.py:Large --optimizer adam --iterations 2 --slope derivative --out ok", capsys)[0] == 0
+    assert call("train mine.py:Large --iterations 2 --out ok", capsys)[0] == 0
 
 
 def test_divergence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -764,8 +765,23 @@ def test_a_task_names_its_optimizer_for_every_rule(rule: str, tmp_path: Path, mo
     typed = make_config("temporal-order", rule=rule, optimizer="adam", lr=0.05)
     assert (config.optimizer, config.lr, config.head_lr, config.momentum) == ("adam", 0.05, 0.05, 0.0)
     assert config.reverse_lr == typed.reverse_lr
-    assert config.rule == (typed.rule if rule != "regularized-inverse" else replace(typed.rule, slope="derivative"))
+    slope = {"slope": "derivative"} if rule == "regularized-inverse" else {}
+    assert config.rule == SEQUENCE_RULES[rule](**slope)
     assert getattr(make_config("tasks.py:Echo", rule="regularized-inverse", slope="one").rule, "slope", "") == "one"
+
+
+@pytest.mark.parametrize("rule", [*SEQUENCE_RULES])
+def test_ones_own_task_does_not_start_from_what_is_published_for_another(
+    rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tasks.py").write_text(OWN_TASK.replace(', "lr": 0.05', ""))
+    config = make_config("tasks.py:Echo", rule=rule)
+    assert (config.optimizer, config.lr, config.head_lr, config.reverse_lr) == ("adam", 1e-3, 1e-3, 1e-3)
+    if rule == "regularized-inverse":
+        assert config.rule == RegularizedInverse(slope="derivative")
+        assert make_config("tasks.py:Echo", rule=rule, cell="gru").rule == RegularizedInverse()
+        assert make_config("temporal-order", rule=rule).rule.slope == "inverse"  # type: ignore[attr-defined]
 
 
 def test_defaults_of_a_task_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

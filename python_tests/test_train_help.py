@@ -13,6 +13,7 @@ from runs import call
 from tpext.experiments import ConfigError, make_config
 from tpext.experiments.config import Config
 from tpext.experiments.rule_names import LAYER_RULES, SEQUENCE_RULES
+from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.train_command import Train
 from tpext.experiments.train_help import command_for
 from tpext.tasks import make_task
@@ -174,6 +175,21 @@ def test_ones_own_options_typed_as_the_commands(
     assert len(hints) == len(says)
     for hint, part in zip(hints, says, strict=True):
         assert part in hint
+
+
+def test_ones_own_options_may_stand_apart_and_the_last_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(OWN)
+    line = (
+        "train mine.py:Sums --rule mine.py:Half --iterations 1 --task-options terms=2 length=12 --task-options terms=3"
+    )
+    status, _, err = call(f"{line} --rule-options share=0.25 --out run", capsys)
+    assert status == 0, err
+    config = RunFolder("run").read_config()
+    assert config is not None
+    assert (config.task.terms, config.task.length, config.rule.share) == (3, 12, 0.25)  # type: ignore[attr-defined]
 
 
 def test_a_task_whose_data_is_not_there_shows_its_own_options(

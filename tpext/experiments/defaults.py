@@ -68,7 +68,7 @@ FEED_FORWARD: dict[str, Any] = {
 }
 """Of feed-forward ones."""
 
-OWN: dict[str, Any] = {"optimizer": "adam", "lr": RATE}
+OWN: dict[str, Any] = {"optimizer": "adam", "lr": RATE, "reverse_lr": RATE}
 """Of recurrent networks for a task of a user's own, of which nothing is published."""
 
 EVERY_STEP: dict[str, Any] = {"optimizer": "adam", "lr": 3e-3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,7 @@ class _TrainImages:
     ] = None
     """The network."""
     rule: Annotated[str | None, option(f"{{{','.join(METHODS)},FILE.py:CLASS}}", "ldrl", _METHODS)] = None
-    rule_options: OwnOptions = None
+    rule_options: OwnOptions = ()
     """Options of a rule of your own."""
     preset: Annotated[ImagePreset | None, option("{default,published}", "default")] = None
     """published: every setting as published, where there are any. default: those or the nearest, with a cosine that
@@ -69,8 +70,9 @@ class _TrainImages:
             raise ConfigError("augment and no_augment exclude each other, got both")
         options["augment"] = True if augment else False if no_augment else None
         options["data_dir"] = None if self.data_dir is None else str(self.data_dir)
-        if self.rule_options and self.rule is not None and self.rule not in METHODS:
-            options["rule_options"] = parse_options("rule", self.rule, find_network_rule(self.rule), self.rule_options)
+        options["rule_options"] = for_rule = [*itertools.chain(*self.rule_options)] or None
+        if for_rule and self.rule is not None and self.rule not in METHODS:
+            options["rule_options"] = parse_options("rule", self.rule, find_network_rule(self.rule), for_rule)
         return {name: value for name, value in options.items() if value is not None}
 
     def carry_out(self, console: Console) -> int:

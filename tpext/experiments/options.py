@@ -27,7 +27,10 @@ def option(metavar: str, default: str = DEFAULT, help: str | None = None) -> Any
 Integer = Annotated[int | None, option("INT")]
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 DataFolder = Annotated[Path | None, option("DIR", "$TPEXT_DATA or the cache folder")]
-OwnOptions = Annotated[tuple[str, ...] | None, option("NAME=VALUE ...", "its own defaults")]
+OwnOptions = Annotated[
+    tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction, option("NAME=VALUE ...", "its own defaults")
+]
+"""Of a user's task or rule, several times or together."""
 
 
 def metavar(hint: Any) -> str:

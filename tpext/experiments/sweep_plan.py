@@ -367,7 +367,8 @@ def _read(task: str, name: str, words: Words) -> Any:
     hint = _hints(command).get(name)
     if hint == Switch:
         hint, words = bool | None, words or ("True",)
-    parser = command if hint is None else make_dataclass(command.__name__, [(name, hint, field(default=None))])
+    default: Any = field(default=() if name in OWN else None)
+    parser = command if hint is None else make_dataclass(command.__name__, [(name, hint, default)])
     arguments = [*(before if hint is None else []), f"--{name.replace('_', '-')}", *words]
     return getattr(tyro.cli(parser, args=arguments, prog=prog), name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -121,9 +122,9 @@ class BaseTrain:
             f"{', '.join(LAYER_RULES)}. Or a rule of your own, as module:Class or file.py:Class (docs/own-rules.md).",
         ),
     ] = None
-    task_options: OwnOptions = None
+    task_options: OwnOptions = ()
     """Options of a task of your own."""
-    rule_options: OwnOptions = None
+    rule_options: OwnOptions = ()
     """Options of a rule of your own."""
     preset: Annotated[str | None, option(f"{{default,{','.join(PRESETS)}}}", "default", f"{_PRESETS}.")] = None
     out: Annotated[Path | None, option("DIR", "runs/TASK-RULE-SEED")] = None
@@ -143,10 +144,12 @@ class BaseTrain:
         if options.get("file") is not None:
             # a run resumes from any folder
             options["file"] = str(Path(options["file"]).absolute())
-        if self.task_options and self.task not in TASKS:
-            options["task_options"] = parse_options("task", self.task, find_task(self.task).kind, self.task_options)
-        if self.rule_options and self.rule is not None and self.rule not in RULES:
-            options["rule_options"] = parse_options("rule", self.rule, find_rule(self.rule), self.rule_options)
+        for_task, for_rule = ([*itertools.chain(*words)] or None for words in (self.task_options, self.rule_options))
+        options |= {"task_options": for_task, "rule_options": for_rule}
+        if for_task and self.task not in TASKS:
+            options["task_options"] = parse_options("task", self.task, find_task(self.task).kind, for_task)
+        if for_rule and self.rule is not None and self.rule not in RULES:
+            options["rule_options"] = parse_options("rule", self.rule, find_rule(self.rule), for_rule)
         return {name: value for name, value in options.items() if value is not None}
 
     def carry_out(self, console: Console) -> int:
