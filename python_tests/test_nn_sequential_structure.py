@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,9 @@ def test_one_block_is_back_propagation() -> None:
 def test_a_whole_network_as_one_block_is_refused() -> None:
     """Inside a block the chain rule holds, so it would be back-propagation without a word."""
     layers = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    with pytest.raises(ValueError, match=r"blocks must be given one by one, as in TargetSequential\(\*net\), .* 2 lay"):
+    with pytest.raises(
+        ValueError, match=r"blocks must be given one by one, as in TargetSequential\(\*blocks_of\(net\)\), .* 2 lay"
+    ):
         TargetSequential(layers)
     assert len(TargetSequential(*layers).feedback) == 2
     # where it is meant, and where it is the same
@@ -402,3 +405,49 @@ def test_gauss_newton_serves_normalisation_in_evaluation_only() -> None:
     net.train()
     with pytest.raises(ValueError, match="got BatchNorm1d in training mode"):
         net(torch.randn(5, 4))
+
+
+def kinds(blocks: list[nn.Sequential]) -> list[str]:
+    return [" ".join(type(module).__name__ for module in block) for block in blocks]
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (
+            nn.Sequential(
+                nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ELU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2)
+            ),
+            ["Conv2d BatchNorm2d ELU MaxPool2d", "Flatten Linear"],
+        ),
+        (
+            nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(4, 3), nn.Tanh()), nn.Dropout(), nn.Linear(3, 2)),
+            ["Flatten Linear Tanh Dropout", "Linear"],
+        ),
+        (nn.Sequential(nn.BatchNorm1d(4), nn.ELU(), nn.Linear(4, 3), nn.Flatten()), ["BatchNorm1d ELU Linear Flatten"]),
+        (nn.Sequential(nn.Flatten()), ["Flatten"]),
+    ],
+)
+def test_blocks_of_a_plain_chain(network: nn.Sequential, expected: list[str]) -> None:
+    assert kinds(tpext.nn.blocks_of(network)) == expected
+
+
+def test_blocks_compute_what_the_chain_does_and_share_its_parameters() -> None:
+    layers = nn.Sequential(nn.Linear(4, 3), nn.ELU(), nn.Linear(3, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = TargetSequential(*tpext.nn.blocks_of(layers))
+    x = torch.randn(5, 4)
+    assert torch.equal(net(x), layers(x))
+    assert {*map(id, net.parameters())} >= {*map(id, layers.parameters())}
+    with pytest.raises(TypeError, match=r"^blocks_of: network must be a torch\.nn\.Sequential, got Linear$"):
+        tpext.nn.blocks_of(layers[0])  # type: ignore[arg-type]
+
+
+def test_activations_that_are_blocks_are_told_of() -> None:
+    layers = [nn.Flatten(), nn.Linear(4, 3), nn.ELU(), nn.Linear(3, 2), nn.Dropout()]
+    with pytest.warns(UserWarning, match=r"blocks without parameters learn worse .*, got 2, 4; tpext\.nn\.blocks_of"):
+        TargetSequential(*layers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TargetSequential(*layers, rule=Backprop())

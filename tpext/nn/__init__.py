@@ -13,7 +13,7 @@ from tpext.nn.linear import TargetLinear
 from tpext.nn.lstm import LSTM
 from tpext.nn.mlp import MLP
 from tpext.nn.rnn import RNN
-from tpext.nn.sequential import TargetSequential
+from tpext.nn.sequential import TargetSequential, blocks_of
 
 __all__ = [
     "GRU",
@@ -25,13 +25,14 @@ __all__ = [
     "StreamResult",
     "TargetLinear",
     "TargetSequential",
+    "blocks_of",
     "convert",
     "networks",
 ]
 
 _INSTEAD = {
     "Linear": "TargetLinear is a linear layer with its activation, which trains by a rule",
-    "Sequential": "TargetSequential trains a sequence of modules by targets",
+    "Sequential": "TargetSequential trains a sequence of modules by targets, block by block (blocks_of)",
     "RNNCell": "RNN takes a whole sequence, of one step too",
     "GRUCell": "GRU takes a whole sequence, of one step too",
     "LSTMCell": "LSTM takes a whole sequence, of one step too",

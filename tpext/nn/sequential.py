@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -67,7 +68,7 @@ class TargetSequential(nn.Module):
     of its max-pools do not run.
 
     Args:
-        blocks: the modules one by one, ``*net`` for those of a ``torch.nn.Sequential``, or one dict of them by names.
+        blocks: the modules one by one, or one dict of them by names; :func:`blocks_of` makes them from a plain chain.
             A block may be anything that takes and returns one tensor: a convolution with activation and pooling, a
             whole stage of a residual network. Inside a block the chain rule holds. A block that comes twice shares its
             weights; each time it has feedback of its own.
@@ -117,6 +118,7 @@ class TargetSequential(nn.Module):
         self.blocks = _sequential(blocks)
         if not rule.exact:
             _require_several(blocks)
+            _warn_of_no_layer(self.blocks)
         self._rule: NetworkRule | Backprop = rule
         self.feedback_init = feedback_init
         self.feedback = nn.ModuleDict()
@@ -270,6 +272,72 @@ class TargetSequential(nn.Module):
         return f"rule={self.rule}"
 
 
+def blocks_of(network: nn.Sequential) -> list[nn.Sequential]:
+    """Return the modules of a plain chain in blocks of one layer each, as :class:`TargetSequential` trains them best.
+
+    A block begins at each module that has a weight matrix or kernel, or at the ``Flatten`` right before it. It goes on
+    with the normalisations, activations, pools and dropouts behind it. The modules are shared with the network; those
+    of sequences inside it count one by one.
+
+    Args:
+        network: a chain of modules.
+
+    Raises:
+        TypeError: something else.
+
+    >>> import torch, tpext
+    >>> layers = torch.nn.Sequential(
+    ...     torch.nn.Conv2d(1, 4, 3), torch.nn.ELU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(), torch.nn.Linear(36, 2)
+    ... )
+    >>> [[type(module).__name__ for module in block] for block in tpext.nn.blocks_of(layers)]
+    [['Conv2d', 'ELU', 'MaxPool2d'], ['Flatten', 'Linear']]
+    """
+    if not isinstance(network, nn.Sequential):
+        raise TypeError(f"blocks_of: network must be a torch.nn.Sequential, got {type(network).__name__}")
+    blocks: list[list[nn.Module]] = []
+    shapes: list[nn.Module] = []
+    for module in _modules_of(network):
+        if isinstance(module, (nn.Flatten, nn.Unflatten)):
+            shapes.append(module)
+            continue
+        if not blocks or (_has_weights(module) and any(map(_has_weights, blocks[-1]))):
+            blocks.append([])
+        blocks[-1] += [*shapes, module]
+        shapes = []
+    if shapes:
+        blocks = blocks or [[]]
+        blocks[-1] += shapes
+    return [nn.Sequential(*block) for block in blocks]
+
+
+def _modules_of(chain: nn.Sequential) -> Iterator[nn.Module]:
+    for module in chain:
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            yield from _modules_of(module)
+        else:
+            yield module
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters())
+
+
+def _warn_of_no_layer(blocks: nn.Sequential) -> None:
+    """Warn of an activation or a pool by itself, whose targets are one more inverse on the way down."""
+    shapes = (nn.Flatten, nn.Unflatten, nn.Identity)
+    alone = [
+        name
+        for name, block in blocks.named_children()
+        if not isinstance(block, shapes) and not any(True for _ in block.parameters())
+    ]
+    if alone:
+        warnings.warn(
+            f"TargetSequential: blocks without parameters learn worse than as the ends of those before, got "
+            f"{', '.join(alone)}; tpext.nn.blocks_of(network) joins them",
+            stacklevel=3,
+        )
+
+
 def _sequential(blocks: tuple[nn.Module | dict[str, nn.Module], ...]) -> nn.Sequential:
     named: dict[Any, Any] = {str(index): block for index, block in enumerate(blocks)}
     if len(blocks) == 1 and isinstance(blocks[0], dict):
@@ -294,8 +362,9 @@ def _require_several(blocks: tuple[nn.Module | dict[str, nn.Module], ...]) -> No
     layers = sum(any(True for _ in module.parameters()) for module in one)
     if layers > 1:
         raise ValueError(
-            f"TargetSequential: blocks must be given one by one, as in TargetSequential(*net), got one Sequential with "
-            f"{layers} layers, inside of which back-propagation would hold; a dict of one block says that it is meant"
+            "TargetSequential: blocks must be given one by one, as in TargetSequential(*blocks_of(net)), got one "
+            f"Sequential with {layers} layers, inside of which back-propagation would hold; a dict of one block says "
+            "that it is meant"
         )
 
 
