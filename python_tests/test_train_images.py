@@ -51,6 +51,10 @@ def test_every_method_runs(rule: str, network: str, tmp_path: Path) -> None:
     names = {path.name for path in tmp_path.iterdir()}
     pictures = {"curve.png", "angles.png"}
     assert names == {"config.json", "metrics.csv", "result.json", "checkpoint.pt", "best.pt", "lock"} | pictures
+    model, task = load_model(tmp_path)
+    input, target = task.test_set(1, 360)
+    found = model(input.to(next(model.parameters()).dtype)).argmax(1) == target
+    assert float(found.double().mean()) == result.accuracy
 
 
 @pytest.mark.parametrize(("network", "rule"), [("simple-vgg", "ldrl"), ("resnet18", "ldrl"), ("resnet18", "fw-dtp")])

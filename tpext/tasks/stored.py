@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-import warnings
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -25,7 +22,7 @@ from tpext.tasks.base import (
     epoch_rows,
     random_generator,
 )
-from tpext.tasks.checks import finite
+from tpext.tasks.checks import as_tensor, finite, same_count, warn_of_gaps
 
 
 class Samples(NamedTuple):
@@ -57,17 +54,13 @@ class Samples(NamedTuple):
         >>> samples.train_input.shape, samples.test_input.shape
         (torch.Size([40, 8, 3]), torch.Size([10, 8, 3]))
         """
-        inputs, targets = _tensor("Samples.split: input", input), _tensor("Samples.split: target", target)
-        count = _same_count("Samples.split: input", inputs, "target", targets)
+        inputs, targets = as_tensor("Samples.split: input", input), as_tensor("Samples.split: target", target)
+        count = same_count("Samples.split: input", inputs, "target", targets)
         if not 0 < test_share < 1 or not 0 < (tests := round(test_share * count)) < count:
             raise ValueError(f"Samples.split: test_share must leave both parts a sample of {count}, got {test_share}")
         order = torch.from_numpy(random_generator(0, SPLIT_STREAM).permutation(count))
         kept, test = order[tests:], order[:tests]
         return cls(inputs[kept], targets[kept], inputs[test], targets[test])
-
-
-_WARNED: dict[Any, Any] = {}
-"""Of :meth:`StoredTask._warn_of_gaps`, so that one process says the same once."""
 
 
 class StoredTask(Task):
@@ -121,29 +114,15 @@ class StoredTask(Task):
                     f"{type(self).__name__}: test_{name} must be [N, {shape}] as train_{name}, got {list(second.shape)}"
                 )
         if self.criterion == "cross_entropy":
-            self._warn_of_gaps(train.target, highest=max(int(train.target.max()), int(test.target.max())))
+            highest = max(int(train.target.max()), int(test.target.max()))
+            warn_of_gaps(f"{type(self).__name__}: train_target", "sample", train.target, highest, self.load)
         return train, test
-
-    def _warn_of_gaps(self, classes: Tensor, highest: int) -> None:
-        """Warn of classes up to the highest that have no sample, as where they are counted from 1."""
-        used = set(torch.unique(classes).tolist())
-        # not all: a number that is no class may be large
-        gaps = list(itertools.islice((one for one in range(highest + 1) if one not in used), 6))
-        if gaps:
-            shown = ", ".join(map(str, gaps[:5])) + ", .." * (len(gaps) > 5)
-            text = (
-                f"{type(self).__name__}: train_target has no sample of class {shown}, of 0 .. {highest}; the network "
-                "gets an output for each. Classes count from 0"
-            )
-            # at the user's method, which is no caller of this one
-            place = self.load.__code__
-            warnings.warn_explicit(text, UserWarning, place.co_filename, place.co_firstlineno, registry=_WARNED)
 
     def _part(self, part: str, input: ArrayLike | Tensor, target: ArrayLike | Tensor) -> Batch:
         """Training or test samples as tensors that go with the criterion."""
         names = tuple(f"{type(self).__name__}: {part}_{what}" for what in ("input", "target"))
-        inputs, targets = (_tensor(name, value) for name, value in zip(names, (input, target), strict=True))
-        _same_count(names[0], inputs, f"{part}_target", targets)
+        inputs, targets = (as_tensor(name, value) for name, value in zip(names, (input, target), strict=True))
+        same_count(names[0], inputs, f"{part}_target", targets)
         inputs = finite(names[0], inputs.to(torch.float32))
         if inputs.dim() not in ((3,) if self.every_step else (2, 3)) or 0 in inputs.shape:
             others = "" if self.every_step else ", or [N, I] for feed-forward networks"
@@ -211,25 +190,6 @@ class StoredTask(Task):
         if self.length is not None:
             input = input.transpose(0, 1).contiguous()
         return Batch(input, target.transpose(0, 1).contiguous() if self.every_step else target)
-
-
-def _tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
-    if not isinstance(value, Tensor) and (array := np.asarray(value)).dtype.kind in "USO":
-        more = "; names of classes become numbers by names, classes = np.unique(.., return_inverse=True)"
-        raise ValueError(f"{name} must be an array of numbers, got {array.dtype}{more}")
-    try:
-        return torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}: {error}") from error
-
-
-def _same_count(first: str, inputs: Tensor, second: str, targets: Tensor) -> int:
-    if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
-        raise ValueError(
-            f"{first} and {second} must have the same number of samples in front, "
-            f"got {list(inputs.shape)} and {list(targets.shape)}"
-        )
-    return len(inputs)
 
 
 def _classes(name: str, targets: Tensor, shape: torch.Size, every_step: bool) -> Tensor:
