@@ -24,7 +24,9 @@ class MissingDataError(FileNotFoundError):
 
 @dataclass(frozen=True)
 class Images:
-    """Images ``[N, pixels]`` uint8 and labels ``[N]`` int64 of both parts."""
+    """Images ``[N, pixels]`` uint8 and labels ``[N]`` int64 of both parts; from the ``load`` of a set of your own also what
+    :class:`tpext.tasks.ImageSet` says.
+    """
 
     train_images: Tensor
     train_labels: Tensor
