@@ -24,8 +24,8 @@ class MissingDataError(FileNotFoundError):
 
 @dataclass(frozen=True)
 class Images:
-    """Images ``[N, pixels]`` uint8 and labels ``[N]`` int64 of both parts; from the ``load`` of a set of your own also what
-    :class:`tpext.tasks.ImageSet` says.
+    """Images ``[N, pixels]`` uint8 and labels ``[N]`` int64 of both parts. The ``load`` of a set of your own may give
+    them in the other forms that :class:`tpext.tasks.ImageSet` names.
     """
 
     train_images: Tensor
