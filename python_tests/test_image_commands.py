@@ -17,6 +17,7 @@ from tpext.experiments import image_train as module
 from tpext.experiments import make_image_config, train_images
 from tpext.experiments.feedback_presets import METHODS
 from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.runs import load_model
 
 pytestmark = pytest.mark.usefixtures("unrendered")
 
@@ -31,6 +32,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (status, err) == (0, "")
     assert "digits, lenet 4-4, ldrl (target step 0.7, 1 iterations of the feedback), sgd 0.02" in out
     assert "validation loss" in out
+    assert "images" not in out, "not augmented"
     assert f"angles: {tmp_path / 'angles.png'}" in out
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["noise"], config["augment"], config["iterations"]) == ([0.1, 0.2, 0.3], False, [2])
@@ -81,6 +83,7 @@ def test_help_and_tasks(capsys: pytest.CaptureFixture[str]) -> None:
         ("--augment --no-augment", 1, "augment and no_augment exclude each other"),
         ("--speed 3", 2, "--speed"),
         ("--batch-size 5000", 1, "batch_size must be at most 60"),
+        ("--train-size 5000", 1, "train_size must be 1 .. 1293 (the training images), got 5000"),
         ("--validation 0.0001", 1, "validation must be 0 or leave at least one image"),
         ("--lr 1e30 --rule backprop --batch-size 20", 3, "with a smaller --lr."),
         ("--lr 1e30 --batch-size 20", 3, "with smaller rates (--lr, --feedback-lr), or a larger --feedback-start."),
@@ -148,6 +151,15 @@ def load(data_dir):
 
 HALF = ((0.5, 0.5), (0.5, 0.5))
 stripes = ImageSet(load, (2, 20, 20), {"standard": HALF}, n_classes=3, test_size=10, has_files=False)
+bare = ImageSet(load, (2, 20, 20), {"standard": HALF})
+moved = ImageSet(load, (2, 20, 20), {"standard": HALF}, flip=0.5, padding=2)
+wrong = ImageSet(load, (2, 10, 10), {"standard": HALF}, n_classes=3)
+
+def broken(data_dir):
+    raise ValueError("no such folder")
+
+unread = ImageSet(broken, (2, 20, 20), {"standard": HALF})
+unread_classes = ImageSet(broken, (2, 20, 20), {"standard": HALF}, n_classes=3)
 """
 
 
@@ -254,3 +266,79 @@ def test_a_data_set_from_a_file(own: Path, monkeypatch: pytest.MonkeyPatch, caps
     assert config is not None
     task = config.make_task()
     assert (task.shape, task.output_size, task.split_size("train")) == ((2, 20, 20), 3, 45)
+
+
+BRIEF = "--channels 3 4 --hidden-size 5 --epochs 1 --batch-size 5 --threads 1 --rule tied"
+
+
+def test_what_a_set_does_not_say_is_that_of_its_files(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("stripes", "bare"):
+        status, _, err = call(f"train images --dataset mine.py:{name} {BRIEF} --out {name}", capsys)
+        assert (status, err) == (0, "")
+    left, right = (checkpoint(own / name)["network"] for name in ("stripes", "bare"))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    status, out, _ = call("train images --resume --out bare", capsys)
+    assert (status, "complete already" in out) == (0, True)
+    model, task = load_model(own / "bare")
+    assert model(task.test_set(1, 10).input).shape == (10, 3)
+
+
+def test_a_configuration_reads_no_files(own: Path) -> None:
+    for name in ("unread", "unread_classes"):
+        config = make_image_config(f"mine.py:{name}", "lenet", rule="tied")
+        assert config.block_names == ("conv_0", "conv_1", "fc1", "fc2")
+        assert module.describe(config).startswith(f"mine.py:{name}, lenet")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            "--dataset mine.py:wrong",
+            "dataset mine.py:wrong: train_images must be [N, 2, 10, 10] or [N, 200], as the set",
+        ),
+        (
+            "--dataset mine.py:bare --augment",
+            "augment has no effect on dataset=mine.py:bare, whose flip and padding are 0",
+        ),
+        ("--dataset mine.py:bare --train-size 46", "train_size must be 1 .. 45 (the training images), got 46"),
+    ],
+)
+def test_a_set_that_does_not_fit_ends_in_one_line(
+    options: str, message: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = call(f"train images {options} {BRIEF} --out run", capsys)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"tpext: {message}")
+    assert not (own / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["unread", "unread_classes"])
+def test_an_error_of_a_load_of_ones_own_has_its_place(name: str, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = call(f"train images --dataset mine.py:{name} {BRIEF} --out run", capsys)
+    assert status == 1
+    assert "in broken" in err
+    assert "ValueError: no such folder\ntpext: stopped by this error in code of your own" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "augment", "says"),
+    [
+        ("--dataset mine.py:bare", False, None),
+        ("--dataset mine.py:bare --no-augment", False, None),
+        ("--dataset mine.py:moved", True, "images mirrored and moved by up to 2 pixels"),
+        ("--dataset mine.py:moved --no-augment", False, None),
+        ("--dataset digits", True, "images moved by up to 1 pixel"),
+    ],
+)
+def test_a_run_says_how_its_images_are_augmented(
+    options: str, augment: bool, says: str | None, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out, err = call(f"train images {options} {BRIEF} --train-size 20 --out run", capsys)
+    assert (status, err) == (0, "")
+    first = out.replace("\n", " ").partition(" writing to ")[0]
+    assert first.partition("seed 1")[2] == ("" if says is None else f", {says}")
+    config = ImageFolder(own / "run").read_config()
+    assert config is not None
+    assert config.augment == augment

@@ -7,8 +7,11 @@ import os
 import pickle
 import re
 import struct
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pooch
@@ -16,10 +19,19 @@ import pytest
 import torch
 from image_files import PARTS, write_cifar10, write_imagenet32, write_mnist
 
-from tpext.tasks import ImageClasses, MissingDataError, load_fashion_mnist, load_imagenet32, load_mnist
+from tpext.tasks import (
+    IMAGE_SETS,
+    ImageClasses,
+    ImageSet,
+    MissingDataError,
+    load_fashion_mnist,
+    load_imagenet32,
+    load_mnist,
+)
 from tpext.tasks.augmentation import flip_and_crop
 from tpext.tasks.idx import STEMS, Images
 from tpext.tasks.imagenet32 import TEST_FILE, TRAIN_FILES, _PickledArray, read_batch
+from tpext.testing import check_task
 
 DATASETS = ("cifar10", "mnist", "fashion-mnist", "digits", "imagenet32")
 SHAPES = {"cifar10": (3, 32, 32), "imagenet32": (3, 32, 32), "digits": (1, 8, 8)}
@@ -561,6 +573,197 @@ def test_sizes_out_of_range_are_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+# --- sets of one's own ------------------------------------------------------------------------------------------------
+
+SHAPE = (2, 3, 4)
+SCALES = {"standard": ((0.5,), (0.5,)), "none": ((0.0,), (1.0,))}
+PIXELS = np.random.default_rng(1).integers(256, size=(30, *SHAPE)).astype("uint8")
+PIXELS[:, 0, 0, :2] = 0, 255
+LABELS = np.arange(30) % 3
+
+
+def own(images: Any = PIXELS, labels: Any = LABELS, shape: tuple[int, ...] = SHAPE, **options: Any) -> ImageClasses:
+    """A task on a set of one's own, of 20 images to train on and 10 for the test."""
+
+    def load(folder: Path | None) -> Images:
+        return Images(images[:20], labels[:20], images[20:], labels[20:])
+
+    return ImageClasses(ImageSet(load, shape, SCALES, **options), "none")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        PIXELS,
+        torch.from_numpy(PIXELS),
+        PIXELS.reshape(30, 24),
+        np.asfortranarray(PIXELS.reshape(30, 24)),
+        PIXELS[:, :, :, ::-1].copy()[:, :, :, ::-1],
+        PIXELS / 255,
+        (PIXELS / 255).astype("float16"),
+    ],
+    ids=["array", "tensor", "flat", "columns", "reversed", "float64", "float16"],
+)
+@pytest.mark.parametrize("labels", [LABELS, torch.from_numpy(LABELS), LABELS.astype("int32"), LABELS.astype("uint8")])
+def test_a_set_of_ones_own_is_arrays_or_tensors(images: Any, labels: Any) -> None:
+    task = own(images, labels)
+    assert (task.output_size, task.default_test_size, task.split_size("test")) == (3, 10, 10)
+    input, target = task.test_set(1, 10)
+    expected = torch.from_numpy(PIXELS[20:] / 255).float()
+    torch.testing.assert_close(input, expected, rtol=0, atol=1e-3 if images.dtype == np.float16 else 1e-6)
+    assert target.tolist() == LABELS[20:].tolist()
+    assert {tuple(image.flatten().tolist()) for image in task.batch(1, 0, 18).input} <= {
+        tuple(image.flatten().tolist()) for image in ImageClasses.evaluation_batches(task, "train", 18).__next__().input
+    }, "not augmented unless the set says so"
+
+
+def test_one_plane_needs_no_axis_of_its_own() -> None:
+    plane = PIXELS[:, 0]
+    task = own(plane, shape=(1, 3, 4))
+    torch.testing.assert_close(task.test_set(1, 10).input, torch.from_numpy(plane[20:, None] / 255).float())
+
+
+@pytest.mark.parametrize(("largest", "divisor"), [(None, 255), (300.0, 300)])
+def test_the_largest_pixel_becomes_one(largest: float | None, divisor: float) -> None:
+    expected = torch.from_numpy(PIXELS[20:] / divisor).float()
+    torch.testing.assert_close(own(largest=largest).test_set(1, 10).input, expected)
+
+
+def test_pixels_that_were_normalised_stay_as_they_are_with_largest_one() -> None:
+    normal = np.random.default_rng(1).normal(size=(30, *SHAPE))
+    torch.testing.assert_close(own(normal, largest=1.0).test_set(1, 10).input, torch.from_numpy(normal[20:]).float())
+
+
+ONE_HOT = np.eye(3, dtype="int64")[LABELS]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: own(PIXELS.transpose(0, 2, 3, 1)),
+            "train_images must be [N, 2, 3, 4] or [N, 24], as the set's shape is (2, 3, 4), got [20, 3, 4, 2]; the "
+            "planes come first: images.transpose(0, 3, 1, 2)",
+        ),
+        (lambda: own(PIXELS[:, :1]), "train_images must be [N, 2, 3, 4] or [N, 24], as the set's shape is"),
+        (
+            lambda: own(PIXELS[:, 0], shape=(1, 4, 4)),
+            "must be [N, 1, 4, 4] or [N, 16] or [N, 4, 4], as the set's shape",
+        ),
+        (lambda: own(PIXELS.astype("int64")), "train_images must be bytes (uint8) or floating point, got torch.int64"),
+        (lambda: own(PIXELS.astype(float)), "train_images must be within 0 .. 1 if floating-point, got 0 .. 255; give"),
+        (
+            lambda: own(PIXELS / 127.5 - 1),
+            "train_images must be within 0 .. 1 if floating-point, got -1 .. 1; give the",
+        ),
+        (lambda: own(PIXELS / 255 * np.nan), "train_images must be finite, got 480 numbers that are not"),
+        (lambda: own(largest=1.0), "train_images must be at most largest = 1, got 255"),
+        (lambda: own(PIXELS.astype(str)), "train_images must be an array of numbers, got .*: dtype <U3"),
+        (
+            lambda: own(PIXELS[:20]),
+            "test_images and test_labels must have the same number of images in front, got [0, 2",
+        ),
+        (lambda: own(PIXELS[:20], LABELS[:20]), "test_images must be at least one image, got [0, 2, 3, 4]"),
+        (lambda: own(labels=LABELS[:-1]), "test_images and test_labels must have the same number of images in front"),
+        (lambda: own(labels=ONE_HOT), "train_labels must be classes [N], got [20, 3]; one-hot rows do by argmax(1)"),
+        (lambda: own(labels=LABELS[:, None]), "must be classes [N], got [20, 1]; a column becomes that by ravel()"),
+        (lambda: own(labels=LABELS.astype(float)), "classes 0 .. as integers, got torch.float64; whole numbers become"),
+        (
+            lambda: own(labels=LABELS.astype(str)),
+            "train_labels must be an array of numbers, got .*: dtype <U21; names of classes ",
+        ),
+        (lambda: own(labels=LABELS - 1), "train_labels must be classes 0 .., got -1"),
+        (lambda: own(labels=LABELS + 1, n_classes=3), "must be classes 0 .. 2, got 3; they count from 0: labels - 1"),
+        (lambda: own(n_classes=2), "train_labels must be classes 0 .. 1, got 2"),
+        (lambda: own(test_size=9), "test_size must be 10 (the test images) or None, got 9"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(make: Callable[[], ImageClasses], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make().split_size("train")
+    assert str(error.value).startswith("ImageSet(own.<locals>.load): ")
+
+
+def test_parts_of_two_kinds_and_what_is_no_images_are_refused() -> None:
+    mixed = Images(PIXELS[:20], LABELS[:20], PIXELS[20:] / 255, LABELS[20:])
+    for loaded, message in (
+        (mixed, "test_images must be torch.uint8 as train_images are, got torch.float32"),
+        (tuple(vars(mixed).values()), "load must return tpext.tasks.idx.Images, got tuple"),
+    ):
+        task = ImageClasses(ImageSet(lambda folder, loaded=loaded: loaded, SHAPE, SCALES))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            _ = task.data
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "says"),
+    [
+        (LABELS, {}, None),
+        (LABELS + 1, {}, "train_labels has no image of class 0, of 0 .. 3; the network gets an output for each"),
+        (LABELS, {"n_classes": 5}, "train_labels has no image of class 3, 4, of 0 .. 4;"),
+    ],
+)
+def test_a_class_without_training_images_brings_a_warning(labels: Any, options: Any, says: str | None) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        _ = own(labels=labels, **options).data
+    assert [says in str(one.message) for one in seen] == ([] if says is None else [True])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shape": (3, 4)}, "shape must be (planes, height, width), three integers >= 1, got (3, 4)"),
+        ({"shape": (2, 3, 0)}, "shape must be (planes, height, width), three integers >= 1, got (2, 3, 0)"),
+        ({"scales": {}}, "scales must be a dict such as"),
+        (
+            {"scales": {"standard": (0.5, 0.5)}},
+            "scales['standard'] must be a mean and a standard deviation > 0, 1 or 2",
+        ),
+        ({"scales": {"none": ((0.0,) * 3, (1.0,) * 3)}}, "scales['none'] must be a mean and a standard deviation > 0"),
+        ({"scales": {"none": ((0.0,), (0.0,))}}, "scales['none'] must be a mean and a standard deviation > 0"),
+        ({"n_classes": 0}, "n_classes must be None or an integer >= 1, got 0"),
+        ({"test_size": 2.5}, "test_size must be None or an integer >= 1, got 2.5"),
+        ({"held_out_per_class": -1}, "held_out_per_class must be None or an integer >= 0, got -1"),
+        ({"largest": 0.0}, "largest must be None or a finite number > 0, got 0.0"),
+        ({"flip": 1.5}, "flip must be a probability, 0 .. 1, got 1.5"),
+        ({"padding": -1}, "padding must be an integer >= 0, of pixels, got -1"),
+    ],
+)
+def test_fields_of_a_set_out_of_range_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"ImageSet: {message}")):
+        ImageSet(**{"load": load_mnist, "shape": SHAPE, "scales": SCALES, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, None),
+        ({"flip": 0.5}, "mirrored"),
+        ({"padding": 1}, "moved by up to 1 pixel"),
+        ({"flip": 0.1, "padding": 3}, "mirrored and moved by up to 3 pixels"),
+    ],
+)
+def test_augmentation_in_words(options: dict[str, Any], says: str | None) -> None:
+    task = own(**options)
+    assert task.augmentation == says
+    assert replace(task, augment=False).augmentation is None
+
+
+def test_augmentation_of_the_packages_sets_is_as_published() -> None:
+    found = {name: (images.flip, images.padding) for name, images in IMAGE_SETS.items()}
+    assert found == {**dict.fromkeys(("cifar10", "mnist", "fashion-mnist", "imagenet32"), (0.5, 4)), "digits": (0.0, 1)}
+
+
+def test_check_task_takes_a_set_of_ones_own() -> None:
+    check_task(own())
+    check_task(own(flip=0.5, padding=1, largest=255.0))
+    with pytest.raises(AssertionError, match=r"train_labels must be classes \[N\], got \[20, 3\]"):
+        check_task(own(labels=ONE_HOT))
+    with pytest.raises(TypeError, match=r"an ImageSet is checked as ImageClasses\(dataset=..\)"):
+        check_task(own().dataset)  # type: ignore[arg-type]
 
 
 # --- the real sets ---------------------------------------------------------------------------------------------------

@@ -63,6 +63,28 @@ def test_published_ldrl(dataset: str, network: str, lists: Any, lr: float, step:
     assert (parallel.weight_decay, parallel.feedback_weight_decay) == (1e-4, 1e-4)
 
 
+@pytest.mark.parametrize(
+    ("rule", "digits", "own"),
+    [
+        ("ldrl", ((0.02,), (0.02,)), ((0.01,), (0.02,))),
+        ("dtp", ((0.01,), (5e-3,)), ((2.5e-3,), (2e-4,))),
+        ("tp", ((0.01,), (5e-3,)), ((2.5e-3,), (2e-4,))),
+        ("backprop", ((0.014,), None), ((0.007,), None)),
+    ],
+)
+def test_small_images_of_ones_own_start_at_smaller_rates_than_the_digits(
+    rule: str, digits: Any, own: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from tpext.tasks import ImageSet\n"
+        'tiny = ImageSet(lambda folder: None, (1, 14, 14), {"standard": ((0.5,), (0.5,))})\n'
+    )
+    for dataset, (lr, feedback_lr) in (("digits", digits), (f"{tmp_path / 'mine.py'}:tiny", own)):
+        config = make_image_config(dataset, rule=rule)
+        assert config.lr == pytest.approx(lr)
+        assert config.feedback_lr == feedback_lr
+
+
 def test_published_backprop() -> None:
     vgg = make_image_config("cifar10", "simple-vgg", rule="backprop", preset="published")
     assert (vgg.lr, vgg.momentum, vgg.weight_decay, vgg.batch_size) == ((0.05,), 0.9, 0.0, 128)

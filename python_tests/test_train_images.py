@@ -51,6 +51,10 @@ def test_every_method_runs(rule: str, network: str, tmp_path: Path) -> None:
     names = {path.name for path in tmp_path.iterdir()}
     pictures = {"curve.png", "angles.png"}
     assert names == {"config.json", "metrics.csv", "result.json", "checkpoint.pt", "best.pt", "lock"} | pictures
+    model, task = load_model(tmp_path)
+    input, target = task.test_set(1, 360)
+    found = model(input.to(next(model.parameters()).dtype)).argmax(1) == target
+    assert float(found.double().mean()) == result.accuracy
 
 
 @pytest.mark.parametrize(("network", "rule"), [("simple-vgg", "ldrl"), ("resnet18", "ldrl"), ("resnet18", "fw-dtp")])
@@ -331,3 +335,38 @@ def test_trainers_have_their_settings() -> None:
     assert isinstance(trainer.optimizers[0], torch.optim.Adam)
     rates = make_optimizer(small("backprop", lr=(1.0, 2.0, 3.0, 4.0)), control.make_network()).param_groups
     assert [group["lr"] for group in rates] == [1.0, 2.0, 3.0, 4.0]
+
+
+QUARTERS = """
+from pathlib import Path
+import torch
+from tpext.tasks import ImageSet, load_mnist
+from tpext.tasks.idx import Images
+
+def load(folder):
+    whole = load_mnist(folder)
+    images = whole.train_images[:2000].view(-1, 14, 2, 14, 2).float().mean((2, 4)).byte()
+    labels = whole.train_labels[:2000]
+    return Images(images[:1600], labels[:1600], images[1600:], labels[1600:])
+
+quarters = ImageSet(load, (1, 14, 14), {"standard": ((0.13,), (0.31,))})
+"""
+
+
+@pytest.mark.parametrize(
+    ("rule", "accuracy"),
+    [
+        ("ldrl", 0.8),
+        pytest.param("running-ldrl", 0.8, marks=pytest.mark.slow),
+        # above chance by three standard errors; the method learns slowly
+        pytest.param("dtp", 0.15, marks=pytest.mark.slow),
+    ],
+)
+def test_small_images_of_ones_own_train_from_the_defaults(
+    rule: str, accuracy: float, tmp_path: Path, shared: Path
+) -> None:
+    """Digits of MNIST in 14 x 14 pixels, where the rates of the 8 x 8 digits diverge at iteration 175."""
+    (tmp_path / "mine.py").write_text(QUARTERS)
+    place = f"{tmp_path / 'mine.py'}:quarters"
+    config = make_image_config(place, rule=rule, epochs=5, threads=1, data_dir=str(shared / "data"))
+    assert train_images(config, tmp_path / "run").accuracy > accuracy

@@ -55,9 +55,11 @@ class _TrainImages:
     """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
 
     augment: Switch = False
-    """Change training images at random: mirrored, moved."""
+    """Change training images at random: mirrored and moved by up to 4 pixels, MNIST's too; digits moved by 1. The
+    settings of Ernoult et al. do, those of Meulemans et al. do not. A set of your own is changed as its flip and
+    padding say, which is not at all if it has none."""
     no_augment: Switch = False
-    """Leave them as they are. Neither: as in the preset."""
+    """Leave training images as they are."""
     data_dir: DataFolder = None
     """Folder with the data set's files."""
 

@@ -79,6 +79,10 @@ def make_image_config(
     layers = len(channels) + (1 if network in HIDDEN_NETWORKS or network in RESNETS else 0)
     case = Case(dataset, network, layers, shape, tuple(known_set.scales), channels, given.get("batch_size"))
     found = _settings(case, rule, method, preset, given)
+    if known_set.augmentation is None:
+        if given.get("augment"):
+            raise ConfigError(f"augment has no effect on dataset={dataset}, whose flip and padding are 0")
+        found["augment"] = False
     values: Values = {**dict.fromkeys(_KNOWN), **sizes, **_SHARED}
     values |= {name: value for name, value in found.items() if name not in METHOD_OPTIONS or name in method.options}
     values |= {**given, "dataset": dataset, "network": network, "rule": rule, "preset": preset}

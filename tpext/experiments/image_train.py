@@ -15,7 +15,7 @@ from torch.nn import functional
 from tpext.diagnostics import feedback_angles, gradient_angles
 from tpext.experiments.feedback_settings import is_small
 from tpext.experiments.image_folder import ImageFolder, ImageResult, ImageRow
-from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig
+from tpext.experiments.images import STEP_FACTOR, EvaluationSet, ImageConfig, data_errors
 from tpext.experiments.loop import Run, carry_out
 from tpext.experiments.passes import Course
 from tpext.experiments.run_folder import AnyRunFolder, RunError
@@ -162,8 +162,10 @@ def describe(config: ImageConfig) -> str:
     """Return a run's settings on one line.
 
     >>> from tpext.experiments import make_image_config
-    >>> describe(make_image_config("cifar10", rule="backprop"))
+    >>> describe(make_image_config("cifar10", rule="backprop", augment=False))
     'cifar10, simple-vgg 128-128-256-256-512, backprop, sgd 0.035 momentum 0.9, batch 128, 90 epochs, seed 1'
+    >>> describe(make_image_config("cifar10", rule="backprop")).partition("seed 1, ")[2]
+    'images mirrored and moved by up to 4 pixels'
     """
     details = [] if config.target_step is None else [f"target step {config.target_step:g}"]
     if config.iterations is not None:
@@ -178,6 +180,8 @@ def describe(config: ImageConfig) -> str:
         f"{config.epochs} epochs",
         f"seed {config.seed}",
     ]
+    if (augmentation := config.make_task().augmentation) is not None:
+        parts.append(f"images {augmentation}")
     return ", ".join(parts)
 
 
@@ -195,10 +199,12 @@ class _Run(Run[ImageConfig, ImageRow, ImageResult]):
         self.task = config.make_task()
         self.description = describe(config)
         self.evaluated = config.evaluated
-        if config.validation != 0 and self.task.split_size("validation") == 0:
+        with data_errors(config, self.task):
+            held_out = self.task.split_size("validation")
+        if config.validation != 0 and held_out == 0:
             raise ConfigError(f"validation must be 0 or leave at least one image, got {config.validation}")
 
-        self.model = config.make_network().to(self.device)
+        self.model = config.make_network(self.task).to(self.device)
         self.trainer = config.make_trainer(self.model)
         self.plan = ImagePlan.of(config, self.task, self.trainer is not None)
         self.iterations = self.plan.iterations

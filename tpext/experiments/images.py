@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -21,7 +22,7 @@ from torch import nn
 from tpext._names import did_you_mean
 from tpext.experiments.feedback_presets import METHODS, Method, find_method, set_layer_rule
 from tpext.experiments.feedback_settings import MEULEMANS_NETWORKS
-from tpext.experiments.own import find_own, is_path
+from tpext.experiments.own import as_config_errors, find_own, is_path
 from tpext.experiments.settings import (
     ConfigError,
     check_device_name,
@@ -148,7 +149,7 @@ class ImageConfig:
     epochs: int = described("Passes through the training images.")
     batch_size: int = described("Images per step.")
     normalization: Normalization = described("Mean and standard deviation that images are brought to.")
-    augment: bool = described("Change training images at random: mirrored, moved.")
+    augment: bool = described("Change training images at random: mirrored, moved (as the data set says).")
     validation: float | None = described(
         "Share of the training images that evaluations are on; with 0 they are on the test set.",
         "as published: 0.1; imagenet32 50 images a class",
@@ -199,10 +200,9 @@ class ImageConfig:
         self._check_lists()
         self._check_schedule()
         try:
-            task = self.make_task()
+            self.make_task()
         except ValueError as error:
             raise ConfigError(str(error).removeprefix("ImageClasses: ")) from error
-        assert task.output_size
 
     def _check_network(self) -> None:
         for size in self.channels:
@@ -283,7 +283,8 @@ class ImageConfig:
     @functools.cached_property
     def block_names(self) -> tuple[str, ...]:
         """Names of the network's blocks."""
-        return tuple(self.make_blocks("meta"))
+        # the same for any number of classes, which may take the files to know
+        return tuple(_blocks(self, self.make_task(), 1, "meta"))
 
     def make_task(self) -> ImageClasses:
         """Return the task, which reads no data yet."""
@@ -291,25 +292,32 @@ class ImageConfig:
         images = find_image_set(self.dataset, self.dataset_folder)
         return ImageClasses(images, self.normalization, self.augment, self.validation, self.train_size, data_dir=folder)
 
-    def make_blocks(self, device: str = "cpu") -> Blocks:
-        """Return the blocks of the network, initialised from torch's random state."""
-        return _blocks(self, device)
+    def make_blocks(self, device: str = "cpu", task: ImageClasses | None = None) -> Blocks:
+        """Return the blocks of the network, initialised from torch's random state; see :meth:`make_network`."""
+        task = task or self.make_task()
+        with data_errors(self, task):
+            classes = task.output_size
+        return _blocks(self, task, classes, device)
 
-    def make_network(self) -> TargetSequential:
+    def make_network(self, task: ImageClasses | None = None) -> TargetSequential:
         """Return the network with its feedback, both initialised from torch's random state, the blocks first.
+
+        Args:
+            task: what :meth:`make_task` has returned. Of a set that does not say its number of classes the files are
+                read, unless they were by this task.
 
         Raises:
             ConfigError: the method does not go with the network.
         """
         method = self.method
-        blocks = self.make_blocks()
+        task = task or self.make_task()
+        blocks = self.make_blocks(task=task)
         if method.linear is not None:
             set_layer_rule(blocks, method.linear(self))
         meulemans = self.network in MEULEMANS_NETWORKS
         feedback = layered_feedback(list(blocks.values())) if method.layered and meulemans else None
         try:
-            shape = self.make_task().shape
-            net = TargetSequential(blocks, rule=method.rule(self), input_shape=shape, feedback=feedback)
+            net = TargetSequential(blocks, rule=method.rule(self), input_shape=task.shape, feedback=feedback)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"rule={self.rule} does not go with {self._structure}: {error}") from error
         if meulemans:
@@ -363,9 +371,22 @@ class ImageConfig:
             raise ConfigError(f"not the configuration of a run of this version: {error}") from error
 
 
-def _blocks(config: ImageConfig, device: str) -> Blocks:
-    task = config.make_task()
-    common: dict[str, Any] = {"n_classes": task.output_size, "use_batchnorm": config.batchnorm, "device": device}
+@contextlib.contextmanager
+def data_errors(config: ImageConfig, task: ImageClasses) -> Iterator[None]:
+    """Make ValueErrors about a data set ConfigErrors, which name it as the user has; but one from a user's file stays,
+    to be shown with its place there.
+    """
+    try:
+        with as_config_errors():
+            yield
+    except ConfigError as error:
+        text = str(error)
+        named = text.removeprefix(f"{task.name}: ")
+        raise ConfigError(text if named == text else f"dataset {config.dataset}: {named}") from error
+
+
+def _blocks(config: ImageConfig, task: ImageClasses, n_classes: int, device: str) -> Blocks:
+    common: dict[str, Any] = {"n_classes": n_classes, "use_batchnorm": config.batchnorm, "device": device}
     if config.network == "mlp":
         bias = config.method.last_hidden_bias
         return meulemans_mlp(task.input_size, config.channels, last_hidden_bias=bias, **common)

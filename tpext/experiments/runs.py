@@ -18,10 +18,12 @@ from torch import nn
 
 from tpext.experiments.config import Config
 from tpext.experiments.image_folder import ImageFolder, open_folder
+from tpext.experiments.images import ImageConfig
 from tpext.experiments.model import make_model
 from tpext.experiments.run_folder import RunError, RunFolder, write_whole
 from tpext.experiments.saved_state import field, load
 from tpext.experiments.settings import FREE_FIELDS
+from tpext.nn import TargetSequential
 from tpext.tasks import Task
 
 State = Literal["waiting", "started", "complete", "diverged", "failed"]
@@ -158,7 +160,7 @@ def read_trained(folder: str | Path) -> Trained:
         raise RunError(f"{folder} holds no run with a checkpoint")
     with torch.random.fork_rng(devices=[]):
         name, network = (
-            ("model", make_model(config, task)) if isinstance(config, Config) else ("network", config.make_network())
+            ("model", make_model(config, task)) if isinstance(config, Config) else ("network", _image_network(config))
         )
     try:
         load(state, name, network)
@@ -166,6 +168,13 @@ def read_trained(folder: str | Path) -> Trained:
     except ValueError as error:
         raise RunError(f"{run.checkpoint}: not a checkpoint of this run: {error}") from error
     return Trained(network.eval(), task, iteration)
+
+
+def _image_network(config: ImageConfig) -> TargetSequential:
+    """A run's network, as its trainer leaves it: a tied one has no weights of its own in the feedback."""
+    network = config.make_network()
+    config.make_trainer(network)
+    return network
 
 
 def folders_of(*paths: str | Path) -> list[AnyFolder]:

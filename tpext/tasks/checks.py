@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from tpext.tasks.base import NOT_ASKED, Batch, Task
@@ -134,3 +139,77 @@ def finite(name: str, numbers: Tensor) -> Tensor:
         first = wrong.nonzero()[0].tolist()
         raise ValueError(f"{name} must be finite, got {int(wrong.sum())} numbers that are not, the first at {first}")
     return numbers
+
+
+def as_tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
+    """Return an array's numbers as a tensor, which shares their memory where it can.
+
+    Raises:
+        ValueError: they are no numbers.
+    """
+    try:
+        if isinstance(value, Tensor):
+            return value
+        array = np.asarray(value)
+        if array.dtype.kind in "USO":
+            raise TypeError(f"dtype {array.dtype}")
+        # torch has no negative strides, which a reversed axis has
+        return torch.as_tensor(array.copy() if any(stride < 0 for stride in array.strides) else array)
+    except (TypeError, ValueError, RuntimeError) as error:
+        more, first = "", value
+        if isinstance(value, (list, tuple, np.ndarray)) and np.size(np.asarray(value, dtype=object)):
+            first = value[0]
+        if isinstance(first, str):
+            more = "; names of classes become numbers by names, classes = np.unique(.., return_inverse=True)"
+        elif isinstance(first, (list, tuple, np.ndarray)):
+            more = "; sequences of several lengths are for a loop of your own, padded and with lengths"
+        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}: {error}{more}") from error
+
+
+def same_count(first: str, inputs: Tensor, second: str, targets: Tensor, what: str = "samples") -> int:
+    """Return the number of samples in two tensors.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
+        raise ValueError(
+            f"{first} and {second} must have the same number of {what} in front, "
+            f"got {list(inputs.shape)} and {list(targets.shape)}"
+        )
+    return len(inputs)
+
+
+_WARNED: dict[Any, Any] = {}
+"""Of :func:`warn_at`, so that one process says the same once."""
+
+
+def warn_at(load: Callable[..., object], text: str) -> None:
+    """Warn at a user's function, which is no caller of this one."""
+    place = getattr(load, "__code__", None)
+    if place is None:  # a callable of another kind
+        warnings.warn(text, UserWarning, stacklevel=3)
+    else:
+        warnings.warn_explicit(text, UserWarning, place.co_filename, place.co_firstlineno, registry=_WARNED)
+
+
+def warn_of_gaps(name: str, what: str, classes: Tensor, highest: int, load: Callable[..., object]) -> None:
+    """Warn of classes up to the highest that have no sample, as where they are counted from 1.
+
+    Args:
+        name: of the classes, for the text.
+        what: a sample is, for the text.
+        classes: of all samples.
+        highest: the last class that the network has an output for.
+        load: the user's function that returned them.
+    """
+    used = set(torch.unique(classes).tolist())
+    # not all: a number that is no class may be large
+    gaps = list(itertools.islice((one for one in range(highest + 1) if one not in used), 6))
+    if gaps:
+        shown = ", ".join(map(str, gaps[:5])) + ", .." * (len(gaps) > 5)
+        warn_at(
+            load,
+            f"{name} has no {what} of class {shown}, of 0 .. {highest}; the network gets an output for each. "
+            "Classes count from 0",
+        )

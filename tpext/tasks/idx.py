@@ -24,7 +24,9 @@ class MissingDataError(FileNotFoundError):
 
 @dataclass(frozen=True)
 class Images:
-    """Images ``[N, pixels]`` uint8 and labels ``[N]`` int64 of both parts."""
+    """Images ``[N, pixels]`` uint8 and labels ``[N]`` int64 of both parts. The ``load`` of a set of your own may give
+    them in the other forms that :class:`tpext.tasks.ImageSet` names.
+    """
 
     train_images: Tensor
     train_labels: Tensor

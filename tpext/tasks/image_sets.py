@@ -24,6 +24,7 @@ from tpext.tasks.base import (
     epoch_rows,
     random_generator,
 )
+from tpext.tasks.checks import as_tensor, finite, same_count, warn_of_gaps
 from tpext.tasks.idx import Images, load_fashion_mnist, load_mnist
 from tpext.tasks.imagenet32 import load_imagenet32
 from tpext.tasks.images import load_cifar10, load_digits
@@ -37,30 +38,167 @@ SPLIT_SEED = 42
 
 @dataclass(frozen=True)
 class ImageSet:
-    """What is fixed about a set: sizes, mean and standard deviation of each plane, augmentation, split.
+    """A set of images with one class each: where it comes from, its sizes, how images are normalised and augmented.
 
     A new set is one file of this package that adds an ``ImageSet`` to :data:`IMAGE_SETS`; or one outside, which
-    ``tpext train images --dataset file.py:NAME`` names.
+    ``tpext train images --dataset file.py:NAME`` names. What ``load`` returns is checked when it is first asked for.
 
     Args:
-        load: returns the images, of the files in a folder; None is the cache folder.
-        shape: planes, height and width of an image.
-        scales: by the names of normalisations, mean and standard deviation of each plane, of pixels in [0, 1].
+        load: returns the images and their classes, :class:`tpext.tasks.idx.Images` of arrays or tensors, of the files
+            in a folder; the folder is that of ``--data-dir``, None the cache folder. Images are ``[N, C, H, W]`` or
+            ``[N, C * H * W]``, of one plane ``[N, H, W]`` too: bytes (uint8), or floating point. Classes are ``[N]``
+            integers from 0.
+        shape: planes C, height H and width W of an image, in pixels.
+        scales: mean and standard deviation by the names of normalisations, each one number for all planes or one a
+            plane. They are of pixels divided by ``largest``. The default of a run is the one named "standard".
+        n_classes: number of classes, and of the network's outputs; None is the largest class + 1. Then the files are
+            read wherever a network is built.
+        test_size: number of test images; None is as many as there are. Another number than there are is refused.
+        largest: the pixel value that becomes 1; None is 255 for bytes and 1 for floating point. Floating-point pixels
+            that have been normalised already need it: 1.0 leaves them as they are.
+        flip: probability that augmentation mirrors a training image left to right, 0 .. 1.
+        padding: pixels by which augmentation moves a training image at most, up or down and left or right, >= 0. The
+            border repeats. With ``flip`` and ``padding`` 0, the default, images are not augmented.
+        held_out_per_class: images of each class in the validation set; None is a tenth of all training images.
+        has_files: whether ``load`` reads a folder that ``--data-dir`` may name; without it ``--data-dir`` is refused.
+
+    Raises:
+        ValueError: an argument out of its range.
     """
 
     load: Callable[[Path | None], Images]
     shape: tuple[int, int, int]
     scales: dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
-    n_classes: int = 10
-    test_size: int = 10_000
-    largest: float = 255.0
-    """The pixel value that becomes 1."""
-    flip: float = 0.5
-    padding: int = 4
+    n_classes: int | None = None
+    test_size: int | None = None
+    largest: float | None = None
+    flip: float = 0.0
+    padding: int = 0
     held_out_per_class: int | None = None
-    """Images of each class in the published validation set; None is a tenth of all."""
     has_files: bool = True
-    """Whether ``load`` reads a folder."""
+
+    def __post_init__(self) -> None:
+        shape: object = self.shape
+        if not isinstance(shape, tuple) or len(shape) != 3 or not all(_is_integer(size, 1) for size in shape):
+            raise ValueError(f"ImageSet: shape must be (planes, height, width), three integers >= 1, got {shape!r}")
+        scales: object = self.scales
+        if not isinstance(scales, dict) or not scales:
+            raise ValueError(
+                f'ImageSet: scales must be a dict such as {{"standard": ((0.5,), (0.5,))}}, got {scales!r}'
+            )
+        for name, scale in self.scales.items():
+            self._check_scale(f"ImageSet: scales[{name!r}]", scale)
+        for name, low in (("n_classes", 1), ("test_size", 1), ("held_out_per_class", 0)):
+            value = getattr(self, name)
+            if value is not None and not _is_integer(value, low):
+                raise ValueError(f"ImageSet: {name} must be None or an integer >= {low}, got {value!r}")
+        if self.largest is not None and not 0 < self.largest < math.inf:
+            raise ValueError(f"ImageSet: largest must be None or a finite number > 0, got {self.largest!r}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"ImageSet: flip must be a probability, 0 .. 1, got {self.flip!r}")
+        if not _is_integer(self.padding, 0):
+            raise ValueError(f"ImageSet: padding must be an integer >= 0, of pixels, got {self.padding!r}")
+
+    def _check_scale(self, name: str, scale: object) -> None:
+        planes = self.shape[0]
+        try:
+            mean, deviation = np.asarray(scale, dtype=float)
+            right = mean.shape in ((1,), (planes,)) and bool(np.isfinite(mean).all() and (deviation > 0).all())
+        except (TypeError, ValueError):
+            right = False
+        if not right:
+            count = "1 number" if planes == 1 else f"1 or {planes} numbers"
+            like = "such as ((0.5,), (0.5,))"
+            raise ValueError(f"{name} must be a mean and a standard deviation > 0, {count} each, {like}, got {scale!r}")
+
+    @property
+    def augmentation(self) -> str | None:
+        """What augmentation does to training images, in words; None if it leaves them as they are."""
+        parts = ["mirrored"] if self.flip else []
+        if self.padding:
+            parts.append(f"moved by up to {self.padding} pixel{'s' * (self.padding != 1)}")
+        return " and ".join(parts) or None
+
+    def read(self, folder: Path | None, name: str) -> Images:
+        """Return what ``load`` returns as tensors: images ``[N, C * H * W]``, classes ``[N]`` int64.
+
+        Args:
+            folder: of the files; None is the cache folder.
+            name: of the set, for errors.
+
+        Raises:
+            ValueError: arrays that do not go together, or with the set's sizes, named.
+        """
+        loaded: object = self.load(folder)
+        if not isinstance(loaded, Images):
+            raise ValueError(f"{name}: load must return tpext.tasks.idx.Images, got {type(loaded).__name__}")
+        parts = []
+        for part in ("train", "test"):
+            images = as_tensor(f"{name}: {part}_images", getattr(loaded, f"{part}_images"))
+            labels = as_tensor(f"{name}: {part}_labels", getattr(loaded, f"{part}_labels"))
+            same_count(f"{name}: {part}_images", images, f"{part}_labels", labels, "images")
+            images = self._checked_images(f"{name}: {part}_images", images)
+            parts += [images, _classes(f"{name}: {part}_labels", labels, self.n_classes)]
+        found = Images(*parts)
+        if found.train_images.dtype != found.test_images.dtype:
+            kinds = found.train_images.dtype, found.test_images.dtype
+            raise ValueError(f"{name}: test_images must be {kinds[0]} as train_images are, got {kinds[1]}")
+        return found
+
+    def _checked_images(self, name: str, images: Tensor) -> Tensor:
+        planes, height, width = self.shape
+        layouts = {"C, H, W": self.shape, "C * H * W": (math.prod(self.shape),)}
+        if planes == 1:
+            layouts["H, W"] = (height, width)
+        if images.shape[1:] not in layouts.values():
+            sizes = " or ".join(f"[N, {', '.join(map(str, sizes))}]" for sizes in layouts.values())
+            more = ""
+            if images.shape[1:] == (height, width, planes):
+                more = "; the planes come first: images.transpose(0, 3, 1, 2) of an array, permute of a tensor"
+            raise ValueError(
+                f"{name} must be {sizes}, as the set's shape is {self.shape}, got {list(images.shape)}{more}"
+            )
+        if len(images) == 0:
+            raise ValueError(f"{name} must be at least one image, got {list(images.shape)}")
+        if images.dtype == torch.uint8:
+            if self.largest is not None and self.largest < 255 and (high := int(images.max())) > self.largest:
+                raise ValueError(f"{name} must be at most largest = {self.largest:g}, got {high}")
+        elif images.is_floating_point():
+            images = finite(name, images.to(torch.float32))
+            lowest, highest = float(images.min()), float(images.max())
+            # images that were resized go beyond by a little
+            if self.largest is None and not (lowest >= -_BEYOND and highest <= 1 + _BEYOND):
+                more = "; give the ImageSet largest=, the value that becomes 1"
+                raise ValueError(f"{name} must be within 0 .. 1 if floating-point, got {lowest:g} .. {highest:g}{more}")
+        else:
+            raise ValueError(f"{name} must be bytes (uint8) or floating point, got {images.dtype}")
+        return images.reshape(len(images), -1).contiguous()
+
+
+_BEYOND = 0.5
+"""How far beyond 0 .. 1 floating-point pixels may be that have not been normalised."""
+
+
+def _is_integer(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _classes(name: str, labels: Tensor, n_classes: int | None) -> Tensor:
+    last = ".." if n_classes is None else f".. {n_classes - 1}"
+    if labels.dim() != 1:
+        more = ""
+        if labels.dim() == 2:
+            more = "; a column becomes that by ravel()" if labels.shape[1] == 1 else "; one-hot rows do by argmax(1)"
+        raise ValueError(f"{name} must be classes [N], got {list(labels.shape)}{more}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        more = "; whole numbers become that by astype('int64')"
+        raise ValueError(f"{name} must be classes 0 {last} as integers, got {labels.dtype}{more}")
+    classes = labels.to(torch.int64)
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or (n_classes is not None and high >= n_classes):
+        more = "; they count from 0: labels - 1" if low == 1 and high == n_classes else ""
+        raise ValueError(f"{name} must be classes 0 {last}, got {low if low < 0 else high}{more}")
+    return classes
 
 
 _HALF = ((0.5,), (0.5,))
@@ -76,20 +214,36 @@ IMAGE_SETS: dict[str, ImageSet] = {
             "meulemans": _HALF,
             "none": _UNCHANGED,
         },
+        n_classes=10,
+        test_size=10_000,
+        flip=0.5,
+        padding=4,
     ),
     "mnist": ImageSet(
-        load_mnist, (1, 28, 28), {"standard": _HALF, "meulemans": ((0.1307,), (0.3081,)), "none": _UNCHANGED}
+        load_mnist,
+        (1, 28, 28),
+        {"standard": _HALF, "meulemans": ((0.1307,), (0.3081,)), "none": _UNCHANGED},
+        n_classes=10,
+        test_size=10_000,
+        flip=0.5,
+        padding=4,
     ),
     "fashion-mnist": ImageSet(
-        load_fashion_mnist, (1, 28, 28), {"standard": _HALF, "meulemans": _UNCHANGED, "none": _UNCHANGED}
+        load_fashion_mnist,
+        (1, 28, 28),
+        {"standard": _HALF, "meulemans": _UNCHANGED, "none": _UNCHANGED},
+        n_classes=10,
+        test_size=10_000,
+        flip=0.5,
+        padding=4,
     ),
     "digits": ImageSet(
         lambda data_dir: load_digits(),
         (1, 8, 8),
         {"standard": _HALF, "none": _UNCHANGED},
+        n_classes=10,
         test_size=360,
         largest=16.0,
-        flip=0.0,
         padding=1,
         has_files=False,
     ),
@@ -99,6 +253,8 @@ IMAGE_SETS: dict[str, ImageSet] = {
         {"standard": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), "none": _UNCHANGED},
         n_classes=1000,
         test_size=50_000,
+        flip=0.5,
+        padding=4,
         held_out_per_class=50,
     ),
 }
@@ -137,14 +293,15 @@ class ImageClasses(Task):
 
     Training batches run through epochs, each in an order of its own fixed by (seed, epoch); images left over at an
     epoch's end are dropped. Augmentation is :func:`tpext.tasks.augmentation.flip_and_crop` with numbers drawn for each
-    (seed, iteration), before normalisation; as published digits of MNIST are mirrored too. The images of scikit-learn's
-    digits, of no publication, move by at most 1 pixel and are not mirrored.
+    (seed, iteration), before normalisation: images are mirrored with probability 1/2 and moved by up to 4 pixels. As
+    published digits of MNIST are mirrored too. The images of scikit-learn's digits, of no publication, move by at most
+    1 pixel and are not mirrored. An :class:`ImageSet` of your own is augmented as its ``flip`` and ``padding`` say.
 
     The validation set is taken out of the training images, at random but the same for every seed and ``train_size``.
     All sets index the arrays that were read: pixels stay uint8 and are converted batch by batch.
 
     Args:
-        dataset: see above.
+        dataset: see above; or an :class:`ImageSet` of your own.
         normalization: see above. "standard" is Ernoult's (2022), "3xstd" that of their older code.
         augment: change training images at random. Meulemans does not.
         validation: share of the training images that are kept for validation, 0 <= share < 1; None is as published: a
@@ -179,16 +336,31 @@ class ImageClasses(Task):
         if not isinstance(self.dataset, ImageSet) and self.dataset not in IMAGE_SETS:
             raise ValueError(f"ImageClasses: dataset must be one of {', '.join(IMAGE_SETS)}, got {self.dataset!r}")
         if self.data_dir is not None and not self._set.has_files:
-            raise ValueError(f"ImageClasses: data_dir does not belong to {self.dataset}, which has no files")
+            raise ValueError(f"ImageClasses: data_dir does not belong to {self.name}, which has no files")
         if self.normalization not in self._set.scales:
             known = ", ".join(self._set.scales)
             raise ValueError(
-                f"ImageClasses: normalization must be one of {known} for {self.dataset}, got {self.normalization!r}"
+                f"ImageClasses: normalization must be one of {known} for {self.name}, got {self.normalization!r}"
             )
         if self.validation is not None and not 0 <= self.validation < 1:
             raise ValueError(f"ImageClasses: validation must be None or in [0, 1), got {self.validation}")
-        # the whole official test set
-        object.__setattr__(self, "default_test_size", self._set.test_size)
+
+    @property
+    def name(self) -> str:
+        """The set's name; of one of your own that of its ``load``."""
+        if isinstance(self.dataset, str):
+            return self.dataset
+        return f"ImageSet({getattr(self.dataset.load, '__qualname__', 'load')})"
+
+    @property
+    def default_test_size(self) -> int:  # type: ignore[override]  # the whole test set
+        size = self._set.test_size
+        return len(self.data.test_labels) if size is None else size
+
+    @property
+    def augmentation(self) -> str | None:
+        """What happens to training images at random, in words; None if nothing does."""
+        return self._set.augmentation if self.augment else None
 
     @property
     def _set(self) -> ImageSet:
@@ -205,12 +377,27 @@ class ImageClasses(Task):
 
     @property
     def output_size(self) -> int:
-        return self._set.n_classes
+        return _highest(self.data) + 1 if self._set.n_classes is None else self._set.n_classes
 
     @functools.cached_property
     def data(self) -> Images:
-        """All images and labels, validation among the training ones, read when first asked for."""
-        return self._set.load(self.data_dir)
+        """All images and labels, validation among the training ones, read and checked when first asked for.
+
+        Raises:
+            ValueError: they do not go together, or with the set's sizes.
+        """
+        own = self._set
+        data = own.read(self.data_dir, self.name)
+        # the package's sets are known, and tests have parts of them
+        if isinstance(self.dataset, ImageSet):
+            count = len(data.test_labels)
+            if own.test_size not in (None, count):
+                raise ValueError(
+                    f"{self.name}: test_size must be {count} (the test images) or None, got {own.test_size}"
+                )
+            highest = _highest(data) if own.n_classes is None else own.n_classes - 1
+            warn_of_gaps(f"{self.name}: train_labels", "image", data.train_labels, highest, own.load)
+        return data
 
     @functools.cached_property
     def rows(self) -> dict[Split, Tensor]:
@@ -297,11 +484,17 @@ class ImageClasses(Task):
         return images[rows].view(-1, *self.shape)
 
     def _normalised(self, images: Tensor) -> Tensor:
+        largest = self._set.largest or (1.0 if images.is_floating_point() else 255.0)
         mean, deviation = (
-            torch.tensor([self._set.largest * value for value in values]).view(-1, 1, 1)
+            torch.tensor([largest * value for value in values]).view(-1, 1, 1)
             for values in self._set.scales[self.normalization]
         )
         return images.to(torch.float32).sub_(mean).div_(deviation)
+
+
+def _highest(data: Images) -> int:
+    """Return the largest class."""
+    return int(max(data.train_labels.max(), data.test_labels.max()))
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
-import warnings
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -26,7 +23,7 @@ from tpext.tasks.base import (
     epoch_rows,
     random_generator,
 )
-from tpext.tasks.checks import finite
+from tpext.tasks.checks import as_tensor, finite, same_count, warn_at, warn_of_gaps
 
 
 class Samples(NamedTuple):
@@ -60,10 +57,10 @@ class Samples(NamedTuple):
         """
         # before the order changes, so that an error's positions are those of the arrays
         inputs, targets = (
-            finite(f"Samples.split: {name}", _tensor(f"Samples.split: {name}", value))
+            finite(f"Samples.split: {name}", as_tensor(f"Samples.split: {name}", value))
             for name, value in (("input", input), ("target", target))
         )
-        count = _same_count("Samples.split: input", inputs, "target", targets)
+        count = same_count("Samples.split: input", inputs, "target", targets)
         if not 0 < test_share < 1 or not 0 < (tests := round(test_share * count)) < count:
             raise ValueError(f"Samples.split: test_share must leave both parts a sample of {count}, got {test_share}")
         order = torch.from_numpy(random_generator(0, SPLIT_STREAM).permutation(count))
@@ -86,7 +83,7 @@ class Samples(NamedTuple):
         (tensor(True), tensor([1., 1., 1.]))
         """
         train, test = (
-            _tensor(f"Samples.standardized: {name}", getattr(self, name)).to(torch.float64)
+            as_tensor(f"Samples.standardized: {name}", getattr(self, name)).to(torch.float64)
             for name in ("train_input", "test_input")
         )
         mean, deviation = _moments(train)
@@ -98,9 +95,6 @@ class Samples(NamedTuple):
 
 LARGE = 10.0
 """Root mean square beyond which numbers are told to be far from those that train well."""
-
-_WARNED: dict[Any, Any] = {}
-"""Of :meth:`StoredTask._warn`, so that one process says the same once."""
 
 
 class StoredTask(Task):
@@ -154,7 +148,8 @@ class StoredTask(Task):
                     f"{type(self).__name__}: test_{name} must be [N, {shape}] as train_{name}, got {list(second.shape)}"
                 )
         if self.criterion == "cross_entropy":
-            self._warn_of_gaps(train.target, highest=max(int(train.target.max()), int(test.target.max())))
+            highest = max(int(train.target.max()), int(test.target.max()))
+            warn_of_gaps(f"{type(self).__name__}: train_target", "sample", train.target, highest, self.load)
         elif self.criterion == "mse":
             self._warn_of_scale(
                 "target", train.target, "outputs start near 0: scale the targets, and correct with them"
@@ -165,39 +160,20 @@ class StoredTask(Task):
             self._warn_of_scale("input", train.input, more)
         return train, test
 
-    def _warn_of_gaps(self, classes: Tensor, highest: int) -> None:
-        """Warn of classes up to the highest that have no sample, as where they are counted from 1."""
-        used = set(torch.unique(classes).tolist())
-        # not all: a number that is no class may be large
-        gaps = list(itertools.islice((one for one in range(highest + 1) if one not in used), 6))
-        if gaps:
-            shown = ", ".join(map(str, gaps[:5])) + ", .." * (len(gaps) > 5)
-            self._warn(
-                f"train_target has no sample of class {shown}, of 0 .. {highest}; the network gets an output for each. "
-                "Classes count from 0"
-            )
-
     def _warn_of_scale(self, what: str, numbers: Tensor, more: str) -> None:
         mean, deviation = _moments(numbers.to(torch.float64))
         size = (mean**2 + deviation**2).sqrt()
-        if float(size.max()) > LARGE:
-            one = int(size.argmax())
-            self._warn(
-                f"train_{what} has large numbers: number {one} of {len(size)} has mean {float(mean[one]):.3g} and "
-                f"standard deviation {float(deviation[one]):.3g}; {more}"
-            )
-
-    def _warn(self, text: str) -> None:
-        """Warn at the user's method, which is no caller of this one."""
-        place = self.load.__code__
-        text = f"{type(self).__name__}: {text}"
-        warnings.warn_explicit(text, UserWarning, place.co_filename, place.co_firstlineno, registry=_WARNED)
+        one = int(size.argmax())
+        if float(size[one]) > LARGE:
+            moments = f"mean {float(mean[one]):.3g} and standard deviation {float(deviation[one]):.3g}"
+            text = f"train_{what} has large numbers: number {one} of {len(size)} has {moments}; {more}"
+            warn_at(self.load, f"{type(self).__name__}: {text}")
 
     def _part(self, part: str, input: ArrayLike | Tensor, target: ArrayLike | Tensor) -> Batch:
         """Training or test samples as tensors that go with the criterion."""
         names = tuple(f"{type(self).__name__}: {part}_{what}" for what in ("input", "target"))
-        inputs, targets = (_tensor(name, value) for name, value in zip(names, (input, target), strict=True))
-        _same_count(names[0], inputs, f"{part}_target", targets)
+        inputs, targets = (as_tensor(name, value) for name, value in zip(names, (input, target), strict=True))
+        same_count(names[0], inputs, f"{part}_target", targets)
         inputs = finite(names[0], inputs.to(torch.float32))
         if inputs.dim() not in ((3,) if self.every_step else (2, 3)) or 0 in inputs.shape:
             others = "" if self.every_step else ", or [N, I] for feed-forward networks"
@@ -271,34 +247,6 @@ def _moments(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each number of the last axis."""
     rows = numbers.reshape(-1, numbers.size(-1)) if numbers.dim() > 1 else numbers.reshape(-1, 1)
     return rows.mean(dim=0), rows.std(dim=0, correction=0)
-
-
-def _tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
-    try:
-        if isinstance(value, Tensor):
-            return value
-        array = np.asarray(value)
-        if array.dtype.kind in "USO":
-            raise TypeError(f"dtype {array.dtype}")
-        return torch.as_tensor(array)
-    except (TypeError, ValueError, RuntimeError) as error:
-        more, first = "", value
-        if isinstance(value, (list, tuple, np.ndarray)) and np.size(np.asarray(value, dtype=object)):
-            first = value[0]
-        if isinstance(first, str):
-            more = "; names of classes become numbers by names, classes = np.unique(.., return_inverse=True)"
-        elif isinstance(first, (list, tuple, np.ndarray)):
-            more = "; sequences of several lengths are for a loop of your own, padded and with lengths"
-        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}: {error}{more}") from error
-
-
-def _same_count(first: str, inputs: Tensor, second: str, targets: Tensor) -> int:
-    if inputs.dim() == 0 or targets.dim() == 0 or len(inputs) != len(targets):
-        raise ValueError(
-            f"{first} and {second} must have the same number of samples in front, "
-            f"got {list(inputs.shape)} and {list(targets.shape)}"
-        )
-    return len(inputs)
 
 
 def _classes(name: str, targets: Tensor, shape: torch.Size, steps: Sequence[int]) -> Tensor:
