@@ -341,7 +341,7 @@ def test_values_of_several_numbers_stand_in_the_table_as_on_the_command_line(
 ) -> None:
     words = ["--sizes", "8 8,4", "--iterations", "4", "--jobs", "1", "--out", "all"]
     assert tpext_command(["sweep", "xor", *words]) == 0
-    assert re.search(r"%  sizes 8 8$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"%  test loss [0-9.]+  sizes 8 8$", capsys.readouterr().out, re.MULTILINE)
     assert [row["sizes"] for row in table(Path("all")).values()] == ["4", "8 8"]
 
 

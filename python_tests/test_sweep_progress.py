@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from rich.console import Console
 from runs import small
@@ -14,7 +15,7 @@ from runs import small
 from tpext.experiments import make_config, make_image_config, sweep_progress
 from tpext.experiments.image_folder import ImageFolder, ImageRow
 from tpext.experiments.run_folder import Failure, Row, RunFolder
-from tpext.experiments.sweep_progress import SweepProgress, share_done
+from tpext.experiments.sweep_progress import SweepProgress, share_done, summarize
 
 
 def evaluated(folder: RunFolder, *iterations: int) -> None:
@@ -99,3 +100,16 @@ def test_the_share_of_images_is_that_of_their_epochs(tmp_path: Path) -> None:
     assert share_done(folder, folder.read_config()) == 0.3
     folder.path.joinpath("metrics.csv").unlink()
     assert share_done(folder, folder.read_config()) == 0.0
+
+
+def test_settings_of_one_accuracy_stand_by_their_loss() -> None:
+    table = pd.DataFrame(
+        {"lr": [1.0, 2.0, 3.0], "state": "complete", "accuracy": [0.0, 0.0, 0.5], "test_loss": [300.0, 200.0, 400.0]}
+    )
+    file = io.StringIO()
+    summarize(Console(file=file, width=100), table, ["lr"])
+    assert [line.split() for line in file.getvalue().splitlines()[1:]] == [
+        ["50.00%", "test", "loss", "400", "lr", "3.0"],
+        ["0.00%", "test", "loss", "200", "lr", "2.0"],
+        ["0.00%", "test", "loss", "300", "lr", "1.0"],
+    ]

@@ -78,7 +78,10 @@ def layer_diagnostics(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> 
     by_rule = copy.deepcopy(model)
     layers = {name: module for name, module in by_rule.named_modules() if isinstance(module, TargetLinear)}
     if not layers:
-        raise ValueError(f"layer_diagnostics: model must have a tpext.nn.TargetLinear, got {type(model).__name__}")
+        raise ValueError(
+            f"layer_diagnostics: model must have a tpext.nn.TargetLinear, got {type(model).__name__}; recurrent layers "
+            "have recurrent_angles, a TargetSequential gradient_angles"
+        )
     for name, layer in layers.items():
         if layer.activation.name in ("n_hot", "binary"):
             raise ValueError(

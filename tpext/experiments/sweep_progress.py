@@ -145,6 +145,8 @@ def share_done(run: AnyFolder, config: AnyConfig | None) -> float:
 def summarize(console: Console, table: pd.DataFrame, options: Sequence[str]) -> None:
     """Print the mean over seeds of what the options are, the best first; a run that diverged counts as zero.
 
+    Those of the same accuracy stand by their test loss, as where no output counts as right yet.
+
     Args:
         console: where.
         table: of :func:`tpext.experiments.runs.write_table`.
@@ -157,13 +159,16 @@ def summarize(console: Console, table: pd.DataFrame, options: Sequence[str]) -> 
         return
     counted = table.assign(accuracy=table.accuracy.mask(table.state == "diverged", 0.0))
     groups = counted.groupby(names or counted.state.map(lambda state: ""), sort=False, dropna=False)
-    means = groups.accuracy.agg(["mean", "min", "max", "count", "size"]).sort_values("mean", ascending=False)
+    means = groups.accuracy.agg(["mean", "min", "max", "count", "size"])
+    means["loss"] = groups.test_loss.mean() if "test_loss" in table else float("nan")
+    means = means.sort_values(["mean", "loss"], ascending=[False, True])
     for key, row in means.head(SHOWN).iterrows():
         values = zip(names, key if isinstance(key, tuple) else (key,), strict=bool(names))
         label = ", ".join(f"{name} {value}" for name, value in values if not pd.isna(value))
         mean = f"{row['mean']:.2%}" if row["count"] else "-"
         spread = f" ({row['min']:.2%} to {row['max']:.2%})" if row["count"] > 1 else ""
+        loss = "" if pd.isna(row["loss"]) else f"  test loss {row['loss']:.4g}"
         of_all = f", {row['count']:.0f} of {row['size']:.0f} runs" if row["count"] < row["size"] else ""
-        say(console, f"{mean:>9}{spread}  {label}{of_all}")
+        say(console, f"{mean:>9}{spread}{loss}  {label}{of_all}")
     if len(means) > SHOWN:
         say(console, f"{'':>9}  and {len(means) - SHOWN} more")
