@@ -56,12 +56,7 @@ class Compare:
         from tpext.experiments.runs import folders_of
 
         runs = [(label, run) for label, path in map(_split, self.runs) for run in folders_of(path)]
-        configs: list[HasOptions] = []
-        for _, run in runs:
-            config = run.read_config()
-            if config is None:
-                raise RunError(f"{run.path} holds no run")
-            configs.append(config)
+        configs = [run.read_saved() for _, run in runs]
         groups: dict[str, list[str | Path]] = {}
         for (label, run), default in zip(runs, default_labels(configs), strict=True):
             groups.setdefault(label or default, []).append(run.path)
