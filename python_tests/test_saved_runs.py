@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
+from tpext.experiments import own
 from tpext.experiments.cli import main as tpext_command
 from tpext.experiments.figures import draw_comparison, draw_run
 from tpext.experiments.image_folder import ImageFolder
@@ -256,3 +259,73 @@ def test_own_images_and_rules_of_them_are_read_without_code(here: Path, monkeypa
     assert (here.parent / "after.png").read_bytes() == (here.parent / "before.png").read_bytes()
     saved = ImageFolder("all/run").read_saved()
     assert (saved.title, saved.evaluated, saved.chance) == ("own.py:stripes, mlp", "validation", 1 / 3)
+
+
+# --- files of a user's that change ------------------------------------------------------------------------------------
+
+
+def again(text: str) -> None:
+    """Write own.py anew, as the next command finds it in a process of its own."""
+    Path("own.py").write_text(text)
+    get_reusable_executor().shutdown()  # the sweeps' processes
+    for name in [name for name in sys.modules if name.startswith("_own_own_")]:
+        del sys.modules[name]
+    for known in (own._HASHES, own._FOUND):
+        for key in [key for key in known if "own.py" in str(key)]:
+            del known[key]
+
+
+CHANGED = "own.py has changed since"
+
+
+def test_a_sweep_tells_of_a_rule_that_has_changed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep()
+    sweep()
+    assert CHANGED not in capsys.readouterr().out
+    before = load_runs("all")
+    again(OWN.replace("(1 - self.leak) * weight_hh", "0 * weight_hh"))
+    sweep("--seed", "1,2")
+    out = capsys.readouterr().out
+    assert f"{CHANGED} 2 of these runs were made; take another --out to run them anew" in out
+    # it is not what a run is: none is made again, and those of a new seed are of the file as it is
+    after = load_runs("all")
+    assert len(after) == 2 * len(before) == 6
+    kept = after[after.seed == 1].sort_values("folder")
+    assert list(kept.seconds) == list(before.sort_values("folder").seconds)
+    sweep("--seed", "2")
+    assert CHANGED not in capsys.readouterr().out
+    assert tpext_command(["sweep", "all"]) == 0
+    assert f"{CHANGED} 2 of these runs" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_tells_of_a_rule_that_has_changed(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", "mine.py:Readings", "--rule", "own.py:Leaky", *FIXED, "--out", "run", "--resume"]
+    assert tpext_command(words) == 0
+    assert tpext_command(words) == 0
+    assert CHANGED not in capsys.readouterr().out
+    again(OWN + "# a comment\n")
+    assert tpext_command(words) == 0
+    line = f"{CHANGED} this run was made; take another --out to run it anew"
+    assert capsys.readouterr().out.splitlines()[:2] == [line, "run is complete already"]
+    path = Path("run/config.json")
+    values = json.loads(path.read_text())
+    del values["own"]
+    path.write_text(json.dumps(values))
+    assert tpext_command(words) == 0
+    assert CHANGED not in capsys.readouterr().out
+
+
+def test_runs_that_failed_before_a_step_are_those_of_the_mended_rule(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = OWN.replace("return (1", "raise RuntimeError('broken')\n        return (1")
+    again(broken)
+    words = ["sweep", "mine.py:Readings", "--rule", "own.py:Leaky", *FIXED, "--jobs", "1", "--out", "all"]
+    assert tpext_command(words) == 1
+    again(OWN)
+    assert tpext_command(words) == 0
+    assert tpext_command(words) == 0
+    assert CHANGED not in capsys.readouterr().out
+    again(broken)
+    assert tpext_command(words) == 0
+    assert f"{CHANGED} 1 of these runs" in capsys.readouterr().out

@@ -201,6 +201,8 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         state = self.folder.load_checkpoint()
         if state is not None:
             self._restore(state)
+        if self.iteration == 0:
+            self.folder.write_config(self.config)  # with a user's code as it is now
         self.folder.write_rows(self.rows)
         self.started = time.perf_counter()
         try:
@@ -374,6 +376,8 @@ def begin(
     if saved is None:
         folder.check_empty()
     else:
+        for file in folder.changed_files():
+            say(console, f"{file} has changed since this run was made; take another --out to run it anew")
         result = folder.read_result()
         if result is not None:
             say(console, f"{folder.path} is complete already")

@@ -389,15 +389,31 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         return self._about(config)
 
     def changed_files(self) -> list[str]:
-        """Return the files of a user's that have changed since the run here was begun; none if that is not known.
+        """Return the files of a user's that have changed since the run here was made; none if that is not known.
+
+        A run that has not trained yet will be made with them as they are.
 
         Raises:
-            ConfigError: one is not there.
+            RunError: the run cannot be read.
         """
-        values, own = self._read()
-        before = own.get("sha256", {})
-        changed = [one.file for one in self._own_code(values) if before.get(one.what, one.hash()) != one.hash()]
-        return list(dict.fromkeys(changed))
+        try:
+            values, own = self._read()
+            before, code = own.get("sha256", {}), self._own_code(values)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise RunError(f"{self.config}: not the configuration of a run: {error}") from error
+        changed: dict[str, None] = {}
+        for one in code if before and self._has_trained() else ():
+            # what cannot be imported is told where a run needs it
+            with contextlib.suppress(ConfigError):
+                if before.get(one.what) != one.hash():
+                    changed[one.file] = None
+        return list(changed)
+
+    def _has_trained(self) -> bool:
+        """Whether the run has ended, or an evaluation says that it has trained."""
+        failure, rows = self.read_failure(), self.read_rows()
+        ended = self.result.exists() or (failure is not None and failure.diverged)
+        return ended or (bool(rows) and rows[-1].iteration > 0)
 
     def continued(self, asked: Mapping[str, Any]) -> ConfigT | None:
         """Return the configuration of the run here with the free fields asked for, None if there is no run.
