@@ -264,6 +264,42 @@ def test_a_signal_saves_a_checkpoint(
     assert after == default
 
 
+def test_ctrl_c_before_a_run_begins_says_that_nothing_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Any, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_module.TrainingRun, "__init__", interrupted)
+    status, _, err = call(f"train adding {SMALL} --out {tmp_path / 'run'}", capsys)
+    assert (status, err) == (130, "tpext: interrupted before the run began; nothing was written\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_says_that_it_stopped_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Any, iteration: int) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second Ctrl-C was not heard")
+        yield
+
+    monkeypatch.setattr(train_module.TrainingRun, "_step", interrupted)
+    status, _, err = call(f"train adding {SMALL} --out {tmp_path / 'run'}", capsys)
+    said = "interrupted; stopped at once; the same command with --resume continues from the last checkpoint"
+    assert (status, err) == (130, f"tpext: {said}\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resuming_where_no_run_is_says_that_one_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, folder = f"train adding {SMALL} --resume --out {tmp_path / 'run'}", tmp_path / "run"
+    status, out, _ = call(line, capsys)
+    assert (status, out.splitlines()[0]) == (0, f"{folder} holds no run to resume: a new one begins")
+    status, out, _ = call(line, capsys)
+    assert (status, "no run" in out) == (0, False)
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under nohup."""
     step = train_module.TrainingRun._step

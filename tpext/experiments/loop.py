@@ -90,6 +90,10 @@ _HANDLERS = {
 """What ends a run, with the handlers that say that nobody else takes care of it, as nohup does."""
 
 
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number, "stopped at once")
+
+
 @contextlib.contextmanager
 def catch_interrupts() -> Iterator[list[int]]:
     """Collect Ctrl-C, SIGTERM and SIGHUP in a list, for the loop to stop between two iterations.
@@ -106,7 +110,7 @@ def catch_interrupts() -> Iterator[list[int]]:
     def handle(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         if signal.SIGINT in taken:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, _stop_at_once)
 
     for number in taken:
         signal.signal(number, handle)
@@ -375,6 +379,8 @@ def begin(
     saved = folder.continued(config.options()) if resume else None
     if saved is None:
         folder.check_empty()
+        if resume:
+            say(console, f"{folder.path} holds no run to resume: a new one begins")
     else:
         for file in folder.changed_files():
             say(console, f"{file} has changed since this run was made; take another --out to run it anew")
