@@ -28,6 +28,7 @@ from tpext.experiments.cli import main
 from tpext.experiments.commands import Train, default_labels
 from tpext.experiments.config import Config, make_config
 from tpext.experiments.model import make_model, split_parameters
+from tpext.experiments.progress import describe
 from tpext.experiments.rule_names import RULES, SEQUENCE_RULES, rule_options
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.settings import ConfigError
@@ -391,6 +392,15 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
     ]
     labels = default_labels([first, make_config("adding", rule="backprop", lr=0.1)])
     assert labels == ["regularized-inverse, momentum 0.0, nesterov False", "backprop, momentum 0.9, nesterov True"]
+
+
+def test_the_slope_of_a_cell_with_gates_is_not_shown_as_it_does_nothing() -> None:
+    runs = [make_config("adding", cell=cell, slope="derivative", target_step=0.01) for cell in ("rnn", "gru", "lstm")]
+    other = make_config("adding", cell="lstm", target_step=0.01)
+    assert ["slope derivative" in describe(config) for config in runs] == [True, False, False]
+    labels = default_labels([*runs, other, make_config("adding", cell="rnn", target_step=0.01)])
+    assert ["slope" in label for label in labels] == [True, False, False, False, True]
+    assert labels[2] == labels[3]
 
 
 @pytest.mark.parametrize(

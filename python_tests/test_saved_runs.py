@@ -13,10 +13,11 @@ import pandas as pd
 import pytest
 from joblib.externals.loky import get_reusable_executor
 
-from tpext.experiments import own
+from tpext.experiments import make_config, own
 from tpext.experiments.cli import main as tpext_command
 from tpext.experiments.figures import draw_comparison, draw_run
 from tpext.experiments.image_folder import ImageFolder
+from tpext.experiments.progress import describe
 from tpext.experiments.run_folder import RunFolder, chance_of
 from tpext.experiments.runs import differing, load_metrics, load_model, load_runs
 
@@ -259,6 +260,17 @@ def test_own_images_and_rules_of_them_are_read_without_code(here: Path, monkeypa
     assert (here.parent / "after.png").read_bytes() == (here.parent / "before.png").read_bytes()
     saved = ImageFolder("all/run").read_saved()
     assert (saved.title, saved.evaluated, saved.chance) == ("own.py:stripes, mlp", "validation", 1 / 3)
+
+
+def test_headers_have_options_of_ones_own_that_are_not_the_defaults(here: Path) -> None:
+    plain = make_config("mine.py:Readings", rule="own.py:Leaky")
+    changed = make_config(
+        "mine.py:Readings", rule="own.py:Leaky", task_options={"scale": 2.0}, rule_options={"leak": 0.5}
+    )
+    assert "own.py:Leaky (credit local), " in describe(plain)
+    assert "scale" not in describe(plain)
+    assert "own.py:Leaky (credit local, leak 0.5), " in describe(changed)
+    assert ", scale 2.0, T=5, " in describe(changed)
 
 
 # --- files of a user's that change ------------------------------------------------------------------------------------
