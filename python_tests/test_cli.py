@@ -343,7 +343,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1
     assert err == f"tpext: {tmp_path / 'checkpoint.pt'} cannot be written: File too large\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.csv", "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"}
 
 
 def test_too_little_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -276,14 +276,14 @@ def test_headers_have_options_of_ones_own_that_are_not_the_defaults(here: Path) 
 # --- files of a user's that change ------------------------------------------------------------------------------------
 
 
-def again(text: str) -> None:
-    """Write own.py anew, as the next command finds it in a process of its own."""
-    Path("own.py").write_text(text)
+def again(text: str, file: str = "own.py") -> None:
+    """Write a file anew, as the next command finds it in a process of its own."""
+    Path(file).write_text(text)
     get_reusable_executor().shutdown()  # the sweeps' processes
-    for name in [name for name in sys.modules if name.startswith("_own_own_")]:
+    for name in [name for name in sys.modules if name.startswith(f"_own_{Path(file).stem}_")]:
         del sys.modules[name]
     for known in (own._HASHES, own._FOUND):
-        for key in [key for key in known if "own.py" in str(key)]:
+        for key in [key for key in known if file in str(key)]:
             del known[key]
 
 
@@ -341,3 +341,50 @@ def test_runs_that_failed_before_a_step_are_those_of_the_mended_rule(
     again(broken)
     assert tpext_command(words) == 0
     assert f"{CHANGED} 1 of these runs" in capsys.readouterr().out
+
+
+# --- errors in code of a user's ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("own.py", "return (1", "raise RuntimeError('broken')\n        return (1"),
+        (
+            "mine.py",
+            "    def load",
+            "    def correct(self, output, target):\n        raise RuntimeError('broken')\n\n    def load",
+        ),
+    ],
+    ids=["backward", "correct"],
+)
+def test_a_command_that_failed_before_a_step_can_be_given_again(
+    here: Path, file: str, before: str, after: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = Path(file).read_text()
+    assert before in right
+    words = ["train", "mine.py:Readings", "--rule", "own.py:Leaky", *FIXED, "--out", "run"]
+    again(right.replace(before, after), file)
+    Path("run").mkdir()
+    Path("run/notes.txt").write_text("mine")
+    assert tpext_command(words) == 1
+    assert "RuntimeError: broken" in capsys.readouterr().err
+    assert {path.name for path in Path("run").iterdir()} == {"notes.txt", "lock"}
+    again(right, file)
+    assert tpext_command(words) == 0
+    assert Path("run/notes.txt").read_text() == "mine"
+
+
+def test_an_error_after_a_step_leaves_the_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    count = "calls = []\n" + OWN.replace(
+        "return (1",
+        "calls.append(1)\n        if len(calls) > 3:\n            raise RuntimeError('late')\n        return (1",
+    )
+    again(count)
+    words = ["train", "mine.py:Readings", "--rule", "own.py:Leaky", *FIXED, "--out", "run"]
+    assert tpext_command([*words, "--checkpoint-interval", "1"]) == 1
+    assert "RuntimeError: late" in capsys.readouterr().err
+    assert RunFolder("run").config.exists()
+    assert RunFolder("run").checkpoint.exists()
+    assert tpext_command(words) == 1
+    assert "already holds a run" in capsys.readouterr().err

@@ -395,4 +395,12 @@ def begin(
     with folder.locked(), catch as caught:
         if saved is None:
             folder.create(config)
-        return (yield from run.course(caught, stop or (lambda: False)))
+        try:
+            return (yield from run.course(caught, stop or (lambda: False)))
+        except DivergedError:
+            raise
+        except Exception:
+            # such as one in a user's rule, whose next version wants the folder
+            if saved is None and run.iteration <= 1 and len(run.rows) <= 1:
+                folder.discard()
+            raise

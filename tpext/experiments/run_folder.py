@@ -335,6 +335,11 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         self.check_empty()
         self.write_config(config)
 
+    def discard(self) -> None:
+        """Remove what :meth:`create` and a run without a step have written; other files stay."""
+        for path in (self.metrics, self.checkpoint, self.config):
+            path.unlink(missing_ok=True)
+
     def write_config(self, config: ConfigT) -> None:
         """Write config.json: the configuration, and ``own``, of a user's code what is read of it without that code."""
         values = config.to_dict()
