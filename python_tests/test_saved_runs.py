@@ -147,6 +147,12 @@ def test_tables_are_the_same_without_code_and_data(here: Path, monkeypatch: pyte
     assert set(runs["task_options.scale"]) == {2.0}
     assert {"rule", "rule_options.leak"} <= set(differing(runs))
     assert "reverse_lr" not in runs
+    # a sweep that is complete needs neither
+    table = Path("all/table.csv")
+    before = table.read_text()
+    table.unlink()
+    assert tpext_command(["sweep", "all"]) == 0
+    assert table.read_text() == before
 
 
 def test_figures_are_the_same_without_code_and_data(

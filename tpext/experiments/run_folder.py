@@ -1,7 +1,7 @@
 """The files of a run. A kill at any moment leaves each whole, but for a last line of metrics.csv, which is passed over.
 
 ====================  =====================================================================================
-config.json           the configuration
+config.json           the configuration; under ``own``, of a user's code what is read of it without that code
 metrics.csv           iteration, train_loss, test_loss, accuracy, seconds, running_accuracy, validation_loss: one row
                       per evaluation
 checkpoint.pt         everything that continues the run bit for bit, the metrics so far included
