@@ -189,7 +189,8 @@ def describe(config: Config) -> str:
     parts = [
         config.task_name,
         *([config.task.subject] if config.task.subject else []),
-        *(f"{name.replace('_', ' ')} {value}" for name, value in own.items() if name in of_task),
+        # T says the length
+        *(f"{name.replace('_', ' ')} {value}" for name, value in own.items() if name in of_task and name != "length"),
         *network,
         rule + (f" ({', '.join(options)})" if options else ""),
         f"{config.optimizer} {rates}" + (f" momentum {config.momentum:g}" if config.momentum else ""),
