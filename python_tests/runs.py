@@ -76,7 +76,7 @@ def assert_last_good(folder: Path, iteration: int) -> None:
     assert all(float(row["test_loss"]) < float("inf") for row in metrics(folder))
 
 
-class Killed(Exception):  # noqa: N818  (it stands for a kill, not for an error)
+class Killed(BaseException):  # it stands for a kill, not for an error
     pass
 
 

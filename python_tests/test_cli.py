@@ -28,6 +28,7 @@ from tpext.experiments.cli import main
 from tpext.experiments.commands import Train, default_labels
 from tpext.experiments.config import Config, make_config
 from tpext.experiments.model import make_model, split_parameters
+from tpext.experiments.progress import describe
 from tpext.experiments.rule_names import RULES, SEQUENCE_RULES, rule_options
 from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.settings import ConfigError
@@ -265,6 +266,42 @@ def test_a_signal_saves_a_checkpoint(
     assert after == default
 
 
+def test_ctrl_c_before_a_run_begins_says_that_nothing_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Any, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_module.TrainingRun, "__init__", interrupted)
+    status, _, err = call(f"train adding {SMALL} --out {tmp_path / 'run'}", capsys)
+    assert (status, err) == (130, "tpext: interrupted before the run began; nothing was written\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_ctrl_c_says_that_it_stopped_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Any, iteration: int) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second Ctrl-C was not heard")
+        yield
+
+    monkeypatch.setattr(train_module.TrainingRun, "_step", interrupted)
+    status, _, err = call(f"train adding {SMALL} --out {tmp_path / 'run'}", capsys)
+    said = "interrupted; stopped at once; the same command with --resume continues from the last checkpoint"
+    assert (status, err) == (130, f"tpext: {said}\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resuming_where_no_run_is_says_that_one_begins(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line, folder = f"train adding {SMALL} --resume --out {tmp_path / 'run'}", tmp_path / "run"
+    status, out, _ = call(line, capsys)
+    assert (status, out.splitlines()[0]) == (0, f"{folder} holds no run to resume: a new one begins")
+    status, out, _ = call(line, capsys)
+    assert (status, "no run" in out) == (0, False)
+
+
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As under nohup."""
     step = train_module.TrainingRun._step
@@ -307,7 +344,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert status == 1
     assert err == f"tpext: {tmp_path / 'checkpoint.pt'} cannot be written: File too large\n"
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "metrics.csv", "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"lock"}
 
 
 def test_too_little_memory_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,6 +393,15 @@ def test_only_seeds_of_one_method_share_a_default_label() -> None:
     ]
     labels = default_labels([first, make_config("adding", rule="backprop", lr=0.1)])
     assert labels == ["regularized-inverse, momentum 0.0, nesterov False", "backprop, momentum 0.9, nesterov True"]
+
+
+def test_the_slope_of_a_cell_with_gates_is_not_shown_as_it_does_nothing() -> None:
+    runs = [make_config("adding", cell=cell, slope="derivative", target_step=0.01) for cell in ("rnn", "gru", "lstm")]
+    other = make_config("adding", cell="lstm", target_step=0.01)
+    assert ["slope derivative" in describe(config) for config in runs] == [True, False, False]
+    labels = default_labels([*runs, other, make_config("adding", cell="rnn", target_step=0.01)])
+    assert ["slope" in label for label in labels] == [True, False, False, False, True]
+    assert labels[2] == labels[3]
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,14 @@ class Cell(NamedTuple):
         layer: its class, with the signature of torch's and ``rule=``.
         nonlinearities: what its ``nonlinearity=`` may be; of a layer that has no such argument, the one that it is.
         both_biases: whether its two biases do not only ever act as their sum, so that both are trained.
+        gated: whether it has gates, whose slopes are options of their own, so that a rule's ``slope`` does nothing.
         forget_gate: which of its gates, in the order of its parameters' rows, keeps the cell's own state; None: none.
     """
 
     layer: Callable[..., Any]
     nonlinearities: tuple[str, ...]
     both_biases: bool = False
+    gated: bool = False
     forget_gate: int | None = None
 
     def make(
@@ -47,7 +49,7 @@ class Cell(NamedTuple):
 
 CELLS = {
     "rnn": Cell(RNN, ("tanh", "relu", "identity")),
-    "gru": Cell(GRU, ("tanh",), both_biases=True),
-    "lstm": Cell(LSTM, ("tanh",), forget_gate=1),
+    "gru": Cell(GRU, ("tanh",), both_biases=True, gated=True),
+    "lstm": Cell(LSTM, ("tanh",), gated=True, forget_gate=1),
 }
 """By the names of ``--cell``; a new one is one line."""

@@ -19,6 +19,7 @@ from rich.console import Console
 
 import tpext
 from tpext.experiments import train_help
+from tpext.experiments.cells import CELLS
 from tpext.experiments.feedback_figures import FigureCommand
 from tpext.experiments.image_commands import TrainImages
 from tpext.experiments.loop import Interrupted
@@ -56,12 +57,7 @@ class Compare:
         from tpext.experiments.runs import folders_of
 
         runs = [(label, run) for label, path in map(_split, self.runs) for run in folders_of(path)]
-        configs: list[HasOptions] = []
-        for _, run in runs:
-            config = run.read_config()
-            if config is None:
-                raise RunError(f"{run.path} holds no run")
-            configs.append(config)
+        configs = [run.read_saved() for _, run in runs]
         groups: dict[str, list[str | Path]] = {}
         for (label, run), default in zip(runs, default_labels(configs), strict=True):
             groups.setdefault(label or default, []).append(run.path)
@@ -82,9 +78,9 @@ def _split(run: str) -> tuple[str, str]:
 def default_labels(configs: Sequence[HasOptions]) -> list[str]:
     """Return a label for each run: its rule and the options in which the runs differ, seeds and free fields apart.
 
-    Runs have the same label only if they have the same configuration, seeds and free fields apart.
+    Runs have the same label only if they compute the same, seeds apart.
     """
-    methods = [config.options() for config in configs]
+    methods = [_that_act(config.options()) for config in configs]
     names = dict.fromkeys(name for method in methods for name in method if name not in ("rule", "seed", *FREE_FIELDS))
     if all(method.get("head_lr") == method.get("lr") for method in methods):
         names.pop("head_lr", None)  # it goes with lr
@@ -93,6 +89,12 @@ def default_labels(configs: Sequence[HasOptions]) -> list[str]:
         ", ".join([method["rule"], *(f"{name} {method[name]}" for name in differing if name in method)])
         for method in methods
     ]
+
+
+def _that_act(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without the slope of cells with gates, where it does nothing."""
+    cell = CELLS.get(options.get("cell", ""))
+    return {name: value for name, value in options.items() if not (name == "slope" and cell and cell.gated)}
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,11 @@ def run(arguments: Sequence[str]) -> int:
         print("tpext: stopped by this error in code of your own", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        more = "; the same command with --resume continues from the last checkpoint"
-        _last_words(f"tpext: {interrupt or 'interrupted'}{more * isinstance(command, (Train, TrainImages))}")
+        why = str(interrupt)
+        if isinstance(command, (Train, TrainImages)):
+            more = "; the same command with --resume continues from the last checkpoint"
+            why = why + more if why else "interrupted before the run began; nothing was written"
+        _last_words(f"tpext: {why or 'interrupted'}")
         return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
@@ -286,8 +286,7 @@ class Config:
     @property
     def title(self) -> str:
         """The task, what it is about and, for sequences, its length: what runs must share to be compared."""
-        parts = [self.task_name, self.task.subject, None if self.feed_forward else f"T={self.task.length}"]
-        return ", ".join(part for part in parts if part)
+        return title_of(self.task_name, self.task)
 
     def make_task(self) -> Task:
         """Return the task, with its data folder."""
@@ -297,16 +296,7 @@ class Config:
         """Return the value of every option of :func:`make_config` by its name, the task's and the rule's beside the
         others; those of a user's task or rule after ``task_options.`` and ``rule_options.``.
         """
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if not self.rule.learns:
-            del values["reverse_lr"]
-        values |= {"task": self.task_name, "rule": self.rule_name}
-        for what, own, of_it in (
-            ("task", task_names.is_own(self.task), task_names.options_of(self.task)),
-            ("rule", rule_names.is_own(type(self.rule)), asdict(self.rule)),
-        ):
-            values |= {f"{what}_options.{name}" if own else name: value for name, value in of_it.items()}
-        return values
+        return options_in(self.to_dict(), learns=self.rule.learns)
 
     def carried_out(self, asked: Mapping[str, Any]) -> Config:
         """Return the configuration with those of the options asked for that a resumed run may change."""
@@ -327,20 +317,54 @@ class Config:
             ConfigError: a field is missing, unknown or out of its range.
         """
         try:
-            values = dict(values)
-            if isinstance(values["task"], str):  # as earlier versions had it: the tasks' options among the others
-                flat = {name: values.pop(name) for name in ("length", "chunk", "train_size", "order")}
-                known = task_names.find_task(values["task"]).options
-                options = {name: value for name, value in flat.items() if name in known}
-                values["task"] = {"name": values["task"], "options": options}
-            if "cell" not in values:  # earlier versions had one
-                values["cell"] = None if values["hidden_size"] is None else "rnn"
-            values = {"forget_bias": None, "orthogonal": False, "gradients": False, **values}
-            sizes = None if values["sizes"] is None else tuple(values["sizes"])
+            values = in_this_version(values)
             task, rule = task_names.task_from_dict(values["task"]), rule_names.rule_from_dict(values["rule"])
-            return cls(**{**values, "task": task, "rule": rule, "sizes": sizes})
+            return cls(**{**values, "task": task, "rule": rule})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"not the configuration of a run of this version: {error}") from error
+
+
+def title_of(name: str, task: Task) -> str:
+    """Return a task's name, what it is about and, for sequences, its length."""
+    parts = [name, task.subject, None if task.length is None else f"T={task.length}"]
+    return ", ".join(part for part in parts if part)
+
+
+def in_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a config.json as :meth:`Config.to_dict` has them, of whichever version they are.
+
+    Raises:
+        KeyError, TypeError: other values than were written.
+    """
+    values = dict(values)
+    for name, value in (("forget_bias", None), ("orthogonal", False), ("gradients", False)):
+        values.setdefault(name, value)
+    if isinstance(values["task"], str):  # as earlier versions had it: the tasks' options among the others
+        flat = {name: values.pop(name) for name in ("length", "chunk", "train_size", "order")}
+        known = task_names.find_task(values["task"]).options
+        options = {name: value for name, value in flat.items() if name in known}
+        values["task"] = {"name": values["task"], "options": options}
+    if "options" not in values["rule"]:  # they stood beside the name
+        options = {name: value for name, value in values["rule"].items() if name != "name"}
+        values["rule"] = {"name": values["rule"]["name"], "options": options}
+    if "cell" not in values:  # earlier versions had one
+        values["cell"] = None if values["hidden_size"] is None else "rnn"
+    return {**values, "sizes": None if values["sizes"] is None else tuple(values["sizes"])}
+
+
+def options_in(values: Mapping[str, Any], *, learns: bool) -> dict[str, Any]:
+    """Return what :meth:`Config.options` does, of the values of :meth:`Config.to_dict`.
+
+    Args:
+        values: they may be of a user's task and rule that are not there.
+        learns: whether the rule learns something.
+    """
+    found = {name: value for name, value in values.items() if learns or name != "reverse_lr"}
+    for what, ours in (("task", TASKS), ("rule", RULES)):
+        name, of_it = values[what]["name"], values[what]["options"]
+        found[what] = name
+        found |= of_it if name in ours else {f"{what}_options.{option}": value for option, value in of_it.items()}
+    return found
 
 
 def make_config(

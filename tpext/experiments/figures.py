@@ -19,12 +19,11 @@ from matplotlib.ticker import PercentFormatter
 
 from tpext.experiments.config import Config
 from tpext.experiments.gradients import PLACE, read_gradients
-from tpext.experiments.image_folder import ImageFolder, open_folder
-from tpext.experiments.images import ImageConfig
+from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.model import Model
 from tpext.experiments.progress import describe
-from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
-from tpext.experiments.runs import State, folders_of, read_trained, state_of
+from tpext.experiments.run_folder import Row, RunError, RunFolder, SavedConfig, write_whole
+from tpext.experiments.runs import AnyFolder, folders_of, read_trained, state_of
 from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
 
@@ -53,10 +52,10 @@ def draw_run(folder: str | Path) -> Path:
         RunError: the folder holds no run with an evaluation.
     """
     folder = Path(folder)
-    config, metrics = _read(folder)
+    config, metrics = _read(RunFolder(folder))
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     losses, accuracy = figure.subplots(1, 2)
-    title, _, settings = describe(config).partition(", ")
+    title, _, settings = config.description.partition(", ")
     figure.suptitle(f"{title}: test accuracy {metrics.accuracy.iloc[-1]:.1%}", fontsize=13, color=INK)
 
     losses.plot(metrics.iteration, metrics.train_loss, color=COLOURS[1], lw=1.2, alpha=0.8, label="training")
@@ -67,7 +66,7 @@ def draw_run(folder: str | Path) -> Path:
     losses.legend(frameon=False)
     accuracy.plot(metrics.iteration, metrics.accuracy, color=COLOURS[0], lw=1.8)
     accuracy.fill_between(metrics.iteration, metrics.accuracy, color=COLOURS[0], alpha=0.08)
-    _style_accuracy(accuracy, config)
+    _style_accuracy(accuracy, config.chance)
     figure.supxlabel(_wrap(settings), fontsize=8, color="#777777")
     return save(figure, folder / "curve.png")
 
@@ -164,7 +163,9 @@ def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: 
     if not isinstance(runs, Mapping):
         raise TypeError(f"runs must be a mapping of labels to folders, got a {type(runs).__name__}")
     groups = {
-        label: [_read_any(run.path) for run in folders_of(*([those] if isinstance(those, (str, Path)) else those))]
+        label: [
+            (*_read(run), state_of(run)) for run in folders_of(*([those] if isinstance(those, (str, Path)) else those))
+        ]
         for label, those in runs.items()
     }
     empty = [label for label, members in groups.items() if not members]
@@ -191,11 +192,10 @@ def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: 
                 for _, metrics, _ in members:
                     axes.plot(metrics.iteration, metrics[column], **look, lw=0.7, alpha=0.4)
             axes.plot(mean.index, mean[column], **look, lw=2, label=f"{label} ({outcome})")
-    evaluated, unit = (config.evaluated, "epoch") if isinstance(config, ImageConfig) else ("test", "iteration")
-    _style_loss(losses, f"{evaluated} loss")
-    _style_accuracy(accuracy, config, evaluated)
+    _style_loss(losses, f"{config.evaluated} loss")
+    _style_accuracy(accuracy, config.chance, config.evaluated)
     for axes in (losses, accuracy):
-        axes.set_xlabel(unit, color=INK)
+        axes.set_xlabel(config.unit, color=INK)
     figure.suptitle(title or name, fontsize=13, color=INK)
     handles, labels = accuracy.get_legend_handles_labels()
     kept = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label != CHANCE_LABEL]
@@ -372,25 +372,16 @@ def draw_image_run(folder: str | Path) -> tuple[Path, Path]:
     return curve, save(figure, run.angles)
 
 
-def _read(folder: Path) -> tuple[Config, pd.DataFrame]:
-    run = RunFolder(folder)
-    config, rows = run.read_config(), run.read_rows()
-    if config is None or not rows:
-        raise RunError(f"{folder} holds no run with an evaluation")
-    return config, pd.DataFrame(rows, columns=list(Row._fields))
-
-
-def _read_any(folder: Path) -> tuple[Config | ImageConfig, pd.DataFrame, State]:
-    """Configuration, evaluations and state of a run of either kind; those on images by epoch."""
-    run = open_folder(folder)
+def _read(run: AnyFolder) -> tuple[SavedConfig, pd.DataFrame]:
+    """Configuration and evaluations of a run of either kind; those on images by epoch."""
+    rows = run.read_rows() if run.config.exists() else []
+    if not rows:
+        raise RunError(f"{run.path} holds no run with an evaluation")
     if isinstance(run, RunFolder):
-        return *_read(folder), state_of(run)
-    config, rows = run.read_config(), run.read_rows()
-    if config is None or not rows:
-        raise RunError(f"{folder} holds no run with an evaluation")
+        return run.read_saved(), pd.DataFrame(rows, columns=list(Row._fields))
     columns = {"iteration": "epoch", "test_loss": "loss", "accuracy": "accuracy"}
     table = pd.DataFrame({name: [getattr(row, of) for row in rows] for name, of in columns.items()})
-    return config, table, state_of(run)
+    return run.read_saved(), table
 
 
 def save(figure: Figure, out: str | Path) -> Path:
@@ -429,14 +420,12 @@ def _style_loss(axes: Axes, label: str) -> None:
     axes.set_ylabel(label, color=INK)
 
 
-def _style_accuracy(axes: Axes, config: Config | ImageConfig, evaluated: str = "test") -> None:
+def _style_accuracy(axes: Axes, chance: float | None, evaluated: str = "test") -> None:
     style(axes)
-    task = config.make_task()
-    # of the classes of steps none is as frequent as another
-    if task.criterion == "cross_entropy" and not task.every_step and task.output_size <= 10:
-        axes.axhline(1 / task.output_size, color="#999999", lw=1, ls=(0, (4, 3)), label=CHANCE_LABEL)
+    if chance is not None:
+        axes.axhline(chance, color="#999999", lw=1, ls=(0, (4, 3)), label=CHANCE_LABEL)
         axes.text(
-            0.99, 1 / task.output_size, CHANCE_LABEL, color="#777777", fontsize=8, va="bottom", ha="right",
+            0.99, chance, CHANCE_LABEL, color="#777777", fontsize=8, va="bottom", ha="right",
             transform=axes.get_yaxis_transform(),
         )  # fmt: skip
     axes.set_ylim(0, 1.03)

@@ -12,15 +12,24 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tpext.experiments.images import ImageConfig
-from tpext.experiments.run_folder import AnyRunFolder, RunError, RunFolder, write_whole
+from tpext.experiments.images import ImageConfig, options_in
+from tpext.experiments.own import is_path
+from tpext.experiments.run_folder import (
+    AnyRunFolder,
+    OwnCode,
+    RunError,
+    RunFolder,
+    SavedConfig,
+    chance_of,
+    write_whole,
+)
 
 
 class ImageRow(NamedTuple):
@@ -102,22 +111,32 @@ class ImageFolder(AnyRunFolder[ImageConfig, ImageRow, ImageResult]):
         self.best = self.path / "best.pt"
         self.angles = self.path / "angles.png"
 
-    def _names(self) -> tuple[str, ...]:
+    def _own_code(self, values: Mapping[str, Any]) -> list[OwnCode]:
+        names = {what: values[what] for what in ("dataset", "rule")}
+        return [OwnCode(what, name, values.get(f"{what}_folder")) for what, name in names.items() if is_path(name)]
+
+    def _about(self, config: ImageConfig) -> SavedConfig:
+        title, chance = config.title, chance_of(config.make_task())
+        return SavedConfig(title, title, chance, config.options(), config.evaluated, "epoch")
+
+    def _saved(self, values: Mapping[str, Any], own: Mapping[str, Any]) -> SavedConfig:
+        title = f"{values['dataset']}, {values['network']}"
+        evaluated = "test" if values["validation"] == 0 else "validation"
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return SavedConfig(title, title, own.get("chance"), options_in(options), evaluated, "epoch")
+
+    def _header(self) -> Sequence[str]:
         config = self.read_config()
         if config is None:
             raise RunError(f"{self.path} holds no run")
-        return config.block_names
-
-    def _header(self) -> Sequence[str]:
-        names = self._names()
-        kinds = ("feedback_angle", "gradient_angle")
-        return [*SCALARS, *(f"{kind}_{name}" for kind in kinds for name in names)]
+        return _columns(config.block_names)
 
     def _cells(self, row: ImageRow) -> Sequence[object]:
         return [*row[:-2], *row.feedback_angles, *row.gradient_angles]
 
     def _rows(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[ImageRow]:
-        if list(header) != list(self._header()):
+        blocks = header[len(SCALARS) : (len(SCALARS) + len(header)) // 2]
+        if list(header) != _columns([name.removeprefix("feedback_angle_") for name in blocks]):
             raise ValueError(f"its columns are {', '.join(header)}")
         return [_row(cells, len(header)) for cells in lines]
 
@@ -139,6 +158,11 @@ class ImageFolder(AnyRunFolder[ImageConfig, ImageRow, ImageResult]):
             raise
         except Exception as error:  # a broken archive can raise anything
             raise RunError(f"{self.best}: not a readable checkpoint ({type(error).__name__})") from error
+
+
+def _columns(blocks: Sequence[str]) -> list[str]:
+    """The columns of a table, with those of each block."""
+    return [*SCALARS, *(f"{kind}_{name}" for kind in ("feedback_angle", "gradient_angle") for name in blocks)]
 
 
 def _row(cells: Sequence[str], columns: int) -> ImageRow:

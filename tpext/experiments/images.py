@@ -344,10 +344,7 @@ class ImageConfig:
         """Return the value of every option of :func:`make_image_config` by its name; those of a user's rule after
         ``rule_options.``.
         """
-        values = self.to_dict()
-        del values["rule_folder"], values["dataset_folder"]
-        own = values.pop("rule_options") or {}
-        return {**values, **{f"rule_options.{name}": value for name, value in own.items()}}
+        return options_in(self.to_dict())
 
     def carried_out(self, asked: Mapping[str, Any]) -> ImageConfig:
         """Return the configuration with those of the options asked for that a resumed run may change."""
@@ -383,6 +380,14 @@ def data_errors(config: ImageConfig, task: ImageClasses) -> Iterator[None]:
         text = str(error)
         named = text.removeprefix(f"{task.name}: ")
         raise ConfigError(text if named == text else f"dataset {config.dataset}: {named}") from error
+
+
+def options_in(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what :meth:`ImageConfig.options` does, of the values of :meth:`ImageConfig.to_dict`."""
+    apart = ("rule_options", "rule_folder", "dataset_folder")
+    own = values.get("rule_options") or {}
+    found = {name: value for name, value in values.items() if name not in apart}
+    return {**found, **{f"rule_options.{name}": value for name, value in own.items()}}
 
 
 def _blocks(config: ImageConfig, task: ImageClasses, n_classes: int, device: str) -> Blocks:

@@ -90,6 +90,10 @@ _HANDLERS = {
 """What ends a run, with the handlers that say that nobody else takes care of it, as nohup does."""
 
 
+def _stop_at_once(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number, "stopped at once")
+
+
 @contextlib.contextmanager
 def catch_interrupts() -> Iterator[list[int]]:
     """Collect Ctrl-C, SIGTERM and SIGHUP in a list, for the loop to stop between two iterations.
@@ -106,7 +110,7 @@ def catch_interrupts() -> Iterator[list[int]]:
     def handle(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         if signal.SIGINT in taken:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, _stop_at_once)
 
     for number in taken:
         signal.signal(number, handle)
@@ -201,6 +205,8 @@ class Run(ABC, Generic[ConfigT, RowT, ResultT]):
         state = self.folder.load_checkpoint()
         if state is not None:
             self._restore(state)
+        if self.iteration == 0:
+            self.folder.write_config(self.config)  # with a user's code as it is now
         self.folder.write_rows(self.rows)
         self.started = time.perf_counter()
         try:
@@ -373,7 +379,11 @@ def begin(
     saved = folder.continued(config.options()) if resume else None
     if saved is None:
         folder.check_empty()
+        if resume:
+            say(console, f"{folder.path} holds no run to resume: a new one begins")
     else:
+        for file in folder.changed_files():
+            say(console, f"{file} has changed since this run was made; take another --out to run it anew")
         result = folder.read_result()
         if result is not None:
             say(console, f"{folder.path} is complete already")
@@ -385,4 +395,12 @@ def begin(
     with folder.locked(), catch as caught:
         if saved is None:
             folder.create(config)
-        return (yield from run.course(caught, stop or (lambda: False)))
+        try:
+            return (yield from run.course(caught, stop or (lambda: False)))
+        except DivergedError:
+            raise
+        except Exception:
+            # such as one in a user's rule, whose next version wants the folder
+            if saved is None and run.iteration <= 1 and len(run.rows) <= 1:
+                folder.discard()
+            raise

@@ -29,6 +29,8 @@ _FOUND: dict[tuple[str, str], Any] = {}
 """By file (or name) of the module, and by name in it, so that two ways to type a path lead to one class."""
 _PLACES: dict[int, Place] = {}
 """By the ids of what was found, which stays."""
+_HASHES: dict[str, str] = {}
+"""SHA-256 by file of the modules, as they were when they were read."""
 
 
 def is_path(name: object) -> bool:
@@ -49,14 +51,8 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
         ConfigError: the module cannot be imported, or has no such name.
     """
     place, _, attribute = name.rpartition(":")
-    here = Path.cwd()
-    base = Path(folder) if folder is not None and Path(folder).is_dir() else here
-    try:
-        module = _run_file(base, here, place) if place.endswith(".py") else _import(base, place)
-    # whatever a user's file raises
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}{_line_of(error, place)}"
-        raise ConfigError(f"{what} {name}: {place} cannot be imported: {why}") from error
+    base = _base_of(folder)
+    module = _module_of(what, name, base)
     key = (getattr(module, "__file__", None) or place, attribute)
     if key not in _FOUND:
         if not hasattr(module, attribute):
@@ -67,10 +63,44 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
     return _FOUND[key]
 
 
-def _line_of(error: BaseException, place: str) -> str:
+def hash_of(what: str, name: str, folder: str | None = None) -> str:
+    """Return the SHA-256 of the file that a path names, as it was when this process read it.
+
+    Raises:
+        ConfigError: the module cannot be imported.
+    """
+    file = getattr(_module_of(what, name, _base_of(folder)), "__file__", None)
+    return "" if file is None else _hash(file)
+
+
+def _hash(file: str) -> str:
+    if file not in _HASHES:
+        _HASHES[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return _HASHES[file]
+
+
+def _base_of(folder: str | None) -> Path:
+    return Path(folder) if folder is not None and Path(folder).is_dir() else Path.cwd()
+
+
+def _module_of(what: str, name: str, base: Path) -> ModuleType:
+    place = name.rpartition(":")[0]
+    try:
+        return _run_file(_file_of(base, place)) if place.endswith(".py") else _import(base, place)
+    # whatever a user's file raises
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}{_line_of(error, _file_of(base, place))}"
+        raise ConfigError(f"{what} {name}: {place} cannot be imported: {why}") from error
+
+
+def _file_of(base: Path, place: str) -> Path:
+    path = (base / place).resolve()
+    return path if path.exists() else Path(place).resolve()
+
+
+def _line_of(error: BaseException, file: Path) -> str:
     """Where an error came from in the file that was imported."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).name == Path(place).name]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
     return f" (line {lines[-1]})" if lines else ""
 
 
@@ -117,10 +147,7 @@ def _in_path(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
-def _run_file(base: Path, here: Path, place: str) -> ModuleType:
-    path = (base / place).resolve()
-    if not path.exists():
-        path = (here / place).resolve()
+def _run_file(path: Path) -> ModuleType:
     # where dataclasses and pickle look for it
     name = f"_own_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
@@ -129,6 +156,7 @@ def _run_file(base: Path, here: Path, place: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    _hash(str(path))  # of what is run, whatever is written there later
     sys.modules[name] = module
     try:
         # other files beside it, as Python has it of a script

@@ -13,14 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from tpext.experiments import rule_names, task_names
 from tpext.experiments.cells import CELLS
 from tpext.experiments.config import Config
-from tpext.rules import Rule
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 REDRAW_SECONDS = 0.1
+ALWAYS_SHOWN = ("credit", "correction", "dx", "update", "reg", "target_step", "noise")
+SHOWN_IF_CHANGED = ("normalize", "slope", "slope_reg", "unit_gain", "inverse", "gate_slope", "candidate_slope")
+"""What a line says of one of our rules only where it is not as it is by default; of a user's it says all such."""
 
 
 class ShownRow(Protocol):
@@ -159,17 +162,25 @@ def describe(config: Config) -> str:
     """
     rule = config.rule_name
     fields = {field.name for field in dataclasses.fields(config.rule)}
+    gated = config.cell is not None and CELLS[config.cell].gated
     options = [
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else format(value, 'g')}"
-        for name in ("credit", "correction", "dx", "update", "reg", "target_step", "noise")
+        for name in ALWAYS_SHOWN
         if name in fields and (value := getattr(config.rule, name)) is not None
     ]
-    options += [f"{name.replace('_', ' ')} {value}" for name, value in _changed(config.rule).items()]
+    options += [
+        f"{name.replace('_', ' ')} {value}"
+        for name, value in _changed(config.rule).items()
+        if name not in ALWAYS_SHOWN
+        if name in SHOWN_IF_CHANGED or rule_names.is_own(type(config.rule))
+        if not (gated and name == "slope")
+    ]
+    own = _changed(config.task) if task_names.is_own(config.task) else {}
+    of_task = task_names.options_of(config.task)
     rates = f"{config.lr:g}" if config.lr == config.head_lr else f"{config.lr:g} (head {config.head_lr:g})"
     if config.sizes is None:
         layers = f" x {config.layers} layers" if config.layers != 1 else ""
-        several = config.cell is not None and len(CELLS[config.cell].nonlinearities) > 1
-        units = config.nonlinearity if several else config.cell
+        units = config.cell if gated else config.nonlinearity
         constraint = ", orthogonal weights" if config.orthogonal else ""
         network = [f"T={config.task.length}", f"{config.hidden_size} {units} units{layers}{constraint}"]
     else:
@@ -178,6 +189,8 @@ def describe(config: Config) -> str:
     parts = [
         config.task_name,
         *([config.task.subject] if config.task.subject else []),
+        # T says the length
+        *(f"{name.replace('_', ' ')} {value}" for name, value in own.items() if name in of_task and name != "length"),
         *network,
         rule + (f" ({', '.join(options)})" if options else ""),
         f"{config.optimizer} {rates}" + (f" momentum {config.momentum:g}" if config.momentum else ""),
@@ -187,9 +200,11 @@ def describe(config: Config) -> str:
     return ", ".join(parts)
 
 
-def _changed(rule: Rule) -> dict[str, Any]:
-    """What a line says of a rule only where it is not as it is by default."""
-    names = ("normalize", "slope", "slope_reg", "unit_gain", "inverse", "gate_slope", "candidate_slope")
-    values = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.name in names}
-    defaults = {field.name: field.default for field in dataclasses.fields(rule)}
-    return {name: value for name, value in values.items() if value != defaults[name]}
+def _changed(of: Any) -> dict[str, Any]:
+    """The fields of a rule or a task that are not as they are by default."""
+    found = {}
+    for field in dataclasses.fields(of):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if (value := getattr(of, field.name)) != default:
+            found[field.name] = value
+    return found

@@ -151,11 +151,10 @@ def rule_to_dict(rule: Rule) -> dict[str, Any]:
 
 
 def rule_from_dict(values: Mapping[str, Any]) -> Any:
-    """Return the rule that :func:`rule_to_dict` wrote; earlier versions had the options beside the name.
+    """Return the rule that :func:`rule_to_dict` wrote.
 
     Raises:
         ConfigError: there is no such rule.
         KeyError, TypeError, ValueError: other values than were written.
     """
-    options = values["options"] if "options" in values else {k: v for k, v in values.items() if k != "name"}
-    return find_rule(values["name"], values.get("folder"))(**options)
+    return find_rule(values["name"], values.get("folder"))(**values["options"])

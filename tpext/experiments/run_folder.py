@@ -1,7 +1,7 @@
 """The files of a run. A kill at any moment leaves each whole, but for a last line of metrics.csv, which is passed over.
 
 ====================  =====================================================================================
-config.json           the configuration
+config.json           the configuration; under ``own``, of a user's code what is read of it without that code
 metrics.csv           iteration, train_loss, test_loss, accuracy, seconds, running_accuracy, validation_loss: one row
                       per evaluation
 checkpoint.pt         everything that continues the run bit for bit, the metrics so far included
@@ -36,9 +36,12 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_or
 
 import torch
 
-from tpext.experiments.config import Config
-from tpext.experiments.own import find_own, is_path, place_of
+from tpext.experiments.config import Config, in_this_version, options_in, title_of
+from tpext.experiments.own import find_own, hash_of, is_path, place_of
+from tpext.experiments.progress import describe
 from tpext.experiments.settings import ConfigError
+from tpext.experiments.task_names import task_from_dict
+from tpext.tasks import TASKS, MissingDataError, Task
 
 CHECKPOINT_FORMAT = 1
 
@@ -140,6 +143,65 @@ class RunConfig(Protocol):
     def carried_out(self: ConfigT, asked: Mapping[str, Any]) -> ConfigT:
         """Return the configuration with those of the options asked for that a resumed run may change."""
 
+    def make_task(self) -> Task:
+        """Return the task."""
+
+    @property
+    def title(self) -> str:
+        """What runs must share to be compared."""
+
+
+@dataclass(frozen=True)
+class SavedConfig:
+    """What tables and figures need of a run's configuration, read without a user's code and data.
+
+    Attributes:
+        title: what runs must share to be compared.
+        description: its settings on one line.
+        chance: accuracy of a guess; None where it is not known, or one class is more frequent than another.
+        values: see :meth:`options`.
+        evaluated: name of the set that evaluations are on.
+        unit: what they are counted in.
+    """
+
+    title: str
+    description: str
+    chance: float | None
+    values: Mapping[str, Any]
+    evaluated: str = "test"
+    unit: str = "iteration"
+
+    def options(self) -> dict[str, Any]:
+        """Return the value of every option by its name, as the configuration does."""
+        return dict(self.values)
+
+
+def chance_of(task: Task) -> float | None:
+    """Return the accuracy of a guess of a task with few classes."""
+    # of the classes of steps none is as frequent as another
+    if task.criterion != "cross_entropy" or task.every_step:
+        return None
+    with contextlib.suppress(MissingDataError):
+        return 1 / task.output_size if task.output_size <= 10 else None
+    return None
+
+
+class OwnCode(NamedTuple):
+    """What a configuration names of a user's: "task" or another option, its path, and where that was typed."""
+
+    what: str
+    name: str
+    folder: str | None
+
+    @property
+    def file(self) -> str:
+        """The file, as it was typed."""
+        return self.name.rpartition(":")[0]
+
+    def hash(self) -> str:
+        """The SHA-256 of the file."""
+        return hash_of(*self)
+
 
 class HasOptions(Protocol):
     """A configuration, as far as :func:`differences` looks at it."""
@@ -214,6 +276,18 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
     def _rows(self, header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[RowT]:
         """The rows of a table's cells; ValueError if it is another table."""
 
+    @abstractmethod
+    def _own_code(self, values: Mapping[str, Any]) -> list[OwnCode]:
+        """What the values of config.json name of a user's."""
+
+    @abstractmethod
+    def _about(self, config: ConfigT) -> SavedConfig:
+        """What tables and figures need of a configuration."""
+
+    @abstractmethod
+    def _saved(self, values: Mapping[str, Any], own: Mapping[str, Any]) -> SavedConfig:
+        """The same of the values of config.json, with what :meth:`write_config` adds of a user's code."""
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other processes off the run; makes the folder.
@@ -259,7 +333,32 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
             RunError: there is a run already, or a part of one.
         """
         self.check_empty()
-        write_whole(self.config, as_json(config.to_dict()))
+        self.write_config(config)
+
+    def discard(self) -> None:
+        """Remove what :meth:`create` and a run without a step have written; other files stay."""
+        for path in (self.metrics, self.checkpoint, self.config):
+            path.unlink(missing_ok=True)
+
+    def write_config(self, config: ConfigT) -> None:
+        """Write config.json: the configuration, and ``own``, of a user's code what is read of it without that code."""
+        values = config.to_dict()
+        code = self._own_code(values)
+        if code:
+            about = self._about(config)
+            values["own"] = {
+                "title": about.title,
+                "description": about.description,
+                "chance": about.chance,
+                "learns": "reverse_lr" in about.values,
+                "sha256": {one.what: one.hash() for one in code},
+            }
+        write_whole(self.config, as_json(values))
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The values of config.json, and what it has of a user's code, which runs of earlier versions have not."""
+        values = dict(json.loads(self.config.read_text()))
+        return values, values.pop("own", {})
 
     def read_config(self) -> ConfigT | None:
         """Return the configuration of the run here, None if there is none.
@@ -270,11 +369,56 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         if not self.config.exists():
             return None
         try:
-            return self.config_class.from_dict(json.loads(self.config.read_text()))
+            return self.config_class.from_dict(self._read()[0])
         except ConfigError as error:
             raise RunError(f"{self.config}: {error}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise RunError(f"{self.config}: not the configuration of a run: {error}") from error
+
+    def read_saved(self) -> SavedConfig:
+        """Return what tables and figures need of the configuration of the run here, without a user's code and data.
+
+        Raises:
+            RunError: there is none, or it cannot be read.
+        """
+        if not self.config.exists():
+            raise RunError(f"{self.path} holds no run")
+        try:
+            values, own = self._read()
+            if self._own_code(values):
+                return self._saved(values, own)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise RunError(f"{self.config}: not the configuration of a run: {error}") from error
+        config = self.read_config()
+        assert config is not None
+        return self._about(config)
+
+    def changed_files(self) -> list[str]:
+        """Return the files of a user's that have changed since the run here was made; none if that is not known.
+
+        A run that has not trained yet will be made with them as they are.
+
+        Raises:
+            RunError: the run cannot be read.
+        """
+        try:
+            values, own = self._read()
+            before, code = own.get("sha256", {}), self._own_code(values)
+        except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+            raise RunError(f"{self.config}: not the configuration of a run: {error}") from error
+        changed: dict[str, None] = {}
+        for one in code if before and self._has_trained() else ():
+            # what cannot be imported is told where a run needs it
+            with contextlib.suppress(ConfigError):
+                if before.get(one.what) != one.hash():
+                    changed[one.file] = None
+        return list(changed)
+
+    def _has_trained(self) -> bool:
+        """Whether the run has ended, or an evaluation says that it has trained."""
+        failure, rows = self.read_failure(), self.read_rows()
+        ended = self.result.exists() or (failure is not None and failure.diverged)
+        return ended or (bool(rows) and rows[-1].iteration > 0)
 
     def continued(self, asked: Mapping[str, Any]) -> ConfigT | None:
         """Return the configuration of the run here with the free fields asked for, None if there is no run.
@@ -402,6 +546,28 @@ class RunFolder(AnyRunFolder[Config, Row, Result]):
         self.reconstruction = self.path / "reconstruction.png"
         self.sample = self.path / "sample.txt"
         self.gradients = self.path / "gradients.csv"
+
+    def _own_code(self, values: Mapping[str, Any]) -> list[OwnCode]:
+        values = in_this_version(values)
+        parts = {what: values[what] for what in ("task", "rule")}
+        return [
+            OwnCode(what, of_it["name"], of_it.get("folder")) for what, of_it in parts.items() if is_path(of_it["name"])
+        ]
+
+    def _about(self, config: Config) -> SavedConfig:
+        return SavedConfig(config.title, describe(config), chance_of(config.task), config.options())
+
+    def _saved(self, values: Mapping[str, Any], own: Mapping[str, Any]) -> SavedConfig:
+        values = in_this_version(values)
+        name = values["task"]["name"]
+        task = task_from_dict(values["task"]) if name in TASKS else None
+        title = name if task is None else title_of(name, task)
+        options = options_in(values, learns=own.get("learns", False))
+        description = f"{title}, {values['rule']['name']}, seed {values['seed']}"
+        chance = None if task is None else chance_of(task)
+        return SavedConfig(
+            own.get("title", title), own.get("description", description), own.get("chance", chance), options
+        )
 
     def _header(self) -> Sequence[str]:
         return Row._fields

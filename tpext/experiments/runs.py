@@ -60,6 +60,8 @@ def state_of(folder: AnyFolder) -> State:
 def load_runs(*paths: str | Path) -> pd.DataFrame:
     """Return one row for each run in folders, which may be runs' own, or hold any number of them at any depth.
 
+    Neither code of your own nor data is needed for it, here and in :func:`load_metrics`.
+
     Columns: ``folder``; ``state`` ("waiting", "started", "complete", "diverged" or "failed"); every option, as
     :meth:`tpext.experiments.Config.options` names them; what result.json has, with ``measures`` by their names; and
     ``message``, of a failure. Where a run has no such value the cell is missing.
@@ -84,7 +86,7 @@ def load_metrics(*paths: str | Path) -> pd.DataFrame:
     frames = []
     for folder in folders_of(*paths):
         rows = pd.DataFrame([row._asdict() for row in folder.read_rows()])
-        for name, value in _options(folder).items():
+        for name, value in folder.read_saved().options().items():
             if name not in rows:
                 rows[name] = [value] * len(rows)
         rows.insert(0, "folder", str(folder.path))
@@ -196,17 +198,10 @@ def folders_of(*paths: str | Path) -> list[AnyFolder]:
     return list(found.values())
 
 
-def _options(folder: AnyFolder) -> dict[str, Any]:
-    config = folder.read_config()
-    if config is None:
-        raise RunError(f"{folder.path} holds no run")
-    return config.options()
-
-
 def _table(folders: Sequence[AnyFolder]) -> pd.DataFrame:
     rows, options, measures = [], dict[str, None](), dict[str, None]()
     for folder in folders:
-        row = _options(folder)
+        row = folder.read_saved().options()
         options |= dict.fromkeys(row)
         result = folder.read_result()
         if result is not None:

@@ -32,11 +32,11 @@ DIED = "its process was killed while no other run was beside it: out of memory?"
 
 def default_jobs(runs: Sequence[AnyFolder]) -> int:
     """Return how many runs go side by side: as many as this process's cores carry, on a GPU one."""
-    configs = [config for run in runs if (config := run.read_config()) is not None]
-    if any(torch.device(config.device).type != "cpu" for config in configs):
+    options = [run.read_saved().options() for run in runs if run.config.exists()]
+    if any(torch.device(of_it["device"]).type != "cpu" for of_it in options):
         return 1
     cores: int = joblib.cpu_count()
-    return max(1, cores // max(config.threads or 1 for config in configs))
+    return max(1, cores // max(of_it["threads"] or 1 for of_it in options))
 
 
 def carry_out(

@@ -171,11 +171,10 @@ def _by_numbers(path: Path) -> list[str | int]:
 
 def _carry_out_differently(folder: AnyFolder, config: AnyConfig) -> None:
     """Write what a run may change of how it is carried out: device, threads, where its data is."""
-    saved = folder.read_config()
-    assert saved is not None
-    changed = saved.carried_out({name: getattr(config, name) for name in FREE_FIELDS if hasattr(config, name)})
+    saved = json.loads(folder.config.read_text())
+    changed = {**saved, **{name: getattr(config, name) for name in FREE_FIELDS if hasattr(config, name)}}
     if changed != saved:
-        write_whole(folder.config, as_json(changed.to_dict()))
+        write_whole(folder.config, as_json(changed))
 
 
 class Lock:

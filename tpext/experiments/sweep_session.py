@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,6 +69,7 @@ class Session:
             runs = folder.add(self.command, planned, varied) if planned else folder.folders()
             if not runs:
                 raise RunError(f"{folder.path} holds no run")
+            self._tell_of_changes(runs)
             try:
                 self._carry_out_runs(folder, lock, runs)
             finally:
@@ -85,6 +87,7 @@ class Session:
         folder = self._folder()
         with folder.locked() as lock:
             runs: list[AnyFolder] = []
+            self._tell_of_changes(folder.folders())
             try:
                 runs = search(
                     space,
@@ -162,6 +165,14 @@ class Session:
         if len(found) > 1 and "optimizer" not in varied:
             shown = "; ".join(f"{optimizer}: {', '.join(rules)}" for optimizer, rules in found.items())
             say(self.console, f"optimizers differ ({shown}); with --optimizer all runs have the same")
+
+    def _tell_of_changes(self, runs: Sequence[AnyFolder]) -> None:
+        """Say so where runs were made with a user's file as it no longer is: their results stay."""
+        for file, count in Counter(file for run in runs for file in run.changed_files()).items():
+            say(
+                self.console,
+                f"{file} has changed since {count} of these runs were made; take another --out to run them anew",
+            )
 
     def _check_devices(self, planned: Sequence[Planned]) -> None:
         if self.options.address is None:

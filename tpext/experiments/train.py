@@ -64,6 +64,7 @@ def train(
     Raises:
         ConfigError: the data, the device or an installed package does not allow the run, and no folder is made; or what
             a method of the rule returns does not fit the layer. A ValueError from a user's task stays as it is.
+            An error in the first step of a new run, or before it, leaves the folder free for another.
         RunError: the folder holds a run already, one that another process is at, or (with ``resume``) one that is
             broken or of another configuration: names the field.
         DivergedError: a non-finite loss, gradient or parameter; the last good checkpoint and the metrics stay.
