@@ -18,8 +18,9 @@ from tpext.experiments.cli import main as tpext_command
 from tpext.experiments.figures import draw_comparison, draw_run
 from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.progress import describe
-from tpext.experiments.run_folder import RunFolder, chance_of
+from tpext.experiments.run_folder import RunFolder
 from tpext.experiments.runs import differing, load_metrics, load_model, load_runs
+from tpext.experiments.saved_config import chance_of
 
 MINE = """
 from dataclasses import dataclass

@@ -25,8 +25,9 @@ from tpext.experiments.figures import draw_comparison, draw_heatmaps, draw_run
 from tpext.experiments.loop import Interrupted
 from tpext.experiments.model import SequenceModel, make_model
 from tpext.experiments.rule_names import LAYER_RULES, RULES, SEQUENCE_RULES
-from tpext.experiments.run_folder import Failure, Row, RunError, RunFolder, differences
+from tpext.experiments.run_folder import Failure, Row, RunError, RunFolder
 from tpext.experiments.runs import load_model, load_runs
+from tpext.experiments.saved_config import differences
 from tpext.experiments.train import DivergedError, train
 from tpext.tasks import make_task
 from tpext.tasks.toys import ToyName

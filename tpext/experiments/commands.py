@@ -31,7 +31,8 @@ from tpext.experiments.rule_names import (
     LAYER_RULES,
     SEQUENCE_RULES,
 )
-from tpext.experiments.run_folder import HasOptions, RunError
+from tpext.experiments.run_folder import RunError
+from tpext.experiments.saved_config import HasOptions
 from tpext.experiments.settings import FREE_FIELDS, ConfigError
 from tpext.experiments.sweep_command import Sweep, parse_sweep
 from tpext.experiments.task_names import shared_tasks

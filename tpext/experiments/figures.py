@@ -22,8 +22,9 @@ from tpext.experiments.gradients import PLACE, read_gradients
 from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.model import Model
 from tpext.experiments.progress import describe
-from tpext.experiments.run_folder import Row, RunError, RunFolder, SavedConfig, write_whole
+from tpext.experiments.run_folder import Row, RunError, RunFolder, write_whole
 from tpext.experiments.runs import AnyFolder, folders_of, read_trained, state_of
+from tpext.experiments.saved_config import SavedConfig
 from tpext.experiments.settings import ConfigError
 from tpext.tasks import Task
 

@@ -21,15 +21,8 @@ import torch
 
 from tpext.experiments.images import ImageConfig, options_in
 from tpext.experiments.own import is_path
-from tpext.experiments.run_folder import (
-    AnyRunFolder,
-    OwnCode,
-    RunError,
-    RunFolder,
-    SavedConfig,
-    chance_of,
-    write_whole,
-)
+from tpext.experiments.run_folder import AnyRunFolder, RunError, RunFolder, write_whole
+from tpext.experiments.saved_config import OwnCode, SavedConfig, chance_of
 
 
 class ImageRow(NamedTuple):
