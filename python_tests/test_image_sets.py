@@ -715,8 +715,10 @@ def test_a_class_without_training_images_brings_a_warning(labels: Any, options: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": (3, 4)}, "shape must be (planes, height, width), three integers >= 1, got (3, 4)"),
-        ({"shape": (2, 3, 0)}, "shape must be (planes, height, width), three integers >= 1, got (2, 3, 0)"),
+        ({"shape": [1, 8, 8]}, "shape must be a tuple of integers >= 1"),
+        ({"largest": "255"}, "largest must be None or a finite number > 0, got '255'"),
+        ({"shape": (3, 4)}, "shape must be a tuple of integers >= 1, (planes, height, width), got (3, 4)"),
+        ({"shape": (2, 3, 0)}, "shape must be a tuple of integers >= 1, (planes, height, width), got (2, 3, 0)"),
         ({"scales": {}}, "scales must be a dict such as"),
         (
             {"scales": {"standard": (0.5, 0.5)}},

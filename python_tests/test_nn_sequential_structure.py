@@ -426,6 +426,10 @@ def kinds(blocks: list[nn.Sequential]) -> list[str]:
         ),
         (nn.Sequential(nn.BatchNorm1d(4), nn.ELU(), nn.Linear(4, 3), nn.Flatten()), ["BatchNorm1d ELU Linear Flatten"]),
         (nn.Sequential(nn.Flatten()), ["Flatten"]),
+        (
+            nn.Sequential(nn.LazyLinear(3), nn.LayerNorm((3, 3)), nn.LazyLinear(2)),
+            ["LazyLinear LayerNorm", "LazyLinear"],
+        ),
     ],
 )
 def test_blocks_of_a_plain_chain(network: nn.Sequential, expected: list[str]) -> None:
@@ -440,12 +444,28 @@ def test_blocks_compute_what_the_chain_does_and_share_its_parameters() -> None:
     x = torch.randn(5, 4)
     assert torch.equal(net(x), layers(x))
     assert {*map(id, net.parameters())} >= {*map(id, layers.parameters())}
-    with pytest.raises(TypeError, match=r"^blocks_of: network must be a torch\.nn\.Sequential, got Linear$"):
+    with pytest.raises(TypeError, match=r"^blocks_of: network must be a .* without hooks, got Linear$"):
         tpext.nn.blocks_of(layers[0])  # type: ignore[arg-type]
 
 
+class Doubled(nn.Sequential):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_sequence_that_does_more_than_its_modules_stays_whole() -> None:
+    inner = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+    inner.register_forward_hook(lambda module, input, output: 100 * output)
+    for part in (inner, Doubled(nn.Linear(4, 3), nn.Tanh())):
+        with pytest.raises(TypeError, match="without hooks"):
+            tpext.nn.blocks_of(part)
+        blocks = tpext.nn.blocks_of(nn.Sequential(part, nn.Linear(3, 2)))
+        assert [len(block) for block in blocks] == [1, 1]
+        assert blocks[0][0] is part
+
+
 def test_activations_that_are_blocks_are_told_of() -> None:
-    layers = [nn.Flatten(), nn.Linear(4, 3), nn.ELU(), nn.Linear(3, 2), nn.Dropout()]
+    layers = [nn.Sequential(nn.Flatten()), nn.Linear(4, 3), nn.ELU(), nn.Linear(3, 2), nn.Dropout()]
     with pytest.warns(UserWarning, match=r"blocks without parameters learn worse .*, got 2, 4; tpext\.nn\.blocks_of"):
         TargetSequential(*layers)
     with warnings.catch_warnings():

@@ -486,7 +486,7 @@ def test_tasks_pass_their_check(tmp_path: Path) -> None:
             "batch: BatchFirst: input of batch must be [T, B, I] = [30, 4, 2], got [4, 30, 2]",
         ),
         (Changed(), "batch: expected no error, got NotImplementedError: unset"),
-        (Unjudged(), "batch: expected no error, got NotImplementedError: Unjudged: criterion 'mse' needs a method"),
+        (Unjudged(), "batch: Unjudged: criterion 'mse' needs a method correct(output, target) -> [B]"),
         (FlatImages("digits"), "batch: FlatImages: input of batch must be [B, C, H, W] = [4, 1, 8, 8], got [4, 64]"),
     ],
     ids=lambda value: type(value).__name__,

@@ -18,7 +18,7 @@ from tpext.experiments.cli import main as tpext_command
 from tpext.experiments.figures import draw_comparison, draw_run
 from tpext.experiments.image_folder import ImageFolder
 from tpext.experiments.progress import describe
-from tpext.experiments.run_folder import RunFolder
+from tpext.experiments.run_folder import RunError, RunFolder
 from tpext.experiments.runs import differing, load_metrics, load_model, load_runs
 from tpext.experiments.saved_config import chance_of
 
@@ -185,6 +185,43 @@ def test_tables_do_not_import_code(here: Path) -> None:
     assert runs.read_saved().options()["task"] == "mine.py:Readings"
 
 
+def test_a_path_in_place_of_an_old_name_is_not_imported(tmp_path: Path) -> None:
+    config = make_config("adding").to_dict()
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    old = {"length": None, "chunk": None, "train_size": None, "order": None}
+    config |= {"task": f"{tmp_path / 'evil.py'}:X", **old}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunError, match="not the configuration of a run"):
+        load_runs(tmp_path / "run")
+    assert tpext_command(["sweep", str(tmp_path)]) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("declared", ["default=None, init=False", "default=None, compare=False", "init=False"])
+def test_what_a_task_keeps_beside_its_options_is_in_no_header(here: Path, declared: str) -> None:
+    kept = f"    kept: object = field({declared})\n\n    def __post_init__(self):\n"
+    kept += "        object.__setattr__(self, 'kept', np.ones(3))\n\n    def load"
+    text = MINE.replace("import dataclass\n", "import dataclass, field\n").replace("    def load", kept)
+    Path("kept.py").write_text(text)
+    assert "kept" not in describe(make_config("kept.py:Readings")).removeprefix("kept.py:Readings")
+
+
+def test_processes_of_a_sweep_import_from_their_own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helped = OWN.replace("from dataclasses", "import helper\nfrom dataclasses", 1)
+    helped = helped.replace("return ", "open('log', 'w').write(helper.NAME)\n        return ")
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "own.py").write_text(helped)
+        (tmp_path / name / "helper.py").write_text(f"NAME = {name!r}\n")
+        monkeypatch.chdir(tmp_path / name)
+        monkeypatch.delitem(sys.modules, "helper", raising=False)
+        words = ["--length", "10", "--iterations", "2", "--test-size", "20", *FIXED[:4]]
+        rule = ["--rule", "own.py:Leaky", "--jobs", "1", "--out", "all"]
+        assert tpext_command(["sweep", "temporal-order", *words, *rule]) == 0
+        assert Path("log").read_text() == name
+
+
 def test_runs_of_an_earlier_version_are_read_without_code(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They say nothing of the code, such as the number of steps."""
     sweep()
@@ -193,11 +230,23 @@ def test_runs_of_an_earlier_version_are_read_without_code(here: Path, monkeypatc
         values: dict[str, Any] = json.loads(path.read_text())
         assert values.pop("own")["title"].endswith(" 2 classes, T=5")
         path.write_text(json.dumps(values))
+    # beside one of this version
+    shutil.copytree(runs.folder[0], "new")
+    run = RunFolder("new")
+    config = run.read_config()
+    assert config is not None
+    run.write_config(config)
+    shutil.move("new", "all/new")
     move(here, monkeypatch)
-    pd.testing.assert_frame_equal(load_runs("all"), runs)
-    draw_comparison({"all": "all"}, "after.png")
+    found = load_runs("all/runs")
+    leaky = found.rule == "own.py:Leaky"
+    # whether these learn is not known
+    assert found.reverse_lr.notna().tolist() == leaky.tolist()
+    pd.testing.assert_frame_equal(found.drop(columns="reverse_lr"), runs)
     saved = RunFolder(runs.folder[0]).read_saved()
     assert (saved.title, saved.chance) == ("mine.py:Readings", None)
+    draw_comparison({"all": "all/runs"}, "after.png")
+    draw_comparison({"all": "all"}, "both.png")
 
 
 def test_a_run_of_an_own_rule_on_a_task_of_ours_is_compared_with_others(

@@ -153,10 +153,17 @@ class _Parts:
         ),
         (Given, parts(train_target=["a", "b"] * 20), "got list: dtype <U1; names of classes become numbers by"),
         (Given, parts(train_input=[np.zeros((3, 1)), np.zeros((4, 1))]), "got list: .*; sequences of several lengths"),
+        (
+            Given,
+            parts(train_input=[np.zeros((2, 3)), np.zeros((2, 4))]),
+            "train_input .*; sequences of several lengths",
+        ),
+        (Given, parts(train_input=np.array("abc")), "got ndarray: dtype <U3; names of classes"),
+        (Numbers, parts(train_target=np.zeros((40, 0))), r"must be \[40, O\] for 'mse', got \[40, 0\]"),
         (Given, parts(train_input=None), "train_input must be an array of numbers, got NoneType: dtype object$"),
-        (Given, parts(train_target=CLASSES[:40, None]), r"got \[40, 1\]; target\[..., 0\] is$"),
+        (Given, parts(train_target=CLASSES[:40, None]), r"got \[40, 1\]; take target\[..., 0\]$"),
         (Given, parts(train_target=np.eye(4)[CLASSES[:40]]), r"got \[40, 4\]; one-hot targets become classes by"),
-        (EveryStep, parts(train_target=np.zeros((40, 7, 1))), r"got \[40, 7, 1\]; target\[..., 0\] is$"),
+        (EveryStep, parts(train_target=np.zeros((40, 7, 1))), r"got \[40, 7, 1\]; take target\[..., 0\]$"),
         (Given, parts(train_input=np.zeros(40)), r"train_input must be \[N, T, I\] for sequences, or .*, got \[40\]"),
         (Given, parts(train_input=np.zeros((40, 1, 8, 8))), r"got \[40, 1, 8, 8\]; images for .* are an ImageSet"),
         (Given, parts(train_input=np.zeros((40, 0, 3))), r"no size 0, got \[40, 0, 3\]"),
@@ -216,6 +223,22 @@ def test_inputs_are_standardized_by_the_training_samples(input: np.ndarray) -> N
     assert train[..., 2].abs().max() < 1e-6
     assert targets is made.test_target
     assert np.array_equal(np.asarray(targets), CLASSES[40:])
+
+
+@pytest.mark.parametrize("test", [STEPS[40:, :, :1], STEPS[40:, :, :2], np.zeros(10)])
+def test_a_test_of_other_numbers_is_not_standardized(test: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="standardized: test_input must have as many numbers as train_input"):
+        Samples(STEPS[:40], CLASSES[:40], test, CLASSES[40:]).standardized()
+
+
+@dataclass(frozen=True)
+class NeedsCorrect(Given):
+    criterion: ClassVar[Criterion] = "mse"
+
+
+def test_a_task_of_numbers_says_which_are_right() -> None:
+    with pytest.raises(AssertionError, match=r"criterion 'mse' needs a method correct\(output, target\) -> \[B\]"):
+        check_task(NeedsCorrect(Samples.split(POINTS, POINTS)))
 
 
 @dataclass(frozen=True)

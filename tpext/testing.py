@@ -375,7 +375,8 @@ def _check_checkpoints(case: _Case) -> None:
             expected = _gradients(model, input, final)
             for every in (1, 3):
                 model.checkpoint_every = every
-                _compare(_gradients(model, input, final), expected, f"with checkpoint_every={every} as without")
+                where = f"with checkpoint_every={every}, where each direction of [S, H, H] is alone, as without"
+                _compare(_gradients(model, input, final), expected, where)
 
 
 def _check_own_loss(case: _Case) -> None:

@@ -209,10 +209,9 @@ def run(arguments: Sequence[str]) -> int:
         print("tpext: stopped by this error in code of your own", file=sys.stderr)
         return 1
     except KeyboardInterrupt as interrupt:
-        why = str(interrupt)
-        if isinstance(command, (Train, TrainImages)):
-            more = "; the same command with --resume continues from the last checkpoint"
-            why = why + more if why else "interrupted before the run began; nothing was written"
+        why = str(interrupt)  # of a run that was under way
+        if why and isinstance(command, (Train, TrainImages)):
+            why += "; the same command with --resume continues from the last checkpoint"
         _last_words(f"tpext: {why or 'interrupted'}")
         return 128 + (interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT)
 

@@ -32,7 +32,7 @@ from tpext.nn import TargetLinear
 from tpext.ops import Activation
 from tpext.ops._members import as_list
 from tpext.rules import Rule
-from tpext.tasks import TASKS, Task
+from tpext.tasks import TASKS, StoredTask, Task
 
 Optimizer = Literal["sgd", "adam", "adamw", "rmsprop", "adagrad", "tf-rmsprop", "centred-rmsprop"]
 Nonlinearity = Literal["tanh", "relu", "identity", "sigmoid", "leaky_relu"]
@@ -173,7 +173,7 @@ class Config:
     def _check_network(self) -> None:
         """Check the options that one kind of network has and the other has not."""
         values, other = (FEED_FORWARD, "recurrent") if self.feed_forward else (SEQUENCE, "feed-forward")
-        why = "; the task has no length, so the network is feed-forward" if self.feed_forward else ""
+        why = _why_feed_forward(self.task)
         for field in fields(self):
             if field.metadata.get("network") == other:
                 self._check_belongs(field.name, {**RUN, **values}[field.name], why)
@@ -324,6 +324,17 @@ class Config:
             raise ConfigError(f"not the configuration of a run of this version: {error}") from error
 
 
+def _why_feed_forward(task: Task) -> str:
+    if task.length is not None:
+        return ""
+    if isinstance(task, StoredTask):
+        shape = f"[N, {task.input_size}]"
+        return (
+            f"; its inputs are {shape}, so the network is feed-forward; a series of one number a step is x[:, :, None]"
+        )
+    return "; the task has no length, so the network is feed-forward"
+
+
 def title_of(name: str, task: Task) -> str:
     """Return a task's name, what it is about and, for sequences, its length."""
     parts = [name, task.subject, None if task.length is None else f"T={task.length}"]
@@ -334,12 +345,15 @@ def in_this_version(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a config.json as :meth:`Config.to_dict` has them, of whichever version they are.
 
     Raises:
-        KeyError, TypeError: other values than were written.
+        KeyError, TypeError, ValueError: other values than were written.
     """
     values = dict(values)
     for name, value in (("forget_bias", None), ("orthogonal", False), ("gradients", False)):
         values.setdefault(name, value)
     if isinstance(values["task"], str):  # as earlier versions had it: the tasks' options among the others
+        if values["task"] not in TASKS:
+            # a path would be imported; no earlier version wrote one there
+            raise ValueError(f"task must be one of {', '.join(TASKS)}, got {values['task']!r}")
         flat = {name: values.pop(name) for name in ("length", "chunk", "train_size", "order")}
         known = task_names.find_task(values["task"]).options
         options = {name: value for name, value in flat.items() if name in known}
@@ -519,5 +533,5 @@ def _check_rule(name: str, task: Task, kind: type[Rule]) -> None:
     if ("recurrent" if sequence else "layer") not in kind.kinds:
         raise ConfigError(
             f"rule={rule_names.name_of(kind)} does not belong to {name} (rules of that task: {', '.join(rules)}; one "
-            f"of your own subclasses tpext.rules.{base})"
+            f"of your own subclasses tpext.rules.{base}){_why_feed_forward(task)}"
         )

@@ -173,6 +173,10 @@ def draw_comparison(runs: Mapping[str, str | Path | Iterable[str | Path]], out: 
     if empty or not groups:
         raise ConfigError(f"runs must name at least one folder{f' for {empty[0]!r}' if empty else ''}, got none")
     tasks = {config.title: config for members in groups.values() for config, _, _ in members}
+    # of a user's task earlier versions kept the name alone
+    bare = {title.partition(", ")[0] for title in tasks}
+    if len(tasks) == 2 and len(bare) == 1:
+        tasks = {title: config for title, config in tasks.items() if title not in bare}
     if len(tasks) > 1:
         raise ConfigError(f"runs of different tasks cannot share a figure: {'; '.join(tasks)}")
     ((name, config),) = tasks.items()

@@ -56,8 +56,8 @@ class _TrainImages:
 
     augment: Switch = False
     """Change training images at random: mirrored and moved by up to 4 pixels, MNIST's too; digits moved by 1. The
-    settings of Ernoult et al. do, those of Meulemans et al. do not. A set of your own is changed as its flip and
-    padding say, which is not at all if it has none."""
+    settings of Ernoult et al. do, those of Meulemans et al. do not. A set of your own does as its flip and
+    padding say; without them its images stay as they are."""
     no_augment: Switch = False
     """Leave training images as they are."""
     data_dir: DataFolder = None

@@ -64,18 +64,26 @@ def find_own(what: str, name: str, folder: str | None = None) -> Any:
 
 
 def hash_of(what: str, name: str, folder: str | None = None) -> str:
-    """Return the SHA-256 of the file that a path names, as it was when this process read it.
+    """Return the SHA-256 of the file that a path names, as it was when this process ran it; "" if it is no file.
+
+    A ``file.py`` is not run for it, a module is imported.
 
     Raises:
         ConfigError: the module cannot be imported.
     """
-    file = getattr(_module_of(what, name, _base_of(folder)), "__file__", None)
+    base, place = _base_of(folder), name.rpartition(":")[0]
+    if place.endswith(".py"):
+        return _hash(str(_file_of(base, place)))
+    file = getattr(_module_of(what, name, base), "__file__", None)
     return "" if file is None else _hash(file)
 
 
 def _hash(file: str) -> str:
     if file not in _HASHES:
-        _HASHES[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        try:
+            _HASHES[file] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        except OSError:  # gone, or in an archive
+            return ""
     return _HASHES[file]
 
 

@@ -201,9 +201,11 @@ def describe(config: Config) -> str:
 
 
 def _changed(of: Any) -> dict[str, Any]:
-    """The fields of a rule or a task that are not as they are by default."""
+    """The fields of a rule or a task that are not as they are by default; what it keeps beside its options is none."""
     found = {}
     for field in dataclasses.fields(of):
+        if not (field.init and field.compare):
+            continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if (value := getattr(of, field.name)) != default:
             found[field.name] = value

@@ -39,6 +39,7 @@ import torch
 from tpext.experiments.config import Config, in_this_version, options_in, title_of
 from tpext.experiments.own import is_path
 from tpext.experiments.progress import describe
+from tpext.experiments.rule_names import RULES
 from tpext.experiments.saved_config import OwnCode, SavedConfig, chance_of, differences
 from tpext.experiments.settings import ConfigError
 from tpext.experiments.task_names import task_from_dict
@@ -258,7 +259,7 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         self.write_config(config)
 
     def discard(self) -> None:
-        """Remove what :meth:`create` and a run without a step have written; other files stay."""
+        """Remove what keeps a run from this folder; other files stay, such as those of TensorBoard."""
         for path in (self.metrics, self.checkpoint, self.config):
             path.unlink(missing_ok=True)
 
@@ -315,6 +316,13 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         assert config is not None
         return self._about(config)
 
+    def has_own_code(self) -> bool:
+        """Whether the run needs code of a user's, or cannot be read."""
+        try:
+            return bool(self._own_code(self._read()[0]))
+        except (AttributeError, KeyError, OSError, TypeError, ValueError):
+            return True
+
     def changed_files(self) -> list[str]:
         """Return the files of a user's that have changed since the run here was made; none if that is not known.
 
@@ -325,14 +333,15 @@ class AnyRunFolder(Generic[ConfigT, RowT, ResultT], ABC):
         """
         try:
             values, own = self._read()
-            before, code = own.get("sha256", {}), self._own_code(values)
+            before, code = dict(own.get("sha256", {})), self._own_code(values)
         except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
             raise RunError(f"{self.config}: not the configuration of a run: {error}") from error
         changed: dict[str, None] = {}
         for one in code if before and self._has_trained() else ():
             # what cannot be imported is told where a run needs it
             with contextlib.suppress(ConfigError):
-                if before.get(one.what) != one.hash():
+                now = one.hash()
+                if now and before.get(one.what) != now:
                     changed[one.file] = None
         return list(changed)
 
@@ -484,7 +493,10 @@ class RunFolder(AnyRunFolder[Config, Row, Result]):
         name = values["task"]["name"]
         task = task_from_dict(values["task"]) if name in TASKS else None
         title = name if task is None else title_of(name, task)
-        options = options_in(values, learns=own.get("learns", False))
+        rule = values["rule"]["name"]
+        # a rate too much in a table, of what an earlier version has not told of, misleads nobody
+        learns = RULES[rule].learns if rule in RULES else own.get("learns", True)
+        options = options_in(values, learns=learns)
         description = f"{title}, {values['rule']['name']}, seed {values['seed']}"
         chance = None if task is None else chance_of(task)
         return SavedConfig(

@@ -37,6 +37,9 @@ IDLE_SECONDS = 300
 def _by_processes(stacks: Sequence[Stack], lock: Lock, jobs: int) -> list[list[str]]:
     # the processes of an earlier call serve again, unless they have other variables
     env = dict(os.environ)
+    if any(run.has_own_code() for stack in stacks for run in stack):
+        # or another folder, where what a user's file imports may be another module of the same name
+        env["PWD"] = os.getcwd()
     with warnings.catch_warnings():
         # the runs are hours long where that of joblib's tuning is seconds
         warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given to the executor")

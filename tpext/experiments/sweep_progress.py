@@ -145,7 +145,7 @@ def share_done(run: AnyFolder, config: AnyConfig | None) -> float:
 def summarize(console: Console, table: pd.DataFrame, options: Sequence[str]) -> None:
     """Print the mean over seeds of what the options are, the best first; a run that diverged counts as zero.
 
-    Those of the same accuracy stand by their test loss, as where no output counts as right yet.
+    Equal accuracies are sorted by test loss.
 
     Args:
         console: where.

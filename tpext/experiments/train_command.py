@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from tpext.experiments.config import Config, make_config
-from tpext.experiments.defaults import shown_default
+from tpext.experiments.defaults import SEQUENCE, shown_default
 from tpext.experiments.field_help import help_of
 from tpext.experiments.loop import DivergedError
 from tpext.experiments.options import (
@@ -127,7 +127,7 @@ class BaseTrain:
     rule_options: OwnOptions = ()
     """Options of a rule of your own."""
     preset: Annotated[str | None, option(f"{{default,{','.join(PRESETS)}}}", "default", f"{_PRESETS}.")] = None
-    out: Annotated[Path | None, option("DIR", "runs/TASK-RULE-SEED")] = None
+    out: Annotated[Path | None, option("DIR", "runs/TASK-RULE-SEED, of a cell with gates TASK-CELL-RULE-SEED")] = None
     """Folder of the run."""
     resume: Switch = False
     """Continue the run in that folder, with its options, from its last checkpoint (or start it if there is none)."""
@@ -157,7 +157,8 @@ class BaseTrain:
         out = self.out
         if out is None:
             wanted = make_config(**given)
-            names = (name.rpartition(":")[2] for name in (wanted.task_name, wanted.rule_name))
+            cells = [] if wanted.cell in (None, SEQUENCE["cell"]) else [wanted.cell]
+            names = (name.rpartition(":")[2] for name in (wanted.task_name, *cells, wanted.rule_name))
             out = Path("runs") / "-".join([*names, str(wanted.seed)])
         folder = RunFolder(out)
         config = (folder.continued(given) if self.resume else None) or make_config(**given)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from tpext.feedback.base import BlockCall, Feedback, Trace, detach_tensors, warn_of_relu
 from tpext.nn.torchscript import refuse_script, refuse_trace
@@ -292,8 +293,8 @@ def blocks_of(network: nn.Sequential) -> list[nn.Sequential]:
     >>> [[type(module).__name__ for module in block] for block in tpext.nn.blocks_of(layers)]
     [['Conv2d', 'ELU', 'MaxPool2d'], ['Flatten', 'Linear']]
     """
-    if not isinstance(network, nn.Sequential):
-        raise TypeError(f"blocks_of: network must be a torch.nn.Sequential, got {type(network).__name__}")
+    if not isinstance(network, nn.Sequential) or not _is_plain(network):
+        raise TypeError(f"blocks_of: network must be a torch.nn.Sequential without hooks, got {type(network).__name__}")
     blocks: list[list[nn.Module]] = []
     shapes: list[nn.Module] = []
     for module in _modules_of(network):
@@ -312,23 +313,32 @@ def blocks_of(network: nn.Sequential) -> list[nn.Sequential]:
 
 def _modules_of(chain: nn.Sequential) -> Iterator[nn.Module]:
     for module in chain:
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        if isinstance(module, nn.Sequential) and _is_plain(module):
             yield from _modules_of(module)
         else:
             yield module
 
 
+def _is_plain(chain: nn.Sequential) -> bool:
+    """Whether a sequence computes what its modules do, and no more."""
+    hooks = (chain._forward_pre_hooks, chain._forward_hooks, chain._backward_pre_hooks, chain._backward_hooks)
+    return type(chain).forward is nn.Sequential.forward and not any(hooks)
+
+
 def _has_weights(module: nn.Module) -> bool:
-    return any(parameter.dim() > 1 for parameter in module.parameters())
+    if isinstance(module, nn.LayerNorm):
+        return False
+    return any(is_lazy(parameter) or parameter.dim() > 1 for parameter in module.parameters())
 
 
 def _warn_of_no_layer(blocks: nn.Sequential) -> None:
     """Warn of an activation or a pool by itself, whose targets are one more inverse on the way down."""
-    shapes = (nn.Flatten, nn.Unflatten, nn.Identity)
+    shapes = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Sequential)
     alone = [
         name
         for name, block in blocks.named_children()
-        if not isinstance(block, shapes) and not any(True for _ in block.parameters())
+        if not any(True for _ in block.parameters())
+        and not all(isinstance(module, shapes) for module in block.modules())
     ]
     if alone:
         warnings.warn(

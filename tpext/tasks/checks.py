@@ -52,6 +52,9 @@ def check_samples(
         if size == 0:
             raise ValueError(f"{name}: target of {method} must have at least one sample, got {list(target.shape)}")
     _check_input(task, f"{name}: input of {method}", samples.input, size, shape or (task.input_size,), embed)
+    if task.criterion != "cross_entropy" and type(task).correct is Task.correct:
+        layout = "[T, B]" if task.every_step else "[B]"
+        raise ValueError(f"{name}: criterion {task.criterion!r} needs a method correct(output, target) -> {layout}")
     if type(task).loss is Task.loss:
         _check_target(task, f"{name}: target of {method}", target, size)
     if task.judged(target) == 0:
@@ -157,8 +160,10 @@ def as_tensor(name: str, value: ArrayLike | Tensor) -> Tensor:
         return torch.as_tensor(array.copy() if any(stride < 0 for stride in array.strides) else array)
     except (TypeError, ValueError, RuntimeError) as error:
         more, first = "", value
-        if isinstance(value, (list, tuple, np.ndarray)) and np.size(np.asarray(value, dtype=object)):
+        if isinstance(value, (list, tuple)) and value:
             first = value[0]
+        elif isinstance(value, np.ndarray) and value.size:
+            first = value.flat[0]
         if isinstance(first, str):
             more = "; names of classes become numbers by names, classes = np.unique(.., return_inverse=True)"
         elif isinstance(first, (list, tuple, np.ndarray)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,9 @@ class ImageSet:
     def __post_init__(self) -> None:
         shape: object = self.shape
         if not isinstance(shape, tuple) or len(shape) != 3 or not all(_is_integer(size, 1) for size in shape):
-            raise ValueError(f"ImageSet: shape must be (planes, height, width), three integers >= 1, got {shape!r}")
+            raise ValueError(
+                f"ImageSet: shape must be a tuple of integers >= 1, (planes, height, width), got {shape!r}"
+            )
         scales: object = self.scales
         if not isinstance(scales, dict) or not scales:
             raise ValueError(
@@ -92,7 +95,7 @@ class ImageSet:
             value = getattr(self, name)
             if value is not None and not _is_integer(value, low):
                 raise ValueError(f"ImageSet: {name} must be None or an integer >= {low}, got {value!r}")
-        if self.largest is not None and not 0 < self.largest < math.inf:
+        if self.largest is not None and not (isinstance(self.largest, numbers.Real) and 0 < self.largest < math.inf):
             raise ValueError(f"ImageSet: largest must be None or a finite number > 0, got {self.largest!r}")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"ImageSet: flip must be a probability, 0 .. 1, got {self.flip!r}")
@@ -180,7 +183,7 @@ _BEYOND = 0.5
 
 
 def _is_integer(value: object, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= low
 
 
 def _classes(name: str, labels: Tensor, n_classes: int | None) -> Tensor:

@@ -86,6 +86,11 @@ class Samples(NamedTuple):
             as_tensor(f"Samples.standardized: {name}", getattr(self, name)).to(torch.float64)
             for name in ("train_input", "test_input")
         )
+        if train.dim() == 0 or test.dim() == 0 or 0 in train.shape or train.size(-1) != test.size(-1):
+            raise ValueError(
+                f"Samples.standardized: test_input must have as many numbers as train_input, and those be some, got "
+                f"{list(train.shape)} and {list(test.shape)}"
+            )
         mean, deviation = _moments(train)
         # rounding leaves a constant some deviation
         scale = torch.where(deviation > 1e-12 * mean.abs(), deviation, 1.0)
@@ -186,7 +191,7 @@ class StoredTask(Task):
             return Batch(inputs, _classes(names[1], targets, outputs, inputs.shape[1:-1]))
         if targets.shape == outputs:
             targets = targets.unsqueeze(-1)
-        if targets.shape[:-1] != outputs:
+        if targets.shape[:-1] != outputs or 0 in targets.shape:
             sizes = ", ".join(map(str, outputs))
             raise ValueError(f"{names[1]} must be [{sizes}, O] for {self.criterion!r}, got {list(targets.shape)}")
         return Batch(inputs, finite(names[1], targets.to(torch.float32)))
@@ -215,7 +220,8 @@ class StoredTask(Task):
         train, test = self.data
         outputs = "classes" if self.criterion == "cross_entropy" else "numbers"
         step = "" if self.length is None else " a step"
-        sizes = f"{len(train.input)} + {len(test.input)} samples of {self.input_size} numbers{step}"
+        numbers = f"{self.input_size} number{'s' * (self.input_size != 1)}"
+        sizes = f"{len(train.input)} + {len(test.input)} samples of {numbers}{step}"
         return f"{sizes}, {self.output_size} {outputs}"
 
     def fingerprint(self) -> str:
@@ -255,7 +261,7 @@ def _classes(name: str, targets: Tensor, shape: torch.Size, steps: Sequence[int]
     more = ""
     if targets.dim() == len(shape) + 1 and targets.shape[:-1] == shape:
         if targets.size(-1) == 1:
-            more = "; target[..., 0] is"
+            more = "; take target[..., 0]"
         elif bool(((targets == 0) | (targets == 1)).all()) and bool((targets.sum(dim=-1) == 1).all()):
             more = "; one-hot targets become classes by target.argmax(-1)"
         elif [*targets.shape[1:]] == [*steps]:
