@@ -196,6 +196,16 @@ def test_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "noise is 0.0 there, 0.5 was asked for" in err
 
 
+def test_the_folder_is_that_of_the_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for cell, name in (("rnn", "adding-backprop-1"), ("gru", "adding-gru-backprop-1")):
+        status, _, err = call(f"train adding {SMALL} --rule backprop --cell {cell}", capsys)
+        assert status == 0, err
+        assert (Path("runs") / name / "result.json").exists()
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("--version", capsys)[:2] == (0, f"tpext {tpext.__version__}\n")
 
