@@ -227,7 +227,7 @@ def test_inputs_are_standardized_by_the_training_samples(input: np.ndarray) -> N
 
 @pytest.mark.parametrize("test", [STEPS[40:, :, :1], STEPS[40:, :, :2], np.zeros(10)])
 def test_a_test_of_other_numbers_is_not_standardized(test: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="standardized: test_input must have as many numbers as train_input"):
+    with pytest.raises(ValueError, match="standardized: train_input and test_input must have the same I >= 1 numbers"):
         Samples(STEPS[:40], CLASSES[:40], test, CLASSES[40:]).standardized()
 
 

@@ -74,7 +74,7 @@ class Samples(NamedTuple):
         learned from the test. A number that never changes becomes 0. Targets stay as they are.
 
         Raises:
-            ValueError: an input is no array of numbers.
+            ValueError: an input is no array of numbers, or the two have other numbers of them.
 
         >>> import numpy as np
         >>> samples = Samples.split(np.random.default_rng(1).normal(120, 30, size=(50, 8, 3)), np.arange(50) % 2)
@@ -88,7 +88,7 @@ class Samples(NamedTuple):
         )
         if train.dim() == 0 or test.dim() == 0 or 0 in train.shape or train.size(-1) != test.size(-1):
             raise ValueError(
-                f"Samples.standardized: test_input must have as many numbers as train_input, and those be some, got "
+                "Samples.standardized: train_input and test_input must have the same I >= 1 numbers at the end, got "
                 f"{list(train.shape)} and {list(test.shape)}"
             )
         mean, deviation = _moments(train)
@@ -166,7 +166,7 @@ class StoredTask(Task):
         return train, test
 
     def _warn_of_scale(self, what: str, numbers: Tensor, more: str) -> None:
-        mean, deviation = _moments(numbers.to(torch.float64))
+        mean, deviation = _moments(numbers)
         size = (mean**2 + deviation**2).sqrt()
         one = int(size.argmax())
         if float(size[one]) > LARGE:
