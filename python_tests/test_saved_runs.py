@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import image_runs
 import numpy as np
 import pandas as pd
 import pytest
@@ -55,49 +56,6 @@ class Leaky(RecurrentRule):
 
     def feedback(self, weight_hh, *owned):
         return (1 - self.leak) * weight_hh
-"""
-
-IMAGES = """
-from dataclasses import dataclass
-import torch
-from tpext.rules import DifferenceTargets, LayerRule, LearnedInverse, NetworkRule
-from tpext.tasks import ImageSet
-from tpext.tasks.idx import Images
-
-@dataclass(frozen=True)
-class Signs(NetworkRule):
-    scale: float = 1.0
-    noise: float = 0.5
-
-    def make_feedback(self, blocks, shapes):
-        return [None] * len(blocks)
-
-    def propagate(self, call, displacement):
-        signs = call.block.get_submodule("linear").weight.sign() * self.scale
-        return (displacement @ signs).reshape(call.input.shape)
-
-class Halved(DifferenceTargets):
-    def propagate(self, call, displacement):
-        return super().propagate(call, displacement) / 2
-
-@dataclass(frozen=True)
-class Pseudo(LayerRule):
-    target_step: float = 0.5
-    rtol: float = 0.1
-
-    def propagate(self, call, displacement):
-        moved = call.activation.derivative(displacement, call.preactivation)
-        return moved @ torch.linalg.pinv(call.weight, rtol=self.rtol).mT
-
-class Learned(LearnedInverse):
-    pass
-
-def load(data_dir):
-    pixels = torch.arange(60 * 2 * 20 * 20).remainder(251).to(torch.uint8).view(60, 800)
-    return Images(pixels[:50], torch.arange(50) % 3, pixels[50:], torch.arange(10) % 3)
-
-HALF = ((0.5, 0.5), (0.5, 0.5))
-stripes = ImageSet(load, (2, 20, 20), {"standard": HALF}, n_classes=3, test_size=10, has_files=False)
 """
 
 FIXED = ["--hidden-size", "8", "--batch-size", "10", "--epochs", "1", "--threads", "1"]
@@ -278,7 +236,7 @@ def test_a_file_that_is_not_there_has_no_line(here: Path, capsys: pytest.Capture
 
 
 def test_own_images_and_rules_of_them_are_read_without_code(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("own.py").write_text(IMAGES)
+    Path("own.py").write_text(image_runs.OWN)
     words = [
         "--dataset",
         "own.py:stripes",
