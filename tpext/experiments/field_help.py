@@ -1,15 +1,20 @@
-"""What a field of a task or a rule is for, in a line of the command line's help."""
+"""What a field of a task or a rule is for, in a line of the command line's help, and where it starts."""
 
 from __future__ import annotations
 
 import functools
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any
 
 import docstring_parser
 
 _MARKUP = re.compile(r":\w+:`~?([^`]*)`|``")
+
+
+def default_of(field: Field[Any]) -> Any:
+    """Return what a field is by default, ``MISSING`` if it has to be given."""
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def help_of(kind: type[Any], name: str) -> str | None:

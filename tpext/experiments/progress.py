@@ -16,6 +16,7 @@ from rich.progress import Progress as Bar
 from tpext.experiments import rule_names, task_names
 from tpext.experiments.cells import CELLS
 from tpext.experiments.config import Config
+from tpext.experiments.field_help import default_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -206,7 +207,6 @@ def _changed(of: Any) -> dict[str, Any]:
     for field in dataclasses.fields(of):
         if not (field.init and field.compare):
             continue
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if (value := getattr(of, field.name)) != default:
+        if (value := getattr(of, field.name)) != default_of(field):
             found[field.name] = value
     return found

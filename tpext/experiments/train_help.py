@@ -13,7 +13,7 @@ import tyro
 from tpext.experiments import rule_names, task_names
 from tpext.experiments.config import Config, make_config
 from tpext.experiments.defaults import value_text
-from tpext.experiments.field_help import help_of
+from tpext.experiments.field_help import default_of, help_of
 from tpext.experiments.options import Option, command
 from tpext.experiments.own import is_path
 from tpext.experiments.presets import PRESETS, Case, presets_of
@@ -169,7 +169,7 @@ def _own(what: str, kind: type[Any]) -> dict[str, Option]:
     lines = []
     for field in fields(kind):
         if field.init:
-            default = field.default if field.default_factory is MISSING else field.default_factory()
+            default = default_of(field)
             text = field.name if default is MISSING else f"{field.name}={_text(default)}"
             help = help_of(kind, field.name)
             lines.append(f"{text} ({help.rstrip('.')})" if help else text)
